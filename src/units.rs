@@ -1,0 +1,91 @@
+//! Byte units, alignment, and newtypes for numbers that must not be confused.
+//!
+//! Sizes are `u64` bytes everywhere. An identifier is a newtype as soon as two kinds of it can meet
+//! in one signature. This module knows nothing of devices or memory.
+
+use std::fmt;
+
+/// 1,024 bytes.
+pub const KIB: u64 = 1 << 10;
+/// 1,024 KiB.
+pub const MIB: u64 = 1 << 20;
+/// 1,024 MiB.
+pub const GIB: u64 = 1 << 30;
+
+/// Rounds `bytes` up to a multiple of `alignment`; `None` if that does not fit in 64 bits.
+///
+/// # Panics
+/// If `alignment` is not a power of two.
+#[must_use]
+pub const fn align_up(bytes: u64, alignment: u64) -> Option<u64> {
+    assert!(
+        alignment.is_power_of_two(),
+        "alignment must be a power of two"
+    );
+    match bytes.checked_add(alignment - 1) {
+        Some(sum) => Some(sum & !(alignment - 1)),
+        None => None,
+    }
+}
+
+/// A byte or element count as an index. The crate builds on 64-bit targets only, so nothing is lost.
+#[must_use]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "lib.rs refuses targets where it could truncate"
+)]
+pub const fn to_usize(count: u64) -> usize {
+    count as usize
+}
+
+/// Index of a device among those of its driver, from 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceOrdinal(pub u32);
+
+/// Identity of a stream, unique in the process and never used again after the stream is gone
+/// (driver handles are).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId(pub u32);
+
+/// A byte count that displays in the largest unit below it, with one decimal: `1.5 GiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u64, &str); 5] = [
+            (1 << 50, "PiB"),
+            (1 << 40, "TiB"),
+            (GIB, "GiB"),
+            (MIB, "MiB"),
+            (KIB, "KiB"),
+        ];
+        match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
+            // Display only: 53 bits of mantissa are far more than one decimal shows.
+            #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
+            Some((unit, name)) => write!(f, "{:.1} {name}", self.0 as f64 / *unit as f64),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn align_up_at_the_ends_of_the_range() {
+        assert_eq!(align_up(0, 512), Some(0));
+        assert_eq!(align_up(1, 512), Some(512));
+        assert_eq!(align_up(512, 512), Some(512));
+        assert_eq!(align_up(u64::MAX, 512), None);
+        assert_eq!(align_up(u64::MAX - 511, 512), Some(u64::MAX - 511));
+    }
+
+    #[test]
+    fn bytes_display_in_the_largest_unit_below() {
+        assert_eq!(Bytes(1023).to_string(), "1023 B");
+        assert_eq!(Bytes(1536).to_string(), "1.5 KiB");
+        assert_eq!(Bytes(u64::MAX).to_string(), "16384.0 PiB");
+    }
+}
