@@ -1,0 +1,97 @@
+//! A device handle that can be passed around.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::{DeviceProperties, Driver, HostConfig, MemoryInfo, Stream, host};
+use crate::error::Result;
+
+/// A device. Cheap to clone; the device is closed when the last clone and everything made from it is gone.
+#[derive(Clone)]
+pub struct Device {
+    driver: Arc<dyn Driver>,
+}
+
+impl Device {
+    /// The best device of this machine. Today that is the host device with its default settings.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
+    pub fn auto() -> Result<Self> {
+        Self::host(HostConfig::default())
+    }
+
+    /// A host device: the processor and its memory, with real streams, events and page mapping.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for settings that cannot work,
+    /// [`Error::Driver`](crate::Error::Driver) if the system refuses memory or threads.
+    pub fn host(config: HostConfig) -> Result<Self> {
+        Ok(Self::from_driver(Arc::new(host::HostDriver::new(config)?)))
+    }
+
+    /// `count` host devices of one platform: each with the memory that `config` gives, all understanding
+    /// each other's streams and events.
+    ///
+    /// # Errors
+    /// As [`host`](Self::host); also for a count of 0.
+    pub fn hosts(config: HostConfig, count: u32) -> Result<Vec<Self>> {
+        let drivers = host::HostDriver::platform(config, count)?;
+        Ok(drivers
+            .into_iter()
+            .map(|driver| Self::from_driver(Arc::new(driver)))
+            .collect())
+    }
+
+    /// A device over any driver: one of your own, or a wrapper such as
+    /// [`FaultDriver`](super::fault::FaultDriver).
+    #[must_use]
+    pub fn from_driver(driver: Arc<dyn Driver>) -> Self {
+        Self { driver }
+    }
+
+    /// The driver below.
+    #[must_use]
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// What the device is and can do.
+    #[must_use]
+    pub fn properties(&self) -> &DeviceProperties {
+        self.driver.properties()
+    }
+
+    /// Free and total memory now.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver cannot tell.
+    pub fn memory_info(&self) -> Result<MemoryInfo> {
+        self.driver.memory_info()
+    }
+
+    /// A new stream on this device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver has no more.
+    pub fn create_stream(&self) -> Result<Stream> {
+        Stream::new(self)
+    }
+
+    /// Whether both handles mean the same opened device.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.driver, &other.driver)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let properties = self.properties();
+        write!(
+            f,
+            "Device({:?} {}: {})",
+            properties.kind, properties.ordinal.0, properties.name
+        )
+    }
+}

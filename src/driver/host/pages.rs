@@ -1,0 +1,301 @@
+//! Physical pages, and addresses for them.
+//!
+//! The pages of a device are runs of one file without a name; mapping a page is mapping its run, so that one
+//! page can be seen at several addresses. A *range* is reserved addresses, a *mapping* a page in a range.
+//!
+//! Invariants: mappings are disjoint and each lies in one range; a page's count of mappings is the number of
+//! mappings that name it; a page is in the table while it has its handle or a mapping, and exactly as long its
+//! bytes count against the capacity and its run is taken. A refused call changes nothing: the
+//! system is asked before the tables change.
+
+use std::collections::{BTreeMap, HashMap};
+
+use parking_lot::Mutex;
+
+use super::config::PAGE_GRANULARITY;
+use super::errno::{EBUSY, EINVAL, ENOMEM, refuse};
+use super::memory::Capacity;
+use super::runs::Runs;
+use super::system::{self, PageFile};
+use crate::driver::{DevicePtr, PageHandle};
+use crate::error::Result;
+
+/// The page file of a device and everything mapped from it.
+#[derive(Debug)]
+pub(super) struct Pages {
+    file: PageFile,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Bytes the file is long. It never shrinks: its free parts take no room.
+    file_bytes: u64,
+    runs: Runs,
+    pages: HashMap<PageHandle, Page>,
+    last_handle: u64,
+    /// Reserved ranges: address to bytes.
+    ranges: BTreeMap<u64, u64>,
+    /// Mappings by address.
+    mappings: BTreeMap<u64, Mapping>,
+}
+
+#[derive(Debug)]
+struct Page {
+    offset: u64,
+    bytes: u64,
+    mappings: u64,
+    has_handle: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    bytes: u64,
+    page: PageHandle,
+}
+
+impl Pages {
+    pub(super) fn new(name: &str) -> Result<Self> {
+        Ok(Self {
+            file: PageFile::new("open", name)?,
+            state: Mutex::default(),
+        })
+    }
+
+    pub(super) fn reserve(&self, bytes: u64) -> Result<DevicePtr> {
+        const CALL: &str = "reserve";
+        check_length(CALL, bytes)?;
+        let address = system::reserve(CALL, bytes, PAGE_GRANULARITY)?;
+        self.state.lock().ranges.insert(address, bytes);
+        Ok(DevicePtr(address))
+    }
+
+    pub(super) fn release(&self, ptr: DevicePtr, bytes: u64) -> Result<()> {
+        const CALL: &str = "release";
+        let mut state = self.state.lock();
+        if state.ranges.get(&ptr.0) != Some(&bytes) {
+            let reason = format!("{bytes} bytes at {:#x} are not one reserved range", ptr.0);
+            return Err(refuse(CALL, EINVAL, reason));
+        }
+        if let Some((address, _)) = state.mappings.range(ptr.0..ptr.0 + bytes).next() {
+            let reason = format!("a page is still mapped at {address:#x}");
+            return Err(refuse(CALL, EBUSY, reason));
+        }
+        // SAFETY: the range is in the table, hence ours, and no page is mapped in it.
+        unsafe { system::release(CALL, ptr.0, bytes) }?;
+        state.ranges.remove(&ptr.0);
+        Ok(())
+    }
+
+    pub(super) fn create(&self, capacity: &Capacity, bytes: u64) -> Result<PageHandle> {
+        const CALL: &str = "create_page";
+        check_length(CALL, bytes)?;
+        capacity.take(CALL, bytes)?;
+        let mut state = self.state.lock();
+        let taken = self.take_run(CALL, &mut state, bytes);
+        let offset = taken.inspect_err(|_| capacity.give(bytes))?;
+        state.last_handle += 1;
+        let handle = PageHandle(state.last_handle);
+        let page = Page {
+            offset,
+            bytes,
+            mappings: 0,
+            has_handle: true,
+        };
+        state.pages.insert(handle, page);
+        Ok(handle)
+    }
+
+    /// Takes a run of the file, which grows if it must.
+    fn take_run(&self, call: &'static str, state: &mut State, bytes: u64) -> Result<u64> {
+        let offset = state
+            .runs
+            .take(bytes)
+            .ok_or_else(|| refuse(call, ENOMEM, "the page file cannot grow that far"))?;
+        let end = state.runs.end();
+        if end > state.file_bytes {
+            if let Err(error) = self.file.resize(call, end) {
+                state.runs.give(offset, bytes);
+                return Err(error);
+            }
+            state.file_bytes = end;
+        }
+        Ok(offset)
+    }
+
+    pub(super) fn destroy(&self, capacity: &Capacity, handle: PageHandle) -> Result<()> {
+        let mut state = self.state.lock();
+        let page = state.live_page("destroy_page", handle)?;
+        page.has_handle = false;
+        self.collect(capacity, &mut state, handle);
+        Ok(())
+    }
+
+    /// Maps `handles` side by side from `ptr` on, or none of them.
+    pub(super) fn map(&self, ptr: DevicePtr, handles: &[PageHandle]) -> Result<()> {
+        const CALL: &str = "map";
+        let mut state = self.state.lock();
+        let mut end = ptr.0;
+        let mut placed = Vec::with_capacity(handles.len());
+        for &handle in handles {
+            let page = state.live_page(CALL, handle)?;
+            let (at, bytes) = (end, page.bytes);
+            placed.push((
+                at,
+                page.offset,
+                Mapping {
+                    bytes,
+                    page: handle,
+                },
+            ));
+            end = at
+                .checked_add(bytes)
+                .ok_or_else(|| refuse(CALL, EINVAL, "the addresses run out"))?;
+        }
+        state.check_reserved(CALL, ptr, end - ptr.0)?;
+        if let Some((at, mapping)) = state.mappings.range(..end).next_back()
+            && at + mapping.bytes > ptr.0
+        {
+            let reason = format!("a page is already mapped at {at:#x}");
+            return Err(refuse(CALL, EBUSY, reason));
+        }
+        self.show(CALL, &placed)?;
+        for (at, _, mapping) in placed {
+            state.mappings.insert(at, mapping);
+            state.live_page(CALL, mapping.page)?.mappings += 1;
+        }
+        Ok(())
+    }
+
+    /// Asks the system for mappings that follow each other, given with their offsets in the file: once for all
+    /// that follow each other there as well. A refusal leaves the addresses empty.
+    fn show(&self, call: &'static str, placed: &[(u64, u64, Mapping)]) -> Result<()> {
+        let follows =
+            |one: &(u64, u64, Mapping), next: &(u64, u64, Mapping)| one.1 + one.2.bytes == next.1;
+        for run in placed.chunk_by(follows) {
+            let (at, offset, _) = run[0];
+            let bytes = run.iter().map(|(_, _, mapping)| mapping.bytes).sum();
+            // SAFETY: the range is reserved by us, and nothing is mapped in it that could be touched.
+            let shown = unsafe { self.file.map(call, at, offset, bytes) };
+            if let Err(error) = shown {
+                let start = placed[0].0;
+                if start < at {
+                    // SAFETY: this call mapped the range just now and has told nobody. Should the system
+                    // refuse, the range shows pages that nobody looks at until it is mapped or released.
+                    let _ = unsafe { self.file.unmap(call, start, at - start) };
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Driver::unmap`](crate::driver::Driver::unmap).
+    pub(super) unsafe fn unmap(
+        &self,
+        capacity: &Capacity,
+        ptr: DevicePtr,
+        bytes: u64,
+    ) -> Result<()> {
+        const CALL: &str = "unmap";
+        check_length(CALL, bytes)?;
+        let mut state = self.state.lock();
+        let end = state.check_reserved(CALL, ptr, bytes)?;
+        // Going back from the end, the first mapping that ends before the range ends the search.
+        let reaching_in = state
+            .mappings
+            .range(..end)
+            .rev()
+            .take_while(|(at, mapping)| **at + mapping.bytes > ptr.0)
+            .map(|(at, mapping)| (*at, *mapping));
+        let found: Vec<(u64, Mapping)> = reaching_in.collect();
+        let cut = |(at, mapping): &&(u64, Mapping)| *at < ptr.0 || at + mapping.bytes > end;
+        if let Some((at, mapping)) = found.iter().find(cut) {
+            let reason = format!(
+                "the page of {} bytes at {at:#x} does not lie in the range as a whole",
+                mapping.bytes
+            );
+            return Err(refuse(CALL, EINVAL, reason));
+        }
+        if found.is_empty() {
+            let reason = format!("nothing is mapped in {bytes} bytes at {:#x}", ptr.0);
+            return Err(refuse(CALL, EINVAL, reason));
+        }
+        // SAFETY: the range is reserved by us, and the caller promises that no work touches it.
+        unsafe { self.file.unmap(CALL, ptr.0, bytes) }?;
+        for (at, mapping) in found {
+            state.mappings.remove(&at);
+            let page = state.pages.get_mut(&mapping.page);
+            page.expect("a mapped page is in the table").mappings -= 1;
+            self.collect(capacity, &mut state, mapping.page);
+        }
+        Ok(())
+    }
+
+    /// Takes the page out of the table and gives its memory back if nobody has it any more.
+    fn collect(&self, capacity: &Capacity, state: &mut State, handle: PageHandle) {
+        let page = &state.pages[&handle];
+        if page.has_handle || page.mappings > 0 {
+            return;
+        }
+        let (offset, bytes) = (page.offset, page.bytes);
+        state.pages.remove(&handle);
+        // If the system cannot take the memory back now, the run keeps it until the next page that lies
+        // there is destroyed. Contents of a new page are undefined, so nothing else changes.
+        let _ = self.file.discard("destroy_page", offset, bytes);
+        state.runs.give(offset, bytes);
+        capacity.give(bytes);
+    }
+}
+
+impl State {
+    /// The page, if its handle is valid.
+    fn live_page(&mut self, call: &'static str, handle: PageHandle) -> Result<&mut Page> {
+        self.pages
+            .get_mut(&handle)
+            .filter(|page| page.has_handle)
+            .ok_or_else(|| refuse(call, EINVAL, format!("there is no page {}", handle.0)))
+    }
+
+    /// The end of `bytes` bytes at `ptr`, refused unless they lie in one reserved range.
+    fn check_reserved(&self, call: &'static str, ptr: DevicePtr, bytes: u64) -> Result<u64> {
+        let end = ptr.0.checked_add(bytes).filter(|end| {
+            let before = self.ranges.range(..=ptr.0).next_back();
+            before.is_some_and(|(start, reserved)| *end <= start + reserved)
+        });
+        match end {
+            Some(end) if ptr.0.is_multiple_of(PAGE_GRANULARITY) => Ok(end),
+            Some(_) => {
+                let reason = format!("{:#x} is not a multiple of {PAGE_GRANULARITY}", ptr.0);
+                Err(refuse(call, EINVAL, reason))
+            }
+            None => {
+                let reason = format!(
+                    "{bytes} bytes at {:#x} are not in one reserved range",
+                    ptr.0
+                );
+                Err(refuse(call, EINVAL, reason))
+            }
+        }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        for (&address, &bytes) in &self.state.get_mut().ranges {
+            // SAFETY: the range is in the table, hence ours. Queues keep the memory alive until their work
+            // has run, so nothing touches it any more.
+            let outcome = unsafe { system::release("release", address, bytes) };
+            debug_assert!(outcome.is_ok(), "{outcome:?}");
+        }
+    }
+}
+
+fn check_length(call: &'static str, bytes: u64) -> Result<()> {
+    if bytes > 0 && bytes.is_multiple_of(PAGE_GRANULARITY) {
+        return Ok(());
+    }
+    let reason = format!("{bytes} bytes are not a positive multiple of {PAGE_GRANULARITY}");
+    Err(refuse(call, EINVAL, reason))
+}

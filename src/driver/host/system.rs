@@ -1,0 +1,350 @@
+//! Memory as the operating system gives it: the only place that calls it.
+//!
+//! Lengths are multiples of the granularity of what is asked for; callers see to that. Nothing is recorded
+//! here. Untouched bytes cost nothing on Unix, neither of anonymous memory nor of a file.
+
+use super::errno::refuse;
+use crate::error::Result;
+
+#[cfg(target_os = "linux")]
+pub(super) use linux::{PageFile, release, reserve};
+#[cfg(not(target_os = "linux"))]
+pub(super) use other_file::{PageFile, release, reserve};
+#[cfg(not(unix))]
+pub(super) use other_memory::{allocate, free};
+#[cfg(unix)]
+pub(super) use unix::{allocate, free};
+
+#[cfg(unix)]
+mod unix {
+    use std::ffi::c_void;
+    use std::ptr::{null_mut, with_exposed_provenance_mut};
+
+    use rustix::io::Errno;
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    use super::{Result, refuse};
+    use crate::error::Error;
+    use crate::units::to_usize;
+
+    #[cfg(target_os = "linux")]
+    pub(super) const UNCOMMITTED: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
+    #[cfg(not(target_os = "linux"))]
+    pub(super) const UNCOMMITTED: MapFlags = MapFlags::PRIVATE;
+
+    /// Zeroed memory, aligned to the system's page.
+    pub(in super::super) fn allocate(call: &'static str, bytes: u64) -> Result<u64> {
+        map_anywhere(call, bytes, ProtFlags::READ.union(ProtFlags::WRITE))
+    }
+
+    /// Gives back what [`allocate`] returned.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `address` came from [`allocate`] and nothing touches them any more.
+    pub(in super::super) unsafe fn free(
+        call: &'static str,
+        address: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        // SAFETY: the caller gives up a mapping of its own.
+        unsafe { unmap(call, address, bytes) }
+    }
+
+    /// Maps fresh bytes with `protection` wherever there is room.
+    pub(super) fn map_anywhere(
+        call: &'static str,
+        bytes: u64,
+        protection: ProtFlags,
+    ) -> Result<u64> {
+        // SAFETY: without a fixed address the system picks one that nobody uses.
+        let mapped =
+            unsafe { mmap_anonymous(null_mut(), to_usize(bytes), protection, UNCOMMITTED) };
+        mapped
+            .map(|address| address.expose_provenance() as u64)
+            .map_err(|errno| error(call, errno))
+    }
+
+    /// Removes a mapping.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `address` are a mapping of the caller's, and nothing touches them any more.
+    pub(super) unsafe fn unmap(call: &'static str, address: u64, bytes: u64) -> Result<()> {
+        // SAFETY: the caller gives up a mapping of its own.
+        let outcome = unsafe { munmap(pointer(address), to_usize(bytes)) };
+        outcome.map_err(|errno| error(call, errno))
+    }
+
+    pub(super) fn pointer(address: u64) -> *mut c_void {
+        with_exposed_provenance_mut(to_usize(address))
+    }
+
+    pub(super) fn error(call: &'static str, errno: Errno) -> Error {
+        refuse(call, errno.raw_os_error(), errno.to_string())
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::os::fd::OwnedFd;
+    use std::ptr::null_mut;
+
+    use parking_lot::Mutex;
+    use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+    use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+
+    use super::unix::{UNCOMMITTED, error, map_anywhere, pointer, unmap};
+    use super::{Result, refuse};
+    use crate::driver::host::errno::ENOMEM;
+    use crate::units::{align_up, to_usize};
+
+    /// A range of addresses without memory, aligned to `alignment`.
+    pub(in super::super) fn reserve(call: &'static str, bytes: u64, alignment: u64) -> Result<u64> {
+        let span = bytes
+            .checked_add(alignment)
+            .ok_or_else(|| refuse(call, ENOMEM, "more than there are addresses"))?;
+        let start = map_anywhere(call, span, ProtFlags::empty())?;
+        let aligned = align_up(start, alignment).expect("the aligned range lies in the mapping");
+        let mut kept = start;
+        for (from, to) in [(start, aligned), (aligned + bytes, start + span)] {
+            if from < to {
+                // SAFETY: this end of the mapping just made is in nobody's hands.
+                let trimmed = unsafe { unmap(call, from, to - from) };
+                if trimmed.is_err() {
+                    // SAFETY: neither is what is left of it. If this is refused, too, addresses are lost, but
+                    // no memory.
+                    let _ = unsafe { unmap(call, kept, start + span - kept) };
+                    return trimmed.map(|()| aligned);
+                }
+            }
+            kept = aligned;
+        }
+        Ok(aligned)
+    }
+
+    /// Gives back what [`reserve`] returned, with whatever is mapped in it.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `address` came from [`reserve`] and nothing touches them any more.
+    pub(in super::super) unsafe fn release(
+        call: &'static str,
+        address: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        // SAFETY: the caller gives up a range of its own.
+        unsafe { unmap(call, address, bytes) }
+    }
+
+    /// Mappings kept in hand. At the system's limit of mappings (`vm.max_map_count`), taking mappings
+    /// *away* is refused too, because empty reserved addresses are a mapping and cutting one in two makes
+    /// three. Giving these up makes room for that.
+    const SPARE_MAPPINGS: usize = 4;
+
+    /// Length of a spare mapping: rounded up to the system's page.
+    const SPARE_BYTES: u64 = 1;
+
+    /// The physical memory of a device: a file that is nowhere in the file system and takes room only
+    /// where it was written.
+    #[derive(Debug)]
+    pub(in super::super) struct PageFile {
+        file: OwnedFd,
+        /// Addresses of the spare mappings.
+        spare: Mutex<Vec<u64>>,
+    }
+
+    impl PageFile {
+        /// An empty file; `name` shows in the process's list of mappings.
+        pub(in super::super) fn new(call: &'static str, name: &str) -> Result<Self> {
+            let file =
+                memfd_create(name, MemfdFlags::CLOEXEC).map_err(|errno| error(call, errno))?;
+            let spare = Mutex::default();
+            let file = Self { file, spare };
+            file.keep_spare();
+            Ok(file)
+        }
+
+        /// Makes spare mappings as far as the system allows it. All show the same part of the file, so that
+        /// the system cannot merge them.
+        fn keep_spare(&self) {
+            let mut spare = self.spare.lock();
+            while spare.len() < SPARE_MAPPINGS {
+                let (len, protection) = (to_usize(SPARE_BYTES), ProtFlags::empty());
+                // SAFETY: without a fixed address the system picks one that nobody uses.
+                let mapped =
+                    unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, &self.file, 0) };
+                let Ok(address) = mapped else { return };
+                spare.push(address.expose_provenance() as u64);
+            }
+        }
+
+        fn give_spare_up(&self) {
+            for address in self.spare.lock().drain(..) {
+                // SAFETY: the mapping is ours and nobody knows its address.
+                let outcome = unsafe { unmap("unmap", address, SPARE_BYTES) };
+                debug_assert!(outcome.is_ok(), "{outcome:?}");
+            }
+        }
+
+        /// Makes the file `bytes` long.
+        pub(in super::super) fn resize(&self, call: &'static str, bytes: u64) -> Result<()> {
+            ftruncate(&self.file, bytes).map_err(|errno| error(call, errno))
+        }
+
+        /// Gives the memory behind a part of the file back to the system; the part reads as zeros.
+        pub(in super::super) fn discard(
+            &self,
+            call: &'static str,
+            offset: u64,
+            bytes: u64,
+        ) -> Result<()> {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&self.file, flags, offset, bytes).map_err(|errno| error(call, errno))
+        }
+
+        /// Shows a part of the file at `address`.
+        ///
+        /// # Safety
+        /// `bytes` bytes at `address` are reserved by the caller and nothing touches them.
+        pub(in super::super) unsafe fn map(
+            &self,
+            call: &'static str,
+            address: u64,
+            offset: u64,
+            bytes: u64,
+        ) -> Result<()> {
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            let flags = MapFlags::SHARED | MapFlags::FIXED;
+            let (at, len) = (pointer(address), to_usize(bytes));
+            // SAFETY: the range that is replaced is the caller's own reservation.
+            let outcome = unsafe { mmap(at, len, protection, flags, &self.file, offset) };
+            outcome.map(drop).map_err(|errno| error(call, errno))
+        }
+
+        /// Makes a range of addresses empty again, still reserved.
+        ///
+        /// # Safety
+        /// `bytes` bytes at `address` are reserved by the caller and nothing touches them any more.
+        pub(in super::super) unsafe fn unmap(
+            &self,
+            call: &'static str,
+            address: u64,
+            bytes: u64,
+        ) -> Result<()> {
+            let empty = || {
+                let (at, len) = (pointer(address), to_usize(bytes));
+                let flags = UNCOMMITTED | MapFlags::FIXED;
+                // SAFETY: the range that is replaced is the caller's own reservation.
+                unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) }
+            };
+            let outcome = empty().or_else(|_| {
+                self.give_spare_up();
+                empty()
+            });
+            self.keep_spare();
+            outcome.map(drop).map_err(|errno| error(call, errno))
+        }
+    }
+
+    impl Drop for PageFile {
+        fn drop(&mut self) {
+            self.give_spare_up();
+        }
+    }
+}
+
+#[cfg(not(unix))]
+mod other_memory {
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
+
+    use super::{Result, refuse};
+    use crate::driver::host::config::ALLOCATION_GRANULARITY;
+    use crate::driver::host::errno::ENOMEM;
+    use crate::units::to_usize;
+
+    fn layout(call: &'static str, bytes: u64) -> Result<Layout> {
+        Layout::from_size_align(to_usize(bytes), to_usize(ALLOCATION_GRANULARITY))
+            .map_err(|_| refuse(call, ENOMEM, "more than there are addresses"))
+    }
+
+    /// Zeroed memory, aligned to 4 KiB.
+    pub(in super::super) fn allocate(call: &'static str, bytes: u64) -> Result<u64> {
+        let layout = layout(call, bytes)?;
+        // SAFETY: callers never ask for 0 bytes.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        if ptr.is_null() {
+            return Err(refuse(call, ENOMEM, "the system has no more memory"));
+        }
+        Ok(ptr.expose_provenance() as u64)
+    }
+
+    /// Gives back what [`allocate`] returned.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `address` came from [`allocate`] and nothing touches them any more.
+    pub(in super::super) unsafe fn free(
+        call: &'static str,
+        address: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let layout = layout(call, bytes)?;
+        // SAFETY: the block came from `alloc_zeroed` with the same layout.
+        unsafe {
+            dealloc(
+                std::ptr::with_exposed_provenance_mut(to_usize(address)),
+                layout,
+            )
+        }
+        Ok(())
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod other_file {
+    use super::{Result, refuse};
+    use crate::driver::host::errno::ENOTSUP;
+
+    /// Cannot be made here: one page at two addresses needs Linux.
+    #[derive(Debug)]
+    pub(in super::super) enum PageFile {}
+
+    impl PageFile {
+        pub(in super::super) fn new(call: &'static str, _name: &str) -> Result<Self> {
+            Err(refuse(call, ENOTSUP, "virtual memory needs Linux"))
+        }
+
+        pub(in super::super) fn resize(&self, _: &'static str, _: u64) -> Result<()> {
+            match *self {}
+        }
+
+        pub(in super::super) fn discard(&self, _: &'static str, _: u64, _: u64) -> Result<()> {
+            match *self {}
+        }
+
+        /// # Safety
+        /// None: there is no value to call it on.
+        pub(in super::super) unsafe fn map(
+            &self,
+            _: &'static str,
+            _: u64,
+            _: u64,
+            _: u64,
+        ) -> Result<()> {
+            match *self {}
+        }
+
+        /// # Safety
+        /// None: there is no value to call it on.
+        pub(in super::super) unsafe fn unmap(&self, _: &'static str, _: u64, _: u64) -> Result<()> {
+            match *self {}
+        }
+    }
+
+    pub(in super::super) fn reserve(call: &'static str, _: u64, _: u64) -> Result<u64> {
+        Err(refuse(call, ENOTSUP, "virtual memory needs Linux"))
+    }
+
+    /// # Safety
+    /// None: nothing is touched.
+    pub(in super::super) unsafe fn release(call: &'static str, _: u64, _: u64) -> Result<()> {
+        Err(refuse(call, ENOTSUP, "virtual memory needs Linux"))
+    }
+}

@@ -1,0 +1,157 @@
+//! An owned stream.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::{Device, Driver, Event, Graph, RawStream};
+use crate::error::Result;
+use crate::units::StreamId;
+
+/// A queue of work on one device. Cheap to clone; destroyed with its last clone, after which work already
+/// enqueued still runs.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    device: Device,
+    raw: RawStream,
+    id: StreamId,
+}
+
+impl Stream {
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let raw = device.driver().create_stream()?;
+        // Relaxed: the number only has to be unique.
+        let id = StreamId(NEXT.fetch_add(1, Ordering::Relaxed));
+        Ok(Self {
+            inner: Arc::new(Inner {
+                device: device.clone(),
+                raw,
+                id,
+            }),
+        })
+    }
+
+    /// The device whose work this stream holds.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.inner.device
+    }
+
+    /// The driver of the stream's device.
+    #[must_use]
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        self.inner.device.driver()
+    }
+
+    /// The driver's handle, valid while this stream lives.
+    #[must_use]
+    pub fn raw(&self) -> RawStream {
+        self.inner.raw
+    }
+
+    /// Identity of the stream, unique in the process.
+    #[must_use]
+    pub fn id(&self) -> StreamId {
+        self.inner.id
+    }
+
+    /// Whether this is the only handle of the stream: nobody else can give it work.
+    #[must_use]
+    pub fn is_last_handle(&self) -> bool {
+        Arc::strong_count(&self.inner) == 1
+    }
+
+    /// Blocks until all work enqueued so far has run.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if work of this stream failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver().synchronize_stream(self.raw())
+    }
+
+    /// Whether all work enqueued so far has run.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if work of this stream failed.
+    pub fn is_idle(&self) -> Result<bool> {
+        self.driver().query_stream(self.raw())
+    }
+
+    /// Marks the present end of the stream with a new event.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
+    pub fn record(&self) -> Result<Event> {
+        let event = Event::new(self.device())?;
+        event.record(self)?;
+        Ok(event)
+    }
+
+    /// Makes work enqueued from now on wait for the point that `event` marks now; the host does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.driver().stream_wait(self.raw(), event.raw())
+    }
+
+    /// Makes work enqueued from now on wait for everything enqueued on `other` so far.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
+    pub fn wait_for(&self, other: &Self) -> Result<()> {
+        if self.id() == other.id() {
+            return Ok(());
+        }
+        self.wait(&other.record()?)
+    }
+
+    /// Records the work that `enqueue` puts on this stream instead of running it.
+    ///
+    /// # Errors
+    /// What `enqueue` returns; [`Error::Driver`](crate::Error::Driver) if the capture was invalidated.
+    /// The capture is over in any case.
+    pub fn capture(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        self.driver().begin_capture(self.raw())?;
+        let guard = CaptureGuard { stream: self };
+        let outcome = enqueue();
+        std::mem::forget(guard);
+        let raw = self.driver().end_capture(self.raw());
+        match (outcome, raw) {
+            (Ok(()), Ok(raw)) => Ok(Graph::from_raw(self.device(), raw)),
+            (Err(error), raw) => {
+                // The graph of a failed capture is of no use; its error is the one to report.
+                if let Ok(raw) = raw {
+                    drop(Graph::from_raw(self.device(), raw));
+                }
+                Err(error)
+            }
+            (Ok(()), Err(error)) => Err(error),
+        }
+    }
+}
+
+/// Ends a capture whose closure panicked, so that the stream is usable again.
+struct CaptureGuard<'a> {
+    stream: &'a Stream,
+}
+
+impl Drop for CaptureGuard<'_> {
+    fn drop(&mut self) {
+        if let Ok(raw) = self.stream.driver().end_capture(self.stream.raw()) {
+            drop(Graph::from_raw(self.stream.device(), raw));
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // A driver that refuses to destroy a stream leaves nothing to be done about it.
+        let _ = self.device.driver().destroy_stream(self.raw);
+    }
+}
