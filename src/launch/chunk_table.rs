@@ -1,0 +1,411 @@
+//! Tables of chunks: any number of tensors, of any element types, as one launch.
+//!
+//! A *row* names the same elements of one tensor in up to [`MAX_COLUMNS`] places: a gradient alone, or a
+//! weight with its gradient and its optimizer state. A *chunk* is at most [`CHUNK_ELEMENTS`] of a row, the
+//! share of one thread block or rayon task. [`ChunkList`] is built on the host from spans and checked there;
+//! [`ChunkList::upload`] writes it to device memory as a [`ChunkTable`], which kernels read. Uploading takes
+//! one copy, so callers keep a table as long as its tensors stay where they are.
+//!
+//! Layout, in 64-bit words: length; offset of the chunk in its tensor, in elements; tensor index in the
+//! upper half and one 4-bit type code a column in the lower; then one address a column, 0 where the row
+//! has none.
+//!
+//! Invariants: the chunks of a list share no bytes (a kernel may write any of them), all lie on one stream,
+//! and none is empty.
+
+use crate::driver::{DevicePtr, Stream};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch::Span;
+use crate::units::{StreamId, to_usize};
+
+/// Most places in which one row can name its elements.
+pub(crate) const MAX_COLUMNS: usize = 5;
+
+/// Most elements of one chunk: enough that its bookkeeping does not show, few enough that one large tensor
+/// still feeds every core.
+pub(crate) const CHUNK_ELEMENTS: usize = 64 * 1024;
+
+const HEAD_WORDS: usize = 3;
+const TYPE_BITS: usize = 4;
+
+fn type_code(dtype: DType) -> u64 {
+    let place = DType::ALL.iter().position(|known| *known == dtype);
+    place.expect("ALL lists every element type") as u64
+}
+
+/// The host side of a table: its rows cut into chunks.
+#[derive(Debug)]
+pub(crate) struct ChunkList {
+    op: &'static str,
+    columns: usize,
+    tensors: usize,
+    elements: u64,
+    words: Vec<u64>,
+    spans: Vec<Span>,
+}
+
+impl ChunkList {
+    /// An empty list for rows of `columns` columns; `op` names its user in errors.
+    pub(crate) fn new(op: &'static str, columns: usize) -> Self {
+        assert!((1..=MAX_COLUMNS).contains(&columns), "{columns} columns");
+        Self {
+            op,
+            columns,
+            tensors: 0,
+            elements: 0,
+            words: Vec::new(),
+            spans: Vec::new(),
+        }
+    }
+
+    /// Removes all rows and keeps the memory. Rows pushed from now on belong to tensors `0..tensors`.
+    pub(crate) fn restart(&mut self, tensors: usize) {
+        self.tensors = tensors;
+        self.elements = 0;
+        self.words.clear();
+        self.spans.clear();
+    }
+
+    /// 64-bit words that the uploaded table takes.
+    pub(crate) fn device_words(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Adds all elements of tensor `tensor`, which lie in one run in each column.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the columns differ in length.
+    pub(crate) fn push(&mut self, tensor: usize, row: &[Option<Span>]) -> Result<()> {
+        self.push_run(tensor, 0, row)
+    }
+
+    /// Adds the elements of a strided tensor, of which `span` reaches from the first to the last: one run
+    /// if they fill it in any order, else one for each piece without gaps. For kernels that treat all
+    /// elements alike, so that their order does not matter.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if several indices name one element.
+    pub(crate) fn push_strided(
+        &mut self,
+        tensor: usize,
+        span: &Span,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<()> {
+        if shape.contains(&0) {
+            return Ok(());
+        }
+        let dims = merged_dims(shape, strides);
+        let (run, outer) = match dims.split_last() {
+            Some((&(size, 1), outer)) => (size, outer),
+            _ => (1, &dims[..]),
+        };
+        // Each dimension must step over everything inside it; with strides in descending order, this is
+        // what keeps two indices from naming one element.
+        let mut inside = run;
+        for &(size, stride) in outer.iter().rev() {
+            if stride < inside {
+                return Err(Error::argument(
+                    self.op,
+                    "a tensor names one element several times",
+                ));
+            }
+            inside += stride * (size - 1);
+        }
+        let mut index = vec![0; outer.len()];
+        loop {
+            let start: usize = index
+                .iter()
+                .zip(outer)
+                .map(|(i, (_, stride))| i * stride)
+                .sum();
+            self.push_run(tensor, start, &[Some(span.sub(start, run))])?;
+            let Some(dim) = (0..outer.len())
+                .rev()
+                .find(|&dim| index[dim] + 1 < outer[dim].0)
+            else {
+                return Ok(());
+            };
+            index[dim] += 1;
+            index[dim + 1..].fill(0);
+        }
+    }
+
+    fn push_run(&mut self, tensor: usize, offset: usize, row: &[Option<Span>]) -> Result<()> {
+        assert_eq!(row.len(), self.columns, "a row has one entry a column");
+        assert!(tensor < self.tensors, "tensor {tensor} of {}", self.tensors);
+        let mut present = row.iter().flatten();
+        let Some(len) = present.next().map(Span::len) else {
+            return Ok(());
+        };
+        present.try_for_each(|span| span.check_len(self.op, len))?;
+        let types = row.iter().enumerate().map(|(column, span)| {
+            span.map_or(0, |span| type_code(span.dtype()) << (column * TYPE_BITS))
+        });
+        let types = types.fold((tensor as u64) << 32, |word, code| word | code);
+        for start in (0..len).step_by(CHUNK_ELEMENTS) {
+            let chunk = CHUNK_ELEMENTS.min(len - start);
+            self.words
+                .extend([chunk as u64, (offset + start) as u64, types]);
+            let address =
+                |span: &Option<Span>| span.map_or(0, |span| span.sub(start, chunk).ptr().0);
+            self.words.extend(row.iter().map(address));
+        }
+        if len > 0 {
+            self.elements += len as u64;
+            self.spans.extend(row.iter().flatten());
+        }
+        Ok(())
+    }
+
+    /// Writes the list to `words`, device memory of at least [`device_words`](Self::device_words) elements
+    /// of type f64 (the
+    /// 64-bit type that tensors have; only the bits count), in order with `stream`. The table holds for kernels enqueued until `words` is next
+    /// written, which only this method may do.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if a row lives on another stream, or two rows share bytes.
+    pub(crate) fn upload(&mut self, stream: &Stream, words: &Span) -> Result<ChunkTable> {
+        words.check_stream(self.op, stream)?;
+        words.check_dtype(self.op, DType::F64)?;
+        for span in &self.spans {
+            span.check_stream(self.op, stream)?;
+        }
+        self.check_disjoint()?;
+        if !self.words.is_empty() {
+            let words = words.sub(0, self.device_words());
+            let bytes = bytemuck::cast_slice(&self.words);
+            // SAFETY: `words` is live on `stream` and as long as `bytes` (`sub` above); kernels that read
+            // an earlier table run before the copy, in stream order.
+            unsafe {
+                stream
+                    .driver()
+                    .copy_from_host(words.ptr(), bytes, stream.raw())
+            }?;
+        }
+        Ok(self.table(words, stream.id()))
+    }
+
+    fn table(&self, words: &Span, stream: StreamId) -> ChunkTable {
+        ChunkTable {
+            words: words.sub(0, self.device_words()),
+            stream,
+            columns: self.columns,
+            tensors: self.tensors,
+            elements: self.elements,
+        }
+    }
+
+    fn check_disjoint(&mut self) -> Result<()> {
+        self.spans.sort_unstable_by_key(Span::ptr);
+        for pair in self.spans.windows(2) {
+            pair[1]
+                .check_disjoint("parameters and gradients", &pair[0])
+                .map_err(|_| Error::argument(self.op, "two tensors of the list share memory"))?;
+        }
+        Ok(())
+    }
+
+    /// The table in host memory, for tests that run a twin without a device.
+    #[cfg(test)]
+    pub(crate) fn host_table(&self) -> ChunkTable {
+        let len = self.device_words();
+        let ptr = DevicePtr(self.words.as_ptr() as u64);
+        // SAFETY: the words live in this list, which the test keeps unchanged while it uses the table.
+        let words = unsafe { Span::new(ptr, len, DType::F64, StreamId(0)) };
+        self.table(&words, StreamId(0))
+    }
+}
+
+/// Dimensions as (size, stride), largest stride first, without those of size 1, and with neighbours joined
+/// that step as one.
+fn merged_dims(shape: &[usize], strides: &[usize]) -> Vec<(usize, usize)> {
+    let pairs = shape.iter().copied().zip(strides.iter().copied());
+    let mut dims: Vec<_> = pairs.filter(|(size, _)| *size > 1).collect();
+    dims.sort_by_key(|&(_, stride)| std::cmp::Reverse(stride));
+    let mut merged: Vec<(usize, usize)> = Vec::with_capacity(dims.len());
+    for (size, stride) in dims {
+        match merged.last_mut() {
+            Some(last) if last.1 == size * stride => *last = (last.0 * size, stride),
+            _ => merged.push((size, stride)),
+        }
+    }
+    merged
+}
+
+/// A table in device memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChunkTable {
+    words: Span,
+    stream: StreamId,
+    columns: usize,
+    tensors: usize,
+    elements: u64,
+}
+
+impl ChunkTable {
+    /// Columns of every row.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Tensors that rows may belong to; some may have no row.
+    pub(crate) fn tensors(&self) -> usize {
+        self.tensors
+    }
+
+    /// Elements of all rows.
+    pub(crate) fn elements(&self) -> u64 {
+        self.elements
+    }
+
+    /// Refuses a table of another stream, or with another number of columns.
+    pub(crate) fn check(&self, op: &'static str, stream: &Stream, columns: usize) -> Result<()> {
+        assert_eq!(self.columns, columns, "{op} takes {columns} columns");
+        self.words.check_stream(op, stream)
+    }
+
+    /// The chunks, for a twin.
+    ///
+    /// # Safety
+    /// As [`Span::slice`].
+    pub(crate) unsafe fn chunks<'a>(&self) -> impl Iterator<Item = Chunk<'a>> + use<'a> {
+        // SAFETY: `upload` filled these words, and the caller promises that nothing writes them.
+        let words: &'a [f64] = unsafe { self.words.slice() };
+        let (stream, columns) = (self.stream, self.columns);
+        bytemuck::cast_slice::<f64, u64>(words)
+            .chunks_exact(HEAD_WORDS + columns)
+            .map(move |words| Chunk { words, stream })
+    }
+}
+
+/// One chunk of a table, as a twin sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunk<'a> {
+    words: &'a [u64],
+    stream: StreamId,
+}
+
+impl Chunk<'_> {
+    pub(crate) fn len(&self) -> usize {
+        to_usize(self.words[0])
+    }
+
+    /// Elements of the tensor before this chunk, in memory order.
+    pub(crate) fn offset(&self) -> u64 {
+        self.words[1]
+    }
+
+    pub(crate) fn tensor(&self) -> usize {
+        to_usize(self.words[2] >> 32)
+    }
+
+    /// The elements in one column, or `None` if the row has none there.
+    ///
+    /// # Safety
+    /// The table's rows are live: called from a kernel's `run`, in order of the table's stream.
+    pub(crate) unsafe fn column(&self, column: usize) -> Option<Span> {
+        let ptr = DevicePtr(self.words[HEAD_WORDS + column]);
+        let code = (self.words[2] >> (column * TYPE_BITS)) & ((1 << TYPE_BITS) - 1);
+        let dtype = DType::ALL[to_usize(code)];
+        // SAFETY: address, length and type are those of a span that `ChunkList` was given, cut down.
+        (ptr.0 != 0).then(|| unsafe { Span::new(ptr, self.len(), dtype, self.stream) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(ptr: u64, len: usize) -> Span {
+        // SAFETY: the tests below never read through it.
+        unsafe { Span::new(DevicePtr(ptr), len, DType::F32, StreamId(0)) }
+    }
+
+    /// (tensor, offset, length, bytes from address 4096) of every chunk of a strided tensor.
+    fn strided(shape: &[usize], strides: &[usize], reach: usize) -> Result<Vec<(u64, usize, u64)>> {
+        let mut list = ChunkList::new("test", 1);
+        list.restart(1);
+        list.push_strided(0, &span(4096, reach), shape, strides)?;
+        let table = list.host_table();
+        // SAFETY: the words are in `list`; the addresses in them are not followed.
+        let chunks = unsafe { table.chunks() };
+        // SAFETY: as above.
+        let address = |chunk: &Chunk<'_>| unsafe { chunk.column(0) }.unwrap().ptr().0 - 4096;
+        Ok(chunks
+            .map(|chunk| (chunk.offset(), chunk.len(), address(&chunk)))
+            .collect())
+    }
+
+    #[test]
+    fn a_long_tensor_is_cut_and_reassembles() {
+        let len = 2 * CHUNK_ELEMENTS + 7;
+        let mut list = ChunkList::new("test", 2);
+        list.restart(9);
+        list.push(8, &[Some(span(1 << 20, len)), None]).unwrap();
+        let table = list.host_table();
+        assert_eq!(table.elements(), len as u64);
+        // SAFETY: the words are in `list`; the addresses in them are not followed.
+        let chunks: Vec<_> = unsafe { table.chunks() }.collect();
+        assert_eq!(chunks.len(), 3);
+        let mut next = 0;
+        for chunk in chunks {
+            assert_eq!((chunk.tensor(), chunk.offset()), (8, next));
+            // SAFETY: the span is not read.
+            let first = unsafe { chunk.column(0) }.unwrap();
+            // SAFETY: as above.
+            let second = unsafe { chunk.column(1) };
+            assert_eq!(
+                (first.ptr().0, first.dtype()),
+                ((1 << 20) + next * 4, DType::F32)
+            );
+            assert_eq!(second, None);
+            next += chunk.len() as u64;
+        }
+        assert_eq!(next, len as u64);
+    }
+
+    #[test]
+    fn permuted_dense_tensors_are_one_chunk() {
+        for strides in [[12, 4, 1], [1, 2, 6], [4, 8, 1]] {
+            assert_eq!(
+                strided(&[2, 3, 4], &strides, 24).unwrap(),
+                [(0, 24, 0)],
+                "{strides:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn slices_become_runs_and_gaps_stay_out() {
+        // [3, 2] out of [3, 5]: rows of two, five apart.
+        let rows = [(0, 2, 0), (5, 2, 20), (10, 2, 40)];
+        assert_eq!(strided(&[3, 2], &[5, 1], 12).unwrap(), rows);
+        assert_eq!(strided(&[2, 3], &[1, 5], 12).unwrap(), rows);
+        // Every other element: runs of one.
+        assert_eq!(
+            strided(&[3], &[2], 5).unwrap(),
+            [(0, 1, 0), (2, 1, 8), (4, 1, 16)]
+        );
+        assert_eq!(strided(&[], &[], 1).unwrap(), [(0, 1, 0)]);
+        assert_eq!(strided(&[4, 0], &[1, 1], 0).unwrap(), []);
+    }
+
+    #[test]
+    fn an_element_named_twice_is_refused() {
+        assert!(strided(&[3, 4], &[0, 1], 4).is_err());
+        assert!(strided(&[3, 4], &[2, 1], 8).is_err());
+    }
+
+    #[test]
+    fn rows_that_share_memory_are_refused() {
+        let mut list = ChunkList::new("test", 1);
+        list.restart(2);
+        list.push(0, &[Some(span(4096, 10))]).unwrap();
+        list.push(1, &[Some(span(4096 + 40, 10))]).unwrap();
+        assert!(list.check_disjoint().is_ok());
+        list.push(1, &[Some(span(4096 + 76, 10))]).unwrap();
+        assert!(list.check_disjoint().is_err());
+    }
+}

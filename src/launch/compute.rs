@@ -1,0 +1,271 @@
+//! Working through spans a chunk at a time, in a type wide enough to compute in.
+//!
+//! A twin reads a chunk of each operand into a small buffer of its *compute type* (f32, or f64 as soon as
+//! an operand is f64), works there in plain loops that the compiler vectorizes, and writes the result with
+//! one rounding. The element type is looked at once a chunk, so a twin is compiled for two types, not for
+//! every combination of sixteen. A chunk is read to its end before any of it is written: an output may
+//! therefore be one of the inputs.
+//!
+//! Chunks start at multiples of [`CHUNK`] whatever the number of threads, so that results do not depend
+//! on it. Must not know: which operation is computed.
+
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use super::{PARALLEL_MIN, Span};
+use crate::driver::Stream;
+use crate::dtype::{DType, Element, bf16, f16};
+use crate::error::{Error, Result};
+
+/// Elements of a chunk: with three f64 buffers 24 KiB, which leaves room in a 32 KiB first-level cache.
+pub(super) const CHUNK: usize = 1024;
+
+/// Runs `$body` with `$type` standing for the element type that `$dtype` names.
+///
+/// In `$body` the type is a concrete one, whose own methods come before those of [`Element`]: `half` has a
+/// `from_f64` that rounds twice. Write `<$type as Element>::from_f64`, or call a generic function.
+macro_rules! with_element {
+    ($dtype:expr, $type:ident => $body:expr) => {
+        match $dtype {
+            $crate::dtype::DType::F16 => {
+                type $type = $crate::dtype::f16;
+                $body
+            }
+            $crate::dtype::DType::Bf16 => {
+                type $type = $crate::dtype::bf16;
+                $body
+            }
+            $crate::dtype::DType::F32 => {
+                type $type = f32;
+                $body
+            }
+            $crate::dtype::DType::F64 => {
+                type $type = f64;
+                $body
+            }
+            $crate::dtype::DType::U32 => {
+                type $type = u32;
+                $body
+            }
+        }
+    };
+}
+
+/// Runs `$body` with `$type` standing for the compute type of the spans listed.
+macro_rules! with_compute {
+    ([$($span:expr),+], $type:ident => $body:expr) => {
+        if [$($span.dtype()),+].contains(&$crate::dtype::DType::F64) {
+            type $type = f64;
+            $body
+        } else {
+            type $type = f32;
+            $body
+        }
+    };
+}
+
+/// The entry point `<op>_<dtype>`.
+macro_rules! entry_name {
+    ($op:literal, $dtype:expr) => {
+        match $dtype {
+            $crate::dtype::DType::F16 => concat!($op, "_f16"),
+            $crate::dtype::DType::Bf16 => concat!($op, "_bf16"),
+            $crate::dtype::DType::F32 => concat!($op, "_f32"),
+            $crate::dtype::DType::F64 => concat!($op, "_f64"),
+            $crate::dtype::DType::U32 => concat!($op, "_u32"),
+        }
+    };
+}
+
+pub(super) use {entry_name, with_compute, with_element};
+
+/// A type that twins compute in: f32 or f64.
+pub(super) trait Compute:
+    Element
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+{
+}
+
+impl Compute for f32 {}
+impl Compute for f64 {}
+
+/// `dst[i] = src[i]`, rounded once, to nearest, ties to even.
+pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
+    use DType::{Bf16, F16, F32, F64};
+    // The casts of slices only give the compiler names for types that the match has already fixed.
+    match (S::DTYPE, D::DTYPE) {
+        (from, to) if from == to => dst.copy_from_slice(bytemuck::cast_slice(src)),
+        (F16, F32) => {
+            bytemuck::cast_slice::<S, f16>(src).convert_to_f32_slice(bytemuck::cast_slice_mut(dst));
+        }
+        (F32, F16) => {
+            bytemuck::cast_slice_mut::<D, f16>(dst)
+                .convert_from_f32_slice(bytemuck::cast_slice(src));
+        }
+        (F64, _) | (_, F64) => {
+            for (to, from) in dst.iter_mut().zip(src) {
+                *to = D::from_f64(from.to_f64());
+            }
+        }
+        (Bf16, F32) => {
+            let dst: &mut [f32] = bytemuck::cast_slice_mut(dst);
+            for (to, from) in dst.iter_mut().zip(bytemuck::cast_slice::<S, bf16>(src)) {
+                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+            }
+        }
+        (F32, Bf16) => {
+            let dst: &mut [bf16] = bytemuck::cast_slice_mut(dst);
+            for (to, from) in dst.iter_mut().zip(bytemuck::cast_slice::<S, f32>(src)) {
+                *to = bf16_nearest(*from);
+            }
+        }
+        _ => {
+            for (to, from) in dst.iter_mut().zip(src) {
+                *to = D::from_f32(from.to_f32());
+            }
+        }
+    }
+}
+
+/// `value` rounded to nearest, ties to even, without a branch: `half`'s own has one and stays scalar.
+#[inline]
+fn bf16_nearest(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    // Half a unit in the last place, less one bit for an even result, carries into the upper half.
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    // Rounding could carry a NaN into infinity: keep its upper half and make it quiet.
+    let quiet = (bits >> 16) | 0x40;
+    let kept = if value.is_nan() { quiet } else { rounded };
+    #[expect(clippy::cast_possible_truncation, reason = "both have 16 bits left")]
+    bf16::from_bits(kept as u16)
+}
+
+/// Elements `start..` of `span`, as many as `into` holds, in the compute type.
+///
+/// # Safety
+/// As [`Span::slice`], for these elements, while the call lasts.
+pub(super) unsafe fn load<C: Compute>(span: &Span, start: usize, into: &mut [C]) {
+    let part = span.sub(start, into.len());
+    with_element!(part.dtype(), T => {
+        // SAFETY: the caller promises what `slice` asks for; the slice dies with this call.
+        let src = unsafe { part.slice::<T>() };
+        convert(src, into);
+    });
+}
+
+/// Writes `values` to elements `start..` of `span`, rounded once.
+///
+/// # Safety
+/// As [`Span::slice_mut`], for these elements, while the call lasts.
+pub(super) unsafe fn store<C: Compute>(span: &Span, start: usize, values: &[C]) {
+    let part = span.sub(start, values.len());
+    with_element!(part.dtype(), T => {
+        // SAFETY: the caller promises what `slice_mut` asks for; the slice dies with this call.
+        let dst = unsafe { part.slice_mut::<T>() };
+        convert(values, dst);
+    });
+}
+
+/// Calls `body(start, len)` for every chunk of `0..len`, on several threads if there is enough to do.
+pub(super) fn for_chunks(len: usize, body: impl Fn(usize, usize) + Sync) {
+    let chunk = |idx: usize| body(idx * CHUNK, CHUNK.min(len - idx * CHUNK));
+    let chunks = 0..len.div_ceil(CHUNK);
+    if len < PARALLEL_MIN {
+        chunks.for_each(chunk);
+    } else {
+        chunks
+            .into_par_iter()
+            .with_min_len(PARALLEL_MIN / CHUNK)
+            .for_each(chunk);
+    }
+}
+
+/// `out[i] = f(x[i])`; `out` may be `x`.
+///
+/// # Safety
+/// As [`Kernel::run`](crate::driver::Kernel::run), for both spans.
+pub(super) unsafe fn map<C: Compute>(x: &Span, out: &Span, f: impl Fn(C) -> C + Sync) {
+    for_chunks(out.len(), |start, len| {
+        let mut buffer = [C::default(); CHUNK];
+        let values = &mut buffer[..len];
+        // SAFETY: nobody writes these elements of `x` now: the caller keeps others away, and of `out` only
+        // this chunk, which is the same elements, is written by this thread.
+        unsafe { load(x, start, values) };
+        for value in values.iter_mut() {
+            *value = f(*value);
+        }
+        // SAFETY: chunks are disjoint, so this thread alone touches these elements of `out`.
+        unsafe { store(out, start, values) };
+    });
+}
+
+/// `out[i] = f(a[i], b[i])`; `out` may be `a` or `b`.
+///
+/// # Safety
+/// As [`Kernel::run`](crate::driver::Kernel::run), for the three spans.
+pub(super) unsafe fn map2<C: Compute>(
+    a: &Span,
+    b: &Span,
+    out: &Span,
+    f: impl Fn(C, C) -> C + Sync,
+) {
+    for_chunks(out.len(), |start, len| {
+        let mut left = [C::default(); CHUNK];
+        let mut right = [C::default(); CHUNK];
+        let (left, right) = (&mut left[..len], &mut right[..len]);
+        // SAFETY: as in `map`.
+        unsafe { load(a, start, left) };
+        // SAFETY: as in `map`.
+        unsafe { load(b, start, right) };
+        for (x, y) in left.iter_mut().zip(right.iter()) {
+            *x = f(*x, *y);
+        }
+        // SAFETY: as in `map`.
+        unsafe { store(out, start, left) };
+    });
+}
+
+/// The only element of a one-element span.
+///
+/// # Safety
+/// As [`Span::slice`], while the call lasts.
+pub(super) unsafe fn load_scalar<C: Compute>(span: &Span) -> C {
+    let mut value = [C::default()];
+    // SAFETY: the caller promises what `load` asks for.
+    unsafe { load(span, 0, &mut value) };
+    value[0]
+}
+
+/// Refuses operands of another stream.
+pub(super) fn check_streams(op: &'static str, stream: &Stream, spans: &[&Span]) -> Result<()> {
+    spans
+        .iter()
+        .try_for_each(|span| span.check_stream(op, stream))
+}
+
+/// Refuses operands that are not floating-point numbers.
+pub(super) fn check_floats(op: &'static str, spans: &[&Span]) -> Result<()> {
+    match spans.iter().find(|span| !span.dtype().is_float()) {
+        Some(span) => Err(Error::UnsupportedDtype {
+            op,
+            dtype: span.dtype(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The type that sums over elements of `dtype` are given in: f64 for f64, f32 for the narrower.
+#[must_use]
+pub const fn sum_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}

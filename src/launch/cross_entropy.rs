@@ -1,0 +1,257 @@
+//! Softmax and cross entropy in one: the loss of a classifier and its gradient.
+//!
+//! With `p[r, c] = e^(x[r, c] - m) / Σ e^(x[r, ·] - m)` and `m` the largest logit of the row:
+//! - forward: `loss[0]` = the mean over the rows of `-ln p[r, label[r]]`, and `p` itself;
+//! - backward: `grad[r, c] = (p[r, c] - [c = label[r]]) · seed[0] / rows`.
+//!
+//! Logits of any float type; `loss` and `p` are f32, or f64 for f64 logits, and so is the computation.
+//! `seed` is the gradient that arrives at the loss, read on the device: a loss scale multiplies it. The
+//! gradient is rounded once into its own type, where it may overflow: that is what a loss scaler watches
+//! for, so nothing is clamped.
+//!
+//! A label that is no column cannot be refused without waiting for the device. It makes the loss, and the
+//! gradient of its row, NaN. So does a row with a NaN or +∞, or with nothing but -∞. The loss of no rows
+//! is NaN.
+
+use rayon::prelude::*;
+
+use super::Span;
+use super::compute::{
+    check_floats, check_streams, entry_name, load, load_scalar, store, sum_dtype, with_compute,
+};
+use super::reduce::sum_in_lanes;
+use super::special::Special;
+use crate::driver::{Kernel, Stream};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::units::to_usize;
+
+/// Enqueues the loss and the probabilities of `logits`, whose rows are as many as there are `labels`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for lengths or types that do not fit (`labels` are u32, `loss` and
+/// `probabilities` what [`sum_dtype`] gives), for operands of another stream, or that overlap
+/// (`probabilities` may be `logits`); [`Error::UnsupportedDtype`] for logits of u32.
+pub fn cross_entropy(
+    stream: &Stream,
+    logits: &Span,
+    labels: &Span,
+    loss: &Span,
+    probabilities: &Span,
+) -> Result<()> {
+    const OP: &str = "cross_entropy";
+    check_streams(OP, stream, &[logits, labels, loss, probabilities])?;
+    check_floats(OP, &[logits])?;
+    let columns = check_rows(OP, logits, labels)?;
+    loss.check_len(OP, 1)?;
+    probabilities.check_len(OP, logits.len())?;
+    probabilities.check_in_place_or_disjoint(OP, logits)?;
+    for out in [loss, probabilities] {
+        out.check_dtype(OP, sum_dtype(logits.dtype()))?;
+        out.check_disjoint(OP, labels)?;
+    }
+    loss.check_disjoint(OP, logits)?;
+    loss.check_disjoint(OP, probabilities)?;
+    let kernel = CrossEntropy {
+        logits: *logits,
+        labels: *labels,
+        loss: *loss,
+        probabilities: *probabilities,
+        columns,
+    };
+    super::enqueue(stream, kernel)
+}
+
+/// Enqueues the gradient of the loss by its logits, from the probabilities that the forward pass gave and
+/// the gradient that arrives at the loss (`seed`, one f32).
+///
+/// # Errors
+/// As [`cross_entropy`]; `grad_logits` may be `probabilities` and is any float.
+pub fn cross_entropy_backward(
+    stream: &Stream,
+    probabilities: &Span,
+    labels: &Span,
+    seed: &Span,
+    grad_logits: &Span,
+) -> Result<()> {
+    const OP: &str = "cross_entropy_backward";
+    check_streams(OP, stream, &[probabilities, labels, seed, grad_logits])?;
+    check_floats(OP, &[probabilities, grad_logits])?;
+    let columns = check_rows(OP, probabilities, labels)?;
+    seed.check_len(OP, 1)?;
+    seed.check_dtype(OP, DType::F32)?;
+    grad_logits.check_len(OP, probabilities.len())?;
+    grad_logits.check_in_place_or_disjoint(OP, probabilities)?;
+    if grad_logits.is_empty() {
+        return Ok(());
+    }
+    grad_logits.check_disjoint(OP, labels)?;
+    grad_logits.check_disjoint(OP, seed)?;
+    let kernel = Backward {
+        probabilities: *probabilities,
+        labels: *labels,
+        seed: *seed,
+        grad_logits: *grad_logits,
+        columns,
+    };
+    super::enqueue(stream, kernel)
+}
+
+/// The number of columns, if `x` has as many rows as there are labels, each with at least one column.
+fn check_rows(op: &'static str, x: &Span, labels: &Span) -> Result<usize> {
+    labels.check_dtype(op, DType::U32)?;
+    let columns = x.len().checked_div(labels.len()).unwrap_or(0);
+    if columns * labels.len() == x.len() && (columns > 0 || labels.is_empty()) {
+        return Ok(columns);
+    }
+    Err(Error::argument(
+        op,
+        format!(
+            "{} elements do not make a row for each of {} labels",
+            x.len(),
+            labels.len()
+        ),
+    ))
+}
+
+#[derive(Debug)]
+struct CrossEntropy {
+    logits: Span,
+    labels: Span,
+    loss: Span,
+    probabilities: Span,
+    columns: usize,
+}
+
+impl CrossEntropy {
+    /// # Safety
+    /// As [`Kernel::run`].
+    unsafe fn run_in<C: Special>(&self) {
+        // SAFETY: the caller promises that nothing writes the labels.
+        let labels = unsafe { self.labels.slice::<u32>() };
+        let losses: Vec<f64> = labels
+            .par_iter()
+            .with_min_len(rows_at_once(self.columns))
+            .enumerate()
+            .map_init(
+                || vec![C::default(); self.columns],
+                |row_values, (row, label)| {
+                    let start = row * self.columns;
+                    // SAFETY: the caller keeps others away, and rows are disjoint.
+                    unsafe { load(&self.logits, start, row_values) };
+                    let loss = softmax(row_values, to_usize(u64::from(*label)));
+                    // SAFETY: as above.
+                    unsafe { store(&self.probabilities, start, row_values) };
+                    loss
+                },
+            )
+            .collect();
+        #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
+        let mean = sum_in_lanes(&losses) / losses.len() as f64;
+        // SAFETY: the caller promises exclusive access to the loss.
+        unsafe { store(&self.loss, 0, &[mean]) };
+    }
+}
+
+/// Rows that are worth a thread.
+fn rows_at_once(columns: usize) -> usize {
+    // An exponential costs about as much as eight additions.
+    (super::PARALLEL_MIN / 8).div_ceil(columns.max(1))
+}
+
+/// Replaces logits by probabilities and returns the loss for `label`, NaN if there is no such column.
+fn softmax<C: Special>(row: &mut [C], label: usize) -> f64 {
+    let chosen = row.get(label).map_or(f64::NAN, |logit| logit.to_f64());
+    // A NaN does not compare, and may be passed over here; its exponential is not.
+    let largest = row
+        .iter()
+        .copied()
+        .fold(row[0], |a, b| if b > a { b } else { a });
+    for value in row.iter_mut() {
+        *value = (*value - largest).exp();
+    }
+    let sum = sum_in_lanes(row);
+    let divisor = C::from_f64(sum);
+    for value in row.iter_mut() {
+        *value = *value / divisor;
+    }
+    sum.ln() - (chosen - largest.to_f64())
+}
+
+impl Kernel for CrossEntropy {
+    fn entry(&self) -> &'static str {
+        entry_name!("cross_entropy", self.logits.dtype())
+    }
+
+    fn elements(&self) -> u64 {
+        self.logits.len() as u64
+    }
+
+    unsafe fn run(&self) {
+        with_compute!([self.logits], C => {
+            // SAFETY: the caller promises the same.
+            unsafe { self.run_in::<C>() }
+        });
+    }
+}
+
+#[derive(Debug)]
+struct Backward {
+    probabilities: Span,
+    labels: Span,
+    seed: Span,
+    grad_logits: Span,
+    columns: usize,
+}
+
+impl Backward {
+    /// # Safety
+    /// As [`Kernel::run`].
+    unsafe fn run_in<C: Special>(&self) {
+        // SAFETY: the caller promises that nothing writes the labels.
+        let labels = unsafe { self.labels.slice::<u32>() };
+        // SAFETY: the caller promises that nothing writes the seed.
+        let seed = unsafe { load_scalar::<f64>(&self.seed) };
+        #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
+        let factor = C::from_f64(seed / labels.len() as f64);
+        let row = |values: &mut Vec<C>, (row, label): (usize, &u32)| {
+            let start = row * self.columns;
+            // SAFETY: the caller keeps others away, and rows are disjoint.
+            unsafe { load(&self.probabilities, start, values) };
+            match values.get_mut(to_usize(u64::from(*label))) {
+                Some(chosen) => *chosen = *chosen - C::from_f64(1.0),
+                None => values.fill(C::from_f64(f64::NAN)),
+            }
+            for value in values.iter_mut() {
+                *value = *value * factor;
+            }
+            // SAFETY: as above.
+            unsafe { store(&self.grad_logits, start, values) };
+        };
+        labels
+            .par_iter()
+            .with_min_len(rows_at_once(self.columns))
+            .enumerate()
+            .for_each_init(|| vec![C::default(); self.columns], row);
+    }
+}
+
+impl Kernel for Backward {
+    fn entry(&self) -> &'static str {
+        entry_name!("cross_entropy_backward", self.grad_logits.dtype())
+    }
+
+    fn elements(&self) -> u64 {
+        self.grad_logits.len() as u64
+    }
+
+    unsafe fn run(&self) {
+        with_compute!([self.probabilities, self.grad_logits], C => {
+            // SAFETY: the caller promises the same.
+            unsafe { self.run_in::<C>() }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

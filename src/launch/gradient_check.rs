@@ -1,0 +1,323 @@
+//! One pass over all gradients: are they finite, how many are not, and how large are they.
+//!
+//! ```text
+//! r      = g · inv_scale         in f32 (f64 for f64 gradients); inv_scale = 1 leaves g as it is
+//! flag   = flag OR any r (or g) is infinite or NaN
+//! stats  = per tensor: Σ r² (or Σ |r|, or max |r|) in f64; how many r are infinite, how many NaN,
+//!          and the place of the first that is either
+//! ```
+//!
+//! [`check`] only reads. [`unscale`] also writes r over g, rounded once to nearest, and judges what it
+//! wrote: a scale below 1 can overflow f16 there. Infinities and NaN stay in place, and so does the sign of
+//! zero. The flag is never cleared here.
+//!
+//! Numeric notes. Squares of f32 values and the sum of 2⁶⁴ of them fit f64, so for 16-bit and f32
+//! gradients the sum is finite exactly if every element is: the sum *is* the test, and blocks that pass it
+//! are looked at no further. For f64 gradients a sum that overflowed only causes a closer look. Sums are
+//! taken in a fixed order that does not depend on the number of threads.
+//!
+//! Twin: [`GradientCheck`], for both.
+
+use rayon::prelude::*;
+
+use crate::driver::{Kernel, Stream};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch::chunk_table::{Chunk, ChunkTable};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::{PARALLEL_MIN, Span, enqueue};
+
+/// 32-bit words of one tensor's counts.
+pub(crate) const COUNT_WORDS: usize = 4;
+
+/// Stands for "no offending element" in the last two count words.
+pub(crate) const NO_INDEX: u64 = u64::MAX;
+
+/// Which norm of a gradient the statistics are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// Sum of magnitudes.
+    L1,
+    /// Square root of the sum of squares.
+    L2,
+    /// Largest magnitude.
+    Max,
+}
+
+/// Where a check writes what it found about each tensor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GradientStats {
+    /// f64, one a tensor: sum of squares, sum of magnitudes, or largest magnitude.
+    pub(crate) norms: Span,
+    /// u32, [`COUNT_WORDS`] a tensor: infinite, NaN, place of the first (low, high word; [`NO_INDEX`]).
+    /// Counts stop at the largest u32.
+    pub(crate) counts: Span,
+}
+
+/// Reads every gradient of `table` (one column), multiplied by `inv_scale` if there is one. Sets
+/// `found_inf` (f32) to 1 if a product or a gradient is not finite, and all of `stats`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
+pub(crate) fn check(
+    stream: &Stream,
+    table: &ChunkTable,
+    inv_scale: Option<&Span>,
+    found_inf: &Span,
+    stats: &GradientStats,
+    kind: NormKind,
+) -> Result<()> {
+    let inv_scale = inv_scale.copied();
+    let kernel = GradientCheck {
+        table: *table,
+        inv_scale,
+        found_inf: *found_inf,
+        stats: *stats,
+        kind,
+        write: false,
+    };
+    kernel.check_operands("check", stream)?;
+    enqueue(stream, kernel)
+}
+
+/// As [`check`] with the L2 norm, and replaces every gradient by its product with `inv_scale`.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) fn unscale(
+    stream: &Stream,
+    table: &ChunkTable,
+    inv_scale: &Span,
+    found_inf: &Span,
+    stats: &GradientStats,
+) -> Result<()> {
+    let (inv_scale, kind) = (Some(*inv_scale), NormKind::L2);
+    let kernel = GradientCheck {
+        table: *table,
+        inv_scale,
+        found_inf: *found_inf,
+        stats: *stats,
+        kind,
+        write: true,
+    };
+    kernel.check_operands("unscale", stream)?;
+    enqueue(stream, kernel)
+}
+
+#[derive(Debug)]
+struct GradientCheck {
+    table: ChunkTable,
+    inv_scale: Option<Span>,
+    found_inf: Span,
+    stats: GradientStats,
+    kind: NormKind,
+    write: bool,
+}
+
+/// What one chunk, or one tensor, adds to the statistics.
+#[derive(Clone, Copy, Debug)]
+struct Partial {
+    norm: f64,
+    inf: u64,
+    nan: u64,
+    first: u64,
+}
+
+impl Partial {
+    const NONE: Self = Self {
+        norm: 0.0,
+        inf: 0,
+        nan: 0,
+        first: NO_INDEX,
+    };
+
+    fn add(&mut self, other: Self, kind: NormKind) {
+        self.norm = match kind {
+            NormKind::L1 | NormKind::L2 => self.norm + other.norm,
+            // Unlike `f64::max`, NaN wins.
+            NormKind::Max if other.norm > self.norm || other.norm.is_nan() => other.norm,
+            NormKind::Max => self.norm,
+        };
+        self.inf += other.inf;
+        self.nan += other.nan;
+        self.first = self.first.min(other.first);
+    }
+}
+
+impl GradientCheck {
+    fn check_operands(&self, op: &'static str, stream: &Stream) -> Result<()> {
+        self.table.check(op, stream, 1)?;
+        let tensors = self.table.tensors();
+        for (span, dtype, len) in [
+            (Some(&self.found_inf), DType::F32, 1),
+            (self.inv_scale.as_ref(), DType::F32, 1),
+            (Some(&self.stats.norms), DType::F64, tensors),
+            (Some(&self.stats.counts), DType::U32, tensors * COUNT_WORDS),
+        ] {
+            let Some(span) = span else { continue };
+            span.check_stream(op, stream)?;
+            span.check_dtype(op, dtype)?;
+            span.check_len(op, len)?;
+        }
+        Ok(())
+    }
+
+    fn chunk(&self, chunk: &Chunk<'_>, inv: f32) -> Partial {
+        // SAFETY: called from `run`.
+        let span = unsafe { chunk.column(0) }.expect("a gradient table has its one column filled");
+        if span.dtype() == DType::F64 {
+            self.chunk_in::<f64>(chunk, span, f64::from(inv))
+        } else {
+            self.chunk_in::<f32>(chunk, span, inv)
+        }
+    }
+
+    fn chunk_in<C: Compute>(&self, chunk: &Chunk<'_>, span: Span, inv: C) -> Partial {
+        let multiply = inv != C::from_f32(1.0);
+        let mut total = Partial::NONE;
+        let mut scratch = [C::default(); BLOCK];
+        for start in (0..span.len()).step_by(BLOCK) {
+            let values = &mut scratch[..BLOCK.min(span.len() - start)];
+            // SAFETY: called from `run`, whose caller promises that the gradients may be read.
+            unsafe { load(&span, start, values) };
+            if multiply {
+                for value in &mut *values {
+                    *value = *value * inv;
+                }
+            }
+            if multiply && self.write {
+                // SAFETY: as above, and written: chunks share no bytes, and no slice is alive.
+                unsafe { store(&span, start, values) };
+                if span.dtype().is_half() {
+                    // SAFETY: as above. What was rounded into 16 bits is what counts.
+                    unsafe { load(&span, start, values) };
+                }
+            }
+            total.add(
+                summarize(values, chunk.offset() + start as u64, self.kind),
+                self.kind,
+            );
+        }
+        total
+    }
+}
+
+/// The statistics of one block that begins at element `offset` of its tensor.
+fn summarize<C: Compute>(values: &[C], offset: u64, kind: NormKind) -> Partial {
+    let squares = sum(values, |value| value * value);
+    let norm = match kind {
+        NormKind::L2 => squares,
+        NormKind::L1 => sum(values, f64::abs),
+        NormKind::Max if squares.is_nan() => f64::NAN,
+        NormKind::Max => values
+            .iter()
+            .fold(0.0, |max, value| f64::max(max, value.to_f64().abs())),
+    };
+    let mut partial = Partial {
+        norm,
+        ..Partial::NONE
+    };
+    if squares.is_finite() {
+        return partial;
+    }
+    for (value, index) in values.iter().zip(offset..) {
+        let value = value.to_f64();
+        if value.is_finite() {
+            continue;
+        }
+        partial.first = partial.first.min(index);
+        if value.is_nan() {
+            partial.nan += 1;
+        } else {
+            partial.inf += 1;
+        }
+    }
+    partial
+}
+
+/// Sum of `term` of each value, in eight lanes so that it vectorizes without reordering.
+fn sum<C: Compute>(values: &[C], term: impl Fn(f64) -> f64) -> f64 {
+    const LANES: usize = 8;
+    let mut lanes = [0.0; LANES];
+    let rows = values.chunks_exact(LANES);
+    let rest = rows.remainder();
+    for row in rows {
+        for (lane, value) in lanes.iter_mut().zip(row) {
+            *lane += term(value.to_f64());
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += term(value.to_f64());
+    }
+    lanes.iter().sum()
+}
+
+impl Kernel for GradientCheck {
+    fn entry(&self) -> &'static str {
+        if self.write {
+            "gradient_unscale"
+        } else {
+            "gradient_check"
+        }
+    }
+
+    fn elements(&self) -> u64 {
+        // At least the statistics of tensors without elements must be written.
+        self.table.elements().max(self.table.tensors() as u64)
+    }
+
+    unsafe fn run(&self) {
+        // SAFETY: the caller's promise; nothing writes the inverse scale meanwhile.
+        let inv = self
+            .inv_scale
+            .map_or(1.0, |span| unsafe { span.slice::<f32>() }[0]);
+        // SAFETY: the table was uploaded in stream order before this kernel.
+        let chunks: Vec<_> = unsafe { self.table.chunks() }.collect();
+        let partials: Vec<Partial> = if self.table.elements() < PARALLEL_MIN as u64 {
+            chunks.iter().map(|chunk| self.chunk(chunk, inv)).collect()
+        } else {
+            chunks
+                .par_iter()
+                .map(|chunk| self.chunk(chunk, inv))
+                .collect()
+        };
+
+        // SAFETY: only this kernel accesses the statistics now.
+        let norms = unsafe { self.stats.norms.slice_mut::<f64>() };
+        // SAFETY: as above.
+        let counts = unsafe { self.stats.counts.slice_mut::<u32>() };
+        let mut totals = vec![Partial::NONE; self.table.tensors()];
+        for (chunk, partial) in chunks.iter().zip(partials) {
+            totals[chunk.tensor()].add(partial, self.kind);
+        }
+        for ((total, norm), counts) in totals
+            .iter()
+            .zip(norms)
+            .zip(counts.chunks_exact_mut(COUNT_WORDS))
+        {
+            *norm = total.norm;
+            counts.copy_from_slice(&[
+                u32::try_from(total.inf).unwrap_or(u32::MAX),
+                u32::try_from(total.nan).unwrap_or(u32::MAX),
+                low_word(total.first),
+                low_word(total.first >> 32),
+            ]);
+        }
+        if totals.iter().any(|total| total.inf + total.nan > 0) {
+            // SAFETY: only this kernel accesses the flag now.
+            unsafe { self.found_inf.slice_mut() }.fill(1f32);
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the lower 32 bits are what is wanted"
+)]
+const fn low_word(value: u64) -> u32 {
+    value as u32
+}
+
+#[cfg(test)]
+#[path = "gradient_check_tests.rs"]
+mod tests;

@@ -1,0 +1,267 @@
+//! The scaler's journal: what happened, written by the device and read by the host when someone asks.
+//!
+//! A step must not wait for the device, so its outcome is not known when it returns. [`record_step`] runs
+//! after it on the device and counts it; if it was skipped, it also copies which gradients were to blame
+//! into a ring, before the next check overwrites them. The scale update counts itself in the same place.
+//!
+//! The journal is one run of f64, which hold counts exactly up to 2⁵³: a head of counters, a ring of the
+//! last [`SCALE_CHANGES`] scale changes, a ring of the last [`OVERFLOWS`] skipped steps. Entry k (from 0) of
+//! a ring lies at place k modulo its size, so the counters tell where the newest is, and which were
+//! overwritten. Totals never are.
+//!
+//! Twin: [`StepRecord`].
+
+use crate::driver::{Kernel, Stream};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch::gradient_check::{COUNT_WORDS, NO_INDEX};
+use crate::launch::{Span, enqueue};
+
+/// Steps recorded.
+pub(crate) const STEPS: usize = 0;
+/// Steps skipped among them.
+pub(crate) const SKIPPED: usize = 1;
+/// Steps skipped since the last one that was applied.
+pub(crate) const SKIPPED_IN_A_ROW: usize = 2;
+/// Scale updates.
+pub(crate) const UPDATES: usize = 3;
+/// Updates that made the scale larger because the interval was over.
+pub(crate) const GROWTHS: usize = 4;
+/// Updates that saw an overflow, also those that found the scale at its floor.
+pub(crate) const BACKOFFS: usize = 5;
+/// Updates after which the scale was another.
+pub(crate) const CHANGES: usize = 6;
+const HEAD_WORDS: usize = 8;
+
+/// Scale changes that the journal remembers.
+pub(crate) const SCALE_CHANGES: usize = 32;
+/// One change: the update's number from 1, the new scale.
+pub(crate) const CHANGE_WORDS: usize = 2;
+
+/// Skipped steps that the journal remembers.
+pub(crate) const OVERFLOWS: usize = 16;
+/// Offending gradients that one of them names; the rest is only counted.
+pub(crate) const NAMED: usize = 8;
+/// One offending gradient: index, infinite, NaN, place of the first.
+pub(crate) const NAMED_WORDS: usize = 4;
+/// One skipped step: the step's number from 1, the optimizer's number, the scale, the total norm (NaN if
+/// none was taken), how many gradients offended, then [`NAMED`] of them.
+pub(crate) const OVERFLOW_WORDS: usize = OVERFLOW_HEAD + NAMED * NAMED_WORDS;
+/// Words of a skipped step before the gradients.
+pub(crate) const OVERFLOW_HEAD: usize = 8;
+
+/// Length of a journal.
+pub(crate) const JOURNAL_WORDS: usize = OVERFLOWS_START + OVERFLOWS * OVERFLOW_WORDS;
+const CHANGES_START: usize = HEAD_WORDS;
+const OVERFLOWS_START: usize = CHANGES_START + SCALE_CHANGES * CHANGE_WORDS;
+
+/// The words of scale change `number`, from 0.
+pub(crate) fn change_words(number: usize) -> std::ops::Range<usize> {
+    let start = CHANGES_START + number % SCALE_CHANGES * CHANGE_WORDS;
+    start..start + CHANGE_WORDS
+}
+
+/// The words of skipped step `number`, from 0.
+pub(crate) fn overflow_words(number: usize) -> std::ops::Range<usize> {
+    let start = OVERFLOWS_START + number % OVERFLOWS * OVERFLOW_WORDS;
+    start..start + OVERFLOW_WORDS
+}
+
+/// A counter of the journal as a number that can index.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counters are whole, not negative and below 2^53"
+)]
+pub(crate) fn counter(journal: &[f64], which: usize) -> usize {
+    journal[which] as usize
+}
+
+/// What [`record_step`] reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RecordOperands {
+    /// f64, [`JOURNAL_WORDS`] long.
+    pub(crate) journal: Span,
+    /// f32: the flag by which the step was decided.
+    pub(crate) found_inf: Span,
+    /// f32: the scale that the gradients had.
+    pub(crate) scale: Span,
+    /// u32, what the check of the gradients counted.
+    pub(crate) counts: Span,
+    /// f64: the total norm, if one was taken.
+    pub(crate) total_norm: Option<Span>,
+    /// Which optimizer stepped.
+    pub(crate) optimizer: u64,
+}
+
+/// Counts one step, and remembers why if it was skipped.
+///
+/// # Errors
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
+pub(crate) fn record_step(stream: &Stream, operands: &RecordOperands) -> Result<()> {
+    let op = "step";
+    let RecordOperands {
+        journal,
+        found_inf,
+        scale,
+        counts,
+        total_norm,
+        ..
+    } = *operands;
+    for (span, dtype, len) in [
+        Some((journal, DType::F64, JOURNAL_WORDS)),
+        Some((found_inf, DType::F32, 1)),
+        Some((scale, DType::F32, 1)),
+        Some((counts, DType::U32, counts.len() / COUNT_WORDS * COUNT_WORDS)),
+        total_norm.map(|span| (span, DType::F64, 1)),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        span.check_stream(op, stream)?;
+        span.check_dtype(op, dtype)?;
+        span.check_len(op, len)?;
+    }
+    enqueue(
+        stream,
+        StepRecord {
+            operands: *operands,
+        },
+    )
+}
+
+#[derive(Debug)]
+struct StepRecord {
+    operands: RecordOperands,
+}
+
+impl Kernel for StepRecord {
+    fn entry(&self) -> &'static str {
+        "step_record"
+    }
+
+    fn elements(&self) -> u64 {
+        1
+    }
+
+    unsafe fn run(&self) {
+        let operands = &self.operands;
+        // SAFETY: only this kernel accesses the journal now.
+        let journal = unsafe { operands.journal.slice_mut::<f64>() };
+        // SAFETY: written before, in stream order.
+        let found_inf = unsafe { operands.found_inf.slice::<f32>() }[0];
+        journal[STEPS] += 1.0;
+        // NaN is not equal to 0 either.
+        if found_inf == 0.0 {
+            journal[SKIPPED_IN_A_ROW] = 0.0;
+            return;
+        }
+        let entry = overflow_words(counter(journal, SKIPPED));
+        journal[SKIPPED] += 1.0;
+        journal[SKIPPED_IN_A_ROW] += 1.0;
+        let step = journal[STEPS];
+        let entry = &mut journal[entry];
+        // SAFETY: as above.
+        let scale = unsafe { operands.scale.slice::<f32>() }[0];
+        // SAFETY: as above.
+        let norm = operands
+            .total_norm
+            .map_or(f64::NAN, |span| unsafe { span.slice::<f64>() }[0]);
+        // SAFETY: as above.
+        let counts = unsafe { operands.counts.slice::<u32>() };
+        write_overflow(entry, counts);
+        entry[..4].copy_from_slice(&[step, to_f64(operands.optimizer), f64::from(scale), norm]);
+    }
+}
+
+/// Copies the first offending gradients out of `counts`.
+fn write_overflow(entry: &mut [f64], counts: &[u32]) {
+    let (head, named) = entry.split_at_mut(OVERFLOW_HEAD);
+    let mut places = named.chunks_exact_mut(NAMED_WORDS);
+    let mut offending = 0;
+    for (tensor, words) in counts.chunks_exact(COUNT_WORDS).enumerate() {
+        let first = u64::from(words[2]) | u64::from(words[3]) << 32;
+        if first == NO_INDEX {
+            continue;
+        }
+        offending += 1;
+        if let Some(place) = places.next() {
+            let (inf, nan) = (f64::from(words[0]), f64::from(words[1]));
+            place.copy_from_slice(&[to_f64(tensor as u64), inf, nan, to_f64(first)]);
+        }
+    }
+    head[4] = to_f64(offending);
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts and places stay below 2^53"
+)]
+fn to_f64(count: u64) -> f64 {
+    count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::DevicePtr;
+    use crate::dtype::Element;
+    use crate::units::StreamId;
+
+    fn span<T: Element>(values: &[T]) -> Span {
+        // SAFETY: the vectors below outlive the kernels, which run on this thread.
+        unsafe {
+            Span::new(
+                DevicePtr(values.as_ptr() as u64),
+                values.len(),
+                T::DTYPE,
+                StreamId(0),
+            )
+        }
+    }
+
+    #[test]
+    fn skipped_steps_are_counted_and_the_first_offenders_named() {
+        let journal = vec![0f64; JOURNAL_WORDS];
+        let scale = vec![512f32];
+        // Ten tensors: all but the first offend, tensor i at place i with i infinities.
+        let counts: Vec<u32> = (0..10)
+            .flat_map(|i| if i == 0 { [0, 0, !0, !0] } else { [i, 0, i, 0] })
+            .collect();
+        let record = |flag: f32| {
+            let flag = vec![flag];
+            let operands = RecordOperands {
+                journal: span(&journal),
+                found_inf: span(&flag),
+                scale: span(&scale),
+                counts: span(&counts),
+                total_norm: None,
+                optimizer: 3,
+            };
+            // SAFETY: all operands are alive, and this thread is the only user.
+            unsafe { StepRecord { operands }.run() };
+        };
+        for flag in [0.0, 1.0, f32::NAN, -1.0] {
+            record(flag);
+        }
+        assert_eq!(journal[..4], [4.0, 3.0, 3.0, 0.0]);
+        let entry = &journal[overflow_words(2)];
+        assert_eq!(
+            (entry[0], entry[1], entry[2], entry[4]),
+            (4.0, 3.0, 512.0, 9.0)
+        );
+        assert!(entry[3].is_nan());
+        assert_eq!(
+            entry[OVERFLOW_HEAD..][..8],
+            [1.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0, 2.0]
+        );
+        record(0.0);
+        assert_eq!(journal[SKIPPED_IN_A_ROW], 0.0);
+        // The ring forgets the oldest, the counters nothing.
+        for _ in 0..OVERFLOWS {
+            record(2.0);
+        }
+        assert_eq!(counter(&journal, SKIPPED), 3 + OVERFLOWS);
+        assert_eq!(journal[overflow_words(2)][0], 21.0);
+    }
+}

@@ -1,0 +1,394 @@
+//! Matrix product.
+//!
+//! `out[m, n] = a[m, k] · b[k, n]`, plus what `out` held if asked for. `a` and `b` are [`Matrix`] views, so
+//! that a transpose costs nothing; `out` is dense, rows first. `a` and `b` have one float type; `out` has
+//! that type or is f32.
+//!
+//! Products are summed in f32, f64 for f64, and rounded once into `out`; what `out` held is added before
+//! that rounding. The order of the sum depends on the sizes only. Infinity and NaN come out as the sums
+//! make them: a row that meets a NaN is NaN. With k = 0 every sum is 0.
+//!
+//! The twin widens half-precision operands into dense scratch and gives blocks of rows to the threads.
+
+use rayon::prelude::*;
+
+use super::compute::{CHUNK, Compute, check_floats, check_streams, entry_name, load, store};
+use super::{PARALLEL_MIN, Span};
+use crate::driver::{Kernel, Stream};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::units::to_usize;
+
+/// Rows of `out` that are worth a task of their own: the GEMM below packs `b` anew for each.
+const BLOCK_ROWS: usize = 64;
+
+/// A matrix in memory: element (row, column) is at `row · row_stride + column · column_stride`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    span: Span,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl Matrix {
+    /// A view of `span` as `shape` = [rows, columns] with `strides` in elements.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if an element would lie outside `span`.
+    pub fn new(span: &Span, shape: [usize; 2], strides: [usize; 2]) -> Result<Self> {
+        let last = |idx: usize| shape[idx].saturating_sub(1).checked_mul(strides[idx]);
+        let needed = last(0)
+            .zip(last(1))
+            .and_then(|(row, column)| row.checked_add(column)?.checked_add(1));
+        let is_empty = shape.contains(&0);
+        if !is_empty && needed.is_none_or(|needed| needed > span.len()) {
+            return Err(Error::argument(
+                "matmul",
+                format!(
+                    "shape {shape:?} with strides {strides:?} reaches outside {} elements",
+                    span.len()
+                ),
+            ));
+        }
+        Ok(Self {
+            // Only what is reached, so that the checks for overlap are no stricter than they must be.
+            span: span.sub(0, if is_empty { 0 } else { needed.unwrap_or(0) }),
+            rows: shape[0],
+            columns: shape[1],
+            row_stride: strides[0],
+            column_stride: strides[1],
+        })
+    }
+
+    /// A view of `span` as `rows` dense rows of `columns`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn dense(span: &Span, rows: usize, columns: usize) -> Result<Self> {
+        Self::new(span, [rows, columns], [columns, 1])
+    }
+
+    /// The same elements with rows and columns exchanged.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self {
+            span: self.span,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+        }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Rows `start..start + rows`.
+    fn band(self, start: usize, rows: usize) -> Self {
+        if self.span.is_empty() {
+            return Self { rows, ..self };
+        }
+        let first = start * self.row_stride;
+        Self {
+            span: self.span.sub(first, self.span.len() - first),
+            rows,
+            ..self
+        }
+    }
+}
+
+/// What becomes of the values that an output held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accumulate {
+    /// They are overwritten, and not read.
+    Overwrite,
+    /// The result is added to them.
+    Add,
+}
+
+/// Enqueues `out = a · b`, or `out = out + a · b`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, and for
+/// an `out` that overlaps an input; [`Error::UnsupportedDtype`] for u32.
+pub fn matmul(
+    stream: &Stream,
+    a: &Matrix,
+    b: &Matrix,
+    out: &Span,
+    accumulate: Accumulate,
+) -> Result<()> {
+    const OP: &str = "matmul";
+    check_streams(OP, stream, &[&a.span, &b.span, out])?;
+    check_floats(OP, &[&a.span, &b.span, out])?;
+    b.span.check_dtype(OP, a.span.dtype())?;
+    if out.dtype() != DType::F32 || a.span.dtype() == DType::F64 {
+        out.check_dtype(OP, a.span.dtype())?;
+    }
+    if a.columns != b.rows || a.rows.checked_mul(b.columns) != Some(out.len()) {
+        return Err(Error::argument(
+            OP,
+            format!(
+                "[{}, {}] · [{}, {}] does not fit, or does not give {} elements",
+                a.rows,
+                a.columns,
+                b.rows,
+                b.columns,
+                out.len()
+            ),
+        ));
+    }
+    out.check_disjoint(OP, &a.span)?;
+    out.check_disjoint(OP, &b.span)?;
+    if out.is_empty() || a.columns == 0 && accumulate == Accumulate::Add {
+        return Ok(());
+    }
+    super::enqueue(
+        stream,
+        Matmul {
+            a: *a,
+            b: *b,
+            out: *out,
+            accumulate,
+        },
+    )
+}
+
+#[derive(Debug)]
+struct Matmul {
+    a: Matrix,
+    b: Matrix,
+    out: Span,
+    accumulate: Accumulate,
+}
+
+impl Kernel for Matmul {
+    fn entry(&self) -> &'static str {
+        match self.a.span.dtype() {
+            DType::F16 => entry_name!("matmul_f16", self.out.dtype()),
+            DType::Bf16 => entry_name!("matmul_bf16", self.out.dtype()),
+            dtype => entry_name!("matmul", dtype),
+        }
+    }
+
+    fn elements(&self) -> u64 {
+        self.out.len() as u64
+    }
+
+    unsafe fn run(&self) {
+        match self.a.span.dtype() {
+            // SAFETY: the caller promises access to the three spans.
+            DType::F64 => unsafe { self.run_in::<f64>() },
+            // SAFETY: as above.
+            _ => unsafe { self.run_in::<f32>() },
+        }
+    }
+}
+
+impl Matmul {
+    /// # Safety
+    /// As [`Kernel::run`].
+    unsafe fn run_in<C: Gemm>(&self) {
+        // SAFETY: the caller promises that nothing writes `b`.
+        let b = unsafe { Operand::<C>::new(&self.b) };
+        let threads = rayon::current_num_threads();
+        let rows = self.a.rows.div_ceil(threads).max(BLOCK_ROWS);
+        let block = |idx: usize| {
+            let start = idx * rows;
+            // SAFETY: the caller promises access, and blocks are disjoint in `out`.
+            unsafe { self.run_rows(start, rows.min(self.a.rows - start), &b) };
+        };
+        let blocks = 0..self.a.rows.div_ceil(rows);
+        if self.out.len().saturating_mul(self.a.columns) < PARALLEL_MIN {
+            blocks.for_each(block);
+        } else {
+            blocks.into_par_iter().for_each(block);
+        }
+    }
+
+    /// Computes rows `start..start + rows` of `out`.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`], for these rows of `out`.
+    unsafe fn run_rows<C: Gemm>(&self, start: usize, rows: usize, b: &Operand<C>) {
+        let columns = self.b.columns;
+        let out = self.out.sub(start * columns, rows * columns);
+        // SAFETY: the caller promises that nothing writes `a`.
+        let a = unsafe { Operand::<C>::new(&self.a.band(start, rows)) };
+        let shape = [rows, self.a.columns, columns];
+        let add = self.accumulate == Accumulate::Add;
+        if out.dtype() == C::DTYPE {
+            // SAFETY: the caller promises these rows of `out` to this call alone.
+            let sums = unsafe { out.slice_mut::<C>() };
+            return multiply(shape, &a, b, sums, add);
+        }
+        let mut sums = vec![C::default(); out.len()];
+        if add {
+            // SAFETY: as above; the slice made inside is gone before the next one.
+            unsafe { load(&out, 0, &mut sums) };
+        }
+        multiply(shape, &a, b, &mut sums, add);
+        // SAFETY: as above.
+        unsafe { store(&out, 0, &sums) };
+    }
+}
+
+/// A matrix in the compute type: where it lies, or a dense copy.
+struct Operand<C> {
+    /// Address of the first element, in the operand's own memory or in `_scratch`.
+    address: usize,
+    strides: [usize; 2],
+    _scratch: Vec<C>,
+}
+
+impl<C: Gemm> Operand<C> {
+    /// # Safety
+    /// Nothing writes the elements of `matrix` while the operand lives.
+    unsafe fn new(matrix: &Matrix) -> Self {
+        let strides = [matrix.row_stride, matrix.column_stride];
+        if matrix.span.dtype() == C::DTYPE {
+            let address = to_usize(matrix.span.ptr().0);
+            return Self {
+                address,
+                strides,
+                _scratch: Vec::new(),
+            };
+        }
+        // Lines run along the smaller stride, which is 1 in all but odd views.
+        let by_columns = matrix.row_stride < matrix.column_stride;
+        let lines = if by_columns {
+            matrix.transposed()
+        } else {
+            *matrix
+        };
+        let (count, len) = (lines.rows, lines.columns);
+        let mut scratch = vec![C::default(); count * len];
+        let line = |(idx, line): (usize, &mut [C])| {
+            // SAFETY: the caller promises that nothing writes these elements.
+            unsafe { load_line(&lines, idx, line) };
+        };
+        if len > 0 && scratch.len() < PARALLEL_MIN {
+            scratch.chunks_mut(len).enumerate().for_each(line);
+        } else if len > 0 {
+            let few = CHUNK.div_ceil(len);
+            scratch
+                .par_chunks_mut(len)
+                .with_min_len(few)
+                .enumerate()
+                .for_each(line);
+        }
+        let strides = if by_columns { [1, len] } else { [len, 1] };
+        Self {
+            address: scratch.as_ptr() as usize,
+            strides,
+            _scratch: scratch,
+        }
+    }
+}
+
+/// Row `row` of `matrix`, widened.
+///
+/// # Safety
+/// Nothing writes its elements meanwhile.
+unsafe fn load_line<C: Compute>(matrix: &Matrix, row: usize, into: &mut [C]) {
+    let start = row * matrix.row_stride;
+    if matrix.column_stride == 1 {
+        // SAFETY: the caller promises the same.
+        return unsafe { load(&matrix.span, start, into) };
+    }
+    for (column, element) in into.iter_mut().enumerate() {
+        let at = start + column * matrix.column_stride;
+        // SAFETY: the caller promises the same.
+        unsafe { load(&matrix.span, at, std::slice::from_mut(element)) };
+    }
+}
+
+/// `out = a · b`, or `out + a · b`, for `shape` = [m, k, n] and dense rows in `out`.
+fn multiply<C: Gemm>(
+    [m, k, n]: [usize; 3],
+    a: &Operand<C>,
+    b: &Operand<C>,
+    out: &mut [C],
+    add: bool,
+) {
+    assert_eq!(
+        out.len(),
+        m * n,
+        "the output has one element for each row and column"
+    );
+    let beta = if add { C::from_f32(1.0) } else { C::default() };
+    let at = |operand: &Operand<C>| (operand.address as *const C, operand.strides.map(signed));
+    // SAFETY: an operand stands for all elements of its matrix, whose bounds `Matrix::new` has checked,
+    // and `out` has room for m rows of n.
+    unsafe {
+        C::gemm(
+            [m, k, n],
+            at(a),
+            at(b),
+            beta,
+            (out.as_mut_ptr(), [signed(n), 1]),
+        )
+    }
+}
+
+/// A stride as the GEMM wants it. One that does not fit is never stepped over: its dimension has one
+/// element at most, or the matrix would not lie in memory.
+fn signed(stride: usize) -> isize {
+    isize::try_from(stride).unwrap_or(0)
+}
+
+/// A compute type with a GEMM.
+trait Gemm: Compute {
+    /// `c = a·b + beta·c` for `shape` = [m, k, n], each operand an address with row and column stride.
+    /// With a `beta` of 0, `c` is not read.
+    ///
+    /// # Safety
+    /// `a` is readable for (m, k), `b` for (k, n), and `c` exclusively writable for (m, n), at these
+    /// strides.
+    unsafe fn gemm(
+        shape: [usize; 3],
+        a: (*const Self, [isize; 2]),
+        b: (*const Self, [isize; 2]),
+        beta: Self,
+        c: (*mut Self, [isize; 2]),
+    );
+}
+
+macro_rules! gemm {
+    ($type:ty, $function:path) => {
+        impl Gemm for $type {
+            unsafe fn gemm(
+                [m, k, n]: [usize; 3],
+                (a, [a_row, a_column]): (*const Self, [isize; 2]),
+                (b, [b_row, b_column]): (*const Self, [isize; 2]),
+                beta: Self,
+                (c, [c_row, c_column]): (*mut Self, [isize; 2]),
+            ) {
+                // SAFETY: the caller promises these addresses and strides for these sizes.
+                unsafe {
+                    $function(
+                        m, k, n, 1.0, a, a_row, a_column, b, b_row, b_column, beta, c, c_row,
+                        c_column,
+                    );
+                }
+            }
+        }
+    };
+}
+
+gemm!(f32, matrixmultiply::sgemm);
+gemm!(f64, matrixmultiply::dgemm);
+
+#[cfg(test)]
+mod tests;

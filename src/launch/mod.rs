@@ -1,0 +1,65 @@
+//! Kernels: one file each, with the typed launcher beside its host twin.
+//!
+//! A launcher is a safe function `op(stream, arguments…)`. It checks that the arguments fit each other,
+//! packs them into a struct that implements [`Kernel`], and enqueues it. On the host
+//! device the struct's `run`, the *twin*, does the work; a device with kernels of its own finds them by
+//! name. The twin is not a reference implementation only: where there is no GPU it is the product, so it
+//! is vectorised and parallel.
+//!
+//! Array arguments are [`Span`]s. Making one is where the promise of a live address is given; every check
+//! after that is made here.
+
+#![allow(unsafe_code, reason = "twins turn device addresses into slices")]
+
+mod activation;
+pub(crate) mod adamw;
+mod bias;
+mod cast;
+pub(crate) mod chunk_table;
+pub(crate) mod clip;
+mod compute;
+mod cross_entropy;
+mod elementwise;
+mod fill;
+pub(crate) mod gradient_check;
+pub(crate) mod journal;
+mod matmul;
+mod reduce;
+mod scale_update;
+pub(crate) mod sgd;
+mod span;
+mod special;
+mod strided;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tolerance;
+pub(crate) mod update_pass;
+
+pub use activation::{Activation, activation, activation_backward};
+pub use bias::{add_bias, sum_rows};
+pub use cast::cast;
+pub use compute::sum_dtype;
+pub use cross_entropy::{cross_entropy, cross_entropy_backward};
+pub use elementwise::{add, add_scaled, mul, scale};
+pub use fill::fill;
+pub use gradient_check::NormKind;
+pub use matmul::{Accumulate, Matrix, matmul};
+pub use reduce::{argmax_rows, mean, sum};
+pub(crate) use scale_update::{ScaleOperands, scale_update};
+pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub use span::Span;
+pub use strided::{RANK_MAX, StridedCopy, copy_strided};
+
+use crate::driver::{Kernel, Stream};
+use crate::error::Result;
+
+/// Elements below which a twin stays on one thread: about what a thread does while another wakes up.
+pub(crate) const PARALLEL_MIN: usize = 16 * 1024;
+
+/// Enqueues `kernel` on `stream`, of which every span in `kernel` must be (the launchers check).
+fn enqueue(stream: &Stream, kernel: impl Kernel + 'static) -> Result<()> {
+    // SAFETY: spans are live on the stream they name (`Span::new`), and launchers check that it is this
+    // stream and that written spans are disjoint from, or identical with, the others.
+    unsafe { stream.driver().launch(Box::new(kernel), stream.raw()) }
+}

@@ -1,0 +1,307 @@
+//! Copies between layouts: views made contiguous, views written, types changed on the way.
+//!
+//! `dst[Σ idx·dst_stride] = src[Σ idx·src_stride]` for every index of a shape of up to [`RANK_MAX`]
+//! dimensions. Strides count elements and are not negative; a source stride of 0 repeats (broadcasts).
+//! Types as in [`cast`](super::cast()): equal, or any two floats with one rounding.
+//!
+//! Dimensions that follow each other without a gap on both sides are merged first. The last two of what
+//! remains are walked in tiles, so that a transpose uses each cache line it touches whole; a last dimension
+//! that is dense on both sides is converted as a run.
+
+use rayon::prelude::*;
+use smallvec::SmallVec;
+
+use super::compute::{CHUNK, check_floats, check_streams, convert, entry_name, with_element};
+use super::{PARALLEL_MIN, Span};
+use crate::driver::{Kernel, Stream};
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::units::to_usize;
+
+const OP: &str = "copy_strided";
+
+/// Most dimensions that a strided copy takes.
+pub const RANK_MAX: usize = 8;
+
+/// Rows and columns of a tile: 32 rows of a 64-byte line each stay in any first-level cache.
+const TILE: usize = 32;
+
+/// What to copy: a shape and how it lies in two spans.
+#[derive(Clone, Copy, Debug)]
+pub struct StridedCopy<'a> {
+    /// Extent of each dimension.
+    pub shape: &'a [usize],
+    /// Memory to read, from the element of index 0 on.
+    pub src: &'a Span,
+    /// Elements of `src` from one index of each dimension to the next.
+    pub src_strides: &'a [usize],
+    /// Memory to write, from the element of index 0 on.
+    pub dst: &'a Span,
+    /// Elements of `dst` from one index of each dimension to the next.
+    pub dst_strides: &'a [usize],
+}
+
+/// Enqueues a copy from one layout to another. Elements between those that `dst_strides` reach keep their
+/// values.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for strides that do not fit the shape or reach outside their span, for a
+/// destination in which two indices meet or that overlaps the source, and for operands of another stream;
+/// [`Error::UnsupportedDtype`] for a conversion from or to u32.
+pub fn copy_strided(stream: &Stream, copy: &StridedCopy<'_>) -> Result<()> {
+    check_streams(OP, stream, &[copy.src, copy.dst])?;
+    match Strided::checked(copy)? {
+        Some(kernel) => super::enqueue(stream, kernel),
+        None => Ok(()),
+    }
+}
+
+/// One dimension: extent, source stride, destination stride.
+type Dimension = [usize; 3];
+
+#[derive(Debug)]
+struct Strided {
+    /// Outermost first, at least two (the outer ones may have extent 1).
+    dimensions: SmallVec<[Dimension; RANK_MAX]>,
+    src: Span,
+    dst: Span,
+}
+
+impl Strided {
+    /// The kernel for `copy`, or `None` if there is nothing to copy.
+    fn checked(copy: &StridedCopy<'_>) -> Result<Option<Self>> {
+        let StridedCopy {
+            shape,
+            src,
+            src_strides,
+            dst,
+            dst_strides,
+        } = *copy;
+        if src.dtype() != dst.dtype() {
+            check_floats(OP, &[src, dst])?;
+        }
+        let rank = shape.len();
+        if rank > RANK_MAX || src_strides.len() != rank || dst_strides.len() != rank {
+            return Err(Error::argument(
+                OP,
+                format!(
+                    "shape {shape:?} with strides {src_strides:?} and {dst_strides:?}: one stride for \
+                     each of at most {RANK_MAX} dimensions is needed"
+                ),
+            ));
+        }
+        if shape.contains(&0) {
+            return Ok(None);
+        }
+        let src = reached(src, shape, src_strides)?;
+        let dst = reached(dst, shape, dst_strides)?;
+        if !is_injective(shape, dst_strides) {
+            return Err(Error::argument(
+                OP,
+                format!("shape {shape:?} with strides {dst_strides:?} writes elements twice"),
+            ));
+        }
+        dst.check_disjoint(OP, &src)?;
+        Ok(Some(Self {
+            dimensions: merged(shape, src_strides, dst_strides),
+            src,
+            dst,
+        }))
+    }
+}
+
+/// The part of `span` from its start to the last element that the strides reach.
+fn reached(span: &Span, shape: &[usize], strides: &[usize]) -> Result<Span> {
+    let last = shape
+        .iter()
+        .zip(strides)
+        .try_fold(0usize, |last, (extent, stride)| {
+            (extent - 1).checked_mul(*stride)?.checked_add(last)
+        });
+    match last {
+        Some(last) if last < span.len() => Ok(span.sub(0, last + 1)),
+        _ => Err(Error::argument(
+            OP,
+            format!(
+                "shape {shape:?} with strides {strides:?} reaches outside {} elements",
+                span.len()
+            ),
+        )),
+    }
+}
+
+/// Whether each dimension, from the smallest stride on, steps over all that the smaller ones reach.
+/// Sufficient, and necessary for every layout that slicing and transposing give.
+fn is_injective(shape: &[usize], strides: &[usize]) -> bool {
+    let mut dimensions: SmallVec<[(usize, usize); RANK_MAX]> = strides
+        .iter()
+        .copied()
+        .zip(shape.iter().copied())
+        .filter(|(_, extent)| *extent > 1)
+        .collect();
+    dimensions.sort_unstable();
+    let mut last = 0;
+    dimensions.iter().all(|(stride, extent)| {
+        let clear = *stride > last;
+        // It fits: `reached` has added up the same products.
+        last += stride * (extent - 1);
+        clear
+    })
+}
+
+/// The dimensions without those of extent 1, neighbors that continue each other merged, padded to two.
+fn merged(shape: &[usize], src: &[usize], dst: &[usize]) -> SmallVec<[Dimension; RANK_MAX]> {
+    let mut dimensions: SmallVec<[Dimension; RANK_MAX]> = SmallVec::new();
+    for ((extent, src), dst) in shape.iter().zip(src).zip(dst) {
+        if *extent == 1 {
+            continue;
+        }
+        match dimensions.last_mut() {
+            // A step of the outer dimension is a whole turn of this one, on both sides.
+            Some(outer) if outer[1] == extent * src && outer[2] == extent * dst => {
+                *outer = [outer[0] * extent, *src, *dst];
+            }
+            _ => dimensions.push([*extent, *src, *dst]),
+        }
+    }
+    while dimensions.len() < 2 {
+        dimensions.insert(0, [1, 0, 0]);
+    }
+    dimensions
+}
+
+impl Kernel for Strided {
+    fn entry(&self) -> &'static str {
+        match self.src.dtype() {
+            DType::F16 => entry_name!("copy_strided_f16", self.dst.dtype()),
+            DType::Bf16 => entry_name!("copy_strided_bf16", self.dst.dtype()),
+            DType::F32 => entry_name!("copy_strided_f32", self.dst.dtype()),
+            DType::F64 => entry_name!("copy_strided_f64", self.dst.dtype()),
+            DType::U32 => entry_name!("copy_strided_u32", self.dst.dtype()),
+        }
+    }
+
+    fn elements(&self) -> u64 {
+        self.dimensions
+            .iter()
+            .map(|[extent, ..]| *extent as u64)
+            .product()
+    }
+
+    unsafe fn run(&self) {
+        with_element!(self.src.dtype(), S => with_element!(self.dst.dtype(), D => {
+            // SAFETY: the caller promises access to both spans, in which `checked` found all indices.
+            unsafe { self.run_as::<S, D>() }
+        }));
+    }
+}
+
+impl Strided {
+    /// # Safety
+    /// As [`Kernel::run`].
+    unsafe fn run_as<S: Element, D: Element>(&self) {
+        let (outer, inner) = self.dimensions.split_at(self.dimensions.len() - 2);
+        let (rows, columns) = (inner[0], inner[1]);
+        let dense = columns[1] == 1 && columns[2] == 1;
+        // A task is a band of rows of one plane: of tile height, or one run long enough to be worth it.
+        let height = if dense {
+            CHUNK.div_ceil(columns[0])
+        } else {
+            TILE
+        };
+        let bands = rows[0].div_ceil(height);
+        let planes: usize = outer.iter().map(|[extent, ..]| extent).product();
+        let task = |idx: usize| {
+            let (src, dst) = offsets(outer, idx / bands);
+            let first = idx % bands * height;
+            let band = Band {
+                src: to_usize(self.src.ptr().0) as *const S,
+                dst: to_usize(self.dst.ptr().0) as *mut D,
+                at: [src + first * rows[1], dst + first * rows[2]],
+                rows: [height.min(rows[0] - first), rows[1], rows[2]],
+                columns,
+            };
+            if dense {
+                // SAFETY: the caller promises what the band needs, and bands write disjoint elements.
+                unsafe { band.copy_runs() }
+            } else {
+                // SAFETY: as above.
+                unsafe { band.copy_tiles() }
+            }
+        };
+        if to_usize(self.elements()) < PARALLEL_MIN {
+            (0..planes * bands).for_each(task);
+        } else {
+            (0..planes * bands)
+                .into_par_iter()
+                .with_min_len(4)
+                .for_each(task);
+        }
+    }
+}
+
+/// Where the plane of this number, counted with the last dimension fastest, begins on both sides.
+fn offsets(dimensions: &[Dimension], mut number: usize) -> (usize, usize) {
+    let (mut src, mut dst) = (0, 0);
+    for [extent, src_stride, dst_stride] in dimensions.iter().rev() {
+        src += number % extent * src_stride;
+        dst += number % extent * dst_stride;
+        number /= extent;
+    }
+    (src, dst)
+}
+
+/// Some rows of a plane.
+struct Band<S, D> {
+    src: *const S,
+    dst: *mut D,
+    /// The first element, as an offset from `src` and from `dst`.
+    at: [usize; 2],
+    rows: Dimension,
+    columns: Dimension,
+}
+
+impl<S: Element, D: Element> Band<S, D> {
+    /// # Safety
+    /// All elements of the band lie in memory that nothing writes (`src`) or touches (`dst`) meanwhile.
+    unsafe fn copy_runs(&self) {
+        for row in 0..self.rows[0] {
+            // SAFETY: the offset is inside the source.
+            let src = unsafe { self.src.add(self.at[0] + row * self.rows[1]) };
+            // SAFETY: the offset is inside the destination.
+            let dst = unsafe { self.dst.add(self.at[1] + row * self.rows[2]) };
+            // SAFETY: the row is dense in the source, where nothing writes.
+            let src = unsafe { std::slice::from_raw_parts(src, self.columns[0]) };
+            // SAFETY: the row is dense in the destination, and ours alone.
+            let dst = unsafe { std::slice::from_raw_parts_mut(dst, self.columns[0]) };
+            convert(src, dst);
+        }
+    }
+
+    /// # Safety
+    /// As [`copy_runs`](Self::copy_runs).
+    unsafe fn copy_tiles(&self) {
+        for left in (0..self.columns[0]).step_by(TILE) {
+            let right = self.columns[0].min(left + TILE);
+            for row in 0..self.rows[0] {
+                for column in left..right {
+                    let src = self.at[0] + row * self.rows[1] + column * self.columns[1];
+                    let dst = self.at[1] + row * self.rows[2] + column * self.columns[2];
+                    // SAFETY: the offset is inside the source.
+                    let src = unsafe { self.src.add(src) };
+                    // SAFETY: an element of the source, where nothing writes.
+                    let value = unsafe { *src };
+                    // SAFETY: the offset is inside the destination.
+                    let dst = unsafe { self.dst.add(dst) };
+                    let mut converted = [D::default()];
+                    convert(&[value], &mut converted);
+                    // SAFETY: an element of the destination, ours alone.
+                    unsafe { *dst = converted[0] };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
