@@ -1,0 +1,361 @@
+//! Blocks of one stream: split on allocation, coalesced on free.
+//!
+//! An arena manages *segments*, contiguous ranges it is given, as *blocks* that tile them. It works on
+//! offsets and indices only; what stands behind an offset is the pool's business. Best fit ([`Bins`]), the
+//! remainder is split off whenever it is at least one unit, and a freed block merges with its free
+//! neighbors at once.
+//!
+//! Invariants: blocks tile their segment in address order; no two neighbors are free; exactly the free
+//! blocks are filed in the bins.
+
+use super::bins::{Bins, Index, Link, Links, NONE};
+
+/// Bytes in a unit: every block's size and offset is a multiple of it.
+pub(crate) const GRANULARITY: u64 = 512;
+
+/// A segment's index in its arena.
+pub(super) type SegmentIndex = u32;
+
+/// A block as the arena sees it.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    link: Link,
+    /// Start within the segment, in units.
+    start: u64,
+    segment: SegmentIndex,
+    /// Neighbors in address order within the segment.
+    before: Index,
+    after: Index,
+    is_free: bool,
+}
+
+/// Where an allocated block lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Placed {
+    pub(super) index: Index,
+    pub(super) segment: SegmentIndex,
+    /// Offset within the segment, in bytes.
+    pub(super) offset: u64,
+}
+
+/// A segment as the arena sees it.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    units: u64,
+    first: Index,
+}
+
+#[derive(Debug)]
+struct Blocks {
+    slab: Vec<Block>,
+    unused: Vec<Index>,
+}
+
+impl Links for Blocks {
+    #[inline]
+    fn link(&self, index: Index) -> &Link {
+        &self.slab[index as usize].link
+    }
+    #[inline]
+    fn link_mut(&mut self, index: Index) -> &mut Link {
+        &mut self.slab[index as usize].link
+    }
+}
+
+impl Blocks {
+    fn insert(&mut self, block: Block) -> Index {
+        if let Some(index) = self.unused.pop() {
+            self.slab[index as usize] = block;
+            return index;
+        }
+        let index = Index::try_from(self.slab.len()).expect("fewer than 2^32 blocks");
+        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
+        self.slab.push(block);
+        index
+    }
+
+    fn at(&mut self, index: Index) -> &mut Block {
+        &mut self.slab[index as usize]
+    }
+}
+
+/// The blocks of one stream in one size range.
+#[derive(Debug)]
+pub(super) struct Arena {
+    blocks: Blocks,
+    bins: Bins,
+    segments: Vec<Option<Segment>>,
+}
+
+impl Arena {
+    pub(super) fn new() -> Self {
+        let blocks = Blocks {
+            slab: Vec::new(),
+            unused: Vec::new(),
+        };
+        Self {
+            blocks,
+            bins: Bins::new(),
+            segments: Vec::new(),
+        }
+    }
+
+    /// Takes over a segment of `bytes` (a positive multiple of [`GRANULARITY`]), free as a whole.
+    pub(super) fn add_segment(&mut self, bytes: u64) -> SegmentIndex {
+        assert!(
+            bytes > 0 && bytes.is_multiple_of(GRANULARITY),
+            "a segment of {bytes} bytes"
+        );
+        let vacant = self.segments.iter().position(Option::is_none);
+        let index = vacant.unwrap_or_else(|| {
+            self.segments.push(None);
+            self.segments.len() - 1
+        });
+        let segment = SegmentIndex::try_from(index).expect("fewer than 2^32 segments");
+        let units = bytes / GRANULARITY;
+        let first = self.blocks.insert(Block {
+            link: Link::new(units),
+            start: 0,
+            segment,
+            before: NONE,
+            after: NONE,
+            is_free: true,
+        });
+        self.bins.insert(&mut self.blocks, first);
+        self.segments[index] = Some(Segment { units, first });
+        segment
+    }
+
+    /// Gives up a segment if all of it is free; whether it was.
+    pub(super) fn remove_segment_if_free(&mut self, segment: SegmentIndex) -> bool {
+        let Some(Segment { units, first }) = self.segments[segment as usize] else {
+            return false;
+        };
+        let block = *self.blocks.at(first);
+        if !block.is_free || block.link.units != units {
+            return false;
+        }
+        self.bins.remove(&mut self.blocks, first);
+        self.blocks.unused.push(first);
+        self.segments[segment as usize] = None;
+        true
+    }
+
+    /// Places a block of `bytes` (a positive multiple of [`GRANULARITY`]), or finds no room.
+    pub(super) fn allocate(&mut self, bytes: u64) -> Option<Placed> {
+        let units = bytes / GRANULARITY;
+        let index = self.bins.find(&self.blocks, units)?;
+        self.bins.remove(&mut self.blocks, index);
+        let block = self.blocks.at(index);
+        block.is_free = false;
+        let placed = Placed {
+            index,
+            segment: block.segment,
+            offset: block.start * GRANULARITY,
+        };
+        if block.link.units > units {
+            self.split(index, units);
+        }
+        Some(placed)
+    }
+
+    /// Cuts block `index` down to `units` and files the remainder.
+    fn split(&mut self, index: Index, units: u64) {
+        let block = *self.blocks.at(index);
+        let rest = self.blocks.insert(Block {
+            link: Link::new(block.link.units - units),
+            start: block.start + units,
+            segment: block.segment,
+            before: index,
+            after: block.after,
+            is_free: true,
+        });
+        if block.after != NONE {
+            self.blocks.at(block.after).before = rest;
+        }
+        let block = self.blocks.at(index);
+        block.link.units = units;
+        block.after = rest;
+        self.bins.insert(&mut self.blocks, rest);
+    }
+
+    /// Frees block `index` and merges it with free neighbors.
+    ///
+    /// # Panics
+    /// If the block is not allocated: a double free inside the crate.
+    pub(super) fn free(&mut self, index: Index) {
+        let Block {
+            before,
+            after,
+            is_free,
+            ..
+        } = *self.blocks.at(index);
+        assert!(!is_free, "block {index} is freed twice");
+        self.blocks.at(index).is_free = true;
+        if after != NONE && self.blocks.at(after).is_free {
+            self.bins.remove(&mut self.blocks, after);
+            self.absorb_next(index);
+        }
+        let mut merged = index;
+        if before != NONE && self.blocks.at(before).is_free {
+            self.bins.remove(&mut self.blocks, before);
+            self.absorb_next(before);
+            merged = before;
+        }
+        self.bins.insert(&mut self.blocks, merged);
+    }
+
+    /// Makes block `index` span its next neighbor too, whose index is given up.
+    fn absorb_next(&mut self, index: Index) {
+        let gone = self.blocks.at(index).after;
+        let Block { link, after, .. } = *self.blocks.at(gone);
+        let block = self.blocks.at(index);
+        block.link.units += link.units;
+        block.after = after;
+        if after != NONE {
+            self.blocks.at(after).before = index;
+        }
+        self.blocks.unused.push(gone);
+    }
+
+    /// Bytes of the largest free block; 0 if there is none.
+    pub(super) fn largest_free(&self) -> u64 {
+        self.bins.largest(&self.blocks).unwrap_or(0) * GRANULARITY
+    }
+
+    /// The segment that block `index` lies in.
+    pub(super) fn segment_of(&self, index: Index) -> SegmentIndex {
+        self.blocks.slab[index as usize].segment
+    }
+
+    /// Whether no block of `segment` is allocated.
+    pub(super) fn is_segment_free(&self, segment: SegmentIndex) -> bool {
+        self.segments[segment as usize].is_some_and(|Segment { units, first }| {
+            let block = &self.blocks.slab[first as usize];
+            block.is_free && block.link.units == units
+        })
+    }
+
+    /// Free bytes in segments that are partly in use, and the number of such free blocks.
+    pub(super) fn inactive_split(&self) -> (u64, u64) {
+        let in_use = |index: &Index| !self.is_segment_free(self.segment_of(*index));
+        let blocks = self
+            .bins
+            .iter(&self.blocks)
+            .filter(|(index, _)| in_use(index));
+        blocks.fold((0, 0), |(bytes, count), (_, units)| {
+            (bytes + units * GRANULARITY, count + 1)
+        })
+    }
+
+    /// Free bytes and free blocks.
+    pub(super) fn free_blocks(&self) -> (u64, u64) {
+        let blocks = self.bins.iter(&self.blocks);
+        blocks.fold((0, 0), |(bytes, count), (_, units)| {
+            (bytes + units * GRANULARITY, count + 1)
+        })
+    }
+
+    /// Asserts the module's invariants; returns (bytes in segments, bytes in allocated blocks).
+    pub(super) fn check_invariants(&self) -> (u64, u64) {
+        self.bins.check_invariants(&self.blocks);
+        let filed: std::collections::HashSet<Index> = self
+            .bins
+            .iter(&self.blocks)
+            .map(|(index, _)| index)
+            .collect();
+        let (mut held, mut allocated, mut walked) = (0, 0, 0);
+        for (number, segment) in self.segments.iter().enumerate() {
+            let Some(Segment { units, first }) = *segment else {
+                continue;
+            };
+            let (mut at, mut before, mut index) = (0, NONE, first);
+            while index != NONE {
+                let block = &self.blocks.slab[index as usize];
+                assert_eq!(
+                    block.segment as usize, number,
+                    "block {index} is in another segment"
+                );
+                assert_eq!(block.start, at, "block {index} leaves a gap or an overlap");
+                assert_eq!(block.before, before, "block {index} has a wrong neighbor");
+                assert!(block.link.units > 0, "block {index} is empty");
+                assert_eq!(
+                    filed.contains(&index),
+                    block.is_free,
+                    "filing of block {index}"
+                );
+                let neighbor_free = before != NONE && self.blocks.slab[before as usize].is_free;
+                assert!(
+                    !(block.is_free && neighbor_free),
+                    "free neighbors {before} and {index}"
+                );
+                if !block.is_free {
+                    allocated += block.link.units;
+                }
+                walked += 1;
+                at += block.link.units;
+                before = index;
+                index = block.after;
+            }
+            assert_eq!(
+                at, units,
+                "the blocks of segment {number} do not reach its end"
+            );
+            held += units;
+        }
+        assert_eq!(
+            walked + self.blocks.unused.len(),
+            self.blocks.slab.len(),
+            "a block leaked"
+        );
+        (held * GRANULARITY, allocated * GRANULARITY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: u64 = GRANULARITY;
+
+    #[test]
+    fn splits_and_merges_back_in_either_order() {
+        for order in [[0, 1], [1, 0]] {
+            let mut arena = Arena::new();
+            arena.add_segment(4 * UNIT);
+            let blocks = [
+                arena.allocate(2 * UNIT).unwrap(),
+                arena.allocate(2 * UNIT).unwrap(),
+            ];
+            assert_eq!(blocks.map(|block| block.offset), [0, 2 * UNIT]);
+            assert_eq!(arena.allocate(UNIT), None);
+            for which in order {
+                arena.free(blocks[which].index);
+                arena.check_invariants();
+            }
+            assert_eq!(arena.allocate(4 * UNIT).unwrap().offset, 0);
+        }
+    }
+
+    #[test]
+    fn a_segment_in_use_is_not_given_up() {
+        let mut arena = Arena::new();
+        let segment = arena.add_segment(4 * UNIT);
+        let block = arena.allocate(UNIT).unwrap();
+        assert!(!arena.remove_segment_if_free(segment));
+        arena.free(block.index);
+        assert!(arena.remove_segment_if_free(segment));
+        assert_eq!(arena.check_invariants(), (0, 0));
+        assert_eq!(arena.allocate(UNIT), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "freed twice")]
+    fn a_double_free_is_caught() {
+        let mut arena = Arena::new();
+        arena.add_segment(4 * UNIT);
+        let block = arena.allocate(UNIT).unwrap();
+        arena.free(block.index);
+        arena.free(block.index);
+    }
+}

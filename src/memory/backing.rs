@@ -1,0 +1,93 @@
+//! What a pool asks of the memory below it: the seam between paged and segmented memory.
+
+use std::fmt::Debug;
+
+use super::bins::Index;
+use super::config::ReusePolicy;
+use super::fences::{Fence, Fences};
+use super::ranges::RangeIndex;
+use super::territory::Owner;
+use crate::driver::DevicePtr;
+use crate::error::{Error, Result};
+
+/// Memory wanted by a stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Request {
+    /// A positive multiple of the granularity.
+    pub(super) bytes: u64,
+    pub(super) owner: Owner,
+    pub(super) reuse: ReusePolicy,
+}
+
+/// Where a block lies, to be handed back when it is freed.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// In the small blocks of `owner`.
+    Small { owner: Owner, index: Index },
+    /// At home in the territory, or in a large segment of `owner`.
+    Large { owner: Owner, index: Index },
+    /// In a stitched range.
+    Stitched(RangeIndex),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Placed {
+    pub(super) ptr: DevicePtr,
+    pub(super) place: Place,
+}
+
+/// Why memory was not to be had.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// The pool's limit.
+    Limit,
+    /// The driver, with its error.
+    Driver(Error),
+}
+
+/// Sums over what a backing holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Totals {
+    /// Driver allocations held, and their bytes.
+    pub(super) segments: u64,
+    pub(super) reserved_bytes: u64,
+    /// Driver allocations made and given back since the start.
+    pub(super) device_allocs: u64,
+    pub(super) device_frees: u64,
+}
+
+/// Memory taken from a driver, placed in blocks.
+pub(super) trait Backing: Debug + Send {
+    /// Places a block in memory that is free for the stream at once. Calls no driver.
+    fn place(&mut self, request: Request) -> Option<Placed>;
+
+    /// Places a block by all means but waiting on the host: other streams' memory as far as the request's
+    /// policy allows, new memory, stitching.
+    fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal>;
+
+    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`.
+    fn free(&mut self, place: Place, bytes: u64, fence: Fence);
+
+    /// Makes free memory whose past is known to be complete anyone's.
+    fn settle(&mut self, fences: &mut Fences);
+
+    /// Whether no memory, free or in blocks, belongs to `owner`.
+    fn holds_nothing_of(&self, owner: Owner) -> bool;
+
+    /// Gives the driver what is idle as a whole and known to be complete.
+    ///
+    /// # Errors
+    /// The first refusal of the driver; what it refused is kept.
+    fn release_idle(&mut self, fences: &mut Fences) -> Result<()>;
+
+    /// Bytes of the largest block that `owner` could have without a driver call.
+    fn largest_free(&self, owner: Owner) -> u64;
+
+    /// Free blocks in partly used segments, and their bytes: free, but not returnable.
+    fn inactive_split(&self) -> (u64, u64);
+
+    fn totals(&self) -> Totals;
+
+    /// Walks every structure and panics if an invariant is broken; returns the bytes in blocks.
+    fn check_invariants(&self) -> u64;
+}

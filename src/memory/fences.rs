@@ -1,0 +1,238 @@
+//! When a stream may touch what another stream freed.
+//!
+//! Each stream that meets the pool gets a number, its [`Owner`], and an *epoch*: a counter that stands
+//! still until somebody needs to know how far the stream is. Freeing stamps (owner, epoch) and costs
+//! nothing more. When another stream wants the memory, an event is recorded at the owner's present end;
+//! it covers everything stamped so far, and the epoch moves on. A *fence* (owner, epoch) is passed once an
+//! event at or after that epoch is complete, or once the wanting stream has been made to wait for one.
+//! Programs with one stream record no event at all.
+//!
+//! A wait covers all earlier epochs too, and completeness does for every stream; both are remembered, so a
+//! *dominated* fence costs a comparison.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::config::ReusePolicy;
+use super::territory::Owner;
+use crate::driver::{Event, Stream};
+use crate::units::StreamId;
+
+/// The owner of holes that anyone may have: memory without a past, or whose past is known to be complete.
+pub(super) const COMMON: Owner = 0;
+
+/// A point in a stream: everything freed for `owner` up to `epoch`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fence {
+    pub(super) owner: Owner,
+    pub(super) epoch: u64,
+}
+
+#[derive(Debug)]
+struct Clock {
+    /// `None` for [`COMMON`] and for numbers whose stream is gone.
+    stream: Option<Stream>,
+    /// What a free stamps now; moves on with each recorded event. Epoch 0 is the past before the pool.
+    epoch: u64,
+    /// Recorded events not yet seen complete, with the epochs they cover, oldest first.
+    events: VecDeque<(u64, Event)>,
+    /// Newest epoch known to be complete.
+    complete: u64,
+    /// For each other owner, the newest epoch that this stream was made to wait for.
+    waited: Vec<u64>,
+}
+
+impl Clock {
+    /// Looks at recorded events, oldest first, and notes what is complete.
+    fn poll(&mut self) {
+        while let Some((epoch, event)) = self.events.front() {
+            // An event that cannot be queried (a capture is under way, the stream failed) counts as not
+            // complete: memory is held back, never handed out early.
+            if !event.is_complete().unwrap_or(false) {
+                return;
+            }
+            self.complete = *epoch;
+            self.events.pop_front();
+        }
+    }
+
+    /// Makes sure that an event covers `epoch`; whether one does.
+    fn cover(&mut self, epoch: u64) -> bool {
+        if self
+            .events
+            .back()
+            .is_some_and(|(covered, _)| *covered >= epoch)
+        {
+            return true;
+        }
+        let Some(Ok(event)) = self.stream.as_ref().map(Stream::record) else {
+            return false;
+        };
+        self.events.push_back((self.epoch, event));
+        self.epoch += 1;
+        true
+    }
+}
+
+/// The streams that met a pool, and what is known of their progress.
+#[derive(Debug)]
+pub(super) struct Fences {
+    clocks: Vec<Clock>,
+    owners: BTreeMap<StreamId, Owner>,
+}
+
+impl Clock {
+    fn new(stream: Option<Stream>, epoch: u64) -> Self {
+        // Everything before the first epoch is complete: there was nothing.
+        let complete = epoch - 1;
+        Self {
+            stream,
+            epoch,
+            events: VecDeque::new(),
+            complete,
+            waited: Vec::new(),
+        }
+    }
+}
+
+impl Fences {
+    pub(super) fn new() -> Self {
+        Self {
+            clocks: vec![Clock::new(None, 1)],
+            owners: BTreeMap::new(),
+        }
+    }
+
+    /// The number of `stream`, which the pool keeps alive while it has memory of it.
+    pub(super) fn owner(&mut self, stream: &Stream) -> Owner {
+        *self.owners.entry(stream.id()).or_insert_with(|| {
+            let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
+            let Some(owner) = vacant else {
+                self.clocks.push(Clock::new(Some(stream.clone()), 1));
+                return self.clocks.len() - 1;
+            };
+            // Epochs of a number go on counting, so that stamps of the stream before stay in the past.
+            let epoch = self.clocks[owner].epoch;
+            self.clocks[owner] = Clock::new(Some(stream.clone()), epoch);
+            owner
+        })
+    }
+
+    /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
+    /// says.
+    pub(super) fn retire(&mut self, is_unused: impl Fn(Owner) -> bool) {
+        let clocks = &mut self.clocks;
+        self.owners.retain(|_, owner| {
+            let clock = &mut clocks[*owner];
+            let is_gone = clock.stream.as_ref().is_some_and(Stream::is_last_handle)
+                && clock.complete + 1 >= clock.epoch
+                && is_unused(*owner);
+            if is_gone {
+                clock.stream = None;
+                clock.events.clear();
+            }
+            !is_gone
+        });
+    }
+
+    /// The fence of what is freed for `owner` now.
+    pub(super) fn now(&self, owner: Owner) -> Fence {
+        Fence {
+            owner,
+            epoch: self.clocks[owner].epoch,
+        }
+    }
+
+    /// Whether `thief` may enqueue work on memory behind `fence`, as far as `reuse` allows it to find out
+    /// or to bring it about.
+    pub(super) fn pass(&mut self, thief: Owner, fence: Fence, reuse: ReusePolicy) -> bool {
+        let Fence { owner, epoch } = fence;
+        if owner == thief || self.is_dominated(thief, fence) {
+            return true;
+        }
+        if reuse == ReusePolicy::Never {
+            return false;
+        }
+        if !self.clocks[owner].cover(epoch) {
+            return false;
+        }
+        if reuse == ReusePolicy::OnlyComplete {
+            self.clocks[owner].poll();
+            return epoch <= self.clocks[owner].complete;
+        }
+        self.wait(thief, fence)
+    }
+
+    fn is_dominated(&self, thief: Owner, fence: Fence) -> bool {
+        let waited = self.clocks[thief]
+            .waited
+            .get(fence.owner)
+            .copied()
+            .unwrap_or(0);
+        fence.epoch <= waited.max(self.clocks[fence.owner].complete)
+    }
+
+    /// Makes `thief` wait, on the device, for the first event at or past `fence`.
+    fn wait(&mut self, thief: Owner, fence: Fence) -> bool {
+        let events = &self.clocks[fence.owner].events;
+        let first = events.partition_point(|(covered, _)| *covered < fence.epoch);
+        let Some((covered, event)) = events.get(first) else {
+            return false;
+        };
+        let covered = *covered;
+        let waiter = self.clocks[thief]
+            .stream
+            .as_ref()
+            .expect("a thief is a stream in use");
+        if waiter.wait(event).is_err() {
+            return false;
+        }
+        let waited = &mut self.clocks[thief].waited;
+        if waited.len() <= fence.owner {
+            waited.resize(fence.owner + 1, 0);
+        }
+        waited[fence.owner] = covered;
+        true
+    }
+
+    /// Whether everything up to `fence` is known to have run, without asking anew.
+    pub(super) fn is_known_complete(&self, fence: Fence) -> bool {
+        fence.epoch <= self.clocks[fence.owner].complete
+    }
+
+    /// Whether everything up to `fence` has run, as far as recorded events tell without waiting.
+    pub(super) fn is_complete(&mut self, fence: Fence) -> bool {
+        let clock = &mut self.clocks[fence.owner];
+        clock.poll();
+        fence.epoch <= clock.complete
+    }
+
+    /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have
+    /// covered. Frees during the wait are stamped later.
+    pub(super) fn close_epochs(&mut self) -> Vec<(Fence, Stream)> {
+        let clocks = self.clocks.iter_mut().enumerate();
+        clocks
+            .filter_map(|(owner, clock)| {
+                let stream = clock.stream.clone()?;
+                let fence = Fence {
+                    owner,
+                    epoch: clock.epoch,
+                };
+                clock.epoch += 1;
+                Some((fence, stream))
+            })
+            .collect()
+    }
+
+    /// Notes that the host has waited until everything up to `fence` had run.
+    pub(super) fn passed(&mut self, fence: Fence) {
+        let clock = &mut self.clocks[fence.owner];
+        clock.complete = clock.complete.max(fence.epoch);
+        while clock
+            .events
+            .front()
+            .is_some_and(|(covered, _)| *covered <= fence.epoch)
+        {
+            clock.events.pop_front();
+        }
+    }
+}

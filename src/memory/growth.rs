@@ -1,0 +1,258 @@
+//! Physical pages: taking them from the driver, mapping them at home, giving them back.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::arena::GRANULARITY;
+use super::backing::{Refusal, Totals};
+use super::fences::Fences;
+use super::paged::PagedMemory;
+use super::ranges::Range;
+use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, PageIndex};
+use crate::driver::{Device, DevicePtr, Driver, PageHandle};
+use crate::error::{Error, Result};
+use crate::units::to_usize;
+
+/// Most pages taken at once beyond what is needed, so that growth is one driver visit in ten.
+const BATCH_MAX: usize = 10;
+/// A batch is at most one part in this many of what is held, so that it stays small in small programs.
+const BATCH_SHARE: usize = 128;
+/// The territory has homes for this many times the device's memory: homes of returned pages that lie
+/// scattered need not be found again.
+const HOMES: u64 = 4;
+
+/// The pages held from a driver, by home.
+#[derive(Debug)]
+pub(super) struct Pages {
+    driver: Arc<dyn Driver>,
+    limit: u64,
+    base: DevicePtr,
+    homes: u64,
+    held: Vec<Option<PageHandle>>,
+    totals: Totals,
+}
+
+impl Pages {
+    /// Reserves the territory's addresses.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver has no range that large.
+    pub(super) fn new(device: &Device, limit: Option<u64>) -> Result<Self> {
+        let total = device.properties().total_memory;
+        let homes = (total / PAGE).max(1) * HOMES;
+        let base = device.driver().reserve(homes * PAGE)?;
+        let driver = device.driver().clone();
+        let limit = limit.unwrap_or(u64::MAX);
+        Ok(Self {
+            driver,
+            limit,
+            base,
+            homes,
+            held: Vec::new(),
+            totals: Totals::default(),
+        })
+    }
+
+    /// Address of the byte at `offset` in the territory.
+    pub(super) fn home(&self, offset: u64) -> DevicePtr {
+        self.base.offset(offset)
+    }
+
+    pub(super) fn bytes_held(&self) -> u64 {
+        self.totals.reserved_bytes
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    pub(super) fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// The driver's handle of the page at home `page`.
+    pub(super) fn handle(&self, page: PageIndex) -> PageHandle {
+        self.held[page].expect("a mapped page is held")
+    }
+
+    /// Whether the limit leaves room for `count` more pages.
+    fn allows(&self, count: usize) -> bool {
+        let bytes = (count as u64).checked_mul(PAGE);
+        bytes.is_some_and(|bytes| bytes <= self.limit.saturating_sub(self.totals.reserved_bytes))
+    }
+
+    /// Takes `count` pages and maps them at home from `first` on. All or nothing.
+    fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
+        if !self.allows(count) {
+            return Err(Refusal::Limit);
+        }
+        let mut pages: Vec<PageHandle> = Vec::new();
+        let outcome = (0..count).try_for_each(|_| {
+            pages.push(self.driver.create_page(PAGE)?);
+            Ok(())
+        });
+        let home = self.home(first as u64 * PAGE);
+        if let Err(error) = outcome.and_then(|()| self.driver.map(home, &pages)) {
+            for page in pages {
+                // The pages are not mapped; a driver that will not take them back has leaked them.
+                drop(self.driver.destroy_page(page));
+            }
+            return Err(Refusal::Driver(error));
+        }
+        if self.held.len() < first + count {
+            self.held.resize(first + count, None);
+        }
+        for (slot, page) in self.held[first..].iter_mut().zip(pages) {
+            *slot = Some(page);
+        }
+        self.totals.segments += count as u64;
+        self.totals.reserved_bytes += count as u64 * PAGE;
+        self.totals.device_allocs += count as u64;
+        Ok(())
+    }
+
+    /// Unmaps `count` pages from home `first` on and gives them back to the driver.
+    #[expect(
+        unsafe_code,
+        reason = "unmapping is a promise that nothing uses the memory"
+    )]
+    fn give_back(&mut self, first: PageIndex, count: usize) -> Result<()> {
+        let home = self.home(first as u64 * PAGE);
+        // SAFETY: the pages were free at home and the host knows that the work of every stream that used
+        // them is complete; idle stitched ranges over them were unmapped before.
+        unsafe { self.driver.unmap(home, count as u64 * PAGE) }?;
+        for slot in &mut self.held[first..first + count] {
+            let page = slot.take().expect("a mapped page is held");
+            // Unmapped but not destroyed would be a leak in the driver that nothing here can mend.
+            drop(self.driver.destroy_page(page));
+        }
+        self.totals.segments -= count as u64;
+        self.totals.reserved_bytes -= count as u64 * PAGE;
+        self.totals.device_frees += count as u64;
+        Ok(())
+    }
+
+    /// Removes a stitched mapping and its addresses.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refuses.
+    #[expect(
+        unsafe_code,
+        reason = "unmapping is a promise that nothing uses the memory"
+    )]
+    pub(super) fn unmap_range(&self, range: &Range) -> Result<()> {
+        // SAFETY: the range is not live, and its fence is complete.
+        unsafe { self.driver.unmap(range.ptr, range.bytes()) }?;
+        self.driver.release(range.ptr, range.bytes())
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // Empty when the pool released everything; blocks that never came back keep their pages.
+        if self.totals.segments == 0 {
+            drop(self.driver.release(self.base, self.homes * PAGE));
+        }
+    }
+}
+
+impl PagedMemory {
+    /// Takes at least `count` new pages side by side, free for `owner`.
+    pub(super) fn grow(&mut self, count: usize, owner: Owner) -> Result<(), Refusal> {
+        if self.has_homes_at_end(count) {
+            self.append(count, owner)
+        } else {
+            self.resettle(count, owner)
+        }
+    }
+
+    /// Takes as many new pages as make a hole of `units` for `owner`: those that its hole at the end of the
+    /// territory lacks, or all.
+    pub(super) fn grow_hole(&mut self, units: u64, owner: Owner) -> Result<(), Refusal> {
+        let missing = self.missing_pages(units, owner);
+        if self.has_homes_at_end(missing) {
+            return self.append(missing, owner);
+        }
+        self.resettle(to_usize(units.div_ceil(PAGE_UNITS)), owner)
+    }
+
+    /// Pages that the hole of `owner` at the end of the territory lacks to hold `units`.
+    pub(super) fn missing_pages(&self, units: u64, owner: Owner) -> usize {
+        let there = self.territory.last_hole_units(owner).min(units);
+        to_usize((units - there).div_ceil(PAGE_UNITS))
+    }
+
+    fn has_homes_at_end(&self, count: usize) -> bool {
+        (self.territory.pages() + count) as u64 <= self.pages.homes
+    }
+
+    /// Takes pages at the end of the territory, where they continue its last hole: some more than asked
+    /// for, if that is possible.
+    fn append(&mut self, count: usize, owner: Owner) -> Result<(), Refusal> {
+        let held = to_usize(self.pages.bytes_held() / PAGE);
+        let batch = count.max((held / BATCH_SHARE).min(BATCH_MAX));
+        let first = self.territory.pages();
+        let mut taken = batch;
+        if !self.has_homes_at_end(batch) || self.pages.take(first, batch).is_err() {
+            self.pages.take(first, count)?;
+            taken = count;
+        }
+        self.territory.append(taken, owner);
+        Ok(())
+    }
+
+    /// Takes pages for homes whose pages were returned.
+    fn resettle(&mut self, count: usize, owner: Owner) -> Result<(), Refusal> {
+        let Some(first) = self.territory.unmapped(count) else {
+            let reason = "no addresses left for new pages".to_owned();
+            return Err(Refusal::Driver(Error::Driver {
+                call: "reserve",
+                code: 0,
+                reason,
+            }));
+        };
+        self.pages.take(first, count)?;
+        self.territory.remap(first, count, owner);
+        Ok(())
+    }
+
+    /// Gives every page back that is free as a whole and whose last use is known to be complete.
+    pub(super) fn release_pages(&mut self, fences: &mut Fences) -> Result<()> {
+        let holes: Vec<Hole> = self.territory.holes().collect();
+        let idle = holes
+            .into_iter()
+            .filter(|hole| !hole.whole_pages().is_empty() && fences.is_complete(hole.fence()));
+        let runs: SmallVec<[std::ops::Range<PageIndex>; 8]> =
+            idle.map(|hole| hole.whole_pages()).collect();
+        let leaving = |page: PageIndex| runs.iter().any(|run| run.contains(&page));
+        let mut outcome = Ok(());
+        for index in self.ranges.idle_over(leaving) {
+            if !self.remove_range(index, fences)? {
+                return Ok(());
+            }
+        }
+        for run in runs {
+            outcome = outcome.and(self.release_run(run));
+        }
+        outcome
+    }
+
+    fn release_run(&mut self, run: std::ops::Range<PageIndex>) -> Result<()> {
+        let start = run.start as u64 * PAGE_UNITS;
+        let hole = self
+            .territory
+            .hole_over_page(run.start)
+            .expect("the run was found free");
+        self.pages.give_back(run.start, run.len())?;
+        let block = self
+            .territory
+            .take(&hole, start, run.len() as u64 * PAGE_UNITS);
+        debug_assert_eq!(
+            self.territory.start(block) * GRANULARITY,
+            run.start as u64 * PAGE
+        );
+        self.territory.unmap(block);
+        Ok(())
+    }
+}

@@ -1,0 +1,64 @@
+//! The allocator: device memory, cached and reused in stream order.
+//!
+//! # Words
+//! *Requested ≤ allocated ≤ active ≤ reserved* bytes: asked for ≤ rounded and in callers' hands ≤ plus
+//! freed but waiting for other streams ≤ held from the driver. A *page* is 2 MiB of physical memory with
+//! one *home* address; the homes of all pages form the *territory*. A *block* is what a caller gets; its
+//! *home stream* is the one it was allocated for. A *hole* is a free part of the territory, owned by the
+//! stream that freed it. A *range* maps pages a second time, side by side. A *fence* (stream, epoch) is
+//! the point after which a hole may be touched by others. A *segment* is one driver allocation: a page, or
+//! where the device cannot map pages, a plain allocation.
+//!
+//! # The protocol
+//! A block is freed in stream order: the moment its owner drops it, the next allocation on the home stream
+//! may have it, because everything that stream will do comes after everything it has been given so far. No
+//! event, no wait. This holds only if the host enqueued the last use before it dropped the block, which
+//! Rust's ownership gives, also across threads: handing a block over and freeing it through the pool's lock
+//! or its queue are both release/acquire edges.
+//!
+//! A stream other than home that touches the block must be named through
+//! [`Block::record_stream`]. The free then stamps a fence for each such stream, and the block stays
+//! *active* until the home stream has passed all of them.
+//!
+//! Another stream may take a hole once it has passed the hole's fence, as far as [`ReusePolicy`] lets it
+//! find out (an event recorded when the memory is wanted, and asked) or bring it about (a wait on the
+//! device). The host waits only when memory has run out.
+//!
+//! # Where a block comes from
+//! In order: a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
+//! of the most ever in use; free pages from anywhere, stitched in a range; new pages. Then, when the device
+//! or the limit refuses: waiting on the host for all streams; returning idle pages; failing with a report.
+//!
+//! # The files
+//! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
+//! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
+//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock.
+//!
+//! Must not know: tensors, element types, metrics.
+
+mod arena;
+mod backing;
+mod bins;
+mod block;
+mod config;
+mod fences;
+mod growth;
+mod lane;
+mod paged;
+mod pending;
+mod pool;
+mod ranges;
+mod reclaim;
+mod segmented;
+mod small;
+mod state;
+mod stats;
+mod stitch;
+mod tags;
+mod territory;
+
+pub use block::Block;
+pub use config::{PoolConfig, ReusePolicy};
+pub use pool::Pool;
+pub use stats::{PoolStats, Stat};
+pub use tags::{TagScope, TagStat, tag};

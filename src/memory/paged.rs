@@ -1,0 +1,323 @@
+//! Paged memory: physical pages in one range of addresses, stitched when no hole is large enough.
+//!
+//! A request takes, in order: a hole of its stream; another stream's hole behind a fence; new pages, while
+//! what is held stays within a small slack of the most that was ever in use; free pages from anywhere,
+//! stitched; new pages. Small requests get pages of their own.
+//!
+//! Invariant: the territory's mapped pages are exactly the pages held from the driver.
+
+use std::collections::BTreeMap;
+
+use super::arena::GRANULARITY;
+use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
+use super::bins::Index;
+use super::fences::{Fence, Fences};
+use super::growth::Pages;
+use super::ranges::Ranges;
+use super::small::{Lease, SmallBlocks};
+use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, Territory};
+use crate::error::Result;
+use crate::units::KIB;
+
+/// Requests up to this size share pages with other small ones.
+const SMALL_MAX: u64 = 256 * KIB;
+/// New pages are preferred to stitching while what is held exceeds the most ever in use by at most one
+/// part in this many: memory traded against mapping calls.
+const SLACK: u64 = 100;
+
+/// Pages of one device and the blocks in them.
+#[derive(Debug)]
+pub(super) struct PagedMemory {
+    pub(super) pages: Pages,
+    pub(super) territory: Territory,
+    pub(super) ranges: Ranges,
+    small: BTreeMap<Owner, SmallBlocks>,
+    /// Bytes in blocks now, and the most there ever were.
+    in_use: u64,
+    in_use_peak: u64,
+}
+
+impl PagedMemory {
+    pub(super) fn new(pages: Pages) -> Self {
+        Self {
+            pages,
+            territory: Territory::new(),
+            ranges: Ranges::default(),
+            small: BTreeMap::new(),
+            in_use: 0,
+            in_use_peak: 0,
+        }
+    }
+
+    fn count(&mut self, placed: Placed, bytes: u64) -> Placed {
+        self.in_use += bytes;
+        self.in_use_peak = self.in_use_peak.max(self.in_use);
+        placed
+    }
+
+    /// Takes `units` from the front of a hole for `owner`.
+    fn place_in(&mut self, hole: &Hole, units: u64, owner: Owner) -> Placed {
+        let index = self.territory.take(hole, hole.start, units);
+        let ptr = self.pages.home(hole.start * GRANULARITY);
+        Placed {
+            ptr,
+            place: Place::Large { owner, index },
+        }
+    }
+
+    fn place_large(&mut self, request: Request) -> Option<Placed> {
+        let units = request.bytes / GRANULARITY;
+        let hole = self.territory.best_fit(request.owner, units)?;
+        Some(self.place_in(&hole, units, request.owner))
+    }
+
+    fn place_small(&mut self, request: Request) -> Option<Placed> {
+        let (page, offset, index) = self
+            .small
+            .get_mut(&request.owner)?
+            .allocate(request.bytes)?;
+        let ptr = self.pages.home(page as u64 * PAGE + offset);
+        Some(Placed {
+            ptr,
+            place: Place::Small {
+                owner: request.owner,
+                index,
+            },
+        })
+    }
+
+    /// The first hole that fits and that the request may take from another stream.
+    fn borrow(&self, request: Request, units: u64, fences: &mut Fences) -> Option<Hole> {
+        let others = self
+            .territory
+            .owners()
+            .filter(|owner| *owner != request.owner);
+        let fitting = others.filter_map(|owner| self.territory.best_fit(owner, units));
+        let mut fitting: Vec<Hole> = fitting.collect();
+        fitting.sort_by_key(|hole| hole.units);
+        fitting
+            .into_iter()
+            .find(|hole| fences.pass(request.owner, hole.fence(), request.reuse))
+    }
+
+    /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
+    /// with its own; whether there were any.
+    fn gather(&mut self, request: Request, fences: &mut Fences) -> bool {
+        let holes: Vec<Hole> = self
+            .territory
+            .holes()
+            .filter(|hole| hole.owner != request.owner)
+            .collect();
+        let mut gathered = false;
+        for hole in holes {
+            if fences.pass(request.owner, hole.fence(), request.reuse) {
+                // What is complete has no past to wait for; what the requester was made to wait for has
+                // the requester's own.
+                let is_complete = fences.is_known_complete(hole.fence());
+                let epoch = if is_complete {
+                    0
+                } else {
+                    fences.now(request.owner).epoch
+                };
+                self.territory.give(
+                    &hole,
+                    Fence {
+                        owner: request.owner,
+                        epoch,
+                    },
+                );
+                gathered = true;
+            }
+        }
+        gathered
+    }
+
+    fn find_large(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
+        let units = request.bytes / GRANULARITY;
+        if let Some(placed) = self.place_at_home(request, fences) {
+            return Ok(placed);
+        }
+        if self.gather(request, fences)
+            && let Some(placed) = self.place_large(request)
+        {
+            return Ok(placed);
+        }
+        let missing = self.missing_pages(units, request.owner) as u64;
+        let most = self.in_use_peak.max(self.in_use + request.bytes);
+        let held = self.pages.bytes_held() + missing * PAGE;
+        if held <= most + most / SLACK && self.grow_hole(units, request.owner).is_ok() {
+            return Ok(self.place_large(request).expect("a hole was grown to fit"));
+        }
+        if let Some(placed) = self.stitch(request, fences) {
+            return Ok(placed);
+        }
+        match self.grow_hole(units, request.owner) {
+            Ok(()) => Ok(self.place_large(request).expect("a hole was grown to fit")),
+            // Out of pages: room among the small blocks is better than none.
+            Err(refusal) => self.place_small(request).ok_or(refusal),
+        }
+    }
+
+    fn find_small(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
+        if let Some(placed) = self.place_small(request) {
+            return Ok(placed);
+        }
+        match self.lease(request, fences) {
+            Ok(lease) => {
+                self.small
+                    .entry(request.owner)
+                    .or_insert_with(SmallBlocks::new)
+                    .add(lease);
+                Ok(self
+                    .place_small(request)
+                    .expect("a page was borrowed that fits the request"))
+            }
+            // Out of pages: room among the large blocks is better than none.
+            Err(refusal) => self.place_at_home(request, fences).ok_or(refusal),
+        }
+    }
+
+    /// Places a block in a hole of its stream, or of another behind a fence.
+    fn place_at_home(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        self.place_large(request).or_else(|| {
+            let units = request.bytes / GRANULARITY;
+            let hole = self.borrow(request, units, fences)?;
+            Some(self.place_in(&hole, units, request.owner))
+        })
+    }
+
+    /// Borrows a page for small blocks: whole, and from the smallest hole that has one.
+    fn lease(&mut self, request: Request, fences: &mut Fences) -> Result<Lease, Refusal> {
+        loop {
+            if let Some(page) = self.free_pages(1, request, fences).pop() {
+                let hole = self
+                    .territory
+                    .hole_over_page(page)
+                    .expect("the page was found free");
+                let block = self
+                    .territory
+                    .take(&hole, page as u64 * PAGE_UNITS, PAGE_UNITS);
+                return Ok(Lease { page, block });
+            }
+            self.grow(1, request.owner)?;
+        }
+    }
+
+    /// Returns pages that are kept for small blocks although none lies in them.
+    fn return_spares(&mut self) {
+        for (owner, small) in &mut self.small {
+            if let Some((lease, epoch)) = small.take_spare() {
+                self.territory.free(lease.block, *owner, epoch);
+            }
+        }
+    }
+
+    /// Takes blocks back at home.
+    fn free_home(&mut self, index: Index, fence: Fence) {
+        self.territory.free(index, fence.owner, fence.epoch);
+    }
+}
+
+impl Backing for PagedMemory {
+    fn place(&mut self, request: Request) -> Option<Placed> {
+        let placed = if request.bytes <= SMALL_MAX {
+            self.place_small(request)
+        } else {
+            self.place_large(request)
+        };
+        placed.map(|placed| self.count(placed, request.bytes))
+    }
+
+    fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
+        let placed = if request.bytes <= SMALL_MAX {
+            self.find_small(request, fences)
+        } else {
+            self.find_large(request, fences)
+        };
+        placed.map(|placed| self.count(placed, request.bytes))
+    }
+
+    fn free(&mut self, place: Place, bytes: u64, fence: Fence) {
+        self.in_use -= bytes;
+        match place {
+            Place::Small { owner, index } => {
+                let small = self
+                    .small
+                    .get_mut(&owner)
+                    .expect("small blocks outlive their blocks");
+                if let Some(lease) = small.free(index, fence.epoch) {
+                    self.free_home(lease.block, fence);
+                }
+            }
+            Place::Large { index, .. } => self.free_home(index, fence),
+            Place::Stitched(range) => {
+                for index in self.ranges.release(range, fence) {
+                    self.free_home(index, fence);
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self, fences: &mut Fences) {
+        self.return_spares();
+        self.territory.settle(|fence| fences.is_complete(fence));
+        self.small.retain(|_, small| !small.is_empty());
+    }
+
+    fn release_idle(&mut self, fences: &mut Fences) -> Result<()> {
+        self.settle(fences);
+        self.release_pages(fences)
+    }
+
+    fn holds_nothing_of(&self, owner: Owner) -> bool {
+        self.territory.has_no_hole_of(owner) && !self.small.contains_key(&owner)
+    }
+
+    fn largest_free(&self, owner: Owner) -> u64 {
+        let small = self.small.get(&owner).map_or(0, SmallBlocks::largest_free);
+        small.max(self.territory.largest(owner) * GRANULARITY)
+    }
+
+    fn inactive_split(&self) -> (u64, u64) {
+        let split = |hole: Hole| hole.units - hole.whole_pages().len() as u64 * PAGE_UNITS;
+        let at_home = self.territory.holes().map(split).filter(|units| *units > 0);
+        let at_home = at_home.fold((0, 0), |(bytes, n), units| {
+            (bytes + units * GRANULARITY, n + 1)
+        });
+        let small = self.small.values().map(SmallBlocks::free_blocks);
+        small.fold(at_home, |(bytes, n), (more, blocks)| {
+            (bytes + more, n + blocks)
+        })
+    }
+
+    fn totals(&self) -> Totals {
+        self.pages.totals()
+    }
+
+    fn check_invariants(&self) -> u64 {
+        let (mapped, taken) = self.territory.check_invariants();
+        assert_eq!(
+            mapped * GRANULARITY,
+            self.pages.bytes_held(),
+            "mapped pages"
+        );
+        let (mut in_blocks, mut leased) = (0, 0);
+        for small in self.small.values() {
+            let (pages, in_use) = small.check_invariants();
+            leased += pages * PAGE;
+            in_blocks += in_use;
+        }
+        in_blocks += taken * GRANULARITY - leased;
+        assert_eq!(in_blocks, self.in_use, "bytes in blocks");
+        for range in self.ranges.live() {
+            for page in &range.pages {
+                assert_eq!(
+                    self.territory.hole_over_page(*page),
+                    None,
+                    "a live range's page is free"
+                );
+            }
+        }
+        in_blocks
+    }
+}

@@ -1,0 +1,168 @@
+//! Second addresses for pages: the ranges that large requests are stitched in.
+//!
+//! A range maps a list of pages, from anywhere in the territory, side by side. It is *live* while a block
+//! lies in it; the pages' bytes at home are then taken. When the block is freed, the pages are free at home
+//! again, but the mapping stays: a later request of as many pages gets it back without a driver call, if
+//! all its pages happen to be free. Nothing is unmapped while work may still touch it.
+//!
+//! Invariant: a live range has taken its pages at home, so at most one mapping of a page is live. Must not
+//! know: how pages are chosen.
+
+use std::collections::HashMap;
+
+use smallvec::SmallVec;
+
+use super::bins::Index;
+use super::fences::Fence;
+use super::territory::{PAGE, PageIndex};
+use crate::driver::DevicePtr;
+
+/// A range's place in the table.
+pub(super) type RangeIndex = usize;
+
+/// Pages mapped side by side, away from home.
+#[derive(Debug)]
+pub(super) struct Range {
+    pub(super) ptr: DevicePtr,
+    pub(super) pages: Vec<PageIndex>,
+    /// While live: the blocks taken at home. Empty otherwise.
+    pub(super) taken: SmallVec<[Index; 4]>,
+    /// When not live: after which fence the mapping may be removed.
+    fence: Fence,
+    /// When it was last freed, in frees of ranges.
+    freed_at: u64,
+}
+
+impl Range {
+    pub(super) fn is_live(&self) -> bool {
+        !self.taken.is_empty()
+    }
+
+    /// After what the mapping may be removed.
+    pub(super) fn fence(&self) -> Fence {
+        self.fence
+    }
+
+    /// Bytes of the mapping.
+    pub(super) fn bytes(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+}
+
+/// All ranges of a pool.
+#[derive(Debug, Default)]
+pub(super) struct Ranges {
+    table: Vec<Option<Range>>,
+    vacant: Vec<RangeIndex>,
+    /// Ranges that are not live, by number of pages, the one freed last at the end.
+    idle: HashMap<usize, Vec<RangeIndex>>,
+    frees: u64,
+    /// Pages in all ranges, each counted as often as it is mapped.
+    pub(super) pages_mapped: usize,
+}
+
+impl Ranges {
+    pub(super) fn get(&self, index: RangeIndex) -> &Range {
+        self.table[index]
+            .as_ref()
+            .expect("a range that is in use exists")
+    }
+
+    fn get_mut(&mut self, index: RangeIndex) -> &mut Range {
+        self.table[index]
+            .as_mut()
+            .expect("a range that is in use exists")
+    }
+
+    /// Idle ranges of `pages` pages, the one freed last first.
+    pub(super) fn idle_of(&self, pages: usize) -> impl Iterator<Item = RangeIndex> + '_ {
+        self.idle
+            .get(&pages)
+            .into_iter()
+            .flat_map(|indices| indices.iter().rev().copied())
+    }
+
+    /// Adds a range, live at once with the blocks `taken` at home.
+    pub(super) fn insert(
+        &mut self,
+        ptr: DevicePtr,
+        pages: Vec<PageIndex>,
+        taken: SmallVec<[Index; 4]>,
+        fence: Fence,
+    ) -> RangeIndex {
+        debug_assert!(!taken.is_empty());
+        self.pages_mapped += pages.len();
+        let range = Some(Range {
+            ptr,
+            pages,
+            taken,
+            fence,
+            freed_at: 0,
+        });
+        if let Some(index) = self.vacant.pop() {
+            self.table[index] = range;
+            return index;
+        }
+        self.table.push(range);
+        self.table.len() - 1
+    }
+
+    /// Makes an idle range live with the blocks `taken` at home.
+    pub(super) fn revive(&mut self, index: RangeIndex, taken: SmallVec<[Index; 4]>) {
+        debug_assert!(!taken.is_empty());
+        self.remove_idle(index);
+        self.get_mut(index).taken = taken;
+    }
+
+    /// Makes a live range idle; returns the blocks it had taken at home.
+    pub(super) fn release(&mut self, index: RangeIndex, fence: Fence) -> SmallVec<[Index; 4]> {
+        self.frees += 1;
+        let frees = self.frees;
+        let range = self.get_mut(index);
+        range.fence = fence;
+        range.freed_at = frees;
+        let pages = range.pages.len();
+        let taken = std::mem::take(&mut range.taken);
+        self.idle.entry(pages).or_default().push(index);
+        taken
+    }
+
+    fn remove_idle(&mut self, index: RangeIndex) {
+        let pages = self.get(index).pages.len();
+        let indices = self.idle.get_mut(&pages).expect("an idle range is listed");
+        indices.retain(|other| *other != index);
+        if indices.is_empty() {
+            self.idle.remove(&pages);
+        }
+    }
+
+    /// The idle range that was freed longest ago.
+    pub(super) fn oldest_idle(&self) -> Option<RangeIndex> {
+        // Each list is in order of frees, so its first is its oldest.
+        let firsts = self.idle.values().map(|indices| indices[0]);
+        firsts.min_by_key(|index| self.get(*index).freed_at)
+    }
+
+    /// Idle ranges that map any page for which `is_leaving` holds.
+    pub(super) fn idle_over(&self, is_leaving: impl Fn(PageIndex) -> bool) -> Vec<RangeIndex> {
+        let idle = self.idle.values().flatten().copied();
+        idle.filter(|index| self.get(*index).pages.iter().any(|page| is_leaving(*page)))
+            .collect()
+    }
+
+    /// Forgets an idle range, whose mapping the caller removes.
+    pub(super) fn remove(&mut self, index: RangeIndex) -> Range {
+        self.remove_idle(index);
+        let range = self.table[index]
+            .take()
+            .expect("a range that is in use exists");
+        self.pages_mapped -= range.pages.len();
+        self.vacant.push(index);
+        range
+    }
+
+    /// Every live range.
+    pub(super) fn live(&self) -> impl Iterator<Item = &Range> {
+        self.table.iter().flatten().filter(|range| range.is_live())
+    }
+}

@@ -1,0 +1,265 @@
+//! Stitching: a large request served from free pages that do not lie side by side.
+//!
+//! The pages are mapped a second time, side by side, in a range of addresses of their own. Nothing is
+//! unmapped to do so, so stream order alone makes it safe and no host wait is needed. The last page of a
+//! request is rarely needed as a whole: any page whose front is free will do, and the rest of it stays
+//! usable at home.
+
+use smallvec::SmallVec;
+
+use super::arena::GRANULARITY;
+use super::backing::{Place, Placed, Request};
+use super::bins::Index;
+use super::fences::{Fence, Fences};
+use super::paged::PagedMemory;
+use super::ranges::RangeIndex;
+use super::territory::{Hole, PAGE, PAGE_UNITS, PageIndex};
+use crate::driver::{DevicePtr, PageHandle};
+use crate::error::Result;
+use crate::units::to_usize;
+
+/// Idle ranges of the right length that are looked at before pages are mapped anew.
+const CANDIDATES_MAX: usize = 16;
+/// Holes that are looked at for the front of a last page before a whole page is used for it.
+const FRONTS_MAX: usize = 64;
+/// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.
+const MAPPED_PER_HELD: u64 = 2;
+
+/// What a request needs: pages as a whole, and the front of one more.
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    whole: usize,
+    /// Units of the last page; 0 if the request is a multiple of a page.
+    front: u64,
+}
+
+impl Need {
+    fn of(request: Request) -> Self {
+        let units = request.bytes / GRANULARITY;
+        Self {
+            whole: to_usize(units / PAGE_UNITS),
+            front: units % PAGE_UNITS,
+        }
+    }
+
+    fn pages(self) -> usize {
+        self.whole + usize::from(self.front > 0)
+    }
+
+    /// Units needed of the page at place `position` of the range.
+    fn units_at(self, position: usize) -> u64 {
+        if position < self.whole {
+            PAGE_UNITS
+        } else {
+            self.front
+        }
+    }
+}
+
+impl PagedMemory {
+    /// Places a request in pages from anywhere, taking new ones only for what is missing; `None` if that
+    /// cannot be done, in which case nothing has changed but that new pages may have come in.
+    pub(super) fn stitch(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        let need = Need::of(request);
+        if need.whole == 0 {
+            return None;
+        }
+        if let Some(placed) = self.reuse_range(request, need, fences) {
+            return Some(placed);
+        }
+        let pages = self.choose_pages(request, need, fences)?;
+        self.evict_ranges(fences);
+        let ptr = self.map_range(&pages)?;
+        let taken = self.take_pages(&pages, need);
+        let range = self
+            .ranges
+            .insert(ptr, pages, taken, fences.now(request.owner));
+        Some(Placed {
+            ptr,
+            place: Place::Stitched(range),
+        })
+    }
+
+    /// An idle range of the right length all of whose pages are free.
+    fn reuse_range(&mut self, request: Request, need: Need, fences: &mut Fences) -> Option<Placed> {
+        let candidates: SmallVec<[RangeIndex; CANDIDATES_MAX]> = self
+            .ranges
+            .idle_of(need.pages())
+            .take(CANDIDATES_MAX)
+            .collect();
+        let range = candidates.into_iter().find(|range| {
+            let free = self.fences_over(*range, need);
+            free.is_some_and(|behind| {
+                behind
+                    .iter()
+                    .all(|f| fences.pass(request.owner, *f, request.reuse))
+            })
+        })?;
+        let pages = self.ranges.get(range).pages.clone();
+        let taken = self.take_pages(&pages, need);
+        self.ranges.revive(range, taken);
+        let ptr = self.ranges.get(range).ptr;
+        Some(Placed {
+            ptr,
+            place: Place::Stitched(range),
+        })
+    }
+
+    /// The latest fence of each owner over the pages of an idle range; `None` if one is not free.
+    fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
+        let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
+        for (position, page) in self.ranges.get(range).pages.iter().enumerate() {
+            let fence = self
+                .territory
+                .hole_over_front(*page, need.units_at(position))?
+                .fence();
+            match latest.iter_mut().find(|known| known.owner == fence.owner) {
+                Some(known) => known.epoch = known.epoch.max(fence.epoch),
+                None => latest.push(fence),
+            }
+        }
+        Some(latest)
+    }
+
+    /// Free pages for the request, in the order in which they are to be mapped.
+    fn choose_pages(
+        &mut self,
+        request: Request,
+        need: Need,
+        fences: &mut Fences,
+    ) -> Option<Vec<PageIndex>> {
+        loop {
+            let mut pages = self.free_pages(need.pages(), request, fences);
+            let front = self.page_with_free_front(request, need, &pages);
+            let whole = pages.len().min(need.whole);
+            if whole == need.whole && (need.front == 0 || front.is_some()) {
+                pages.truncate(need.whole);
+                pages.extend(front.filter(|_| need.front > 0));
+                return Some(pages);
+            }
+            if pages.len() == need.pages() {
+                return Some(pages);
+            }
+            let have = whole + usize::from(need.front > 0 && front.is_some());
+            // Growth can also fit the whole request; the caller tries that when this refuses.
+            self.grow(need.pages() - have, request.owner).ok()?;
+        }
+    }
+
+    /// Up to `count` pages that are free as a whole and may be used by the request: its own stream's
+    /// first, those in the largest holes first. Small requests fill the smallest holes, so the pages of an
+    /// idle range stay free longest, and the range useful, if they come from large ones.
+    pub(super) fn free_pages(
+        &self,
+        count: usize,
+        request: Request,
+        fences: &mut Fences,
+    ) -> Vec<PageIndex> {
+        let mut pages = Vec::new();
+        let others = self
+            .territory
+            .owners()
+            .filter(|owner| *owner != request.owner);
+        for owner in std::iter::once(request.owner).chain(others) {
+            if pages.len() == count {
+                break;
+            }
+            let mut holes: Vec<Hole> = self.territory.holes_from(owner, PAGE_UNITS).collect();
+            holes.sort_by_key(|hole| std::cmp::Reverse(hole.units));
+            for hole in holes {
+                let whole = hole.whole_pages();
+                if pages.len() < count
+                    && !whole.is_empty()
+                    && fences.pass(request.owner, hole.fence(), request.reuse)
+                {
+                    pages.extend(whole.take(count - pages.len()));
+                }
+            }
+        }
+        pages
+    }
+
+    /// A page outside `chosen` whose front is free, if possible one that is not free as a whole.
+    fn page_with_free_front(
+        &self,
+        request: Request,
+        need: Need,
+        chosen: &[PageIndex],
+    ) -> Option<PageIndex> {
+        if need.front == 0 {
+            return None;
+        }
+        let whole = &chosen[..chosen.len().min(need.whole)];
+        let usable = |hole: Hole| {
+            let page = hole.page_with_front(need.front)?;
+            (!whole.contains(&page)).then_some(page)
+        };
+        let holes = self.territory.holes_from(request.owner, need.front);
+        holes.take(FRONTS_MAX).find_map(usable)
+    }
+
+    /// Takes pages at home, neighbors in one block.
+    fn take_pages(&mut self, pages: &[PageIndex], need: Need) -> SmallVec<[Index; 4]> {
+        let mut taken = SmallVec::new();
+        let mut position = 0;
+        while position < pages.len() {
+            let first = pages[position];
+            let hole = self
+                .territory
+                .hole_over_front(first, need.units_at(position))
+                .expect("chosen pages are free");
+            let (start, mut units) = (first as u64 * PAGE_UNITS, need.units_at(position));
+            position += 1;
+            while let Some(page) = pages.get(position) {
+                let more = need.units_at(position);
+                let adjacent = *page as u64 * PAGE_UNITS == start + units;
+                if !adjacent || start + units + more > hole.start + hole.units {
+                    break;
+                }
+                units += more;
+                position += 1;
+            }
+            taken.push(self.territory.take(&hole, start, units));
+        }
+        taken
+    }
+
+    fn map_range(&self, pages: &[PageIndex]) -> Option<DevicePtr> {
+        let bytes = pages.len() as u64 * PAGE;
+        let driver = self.pages.driver();
+        let ptr = driver.reserve(bytes).ok()?;
+        let handles: Vec<PageHandle> = pages.iter().map(|page| self.pages.handle(*page)).collect();
+        if driver.map(ptr, &handles).is_err() {
+            // Addresses that the driver does not take back are lost; no memory is.
+            drop(driver.release(ptr, bytes));
+            return None;
+        }
+        Some(ptr)
+    }
+
+    /// Unmaps the oldest idle ranges while there are too many mappings and their work is complete.
+    fn evict_ranges(&mut self, fences: &mut Fences) {
+        let most = MAPPED_PER_HELD * self.pages.bytes_held() / PAGE;
+        while self.ranges.pages_mapped as u64 > most {
+            let Some(oldest) = self.ranges.oldest_idle() else {
+                return;
+            };
+            if !self.remove_range(oldest, fences).unwrap_or(false) {
+                return;
+            }
+        }
+    }
+
+    /// Unmaps an idle range if its last use is known to be complete; whether it was.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses; the addresses are then lost.
+    pub(super) fn remove_range(&mut self, index: RangeIndex, fences: &mut Fences) -> Result<bool> {
+        if !fences.is_complete(self.ranges.get(index).fence()) {
+            return Ok(false);
+        }
+        let range = self.ranges.remove(index);
+        self.pages.unmap_range(&range)?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,140 @@
+//! Attribution of memory to components.
+//!
+//! A *tag* names a component (`amp`, `activations`). While a [`TagScope`] lives, blocks allocated by its
+//! thread count under its tag until they are freed, wherever that happens.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use parking_lot::RwLock;
+
+use super::stats::{Gauge, Stat};
+
+/// Number of a tag, the same in every pool of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TagId(u16);
+
+/// Names of all tags used so far; number 0 is "untagged".
+static NAMES: RwLock<Vec<&'static str>> = RwLock::new(Vec::new());
+
+thread_local! {
+    static CURRENT: Cell<TagId> = const { Cell::new(TagId(0)) };
+}
+
+impl TagId {
+    const UNTAGGED: &'static str = "untagged";
+
+    /// The tag of the calling thread's innermost scope.
+    #[inline]
+    pub(super) fn current() -> Self {
+        CURRENT.get()
+    }
+
+    fn named(name: &'static str) -> Self {
+        let position = |names: &[&str]| names.iter().position(|known| *known == name);
+        let found = position(&NAMES.read());
+        let index = found.unwrap_or_else(|| {
+            let mut names = NAMES.write();
+            if names.is_empty() {
+                names.push(Self::UNTAGGED);
+            }
+            position(&names).unwrap_or_else(|| {
+                names.push(name);
+                names.len() - 1
+            })
+        });
+        // A program with 65,536 component names would get all further ones counted as untagged.
+        Self(u16::try_from(index).unwrap_or(0))
+    }
+
+    fn name(self) -> &'static str {
+        NAMES
+            .read()
+            .get(usize::from(self.0))
+            .copied()
+            .unwrap_or(Self::UNTAGGED)
+    }
+}
+
+/// Counts what this thread allocates under a tag, until dropped. Made by [`tag`].
+#[must_use = "the tag holds only while the scope lives"]
+#[derive(Debug)]
+pub struct TagScope {
+    outer: TagId,
+    /// The scope belongs to the thread that made it.
+    not_send: PhantomData<*const ()>,
+}
+
+/// Counts blocks that the calling thread allocates from now on under `name`, until the scope is dropped.
+/// Scopes nest; the innermost counts.
+pub fn tag(name: &'static str) -> TagScope {
+    let outer = CURRENT.replace(TagId::named(name));
+    TagScope {
+        outer,
+        not_send: PhantomData,
+    }
+}
+
+impl Drop for TagScope {
+    fn drop(&mut self) {
+        CURRENT.set(self.outer);
+    }
+}
+
+/// Allocated bytes of one component.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct TagStat {
+    /// The component's name; `untagged` for blocks allocated outside any scope.
+    pub tag: &'static str,
+    /// Allocated (rounded) bytes.
+    pub allocated_bytes: Stat,
+}
+
+/// Bytes by tag, of a pool or of a part of it.
+#[derive(Debug, Default)]
+pub(super) struct TagTable {
+    gauges: Vec<Gauge>,
+}
+
+impl TagTable {
+    #[inline]
+    pub(super) fn increase(&mut self, tag: TagId, bytes: u64) {
+        self.gauge(usize::from(tag.0)).increase(bytes);
+    }
+
+    #[inline]
+    pub(super) fn decrease(&mut self, tag: TagId, bytes: u64) {
+        self.gauge(usize::from(tag.0)).decrease(bytes);
+    }
+
+    #[inline]
+    fn gauge(&mut self, index: usize) -> &mut Gauge {
+        if index >= self.gauges.len() {
+            self.gauges.resize(index + 1, Gauge::default());
+        }
+        &mut self.gauges[index]
+    }
+
+    /// Takes over what `part` has counted since it was folded last.
+    pub(super) fn fold(&mut self, part: &mut Self) {
+        for (index, gauge) in part.gauges.iter_mut().enumerate() {
+            self.gauge(index).fold(&std::mem::take(gauge));
+        }
+    }
+
+    pub(super) fn reset_peaks(&mut self) {
+        self.gauges.iter_mut().for_each(Gauge::reset_peak);
+    }
+
+    /// Every tag that was ever used in this pool, in order of first use in the process.
+    pub(super) fn snapshot(&self) -> Vec<TagStat> {
+        let stats = (0..=u16::MAX).zip(self.gauges.iter().map(Gauge::stat));
+        stats
+            .filter(|(_, stat)| stat.allocated > 0)
+            .map(|(index, stat)| TagStat {
+                tag: TagId(index).name(),
+                allocated_bytes: stat,
+            })
+            .collect()
+    }
+}

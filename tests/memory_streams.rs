@@ -1,0 +1,175 @@
+//! Ordering between streams, on seeded schedules with poison: what is right passes on every schedule, and
+//! with one piece of ordering left out some schedule shows it.
+#![allow(
+    unsafe_code,
+    reason = "the tests play a program that uses blocks on several streams"
+)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use kitsune::{Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+
+const BYTES: u64 = 4096;
+
+/// What the program under test leaves out.
+#[derive(Clone, Copy, PartialEq)]
+enum Omit {
+    Nothing,
+    RecordStream,
+    Wait,
+}
+
+fn fill(stream: &Stream, ptr: kitsune::driver::DevicePtr, value: u8) {
+    // SAFETY: the callers pass blocks of BYTES bytes that live, or are freed in order with `stream`.
+    unsafe { stream.driver().fill(ptr, value, BYTES, stream.raw()) }.unwrap();
+}
+
+/// A producer writes blocks on one stream, a consumer copies them on another, and the producer frees and
+/// reuses them at once. Whether the consumer saw every value.
+fn consumer_sees_every_value(seed: u64, omit: Omit) -> bool {
+    let config = HostConfig {
+        schedule: Schedule::Seeded(seed),
+        ..HostConfig::default()
+    };
+    let device = Device::host(config).unwrap();
+    let pool = Pool::new(
+        &device,
+        PoolConfig {
+            poison: true,
+            ..PoolConfig::default()
+        },
+    )
+    .unwrap();
+    let producer = device.create_stream().unwrap();
+    let consumer = device.create_stream().unwrap();
+    let rounds = 6u8;
+    let results: Vec<_> = (0..rounds)
+        .map(|_| pool.allocate(BYTES, &consumer).unwrap())
+        .collect();
+    for round in 0..rounds {
+        let mut block = pool.allocate(BYTES, &producer).unwrap();
+        fill(&producer, block.ptr(), round);
+        if omit != Omit::Wait {
+            consumer.wait_for(&producer).unwrap();
+        }
+        let result = results[usize::from(round)].ptr();
+        // SAFETY: both blocks are BYTES long and live until the consumer's stream has passed, or are
+        // wrongly reused, which is what the test is about: the host's pages stay mapped all the same.
+        unsafe {
+            device
+                .driver()
+                .copy(result, block.ptr(), BYTES, consumer.raw())
+        }
+        .unwrap();
+        if omit != Omit::RecordStream {
+            block.record_stream(&consumer);
+        }
+    }
+    (0..rounds).zip(&results).all(|(round, result)| {
+        let mut bytes = vec![0; 4096];
+        // SAFETY: the block is BYTES long and written only on the stream it is read on.
+        unsafe {
+            device
+                .driver()
+                .copy_to_host(&mut bytes, result.ptr(), consumer.raw())
+        }
+        .unwrap();
+        bytes.iter().all(|byte| *byte == round)
+    })
+}
+
+#[test]
+fn recorded_blocks_are_not_reused_too_early_on_any_schedule() {
+    for seed in support::seeds(2_000) {
+        assert!(
+            consumer_sees_every_value(seed, Omit::Nothing),
+            "seed {seed}"
+        );
+    }
+}
+
+#[test]
+fn leaving_out_record_stream_or_the_wait_is_found() {
+    for omit in [Omit::RecordStream, Omit::Wait] {
+        let found = (0..200).find(|seed| !consumer_sees_every_value(*seed, omit));
+        assert!(found.is_some(), "no schedule showed the missing order");
+    }
+}
+
+#[test]
+fn a_freed_block_is_reused_at_once_on_its_own_stream_only() {
+    let device = Device::host(HostConfig::default()).unwrap();
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let [home, other] = [(); 2].map(|()| device.create_stream().unwrap());
+    let first = pool.allocate(BYTES, &home).unwrap().ptr();
+    assert_ne!(pool.allocate(BYTES, &other).unwrap().ptr(), first);
+    assert_eq!(pool.allocate(BYTES, &home).unwrap().ptr(), first);
+}
+
+#[test]
+fn a_recorded_block_stays_active_until_the_other_stream_has_passed() {
+    let config = HostConfig {
+        schedule: Schedule::Seeded(1),
+        ..HostConfig::default()
+    };
+    let device = Device::host(config).unwrap();
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let [home, other] = [(); 2].map(|()| device.create_stream().unwrap());
+    let mut block = pool.allocate(BYTES, &home).unwrap();
+    // Work on `other` that cannot run yet: it waits for `home`, which nobody has let run.
+    for _ in 0..8 {
+        fill(&home, block.ptr(), 1);
+    }
+    other.wait_for(&home).unwrap();
+    fill(&other, block.ptr(), 2);
+    block.record_stream(&other);
+    drop(block);
+    let stats = pool.stats();
+    assert_eq!(
+        (stats.allocated_bytes.current, stats.active_bytes.current),
+        (0, BYTES)
+    );
+    other.synchronize().unwrap();
+    // The next allocation polls when the cache has nothing; a second block must not be a new segment.
+    let segments = pool.stats().segment.current;
+    let all: Vec<_> = (0..512)
+        .map(|_| pool.allocate(BYTES, &home).unwrap())
+        .collect();
+    assert_eq!(pool.stats().segment.current, segments);
+    assert_eq!(
+        all.len(),
+        512,
+        "a 2 MiB segment holds 512 blocks of 4 KiB, the recorded one included"
+    );
+}
+
+#[test]
+fn a_stream_dropped_with_blocks_out_stays_usable_by_them() {
+    let device = Device::host(HostConfig::default()).unwrap();
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let stream = device.create_stream().unwrap();
+    let block = pool.allocate(BYTES, &stream).unwrap();
+    drop(stream);
+    drop(block);
+    pool.check_invariants();
+    pool.empty_cache().unwrap();
+    assert_eq!(pool.stats().reserved_bytes.current, 0);
+}
+
+#[test]
+fn blocks_outlive_their_pool_handle() {
+    let device = Device::host(HostConfig::default()).unwrap();
+    let total = device.memory_info().unwrap().free;
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let stream = device.create_stream().unwrap();
+    let block = pool.allocate(BYTES, &stream).unwrap();
+    drop(pool);
+    fill(&stream, block.ptr(), 7);
+    drop(block);
+    assert_eq!(
+        device.memory_info().unwrap().free,
+        total,
+        "the last block took the pool along"
+    );
+}
