@@ -1,0 +1,189 @@
+//! Untyped device memory with an owner and a stream.
+//!
+//! The one place of this layer that hands addresses to the driver: what it promises there follows from
+//! owning the block.
+
+#![allow(
+    unsafe_code,
+    reason = "owning the block is what the driver's safety contracts ask for"
+)]
+
+use std::fmt;
+
+use parking_lot::Mutex;
+
+use super::Context;
+use crate::driver::{DevicePtr, Stream};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch::Span;
+use crate::memory::Block;
+use crate::units::to_usize;
+
+/// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
+/// thread, without blocking.
+pub struct Buffer {
+    context: Context,
+    ptr: DevicePtr,
+    bytes: u64,
+    /// Only `record_stream` changes the block.
+    block: Mutex<Block>,
+}
+
+impl Buffer {
+    /// `bytes` bytes with undefined contents.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
+        let block = context.pool().allocate(bytes, context.stream())?;
+        Ok(Self {
+            context: context.clone(),
+            ptr: block.ptr(),
+            bytes,
+            block: Mutex::new(block),
+        })
+    }
+
+    /// `bytes` bytes of zero.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::Driver`](crate::Error::Driver) if the
+    /// fill cannot be enqueued.
+    pub fn zeros(context: &Context, bytes: u64) -> Result<Self> {
+        let buffer = Self::uninit(context, bytes)?;
+        buffer.fill_bytes(0)?;
+        Ok(buffer)
+    }
+
+    /// Address of the first byte, aligned to 512; zero for an empty buffer.
+    #[must_use]
+    pub fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+
+    /// Bytes asked for.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The stream and pool of this buffer.
+    #[must_use]
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Holds the memory back, when this buffer is dropped, until `stream` has passed what it was given by
+    /// then. For work that other code enqueued on `stream`; [`copy_to`](super::Tensor::copy_to) sees to
+    /// itself.
+    pub fn record_stream(&self, stream: &Stream) {
+        self.block.lock().record_stream(stream);
+    }
+
+    /// Enqueues setting every byte to `value`.
+    pub(super) fn fill_bytes(&self, value: u8) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.context.stream();
+        // SAFETY: the block is `bytes` long and freed in order with this very stream.
+        unsafe {
+            stream
+                .driver()
+                .fill(self.ptr, value, self.bytes, stream.raw())
+        }
+    }
+
+    /// `len` elements of `dtype` from element `start`, as a kernel argument.
+    ///
+    /// # Panics
+    /// If that reaches past the end: layouts are checked when they are made.
+    pub(super) fn span(&self, start: usize, len: usize, dtype: DType) -> Span {
+        let element = dtype.bits() / 8;
+        let (start, len_bytes) = (start as u64 * element, len as u64 * element);
+        assert!(
+            start + len_bytes <= self.bytes,
+            "a span past the end of its buffer"
+        );
+        // SAFETY: the range lies in this buffer's block, which starts at a multiple of 512, and which is
+        // freed in order with the stream named here.
+        unsafe {
+            Span::new(
+                self.ptr.offset(start),
+                len,
+                dtype,
+                self.context.stream().id(),
+            )
+        }
+    }
+
+    /// Enqueues a copy of `bytes` to the start of this buffer.
+    pub(super) fn write(&self, bytes: &[u8]) -> Result<()> {
+        assert!(
+            bytes.len() as u64 <= self.bytes,
+            "a write past the end of its buffer"
+        );
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let stream = self.context.stream();
+        // SAFETY: the block is at least as long, and freed in order with this very stream.
+        unsafe {
+            stream
+                .driver()
+                .copy_from_host(self.ptr, bytes, stream.raw())
+        }
+    }
+
+    /// Copies `bytes.len()` bytes from byte `start` on, and waits for them.
+    pub(super) fn read(&self, start: u64, bytes: &mut [u8]) -> Result<()> {
+        assert!(
+            start + bytes.len() as u64 <= self.bytes,
+            "a read past the end of its buffer"
+        );
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let stream = self.context.stream();
+        // SAFETY: the range lies in the block, and all writes to it are on this very stream.
+        unsafe {
+            stream
+                .driver()
+                .copy_to_host(bytes, self.ptr.offset(start), stream.raw())
+        }
+    }
+
+    /// Enqueues a copy of `bytes` bytes of `source`, from its byte `start` on, to the start of this buffer,
+    /// in order with the streams of both.
+    pub(super) fn copy_across(&self, source: &Self, start: u64, bytes: u64) -> Result<()> {
+        assert!(bytes <= self.bytes, "a copy past the end of its buffer");
+        assert!(
+            start + bytes <= source.bytes,
+            "a copy from past the end of a buffer"
+        );
+        if bytes == 0 {
+            return Ok(());
+        }
+        let (to, from) = (self.context.stream(), source.context.stream());
+        to.wait_for(from)?;
+        // SAFETY: both ranges lie in their blocks; the wait above orders the copy behind all writes of
+        // the source, the wait below orders later work on the source, its free included, behind the copy.
+        unsafe {
+            to.driver()
+                .copy(self.ptr, source.ptr.offset(start), bytes, to.raw())
+        }?;
+        from.wait_for(to)
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Buffer({} bytes at {:#x})",
+            to_usize(self.bytes),
+            self.ptr.0
+        )
+    }
+}

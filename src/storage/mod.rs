@@ -1,0 +1,24 @@
+//! Tensors over pool memory.
+//!
+//! A [`Context`] says where work goes: one stream, and the pool its memory comes from. A [`Buffer`] owns
+//! one block. A [`Tensor`] is a typed, shaped view of a buffer; clones and views share it.
+//!
+//! # Ordering
+//! A tensor belongs to its context's stream, and everything done to it through this module is enqueued
+//! there, in the order of the calls. Dropping the last tensor of a buffer frees the memory in stream order:
+//! work already enqueued still has it. To use data on another stream or device, copy it there with
+//! [`Tensor::copy_to`], which orders the two streams.
+//!
+//! Must not know: what the numbers mean.
+
+mod buffer;
+mod context;
+mod convert;
+mod layout;
+mod tensor;
+mod transfer;
+
+pub use buffer::Buffer;
+pub use context::Context;
+pub use layout::{Layout, Shape};
+pub use tensor::Tensor;

@@ -1,0 +1,101 @@
+//! Moving elements between the host, streams and devices.
+
+use super::{Context, Shape, Tensor};
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+
+impl Tensor {
+    /// A tensor with the elements of `values`, which may be reused as soon as this returns.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if `values` has not as many elements as `shape`;
+    /// [`Error::OutOfMemory`]; [`Error::Driver`] if the copy cannot be enqueued.
+    pub fn from_slice<T: Element>(
+        context: &Context,
+        shape: impl Into<Shape>,
+        values: &[T],
+    ) -> Result<Self> {
+        let shape = shape.into();
+        if shape.elements() != Some(values.len()) {
+            let reason = format!("{} values do not make a tensor of {shape}", values.len());
+            return Err(Error::argument("from_slice", reason));
+        }
+        let tensor = Self::uninit(context, shape, T::DTYPE)?;
+        tensor.buffer().write(bytemuck::cast_slice(values))?;
+        Ok(tensor)
+    }
+
+    /// Overwrites the elements with `values`, in stream order. Values may be reused when this returns.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if type or count differ; otherwise as [`copy_from`](Self::copy_from).
+    pub fn copy_from_slice<T: Element>(&self, values: &[T]) -> Result<()> {
+        self.expect_dtype("copy_from_slice", T::DTYPE)?;
+        if self.is_contiguous() && self.layout().offset() == 0 && self.len() == values.len() {
+            return self.buffer().write(bytemuck::cast_slice(values));
+        }
+        self.copy_from(&Self::from_slice(self.context(), self.shape(), values)?)
+    }
+
+    /// The elements in index order. Blocks until the stream has computed them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if `T` is not the element type; [`Error::Driver`] if work before failed.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        self.expect_dtype("to_vec", T::DTYPE)?;
+        let dense = self.contiguous()?;
+        let mut values = vec![T::default(); dense.len()];
+        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
+        dense
+            .buffer()
+            .read(start, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// The only element. Blocks until the stream has computed it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there is not exactly one element, or `T` is not its type;
+    /// [`Error::Driver`] if work before failed.
+    pub fn item<T: Element>(&self) -> Result<T> {
+        if self.len() != 1 {
+            return Err(Error::argument(
+                "item",
+                format!("a tensor of {} elements", self.len()),
+            ));
+        }
+        Ok(self.to_vec()?[0])
+    }
+
+    /// A copy on another stream, or on another device of the same driver. It is made in order with both
+    /// streams: after everything enqueued for this tensor so far, before anything enqueued later.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the devices do not understand each other; [`Error::OutOfMemory`];
+    /// [`Error::Driver`] if the copy cannot be enqueued.
+    pub fn copy_to(&self, context: &Context) -> Result<Self> {
+        let (to, from) = (context.device(), self.context().device());
+        if to.driver().platform() != from.driver().platform() {
+            return Err(Error::argument(
+                "copy_to",
+                format!("{from:?} cannot reach {to:?}"),
+            ));
+        }
+        let dense = self.contiguous()?;
+        let copy = Self::uninit(context, self.shape(), self.dtype())?;
+        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
+        copy.buffer()
+            .copy_across(dense.buffer(), start, copy.buffer().bytes())?;
+        Ok(copy)
+    }
+
+    fn expect_dtype(&self, op: &'static str, dtype: DType) -> Result<()> {
+        if self.dtype() == dtype {
+            return Ok(());
+        }
+        Err(Error::argument(
+            op,
+            format!("the tensor is {}, not {dtype}", self.dtype()),
+        ))
+    }
+}
