@@ -1,0 +1,47 @@
+//! Sums and products of two tensors, element by element.
+//!
+//! Shapes must be equal; nothing is broadcast. Different float types give the wider of the two, and f16
+//! with bf16 gives f32, inside autocast scopes too.
+
+use super::check_same_shape;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch;
+use crate::storage::Tensor;
+
+/// `a + b`, rounded once.
+///
+/// # Errors
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for different shapes or streams;
+/// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32;
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    check_same_shape("add", a, b)?;
+    let out = Tensor::uninit(a.context(), a.shape(), promoted(a.dtype(), b.dtype()))?;
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    launch::add(a.context().stream(), &a.span()?, &b.span()?, &out.span()?)?;
+    Ok(out)
+}
+
+/// `a · b`, element by element, rounded once.
+///
+/// # Errors
+/// As [`add`].
+pub fn mul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    check_same_shape("mul", a, b)?;
+    let out = Tensor::uninit(a.context(), a.shape(), promoted(a.dtype(), b.dtype()))?;
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    launch::mul(a.context().stream(), &a.span()?, &b.span()?, &out.span()?)?;
+    Ok(out)
+}
+
+/// The narrowest float type that holds all values of both.
+fn promoted(a: DType, b: DType) -> DType {
+    if a == b {
+        a
+    } else if a == DType::F64 || b == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}

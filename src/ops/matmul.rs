@@ -1,0 +1,45 @@
+//! The product of two matrices.
+
+use super::{autocast_operand, check_same_dtype, matrix_shape};
+use crate::error::{Error, Result};
+use crate::launch::{self, Accumulate, Matrix};
+use crate::storage::Tensor;
+
+/// `a[m, k] · b[k, n]`, summed in f32 (f64 for f64) and rounded once. Transposed views cost nothing. In an
+/// autocast scope it runs, and gives its result, in the type of the scope.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
+/// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    const OP: &str = "matmul";
+    let ([m, k], [k_too, n]) = (matrix_shape(OP, "a", a)?, matrix_shape(OP, "b", b)?);
+    if k != k_too {
+        return Err(Error::argument(
+            OP,
+            format!("{} · {} does not fit", a.shape(), b.shape()),
+        ));
+    }
+    let (a, b) = (autocast_operand(OP, a)?, autocast_operand(OP, b)?);
+    check_same_dtype(OP, &a, &b)?;
+    let out = Tensor::uninit(a.context(), [m, n], a.dtype())?;
+    multiply_into(&view(&a)?, &view(&b)?, &out, Accumulate::Overwrite)?;
+    Ok(out)
+}
+
+/// A tensor of two dimensions, in whatever order it lies, as an operand of the kernel.
+pub(super) fn view(tensor: &Tensor) -> Result<Matrix> {
+    let shape = matrix_shape("matmul", "an operand", tensor)?;
+    let strides = [tensor.strides()[0], tensor.strides()[1]];
+    Matrix::new(&tensor.storage_span(), shape, strides)
+}
+
+/// Enqueues `out = a · b`, or adds it to `out`, which must be contiguous.
+pub(super) fn multiply_into(
+    a: &Matrix,
+    b: &Matrix,
+    out: &Tensor,
+    accumulate: Accumulate,
+) -> Result<()> {
+    launch::matmul(out.context().stream(), a, b, &out.span()?, accumulate)
+}

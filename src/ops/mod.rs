@@ -1,0 +1,78 @@
+//! The few tensor operations that a trainer needs around mixed precision.
+//!
+//! Each op takes tensors, checks that their shapes and types fit, allocates its result on the stream of its
+//! first operand and enqueues the kernels; nothing waits for the device unless it returns a number. There is
+//! no tape: an op whose gradient needs more than its inputs returns a value ([`Linear`], [`Loss`]) that keeps
+//! what it needs and has a `backward`.
+//!
+//! Words. *Autocast* is the scope in which ops choose the type they compute in ([`autocast`]). The *seed* of
+//! a loss is the gradient that its backward pass starts from; a loss scale is multiplied into it.
+//!
+//! Invariants: a result has memory of its own; operands are never written. Gradients have the types of what
+//! they are gradients of.
+//!
+//! Must not know: scalers, optimizers.
+
+pub mod autocast;
+
+mod activation;
+mod elementwise;
+mod linear;
+mod loss;
+mod matmul;
+mod reduce;
+
+pub use activation::{gelu, gelu_backward, relu, relu_backward};
+pub use elementwise::{add, mul};
+pub use linear::{Linear, LinearGradients, linear};
+pub use loss::{Loss, softmax_cross_entropy};
+pub use matmul::matmul;
+pub use reduce::{accuracy, argmax, mean, sum};
+
+use crate::error::{Error, Result};
+use crate::storage::Tensor;
+
+/// `tensor` in the type in which `op` runs under the present autocast scope. f64 and integers stay as they
+/// are, and so does everything outside a scope.
+fn autocast_operand(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    match autocast::autocast_dtype(op) {
+        Some(dtype) if autocast::is_eligible(tensor.dtype()) => tensor.cast(dtype),
+        _ => Ok(tensor.clone()),
+    }
+}
+
+/// Refuses operands of different types.
+fn check_same_dtype(op: &'static str, first: &Tensor, second: &Tensor) -> Result<()> {
+    if first.dtype() == second.dtype() {
+        return Ok(());
+    }
+    Err(Error::argument(
+        op,
+        format!(
+            "{} and {} do not mix; cast one, or use autocast",
+            first.dtype(),
+            second.dtype()
+        ),
+    ))
+}
+
+/// Refuses operands of different shapes.
+fn check_same_shape(op: &'static str, first: &Tensor, second: &Tensor) -> Result<()> {
+    if first.shape() == second.shape() {
+        return Ok(());
+    }
+    Err(Error::argument(
+        op,
+        format!("shapes {} and {} differ", first.shape(), second.shape()),
+    ))
+}
+
+/// The two lengths of a matrix.
+fn matrix_shape(op: &'static str, name: &str, tensor: &Tensor) -> Result<[usize; 2]> {
+    <[usize; 2]>::try_from(&tensor.shape()[..]).map_err(|_| {
+        Error::argument(
+            op,
+            format!("{name} has shape {}, which is no matrix", tensor.shape()),
+        )
+    })
+}
