@@ -1,0 +1,82 @@
+//! A chunk table that stays on the device while its tensors stay where they are.
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch::Span;
+use crate::launch::chunk_table::{ChunkList, ChunkTable};
+use crate::memory;
+use crate::storage::{Context, Layout, Tensor};
+
+/// What the table was built from: a tensor's index, its memory and its layout. Spans, not tensors, so that
+/// the table does not keep a gradient's memory from being reused. If other memory comes to lie at the same
+/// address with the same layout, the table fits it as well.
+type Key = (usize, Span, Layout);
+
+/// A list of chunks and its copy in device memory.
+#[derive(Debug)]
+pub(super) struct DeviceTable {
+    list: ChunkList,
+    keys: Vec<Key>,
+    uploaded: Option<(Tensor, ChunkTable)>,
+}
+
+impl DeviceTable {
+    /// A table of rows with `columns` columns, not uploaded yet; `op` names its user in errors.
+    pub(super) fn new(op: &'static str, columns: usize) -> Self {
+        Self {
+            list: ChunkList::new(op, columns),
+            keys: Vec::new(),
+            uploaded: None,
+        }
+    }
+
+    /// The table for `gradients`, which are all that can move between two calls. If none did, it is the
+    /// one of the last call; else `push` adds the row of each gradient. The device memory is kept unless
+    /// it becomes too small.
+    pub(super) fn refresh(
+        &mut self,
+        context: &Context,
+        tensors: usize,
+        gradients: &[(usize, Tensor)],
+        mut push: impl FnMut(&mut ChunkList, usize, &Tensor) -> Result<()>,
+    ) -> Result<ChunkTable> {
+        let key = |(index, tensor): &(usize, Tensor)| {
+            (*index, tensor.storage_span(), tensor.layout().clone())
+        };
+        let same = self.keys.len() == gradients.len()
+            && self
+                .keys
+                .iter()
+                .zip(gradients)
+                .all(|(old, new)| *old == key(new));
+        if let Some((_, table)) = self
+            .uploaded
+            .as_ref()
+            .filter(|(_, table)| same && table.tensors() == tensors)
+        {
+            return Ok(*table);
+        }
+        // Until the new table is complete there is none: a failure must not leave keys without it.
+        self.keys.clear();
+        let words = self.uploaded.take().map(|(words, _)| words);
+        self.list.restart(tensors);
+        for (index, gradient) in gradients {
+            push(&mut self.list, *index, gradient)?;
+        }
+        let words = match words {
+            Some(words) if words.len() >= self.list.device_words() => words,
+            _ => {
+                let _tag = memory::tag("amp");
+                Tensor::uninit(
+                    context,
+                    [self.list.device_words().next_power_of_two()],
+                    DType::F64,
+                )?
+            }
+        };
+        let table = self.list.upload(context.stream(), &words.span()?)?;
+        self.keys.extend(gradients.iter().map(key));
+        self.uploaded = Some((words, table));
+        Ok(table)
+    }
+}
