@@ -1,0 +1,172 @@
+//! Settings of mixed precision.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch::ScalePolicy;
+
+/// Settings of [`GradScaler`](crate::amp::GradScaler) and autocast. Defaults as in PyTorch; floor and cap of
+/// the scale are ours.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AmpConfig {
+    /// What operations run in under autocast: f16 or bf16. Default f16.
+    pub dtype: DType,
+    /// Off: scaling does nothing, steps are always applied, autocast casts nothing. Default on.
+    pub enabled: bool,
+    /// Steps without overflow before the scale grows; from 1 to 2³¹ − 1. Default 2000.
+    pub growth_interval: u32,
+    /// Factor after an overflow; above 0 and below 1. Default 0.5.
+    pub backoff_factor: f64,
+    /// Factor after an interval without overflow; above 1 and finite. Default 2.
+    pub growth_factor: f64,
+    /// Scale to begin with, between floor and cap. Default 65536.
+    pub init_scale: f64,
+    /// Floor of the scale. Default 2⁻¹²⁶. Without one, a training that overflows for another reason than
+    /// its scale ends at a scale of 0, and with NaN weights.
+    pub min_scale: f64,
+    /// Cap of the scale. Default 2¹²⁶.
+    pub max_scale: f64,
+}
+
+/// The smallest scale whose inverse, and the largest whose inverse, is a normal f32.
+const SCALE_LIMITS: (f64, f64) = (f32::MIN_POSITIVE as f64, 1.0 / f32::MIN_POSITIVE as f64);
+
+impl Default for AmpConfig {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F16,
+            enabled: true,
+            growth_interval: 2000,
+            backoff_factor: 0.5,
+            growth_factor: 2.0,
+            init_scale: 65536.0,
+            min_scale: SCALE_LIMITS.0,
+            max_scale: SCALE_LIMITS.1,
+        }
+    }
+}
+
+impl AmpConfig {
+    /// Refuses values that cannot work, which PyTorch for the most part accepts.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] with the name of the first such field.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |key, reason: String| Err(Error::config(key, reason));
+        if !self.dtype.is_half() {
+            return refuse("dtype", format!("{} is neither f16 nor bf16", self.dtype));
+        }
+        if self.growth_interval == 0 || i32::try_from(self.growth_interval).is_err() {
+            return refuse(
+                "growth_interval",
+                format!("{} is not from 1 to 2^31 - 1", self.growth_interval),
+            );
+        }
+        if !(self.backoff_factor > 0.0 && self.backoff_factor < 1.0) {
+            return refuse(
+                "backoff_factor",
+                format!("{} is not above 0 and below 1", self.backoff_factor),
+            );
+        }
+        if !(self.growth_factor > 1.0 && self.growth_factor.is_finite()) {
+            return refuse(
+                "growth_factor",
+                format!("{} is not above 1 and finite", self.growth_factor),
+            );
+        }
+        for (key, value) in [("min_scale", self.min_scale), ("max_scale", self.max_scale)] {
+            if !(SCALE_LIMITS.0..=SCALE_LIMITS.1).contains(&value) {
+                return refuse(key, format!("{value} is not from 2^-126 to 2^126"));
+            }
+        }
+        if self.min_scale > self.max_scale {
+            let reason = format!("{} is above max_scale, {}", self.min_scale, self.max_scale);
+            return refuse("min_scale", reason);
+        }
+        self.check_scale(self.init_scale)
+            .map_err(|reason| Error::config("init_scale", reason))
+    }
+
+    /// Why `scale` cannot be the scale under these settings.
+    pub(super) fn check_scale(&self, scale: f64) -> Result<(), String> {
+        if (self.min_scale..=self.max_scale).contains(&scale) {
+            return Ok(());
+        }
+        Err(format!(
+            "{scale} is not from min_scale, {}, to max_scale, {}",
+            self.min_scale, self.max_scale
+        ))
+    }
+
+    pub(super) fn policy(&self) -> ScalePolicy {
+        ScalePolicy {
+            growth_factor: self.growth_factor,
+            backoff_factor: self.backoff_factor,
+            growth_interval: self.growth_interval,
+            min_scale: narrow(self.min_scale),
+            max_scale: narrow(self.max_scale),
+        }
+    }
+}
+
+/// A scale as the device keeps it.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "scales are kept in f32; settings are checked"
+)]
+pub(super) fn narrow(scale: f64) -> f32 {
+    scale as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut AmpConfig)) -> &'static str {
+        let mut config = AmpConfig::default();
+        change(&mut config);
+        match config.validate() {
+            Err(Error::InvalidConfig { key, .. }) => key,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        AmpConfig::default().validate().unwrap();
+        for value in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300] {
+            assert_eq!(refused(|config| config.init_scale = value), "init_scale");
+        }
+        for value in [0.0, -0.5, 1.0, 2.0, f64::NAN] {
+            assert_eq!(
+                refused(|config| config.backoff_factor = value),
+                "backoff_factor"
+            );
+        }
+        for value in [1.0, 0.5, f64::NAN, f64::INFINITY] {
+            assert_eq!(
+                refused(|config| config.growth_factor = value),
+                "growth_factor"
+            );
+        }
+        for value in [0, 1 << 31] {
+            assert_eq!(
+                refused(|config| config.growth_interval = value),
+                "growth_interval"
+            );
+        }
+        for value in [0.0, f64::NAN, 1e-40] {
+            assert_eq!(refused(|config| config.min_scale = value), "min_scale");
+        }
+        assert_eq!(
+            refused(|config| config.max_scale = f64::from(f32::MAX)),
+            "max_scale"
+        );
+        assert_eq!(refused(|config| config.dtype = DType::F32), "dtype");
+        assert_eq!(
+            refused(|config| (config.min_scale, config.max_scale) = (8.0, 4.0)),
+            "min_scale"
+        );
+        assert_eq!(refused(|config| config.max_scale = 1024.0), "init_scale");
+    }
+}

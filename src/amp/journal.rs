@@ -1,0 +1,119 @@
+//! The host's side of a scaler's journal: reading it, and putting names to numbers.
+//!
+//! The device writes (see [`launch::journal`](crate::launch::journal)); nothing here is called in a step.
+
+use std::collections::HashMap;
+
+use parking_lot::Mutex;
+
+use crate::amp::outcome::{Outcome, OverflowReport, TensorOverflow};
+use crate::amp::stats::ScaleChange;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch::journal::{
+    CHANGES, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
+    change_words, counter, overflow_words,
+};
+use crate::storage::{Context, Tensor};
+
+/// A journal on the device, and the names of the parameters it speaks of.
+#[derive(Debug)]
+pub(super) struct Journal {
+    words: Tensor,
+    /// By the number under which an optimizer's steps are recorded.
+    names: Mutex<HashMap<u64, Vec<String>>>,
+}
+
+impl Journal {
+    pub(super) fn new(context: &Context) -> Result<Self> {
+        let words = Tensor::zeros(context, [JOURNAL_WORDS], DType::F64)?;
+        Ok(Self {
+            words,
+            names: Mutex::default(),
+        })
+    }
+
+    /// Where the device writes.
+    pub(super) fn words(&self) -> &Tensor {
+        &self.words
+    }
+
+    /// Steps recorded under `optimizer` concern parameters of these names.
+    pub(super) fn name(&self, optimizer: u64, names: Vec<String>) {
+        self.names.lock().insert(optimizer, names);
+    }
+
+    /// Waits for everything enqueued so far and reads the journal.
+    pub(super) fn read(&self) -> Result<Vec<f64>> {
+        self.words.to_vec()
+    }
+
+    /// Waits, and tells what became of step `step`, from 1.
+    pub(super) fn outcome(&self, step: u64) -> Result<Outcome> {
+        let words = self.read()?;
+        let reports = self.overflows(&words);
+        let oldest = reports.first().map_or(u64::MAX, |report| report.step);
+        let forgotten = counter(&words, SKIPPED) > reports.len();
+        if let Some(report) = reports.into_iter().find(|report| report.step == step) {
+            return Ok(Outcome::Skipped(report));
+        }
+        // Every skipped step since the oldest that is remembered is remembered.
+        if forgotten && step < oldest {
+            let reason =
+                format!("step {step} was followed by more skipped steps than are remembered");
+            return Err(Error::argument("StepOutcome::wait", reason));
+        }
+        Ok(Outcome::Applied)
+    }
+
+    /// The skipped steps that are remembered, oldest first.
+    pub(super) fn overflows(&self, words: &[f64]) -> Vec<OverflowReport> {
+        let count = counter(words, SKIPPED);
+        let names = self.names.lock();
+        (count.saturating_sub(OVERFLOWS)..count)
+            .map(|number| report(&words[overflow_words(number)], &names))
+            .collect()
+    }
+}
+
+/// The scale changes that are remembered, oldest first.
+pub(super) fn scale_changes(words: &[f64]) -> Vec<ScaleChange> {
+    let count = counter(words, CHANGES);
+    (count.saturating_sub(SCALE_CHANGES)..count)
+        .map(|number| {
+            let change = &words[change_words(number)];
+            ScaleChange {
+                update: counter(change, 0) as u64,
+                scale: change[1],
+            }
+        })
+        .collect()
+}
+
+fn report(entry: &[f64], names: &HashMap<u64, Vec<String>>) -> OverflowReport {
+    let names = names.get(&(counter(entry, 1) as u64));
+    let tensor_count = counter(entry, 4);
+    let tensor = |words: &[f64]| {
+        let index = counter(words, 0);
+        let name = names.and_then(|names| names.get(index));
+        TensorOverflow {
+            name: name
+                .cloned()
+                .unwrap_or_else(|| format!("parameter {index}")),
+            inf_count: counter(words, 1) as u64,
+            nan_count: counter(words, 2) as u64,
+            first_index: counter(words, 3) as u64,
+        }
+    };
+    OverflowReport {
+        step: counter(entry, 0) as u64,
+        scale: entry[2],
+        total_norm: (!entry[3].is_nan()).then_some(entry[3]),
+        tensors: entry[OVERFLOW_HEAD..]
+            .chunks_exact(NAMED_WORDS)
+            .take(tensor_count)
+            .map(tensor)
+            .collect(),
+        tensor_count: tensor_count as u64,
+    }
+}

@@ -1,0 +1,154 @@
+//! What became of a step.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::amp::journal::Journal;
+use crate::error::Result;
+
+/// A step that was enqueued. Whether it was applied is decided on the device; asking waits for it, not
+/// asking costs nothing.
+///
+/// It may be asked at any time, even many steps later. Only if sixteen later steps were skipped in the
+/// meantime can the answer be lost; the totals in
+/// [`ScalerStats`](crate::amp::ScalerStats) are exact for ever.
+#[derive(Clone, Debug)]
+#[must_use = "a step may have been skipped; ask `is_applied` or `wait`, or drop the outcome with `let _ =`"]
+pub struct StepOutcome {
+    /// The journal and the step's number in it; `None` if nothing could skip the step.
+    pending: Option<(Arc<Journal>, u64)>,
+}
+
+/// What became of one step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The weights were moved.
+    Applied,
+    /// Gradients were not finite; weights, optimizer state and step counts are as before.
+    Skipped(OverflowReport),
+}
+
+impl StepOutcome {
+    pub(super) fn applied() -> Self {
+        Self { pending: None }
+    }
+
+    pub(super) fn pending(journal: Arc<Journal>, step: u64) -> Self {
+        Self {
+            pending: Some((journal, step)),
+        }
+    }
+
+    /// Waits for the step and tells whether the weights were moved. Advance schedulers and averages by
+    /// this, not by the number of calls.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn is_applied(&self) -> Result<bool> {
+        Ok(matches!(self.wait()?, Outcome::Applied))
+    }
+
+    /// Waits for the step and tells what became of it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if work of the stream failed;
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the answer was lost, as the type says.
+    pub fn wait(&self) -> Result<Outcome> {
+        match &self.pending {
+            None => Ok(Outcome::Applied),
+            Some((journal, step)) => journal.outcome(*step),
+        }
+    }
+}
+
+/// Why a step was skipped.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct OverflowReport {
+    /// The step's number, from 1, among all steps of the scaler.
+    pub step: u64,
+    /// The scale its gradients had.
+    pub scale: f64,
+    /// The gradients that are not finite, in the order of the parameters; the first eight.
+    pub tensors: Vec<TensorOverflow>,
+    /// How many there are.
+    pub tensor_count: u64,
+    /// The total norm, if it was taken. It alone can be the reason: of finite f64 gradients too large to
+    /// square. If there is neither a gradient nor a norm to blame, somebody else set the flag.
+    pub total_norm: Option<f64>,
+}
+
+/// What is not finite in one gradient.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TensorOverflow {
+    /// The parameter's name.
+    pub name: String,
+    /// Infinite elements; stops counting at 2³² − 1.
+    pub inf_count: u64,
+    /// NaN elements; stops counting at 2³² − 1.
+    pub nan_count: u64,
+    /// Place of the first such element, in elements from the first in memory. For a gradient in index
+    /// order this is its index.
+    pub first_index: u64,
+}
+
+/// The kind of a number that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OverflowKind {
+    /// Infinity: the scale is too large, as a rule.
+    Inf,
+    /// Not a number: often a fault that no scale repairs.
+    NaN,
+}
+
+impl TensorOverflow {
+    /// NaN if there is any, else infinity.
+    #[must_use]
+    pub fn kind(&self) -> OverflowKind {
+        if self.nan_count > 0 {
+            OverflowKind::NaN
+        } else {
+            OverflowKind::Inf
+        }
+    }
+}
+
+impl fmt::Display for OverflowKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Inf => "inf",
+            Self::NaN => "nan",
+        })
+    }
+}
+
+impl fmt::Display for TensorOverflow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` has ", self.name)?;
+        match (self.inf_count, self.nan_count) {
+            (inf, 0) => write!(f, "{inf} inf")?,
+            (0, nan) => write!(f, "{nan} nan")?,
+            (inf, nan) => write!(f, "{inf} inf and {nan} nan")?,
+        }
+        write!(f, ", the first at {}", self.first_index)
+    }
+}
+
+impl fmt::Display for OverflowReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step {} skipped at scale {}: ", self.step, self.scale)?;
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            let lead = if index == 0 { "" } else { "; " };
+            write!(f, "{lead}{tensor}")?;
+        }
+        let more = self.tensor_count - self.tensors.len() as u64;
+        match (self.tensor_count, self.total_norm) {
+            (0, Some(norm)) => write!(f, "the total norm is {norm}"),
+            (0, None) => write!(f, "the flag was set from outside"),
+            _ if more > 0 => write!(f, "; and {more} more"),
+            _ => Ok(()),
+        }
+    }
+}

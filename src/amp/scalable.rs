@@ -1,0 +1,99 @@
+//! What can be scaled: tensors, losses, and collections of them.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch;
+use crate::storage::Tensor;
+
+/// Something [`GradScaler::scale`](crate::amp::GradScaler::scale) can multiply by the loss scale.
+pub trait Scalable {
+    /// What it becomes.
+    type Output;
+
+    /// Multiplied by `scale`, an f32 on the device; or the same, sharing memory, for `None`.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedDtype`] for integers; [`Error::InvalidArgument`] on another stream than the
+    /// scale; [`Error::OutOfMemory`].
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output>;
+}
+
+impl Scalable for Tensor {
+    type Output = Self;
+
+    /// The product is f32, or f64 for f64. PyTorch keeps 16 bits for tensors of one dimension or more,
+    /// where 1 times the initial scale is infinite in f16.
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self> {
+        let Some(scale) = scale else {
+            return Ok(self.clone());
+        };
+        if !self.dtype().is_float() {
+            return Err(Error::UnsupportedDtype {
+                op: "scale",
+                dtype: self.dtype(),
+            });
+        }
+        let wide = if self.dtype() == DType::F64 {
+            DType::F64
+        } else {
+            DType::F32
+        };
+        let scaled = Self::uninit(self.context(), self.shape(), wide)?;
+        let input = self.contiguous()?;
+        launch::scale(
+            self.context().stream(),
+            &input.span()?,
+            &scale.span()?,
+            &scaled.span()?,
+        )?;
+        Ok(scaled)
+    }
+}
+
+impl<T: Scalable + ?Sized> Scalable for &T {
+    type Output = T::Output;
+
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<T::Output> {
+        (**self).scaled_by(scale)
+    }
+}
+
+impl<T: Scalable> Scalable for [T] {
+    type Output = Vec<T::Output>;
+
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output> {
+        self.iter().map(|item| item.scaled_by(scale)).collect()
+    }
+}
+
+impl<T: Scalable> Scalable for Vec<T> {
+    type Output = Vec<T::Output>;
+
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output> {
+        self.as_slice().scaled_by(scale)
+    }
+}
+
+impl<T: Scalable, const N: usize> Scalable for [T; N] {
+    type Output = Vec<T::Output>;
+
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output> {
+        self.as_slice().scaled_by(scale)
+    }
+}
+
+macro_rules! tuple {
+    ($($item:ident $place:tt),+) => {
+        impl<$($item: Scalable),+> Scalable for ($($item,)+) {
+            type Output = ($($item::Output,)+);
+
+            fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output> {
+                Ok(($(self.$place.scaled_by(scale)?,)+))
+            }
+        }
+    };
+}
+
+tuple!(A 0, B 1);
+tuple!(A 0, B 1, C 2);
+tuple!(A 0, B 1, C 2, D 3);

@@ -1,0 +1,234 @@
+//! What a scaler keeps for one optimizer.
+
+use std::sync::Weak;
+
+use crate::amp::scaler::ScaleMemory;
+use crate::error::{Error, Result, ScalerMisuse};
+use crate::launch::NormKind;
+use crate::launch::journal::{RecordOperands, record_step};
+use crate::optim::{Gradients, Optimizer, OptimizerId, Parameter, Pass, StepInputs, UnscaleMark};
+use crate::storage::{Context, Tensor};
+
+/// Where an optimizer is between two updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nothing was done with its gradients.
+    Ready,
+    /// Gradients were checked, and are still scaled; the step unscales and clips as it reads them.
+    Checked,
+    /// Gradients were divided by the scale in place.
+    Unscaled,
+    /// The step was enqueued.
+    Stepped,
+}
+
+/// An optimizer's flag, gradient table and stage.
+#[derive(Debug)]
+pub(super) struct Slot {
+    optimizer: Weak<u64>,
+    number: u64,
+    /// The number under which the journal knows it: a new one whenever the parameters changed.
+    recorded_as: u64,
+    parameters: usize,
+    stage: Stage,
+    found_inf: Tensor,
+    gradients: Gradients,
+    /// Taken since the last update; the coefficient too if the step is to apply it.
+    norm_taken: bool,
+    clip: Option<Tensor>,
+}
+
+impl Slot {
+    pub(super) fn new(id: &OptimizerId, found_inf: Tensor) -> Self {
+        Self {
+            optimizer: id.downgrade(),
+            number: id.number(),
+            recorded_as: 0,
+            parameters: 0,
+            stage: Stage::Ready,
+            found_inf,
+            gradients: Gradients::new("gradients"),
+            norm_taken: false,
+            clip: None,
+        }
+    }
+
+    pub(super) fn is_for(&self, id: &OptimizerId) -> bool {
+        self.number == id.number()
+    }
+
+    /// Whether another optimizer may have it: its own is gone, and no flag of it is waiting for an update.
+    pub(super) fn is_free(&self) -> bool {
+        self.optimizer.strong_count() == 0 && self.stage == Stage::Ready
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    pub(super) fn found_inf(&self) -> &Tensor {
+        &self.found_inf
+    }
+
+    /// Begins the next iteration.
+    pub(super) fn reset(&mut self) {
+        self.stage = Stage::Ready;
+        self.norm_taken = false;
+        self.clip = None;
+    }
+
+    /// Divides the gradients by the scale in place, and checks them.
+    pub(super) fn unscale(
+        &mut self,
+        memory: &ScaleMemory,
+        parameters: &[Parameter],
+        mark: UnscaleMark,
+    ) -> Result<()> {
+        match self.stage {
+            Stage::Ready => {}
+            Stage::Checked | Stage::Unscaled => return Err(ScalerMisuse::AlreadyUnscaled.into()),
+            Stage::Stepped => return Err(ScalerMisuse::UnscaleAfterStep.into()),
+        }
+        self.pass(
+            "unscale",
+            memory,
+            parameters,
+            mark,
+            Pass::Unscale(&memory.inv_scale),
+        )?;
+        let with_grad = parameters
+            .iter()
+            .filter(|parameter| parameter.grad().is_some());
+        with_grad.for_each(|parameter| parameter.mark_unscaled(mark));
+        self.stage = Stage::Unscaled;
+        Ok(())
+    }
+
+    /// Takes the norm and clips: in place if gradients are unscaled, else within the step.
+    pub(super) fn clip(
+        &mut self,
+        memory: &ScaleMemory,
+        parameters: &[Parameter],
+        mark: UnscaleMark,
+        (max_norm, kind): (f64, NormKind),
+    ) -> Result<Tensor> {
+        let op = "clip_grad_norm";
+        let in_place = match self.stage {
+            Stage::Ready | Stage::Checked => false,
+            Stage::Unscaled => true,
+            Stage::Stepped => return Err(ScalerMisuse::UnscaleAfterStep.into()),
+        };
+        if max_norm.is_nan() || max_norm < 0.0 {
+            return Err(Error::argument(
+                op,
+                format!("max_norm is {max_norm}, not zero or more"),
+            ));
+        }
+        let inv_scale = (!in_place).then_some(&memory.inv_scale);
+        self.pass(op, memory, parameters, mark, Pass::Check(inv_scale, kind))?;
+        let flag = self.found_inf.span()?;
+        let (norm, coefficient) =
+            self.gradients
+                .coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+        self.norm_taken = true;
+        if in_place {
+            self.gradients.multiply(parameters, &coefficient)?;
+        } else {
+            self.stage = Stage::Checked;
+            self.clip = Some(coefficient);
+        }
+        // The slot's own norm is overwritten in the next iteration; the caller gets one to keep.
+        norm.duplicate()
+    }
+
+    /// Checks if that was not done yet, steps, and records the step.
+    pub(super) fn step<O: Optimizer + ?Sized>(
+        &mut self,
+        memory: &ScaleMemory,
+        optimizer: &mut O,
+        mark: UnscaleMark,
+    ) -> Result<()> {
+        let inv_scale = match self.stage {
+            Stage::Ready => {
+                let pass = Pass::Check(Some(&memory.inv_scale), NormKind::L2);
+                self.pass("step", memory, optimizer.parameters(), mark, pass)?;
+                // Should the step fail, the flag still counts in the next update, which clears it.
+                self.stage = Stage::Checked;
+                Some(memory.inv_scale.clone())
+            }
+            Stage::Checked => Some(memory.inv_scale.clone()),
+            Stage::Unscaled => None,
+            Stage::Stepped => return Err(ScalerMisuse::AlreadyStepped.into()),
+        };
+        let inputs = StepInputs {
+            found_inf: Some(self.found_inf.clone()),
+            inv_scale,
+            clip: self.clip.clone(),
+        };
+        optimizer.step(&inputs)?;
+        self.stage = Stage::Stepped;
+        let counts = self.gradients.counts().expect("a pass came before");
+        let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
+        let operands = RecordOperands {
+            journal: memory.journal.words().span()?,
+            found_inf: self.found_inf.span()?,
+            scale: memory.scale.span()?,
+            counts: counts.span()?,
+            total_norm: norm.map(Tensor::span).transpose()?,
+            optimizer: self.recorded_as,
+        };
+        record_step(memory.context().stream(), &operands)
+    }
+
+    fn pass(
+        &mut self,
+        op: &'static str,
+        memory: &ScaleMemory,
+        parameters: &[Parameter],
+        mark: UnscaleMark,
+        pass: Pass<'_>,
+    ) -> Result<()> {
+        check_marks(op, parameters, mark)?;
+        if self.parameters != parameters.len() {
+            self.parameters = parameters.len();
+            self.recorded_as = memory.name(parameters);
+        }
+        if self
+            .gradients
+            .pass(parameters, pass, &self.found_inf.span()?)?
+        {
+            return Ok(());
+        }
+        Err(ScalerMisuse::NothingChecked.into())
+    }
+}
+
+/// Refuses gradients that another optimizer's call already unscaled: PyTorch divides them twice.
+fn check_marks(op: &'static str, parameters: &[Parameter], mark: UnscaleMark) -> Result<()> {
+    let foreign = parameters.iter().find(|parameter| {
+        parameter.unscaled().is_some_and(|unscaled| {
+            let same_iteration =
+                (unscaled.scaler, unscaled.iteration) == (mark.scaler, mark.iteration);
+            same_iteration && unscaled.optimizer != mark.optimizer
+        })
+    });
+    let Some(parameter) = foreign else {
+        return Ok(());
+    };
+    let reason = format!(
+        "the gradient of `{}` was already unscaled through another optimizer",
+        parameter.name()
+    );
+    Err(Error::argument(op, reason))
+}
+
+/// A zero-dimensional view of flag `index` of `flags`.
+pub(super) fn flag(flags: &Tensor, index: usize) -> Result<Tensor> {
+    flags.narrow(0, index, 1)?.reshape([])
+}
+
+impl ScaleMemory {
+    pub(super) fn context(&self) -> &Context {
+        self.scale.context()
+    }
+}

@@ -1,0 +1,74 @@
+//! What a scaler did so far.
+
+use std::fmt;
+
+use crate::amp::OverflowReport;
+
+/// One change of the scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScaleChange {
+    /// The update that made it, from 1.
+    pub update: u64,
+    /// The scale after it.
+    pub scale: f64,
+}
+
+/// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct ScalerStats {
+    /// The scale now.
+    pub scale: f64,
+    /// Clean updates since the scale last changed.
+    pub growth_tracker: u32,
+    /// Calls of `step`.
+    pub steps: u64,
+    /// Steps that moved the weights.
+    pub applied: u64,
+    /// Steps that were skipped.
+    pub skipped: u64,
+    /// Steps that were skipped since the last one that was not.
+    pub skipped_in_a_row: u64,
+    /// Calls of `update`.
+    pub updates: u64,
+    /// Updates that made the scale larger after a clean interval.
+    pub growths: u64,
+    /// Updates that saw an overflow.
+    pub backoffs: u64,
+    /// The last 32 changes of the scale, oldest first.
+    pub scale_history: Vec<ScaleChange>,
+    /// The last 16 skipped steps, oldest first.
+    pub overflows: Vec<OverflowReport>,
+}
+
+impl ScalerStats {
+    /// Share of the steps that were skipped, from 0 to 1.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+    pub fn skip_rate(&self) -> f64 {
+        match self.steps {
+            0 => 0.0,
+            steps => self.skipped as f64 / steps as f64,
+        }
+    }
+}
+
+impl fmt::Display for ScalerStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "scale {}, {} steps: {} applied, {} skipped ({:.1} %); {} growths, {} backoffs",
+            self.scale,
+            self.steps,
+            self.applied,
+            self.skipped,
+            self.skip_rate() * 100.0,
+            self.growths,
+            self.backoffs,
+        )?;
+        for overflow in &self.overflows {
+            write!(f, "\n  {overflow}")?;
+        }
+        Ok(())
+    }
+}
