@@ -1,0 +1,224 @@
+//! The table of metrics, and handing their values to the `metrics` facade.
+
+use std::sync::Arc;
+
+use metrics::{Label, SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
+
+use crate::driver::{Device, DeviceKind};
+use crate::memory::{Pool, PoolStats, TagStat};
+
+/// One metric of a source `S`: what it is called, what it means, where its value comes from.
+struct Metric<S> {
+    name: &'static str,
+    unit: Unit,
+    help: &'static str,
+    value: Value<S>,
+}
+
+/// How a value moves, and how it is read.
+enum Value<S> {
+    /// It may go up and down.
+    Gauge(fn(&S) -> f64),
+    /// It is a total that only grows.
+    Counter(fn(&S) -> u64),
+}
+
+impl<S> Metric<S> {
+    const fn gauge(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
+        let (unit, value) = (Unit::Count, Value::Gauge(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
+    const fn bytes(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
+        let (unit, value) = (Unit::Bytes, Value::Gauge(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
+    const fn counter(name: &'static str, help: &'static str, read: fn(&S) -> u64) -> Self {
+        let (unit, value) = (Unit::Count, Value::Counter(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
+    fn describe(&self) {
+        match self.value {
+            Value::Gauge(_) => describe_gauge!(self.name, self.unit, self.help),
+            Value::Counter(_) => describe_counter!(self.name, self.unit, self.help),
+        }
+    }
+
+    fn publish(&self, source: &S, labels: &[Label]) {
+        match self.value {
+            Value::Gauge(read) => gauge!(self.name, labels.iter()).set(read(source)),
+            Value::Counter(read) => counter!(self.name, labels.iter()).absolute(read(source)),
+        }
+    }
+}
+
+/// What is published of a pool, under the labels `device` and `pool`.
+const POOL: &[Metric<PoolStats>] = &[
+    Metric::bytes(
+        "kitsune.pool.requested_bytes",
+        "Bytes that callers asked for and hold.",
+        |pool| real(pool.requested_bytes.current),
+    ),
+    Metric::bytes(
+        "kitsune.pool.allocated_bytes",
+        "Bytes in callers' hands, rounded to blocks.",
+        |pool| real(pool.allocated_bytes.current),
+    ),
+    Metric::bytes(
+        "kitsune.pool.active_bytes",
+        "Allocated bytes, and freed bytes that other streams may still use.",
+        |pool| real(pool.active_bytes.current),
+    ),
+    Metric::bytes(
+        "kitsune.pool.reserved_bytes",
+        "Bytes held from the driver.",
+        |pool| real(pool.reserved_bytes.current),
+    ),
+    Metric::bytes(
+        "kitsune.pool.inactive_split_bytes",
+        "Free bytes between blocks in use, which cannot go back to the driver.",
+        |pool| real(pool.inactive_split_bytes),
+    ),
+    Metric::bytes(
+        "kitsune.pool.requested_peak_bytes",
+        "Highest value of requested bytes.",
+        |pool| real(pool.requested_bytes.peak),
+    ),
+    Metric::bytes(
+        "kitsune.pool.allocated_peak_bytes",
+        "Highest value of allocated bytes.",
+        |pool| real(pool.allocated_bytes.peak),
+    ),
+    Metric::bytes(
+        "kitsune.pool.reserved_peak_bytes",
+        "Highest value of reserved bytes.",
+        |pool| real(pool.reserved_bytes.peak),
+    ),
+    Metric::gauge("kitsune.pool.blocks", "Blocks in callers' hands.", |pool| {
+        real(pool.allocation.current)
+    }),
+    Metric::gauge(
+        "kitsune.pool.segments",
+        "Ranges held from the driver.",
+        |pool| real(pool.segment.current),
+    ),
+    Metric::gauge(
+        "kitsune.pool.fragmentation_ratio",
+        "Share of the reserved bytes that is free but split up, 0 to 1.",
+        PoolStats::fragmentation,
+    ),
+    Metric::counter("kitsune.pool.allocations", "Allocations served.", |pool| {
+        pool.allocation.allocated
+    }),
+    Metric::counter(
+        "kitsune.pool.frees",
+        "Blocks given back by callers.",
+        |pool| pool.allocation.freed,
+    ),
+    Metric::counter(
+        "kitsune.pool.cache_hits",
+        "Allocations served without the driver.",
+        |pool| pool.cache_hits,
+    ),
+    Metric::counter(
+        "kitsune.pool.alloc_retries",
+        "Allocations that had to release cached memory and try again.",
+        |pool| pool.num_alloc_retries,
+    ),
+    Metric::counter("kitsune.pool.ooms", "Allocations that failed.", |pool| {
+        pool.num_ooms
+    }),
+    Metric::counter(
+        "kitsune.pool.stream_syncs",
+        "Times the host waited for streams to find memory.",
+        |pool| pool.num_sync_all_streams,
+    ),
+    Metric::counter(
+        "kitsune.pool.driver_allocs",
+        "Driver allocations.",
+        |pool| pool.num_device_alloc,
+    ),
+    Metric::counter("kitsune.pool.driver_frees", "Driver frees.", |pool| {
+        pool.num_device_free
+    }),
+];
+
+/// What is published of each tag of a pool, under the further label `tag`.
+const TAG: &[Metric<TagStat>] = &[
+    Metric::bytes(
+        "kitsune.tag.allocated_bytes",
+        "Bytes that a component holds.",
+        |tag| real(tag.allocated_bytes.current),
+    ),
+    Metric::bytes(
+        "kitsune.tag.allocated_peak_bytes",
+        "Most bytes that a component held.",
+        |tag| real(tag.allocated_bytes.peak),
+    ),
+];
+
+/// Gives the installed recorder the unit and help text of every metric. Metrics that are published without
+/// are complete but for these.
+pub fn describe() {
+    POOL.iter().for_each(Metric::describe);
+    TAG.iter().for_each(Metric::describe);
+}
+
+/// Publishes the statistics of `pool` as those of the pool `default` of its device. See [`publish_as`].
+pub fn publish(pool: &Pool) {
+    publish_as(pool, "default");
+}
+
+/// Publishes the statistics of `pool`, all from one moment, under the label `pool="name"`.
+///
+/// Two pools of one device need two names, or each overwrites what the other published. A recorder that is
+/// installed later sees nothing of this call. Takes the pool's lock once, for as long as a copy of its
+/// numbers takes, and allocates a few strings: meant for every step or second, not for every allocation.
+pub fn publish_as(pool: &Pool, name: &str) {
+    let mut labels = vec![
+        Label::new("device", device_label(pool.device())),
+        // Shared, because every metric clones its labels.
+        Label::new("pool", SharedString::from(Arc::<str>::from(name))),
+    ];
+    let stats = pool.stats();
+    POOL.iter()
+        .for_each(|metric| metric.publish(&stats, &labels));
+    for tag in pool.tag_stats() {
+        labels.push(Label::new("tag", tag.tag));
+        TAG.iter().for_each(|metric| metric.publish(&tag, &labels));
+        labels.pop();
+    }
+}
+
+/// The kind of the device and its place among those of its driver: `host:0`.
+fn device_label(device: &Device) -> SharedString {
+    let properties = device.properties();
+    let kind = match properties.kind {
+        DeviceKind::Host => "host",
+        DeviceKind::Cuda => "cuda",
+    };
+    Arc::<str>::from(format!("{kind}:{}", properties.ordinal.0)).into()
+}
+
+/// A count as a gauge shows it: exact up to 8 PiB.
+#[expect(clippy::cast_precision_loss, reason = "gauges are f64")]
+fn real(count: u64) -> f64 {
+    count as f64
+}
