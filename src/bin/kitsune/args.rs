@@ -1,0 +1,269 @@
+//! The command line, and what is refused before anything runs.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand, ValueEnum, value_parser};
+use kitsune::DType;
+
+use crate::failure::Failure;
+
+const STEPS_MAX: u64 = 10_000_000;
+
+/// Memory and mixed-precision runtime for trainers.
+#[derive(Debug, Parser)]
+#[command(name = "kitsune", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a network that reads handwritten digits, in mixed precision.
+    Train(TrainArgs),
+}
+
+/// What `kitsune train` is asked to do.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct TrainArgs {
+    /// Element type of the matrix products; f16 trains with a scaled loss.
+    #[arg(long, default_value = "f16", value_parser = dtype_parser())]
+    pub(crate) dtype: DType,
+
+    /// Training steps.
+    #[arg(long, value_name = "N", default_value_t = 600, value_parser = value_parser!(u64).range(1..=STEPS_MAX))]
+    pub(crate) steps: u64,
+
+    /// Seed of the first weights and of the order of the images.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Where to train.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub(crate) device: DeviceChoice,
+
+    /// Images to use instead of those built in: 64 pixels (0..=16) and the digit a line, comma-separated.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Serve Prometheus metrics at http://ADDR/metrics during the run, for example 127.0.0.1:9100.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics: Option<SocketAddr>,
+
+    /// Put an infinity into a gradient at this step (the first is 1).
+    #[arg(long, value_name = "STEP", value_parser = value_parser!(u64).range(1..))]
+    pub(crate) inject_overflow: Option<u64>,
+
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Most memory the pool may hold, for example 512MiB.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) limit: Option<u64>,
+
+    /// Images a step.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
+    pub(crate) batch_size: u32,
+
+    /// Step width of the optimizer.
+    #[arg(long, value_name = "X", default_value_t = 3e-3, value_parser = parse_learning_rate)]
+    pub(crate) learning_rate: f32,
+}
+
+/// The devices that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceChoice {
+    /// The best device of this machine.
+    Auto,
+    /// The processor and its memory.
+    Host,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) enum Parsed {
+    /// Text to print: help or the version.
+    Help(String),
+    /// A training run.
+    Train(Box<TrainArgs>),
+}
+
+/// Understands `line`, whose first element is the program's name.
+pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure> {
+    let Command::Train(args) = match Cli::try_parse_from(line) {
+        Ok(cli) => cli.command,
+        Err(error) => return understand(&error),
+    };
+    if let Some(step) = args.inject_overflow.filter(|step| *step > args.steps) {
+        return Err(Failure::Input(format!(
+            "--inject-overflow {step} lies behind the last step, {}",
+            args.steps
+        )));
+    }
+    Ok(Parsed::Train(Box::new(args)))
+}
+
+/// Clap calls help an error, and spreads real errors over several lines.
+fn understand(error: &clap::Error) -> Result<Parsed, Failure> {
+    let text = error.render().to_string();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Parsed::Help(text)),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => Err(
+            Failure::Input("no command given; see `kitsune --help`".to_owned()),
+        ),
+        _ => Err(Failure::Input(condensed(&text))),
+    }
+}
+
+/// The lines of an error up to the usage, as one.
+fn condensed(text: &str) -> String {
+    let lines = text.lines().map(str::trim);
+    let told = lines
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty());
+    let line = told.collect::<Vec<_>>().join(" ");
+    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
+}
+
+fn dtype_parser() -> impl TypedValueParser<Value = DType> {
+    PossibleValuesParser::new(["f16", "bf16", "f32"]).map(|name| {
+        name.parse()
+            .expect("each possible value is the name of a dtype")
+    })
+}
+
+/// A byte count, with a unit (`KiB`, `MiB`, `GiB`, `TiB`) or plain.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_start() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err("not a byte count such as 1048576 or 512MiB".to_owned()),
+    };
+    if number.is_empty() {
+        return Err("not a byte count such as 1048576 or 512MiB".to_owned());
+    }
+    let bytes = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << shift));
+    match bytes {
+        None => Err("more bytes than can be addressed".to_owned()),
+        Some(0) => Err("the limit must leave room for something".to_owned()),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+fn parse_learning_rate(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
+        Ok(_) => Err("not above 0 and at most 1".to_owned()),
+        Err(_) => Err("not a number such as 0.003".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Parsed, Failure> {
+        parse(line.split(' ').map(OsString::from))
+    }
+
+    fn refusal(line: &str) -> String {
+        match parsed(line) {
+            Err(Failure::Input(message)) => message,
+            other => panic!("`{line}` gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_are_understood() {
+        let Ok(Parsed::Train(args)) = parsed("kitsune train --dtype bf16 --limit 2MiB --steps 7")
+        else {
+            panic!("a good line")
+        };
+        assert_eq!(
+            (args.dtype, args.limit, args.steps),
+            (DType::Bf16, Some(2 << 20), 7)
+        );
+        assert!(
+            matches!(parsed("kitsune --help"), Ok(Parsed::Help(text)) if text.contains("train"))
+        );
+        assert!(matches!(
+            parsed("kitsune train --help"),
+            Ok(Parsed::Help(_))
+        ));
+    }
+
+    #[test]
+    fn refusals_are_one_line_and_say_why() {
+        let cases = [
+            ("kitsune", "no command"),
+            ("kitsune tarin", "'tarin'"),
+            (
+                "kitsune train --dtype f8",
+                "[possible values: f16, bf16, f32]",
+            ),
+            (
+                "kitsune train --device gpu",
+                "[possible values: auto, host]",
+            ),
+            ("kitsune train --steps 0", "0 is not in 1.."),
+            ("kitsune train --steps -1", "'-1'"),
+            (
+                "kitsune train --steps 99999999999999999999",
+                "number too large",
+            ),
+            (
+                "kitsune train --steps 5 --steps 6",
+                "cannot be used multiple times",
+            ),
+            (
+                "kitsune train --step 5",
+                "a similar argument exists: '--steps'",
+            ),
+            ("kitsune train --steps", "a value is required"),
+            (
+                "kitsune train --steps 5 --inject-overflow 6",
+                "behind the last step, 5",
+            ),
+            ("kitsune train --inject-overflow 0", "0 is not in 1.."),
+            ("kitsune train --batch-size 0", "0 is not in 1.."),
+            ("kitsune train --learning-rate NaN", "not above 0"),
+            ("kitsune train --learning-rate inf", "not above 0"),
+            ("kitsune train --learning-rate -1", "-1"),
+            ("kitsune train --learning-rate fast", "not a number"),
+            ("kitsune train --limit 0", "must leave room"),
+            ("kitsune train --limit 99999999TiB", "more bytes"),
+            ("kitsune train --limit MiB", "not a byte count"),
+            ("kitsune train --limit 1.5GiB", "not a byte count"),
+            ("kitsune train --metrics 9100", "invalid socket address"),
+        ];
+        for (line, reason) in cases {
+            let message = refusal(line);
+            assert!(message.contains(reason), "`{line}` said: {message}");
+            assert!(
+                !message.contains('\n') && !message.contains("Usage"),
+                "{message}"
+            );
+        }
+    }
+}

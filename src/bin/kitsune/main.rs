@@ -1,0 +1,56 @@
+//! The `kitsune` command: trains a small network on the library's public API and tells what happened.
+//!
+//! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
+//!
+//! - `args`: the command line, checked before anything runs.
+//! - `digits`, `random`, `batches`: the images, and the order in which they are shown.
+//! - `train`: the training run.
+//! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
+//! - `progress`, `metrics_server`: what is told meanwhile.
+//! - `failure`: what ends a run early.
+//!
+//! Standard output carries the result and nothing else. A failure is one line on standard error.
+
+#![expect(dead_code, reason = "the trainer, which lands next, uses the rest")]
+
+mod args;
+mod batches;
+mod digits;
+mod failure;
+mod metrics_server;
+mod output;
+mod progress;
+mod random;
+mod report;
+mod summary;
+
+use std::process::ExitCode;
+
+use args::{Parsed, TrainArgs};
+use digits::Digits;
+use failure::Failure;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run() -> Result<(), Failure> {
+    match args::parse(std::env::args_os())? {
+        Parsed::Help(text) => output::print(&text),
+        Parsed::Train(args) => train_command(&args),
+    }
+}
+
+fn train_command(args: &TrainArgs) -> Result<(), Failure> {
+    let digits = Digits::load(args.data.as_deref())?;
+    if let Some(address) = args.metrics {
+        metrics_server::start(address)?;
+    }
+    Err(Failure::Run(format!(
+        "{} images, but no trainer in this build yet",
+        digits.train.count()
+    )))
+}

@@ -1,0 +1,88 @@
+//! What a user at a terminal sees while a run is under way: one bar on standard error.
+
+use std::fmt;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Steps between two redraws of the numbers: reading them costs more than a step of a small network.
+const STEPS_PER_UPDATE: u64 = 10;
+
+/// A bar over the steps of a run. Where standard error is no terminal it shows nothing and costs nothing.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: ProgressBar,
+}
+
+/// How a run stands. Counts are since its beginning.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Standing {
+    pub(crate) loss: f32,
+    /// Share of the last batch that was read correctly.
+    pub(crate) accuracy: f64,
+    pub(crate) scale: f32,
+    pub(crate) overflow_steps: u64,
+    /// Share of allocations that found their memory in the pool.
+    pub(crate) pool_hits: f64,
+    pub(crate) driver_allocs: u64,
+}
+
+impl Progress {
+    /// A bar that is full after `steps`.
+    pub(crate) fn new(steps: u64) -> Self {
+        let bar = ProgressBar::new(steps);
+        let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {wide_msg}")
+            .expect("the template is well formed");
+        bar.set_style(style);
+        Self { bar }
+    }
+
+    /// Moves the bar to `step`; asks for the numbers only when they will be shown.
+    pub(crate) fn advance<E>(
+        &self,
+        step: u64,
+        standing: impl FnOnce() -> Result<Standing, E>,
+    ) -> Result<(), E> {
+        if self.bar.is_hidden() || !step.is_multiple_of(STEPS_PER_UPDATE) {
+            return Ok(());
+        }
+        self.bar.set_position(step);
+        self.bar.set_message(standing()?.to_string());
+        Ok(())
+    }
+}
+
+impl Drop for Progress {
+    /// Leaves the terminal as it was, for the result or the error to be read on.
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "loss {:.4}  accuracy {:.1} %  scale {}  overflows {}  pool hits {:.1} %  driver calls {}",
+            self.loss,
+            self.accuracy * 100.0,
+            self.scale,
+            self.overflow_steps,
+            self.pool_hits * 100.0,
+            self.driver_allocs
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_nobody_sees_are_not_asked_for() {
+        let progress = Progress {
+            bar: ProgressBar::hidden(),
+        };
+        let outcome: Result<(), ()> = progress.advance(STEPS_PER_UPDATE, || Err(()));
+        assert_eq!(outcome, Ok(()));
+    }
+}

@@ -1,0 +1,160 @@
+//! What a training run came to, for people and for programs.
+
+use kitsune::DType;
+use kitsune::units::Bytes;
+use serde::Serialize;
+
+use crate::summary::{plural, table};
+
+/// The result of a run. The names are those of the JSON output and part of the program's interface.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Report {
+    /// What it was trained on.
+    pub(crate) device: String,
+    /// Element type of the matrix products.
+    pub(crate) dtype: DType,
+    /// The network, as the widths of its layers.
+    pub(crate) model: String,
+    pub(crate) steps: u64,
+    pub(crate) seed: u64,
+    /// Wall time of the training steps, without loading and testing.
+    pub(crate) seconds: f64,
+    /// Loss of the last step's batch.
+    pub(crate) final_loss: f32,
+    /// Share of the test images that are read correctly, in 0.0..=1.0.
+    pub(crate) test_accuracy: f64,
+    /// The loss scale at the end.
+    pub(crate) scale: f32,
+    /// Steps that were skipped because a gradient was not finite.
+    pub(crate) overflow_steps: u64,
+    /// Which gradients were not finite, and when.
+    pub(crate) overflows: Vec<Overflow>,
+    /// Calls to the driver for memory.
+    pub(crate) driver_allocs: u64,
+    /// Those of them after the third step, by which the pool knows the run's sizes.
+    pub(crate) driver_allocs_after_step_3: u64,
+    pub(crate) peak_requested_bytes: u64,
+    pub(crate) peak_allocated_bytes: u64,
+    pub(crate) peak_reserved_bytes: u64,
+}
+
+/// A gradient that was not finite.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Overflow {
+    /// The step, counted from 1.
+    pub(crate) step: u64,
+    /// The parameter whose gradient it is.
+    pub(crate) tensor: String,
+    /// `inf` or `nan`.
+    pub(crate) kind: &'static str,
+}
+
+impl Report {
+    /// One JSON object on one line. A loss that is not a number becomes `null`.
+    pub(crate) fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("a struct of numbers and strings is always JSON")
+    }
+
+    /// A table for people.
+    pub(crate) fn to_table(&self) -> String {
+        let per_second = self.steps as f64 / self.seconds.max(1e-9);
+        let overflows = self.overflows.iter().map(|overflow| {
+            format!(
+                "\nstep {}: {} in {}",
+                overflow.step, overflow.kind, overflow.tensor
+            )
+        });
+        table(&[
+            ("device", self.device.clone()),
+            ("model", format!("{} in {}", self.model, self.dtype)),
+            (
+                "steps",
+                format!(
+                    "{} in {:.1} s ({per_second:.0}/s), seed {}",
+                    self.steps, self.seconds, self.seed
+                ),
+            ),
+            ("final loss", format!("{:.4}", self.final_loss)),
+            (
+                "test accuracy",
+                format!("{:.2} %", self.test_accuracy * 100.0),
+            ),
+            ("loss scale", self.scale.to_string()),
+            (
+                "overflow",
+                plural(self.overflow_steps, "step") + " skipped" + &overflows.collect::<String>(),
+            ),
+            (
+                "driver calls",
+                format!(
+                    "{} for memory, {} after step 3",
+                    self.driver_allocs, self.driver_allocs_after_step_3
+                ),
+            ),
+            (
+                "peak memory",
+                format!(
+                    "{} requested, {} allocated, {} reserved",
+                    Bytes(self.peak_requested_bytes),
+                    Bytes(self.peak_allocated_bytes),
+                    Bytes(self.peak_reserved_bytes)
+                ),
+            ),
+        ])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            device: "host".to_owned(),
+            dtype: DType::F16,
+            model: "64-10".to_owned(),
+            steps: 100,
+            seed: 1,
+            seconds: 2.0,
+            final_loss: 0.25,
+            test_accuracy: 0.975,
+            scale: 32768.0,
+            overflow_steps: 1,
+            overflows: vec![Overflow {
+                step: 3,
+                tensor: "hidden.weight".to_owned(),
+                kind: "inf",
+            }],
+            driver_allocs: 4,
+            driver_allocs_after_step_3: 0,
+            peak_requested_bytes: 1000,
+            peak_allocated_bytes: 1024,
+            peak_reserved_bytes: 2 << 20,
+        }
+    }
+
+    #[test]
+    fn the_table_reads() {
+        let expected = "\
+device         host
+model          64-10 in f16
+steps          100 in 2.0 s (50/s), seed 1
+final loss     0.2500
+test accuracy  97.50 %
+loss scale     32768
+overflow       1 step skipped
+               step 3: inf in hidden.weight
+driver calls   4 for memory, 0 after step 3
+peak memory    1000 B requested, 1.0 KiB allocated, 2.0 MiB reserved
+";
+        assert_eq!(report().to_table(), expected);
+    }
+
+    #[test]
+    fn json_says_null_for_what_is_no_number() {
+        let mut report = report();
+        report.final_loss = f32::NAN;
+        assert!(report.to_json().contains("\"final_loss\":null"));
+        assert!(report.to_json().contains("\"dtype\":\"f16\""));
+    }
+}

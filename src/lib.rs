@@ -1,0 +1,45 @@
+//! Memory and mixed precision for people who write trainers.
+//!
+//! The modules, in reading order; each uses only those above it:
+//!
+//! - [`error`]: what can go wrong, told so that a caller can act on it.
+//! - [`units`]: bytes, alignment, newtypes.
+//! - [`dtype`]: element types, their bits and roundings.
+//! - [`driver`]: everything that is asked of a device; the host device.
+//! - [`launch`]: one typed launcher a kernel, beside its host twin.
+//! - [`memory`]: the allocator.
+//! - [`storage`]: tensors over pool memory.
+//! - [`ops`]: what a trainer computes around mixed precision, forward and backward.
+//! - [`optim`]: parameters, optimizers, clipping.
+//! - [`amp`]: loss scaling, autocast, overflow reports.
+//! - [`telemetry`]: statistics for other programs.
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("kitsune needs 64-bit addresses");
+
+pub mod error;
+pub mod units;
+
+pub mod dtype;
+
+pub mod driver;
+
+pub mod launch;
+
+pub mod memory;
+
+pub mod storage;
+
+pub mod ops;
+
+pub mod optim;
+
+pub mod amp;
+
+pub mod telemetry;
+
+pub use driver::{Device, Event, Graph, HostConfig, Schedule, Stream};
+pub use dtype::{DType, Element, bf16, f16};
+pub use error::{Error, OutOfMemory, Result};
+pub use memory::{Block, Pool, PoolConfig, PoolStats, ReusePolicy};
+pub use storage::{Buffer, Context, Shape, Tensor};
