@@ -109,6 +109,15 @@ pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
             bytemuck::cast_slice_mut::<D, f16>(dst)
                 .convert_from_f32_slice(bytemuck::cast_slice(src));
         }
+        // Through f32, which holds every half, in vectors.
+        (F16 | Bf16, F64) => {
+            let mut single = [0.0f32; 256];
+            for (src, dst) in src.chunks(single.len()).zip(dst.chunks_mut(single.len())) {
+                let single = &mut single[..src.len()];
+                convert(src, single);
+                convert(single, dst);
+            }
+        }
         (F64, _) | (_, F64) => {
             for (to, from) in dst.iter_mut().zip(src) {
                 *to = D::from_f64(from.to_f64());

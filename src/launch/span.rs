@@ -18,10 +18,12 @@ pub struct Span {
 }
 
 impl Span {
+    /// `len` elements of `dtype` at `ptr`, for launches on the stream of that identity.
+    ///
     /// # Safety
     /// `len` elements of `dtype` at `ptr` are mapped and aligned, and stay so for all work enqueued on
     /// `stream` while this span is in use. Work of other streams that touches them is ordered with it.
-    pub(crate) unsafe fn new(ptr: DevicePtr, len: usize, dtype: DType, stream: StreamId) -> Self {
+    pub unsafe fn new(ptr: DevicePtr, len: usize, dtype: DType, stream: StreamId) -> Self {
         Self {
             ptr,
             len,
@@ -114,6 +116,9 @@ impl Span {
     /// Whether the two spans share bytes.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
+        if self.is_empty() || other.is_empty() {
+            return false;
+        }
         let (a, b) = (self.ptr.0, other.ptr.0);
         a < b + other.bytes() && b < a + self.bytes()
     }

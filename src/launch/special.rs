@@ -132,7 +132,8 @@ fn normal_cdf<C: Special, const TERMS: usize>(x: C, z: C, terms: &[C; TERMS]) ->
     // Clenshaw's recurrence.
     let (mut b1, mut b2) = (zero, zero);
     for term in terms[1..].iter().rev() {
-        (b1, b2) = (two * y * b1 - b2 + *term, b1);
+        // Bracketed so that each step waits for one product and one sum only.
+        (b1, b2) = (two * y * b1 + (*term - b2), b1);
     }
     let polynomial = y * b1 - b2 + terms[0];
     let tail = t * (polynomial - z * z).exp() / two;

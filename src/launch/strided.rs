@@ -281,22 +281,26 @@ impl<S: Element, D: Element> Band<S, D> {
     /// # Safety
     /// As [`copy_runs`](Self::copy_runs).
     unsafe fn copy_tiles(&self) {
-        for left in (0..self.columns[0]).step_by(TILE) {
-            let right = self.columns[0].min(left + TILE);
+        let [_, row_src, row_dst] = self.rows;
+        let [width, column_src, column_dst] = self.columns;
+        let (mut gathered, mut converted) = ([S::default(); TILE], [D::default(); TILE]);
+        for left in (0..width).step_by(TILE) {
+            let len = TILE.min(width - left);
             for row in 0..self.rows[0] {
-                for column in left..right {
-                    let src = self.at[0] + row * self.rows[1] + column * self.columns[1];
-                    let dst = self.at[1] + row * self.rows[2] + column * self.columns[2];
+                for (idx, value) in gathered[..len].iter_mut().enumerate() {
+                    let at = self.at[0] + row * row_src + (left + idx) * column_src;
                     // SAFETY: the offset is inside the source.
-                    let src = unsafe { self.src.add(src) };
+                    let element = unsafe { self.src.add(at) };
                     // SAFETY: an element of the source, where nothing writes.
-                    let value = unsafe { *src };
+                    *value = unsafe { *element };
+                }
+                convert(&gathered[..len], &mut converted[..len]);
+                for (idx, value) in converted[..len].iter().enumerate() {
+                    let at = self.at[1] + row * row_dst + (left + idx) * column_dst;
                     // SAFETY: the offset is inside the destination.
-                    let dst = unsafe { self.dst.add(dst) };
-                    let mut converted = [D::default()];
-                    convert(&[value], &mut converted);
+                    let element = unsafe { self.dst.add(at) };
                     // SAFETY: an element of the destination, ours alone.
-                    unsafe { *dst = converted[0] };
+                    unsafe { *element = *value };
                 }
             }
         }
