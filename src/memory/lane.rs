@@ -214,12 +214,12 @@ pub(super) fn with_lane<T, R>(
 }
 
 #[cold]
-fn find<'a>(
-    lanes: &'a mut Vec<(u64, StreamId, Arc<Lane>)>,
+fn find(
+    lanes: &mut Vec<(u64, StreamId, Arc<Lane>)>,
     pool: u64,
     stream: StreamId,
     register: impl FnOnce(&Arc<Lane>),
-) -> &'a Lane {
+) -> &Lane {
     let position = lanes
         .iter()
         .position(|(p, s, _)| *p == pool && *s == stream);

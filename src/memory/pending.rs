@@ -44,6 +44,10 @@ impl Pending {
 
     /// Takes out the blocks whose home streams may have them back, as far as `reuse` allows finding out or
     /// bringing about.
+    #[expect(
+        clippy::vec_box,
+        reason = "a record keeps its box from allocation to allocation"
+    )]
     pub(super) fn take_passed(
         &mut self,
         clocks: &mut Fences,

@@ -178,6 +178,7 @@ pub(super) fn free(record: Box<BlockRecord>) {
         poison(&shared.device, &record);
     }
     let key = (shared.id, record.home.id());
+    #[expect(clippy::borrowed_box, reason = "the lane hands over what it was given")]
     let register = |record: &Box<BlockRecord>, lane: &Arc<Lane>| {
         let shared = record.shared.as_ref().expect("checked above");
         shared.lanes.lock().push(lane.clone());
