@@ -170,7 +170,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if they do not stand one after another.
-    pub fn span(&self) -> Result<Span> {
+    pub(crate) fn span(&self) -> Result<Span> {
         if !self.is_contiguous() {
             let reason = format!("a view of strides {:?} is not contiguous", self.strides());
             return Err(Error::argument("span", reason));
@@ -180,7 +180,7 @@ impl Tensor {
 
     /// Everything from the first element to the last, gaps included, as a kernel argument.
     #[must_use]
-    pub fn storage_span(&self) -> Span {
+    pub(crate) fn storage_span(&self) -> Span {
         self.buffer
             .span(self.layout.offset(), self.layout.extent(), self.dtype)
     }
