@@ -316,9 +316,10 @@ fn a_new_scale_keeps_the_tracker() {
 
 #[test]
 fn settings_that_cannot_work_are_refused() {
+    type Change = fn(&mut AmpConfig);
     let oracle = oracle();
     let torch = |key: &str| oracle["errors"][key].as_str().unwrap().starts_with("ok:");
-    let cases: [(&str, fn(&mut AmpConfig)); 9] = [
+    let cases: [(&str, Change); 9] = [
         ("growth_1.0", |config| config.growth_factor = 1.0),
         ("growth_nan", |config| config.growth_factor = f64::NAN),
         ("backoff_1.0", |config| config.backoff_factor = 1.0),

@@ -3,6 +3,7 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::ScalePolicy;
+use crate::ops::autocast::{AutocastGuard, autocast};
 
 /// Settings of [`GradScaler`](crate::amp::GradScaler) and autocast. Defaults as in PyTorch; floor and cap of
 /// the scale are ours.
@@ -85,6 +86,19 @@ impl AmpConfig {
         }
         self.check_scale(self.init_scale)
             .map_err(|reason| Error::config("init_scale", reason))
+    }
+
+    /// Opens a scope in which operations run in these settings' type, or as they come if disabled. It ends
+    /// with the guard; [`autocast`] tells more.
+    #[must_use = "the scope ends when its guard is dropped"]
+    pub fn autocast(&self) -> AutocastGuard {
+        autocast(self.enabled, self.dtype)
+    }
+
+    /// Runs `body` in such a scope.
+    pub fn in_autocast<R>(&self, body: impl FnOnce() -> R) -> R {
+        let _scope = self.autocast();
+        body()
     }
 
     /// Why `scale` cannot be the scale under these settings.

@@ -12,6 +12,42 @@
 //! corrupts a training silently, this one does not; each such difference is told at the function it
 //! concerns.
 //!
+//! # Example
+//! ```
+//! use kitsune::amp::{AmpConfig, GradScaler};
+//! use kitsune::optim::{Parameter, Sgd, SgdConfig};
+//! use kitsune::{Context, DType, Device, Tensor, ops};
+//!
+//! # fn main() -> kitsune::Result<()> {
+//! let context = Context::new(&Device::auto()?)?;
+//! let weight = Parameter::new("weight", Tensor::full(&context, [3, 4], DType::F32, 0.1)?)?;
+//! let mut optimizer = Sgd::new(vec![weight.clone()], SgdConfig::default())?;
+//! let config = AmpConfig::default();
+//! let mut scaler = GradScaler::new(&context, config.clone())?;
+//!
+//! let data = Tensor::full(&context, [2, 4], DType::F32, 1.0)?;
+//! let labels = Tensor::from_slice(&context, [2], &[0u32, 2])?;
+//! for _ in 0..3 {
+//!     let (layer, loss) = config.in_autocast(|| -> kitsune::Result<_> {
+//!         let layer = ops::linear(&data, weight.value(), None)?;
+//!         let loss = ops::softmax_cross_entropy(layer.output(), &labels)?;
+//!         Ok((layer, loss))
+//!     })?;
+//!     let grad = scaler.scale(&loss)?.backward()?;
+//!     weight.set_grad(layer.backward(&grad)?.weight)?;
+//!
+//!     scaler.unscale(&optimizer)?;
+//!     scaler.clip_grad_norm(&optimizer, 1.0)?;
+//!     let outcome = scaler.step(&mut optimizer)?;
+//!     scaler.update()?;
+//!     // Waits for the device; a real loop asks some steps later, or not at all.
+//!     assert!(outcome.is_applied()?);
+//! }
+//! assert_eq!(scaler.scale_factor()?, 65536.0);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Nothing waits
 //! Scale, inverse, growth tracker, overflow flags, counters and norms lie in pool memory, at addresses that
 //! never change. [`GradScaler::step`] enqueues a check of all gradients, the step, which skips itself if
@@ -45,5 +81,7 @@ pub use scalable::Scalable;
 pub use scaler::GradScaler;
 pub use state::ScalerState;
 pub use stats::{ScaleChange, ScalerStats};
+
+pub use crate::ops::autocast::{AutocastGuard, autocast};
 
 pub use crate::launch::{NormKind, ScalePolicy, ScaleState, inverse_scale, next_scale};

@@ -3,6 +3,7 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::ops::Loss;
 use crate::storage::Tensor;
 
 /// Something [`GradScaler::scale`](crate::amp::GradScaler::scale) can multiply by the loss scale.
@@ -47,6 +48,19 @@ impl Scalable for Tensor {
             &scaled.span()?,
         )?;
         Ok(scaled)
+    }
+}
+
+impl Scalable for Loss {
+    type Output = Self;
+
+    /// The value and the gradient that its backward pass starts from are both multiplied.
+    fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self> {
+        match scale {
+            // Named in full: the trait's method of the same name is this one.
+            Some(scale) => Self::scaled_by(self, scale),
+            None => Ok(self.clone()),
+        }
     }
 }
 
