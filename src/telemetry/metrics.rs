@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use metrics::{Label, SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
 
+use crate::amp::{GradScaler, ScalerStats};
 use crate::driver::{Device, DeviceKind};
+use crate::error::Result;
 use crate::memory::{Pool, PoolStats, TagStat};
 
 /// One metric of a source `S`: what it is called, what it means, where its value comes from.
@@ -174,11 +176,46 @@ const TAG: &[Metric<TagStat>] = &[
     ),
 ];
 
+/// What is published of a gradient scaler, under the label `scaler`.
+const SCALER: &[Metric<ScalerStats>] = &[
+    Metric::gauge(
+        "kitsune.amp.scale",
+        "Factor by which losses are multiplied.",
+        |amp| amp.scale,
+    ),
+    Metric::gauge(
+        "kitsune.amp.skipped_in_a_row",
+        "Steps skipped since the last one that was not.",
+        |amp| real(amp.skipped_in_a_row),
+    ),
+    Metric::counter(
+        "kitsune.amp.steps",
+        "Optimizer steps, skipped or not.",
+        |amp| amp.steps,
+    ),
+    Metric::counter(
+        "kitsune.amp.overflow_steps",
+        "Steps skipped because a gradient was infinite or NaN.",
+        |amp| amp.skipped,
+    ),
+    Metric::counter(
+        "kitsune.amp.scale_growths",
+        "Times the scale grew after an interval without overflow.",
+        |amp| amp.growths,
+    ),
+    Metric::counter(
+        "kitsune.amp.scale_backoffs",
+        "Updates of the scale that saw an overflow.",
+        |amp| amp.backoffs,
+    ),
+];
+
 /// Gives the installed recorder the unit and help text of every metric. Metrics that are published without
 /// are complete but for these.
 pub fn describe() {
     POOL.iter().for_each(Metric::describe);
     TAG.iter().for_each(Metric::describe);
+    SCALER.iter().for_each(Metric::describe);
 }
 
 /// Publishes the statistics of `pool` as those of the pool `default` of its device. See [`publish_as`].
@@ -205,6 +242,33 @@ pub fn publish_as(pool: &Pool, name: &str) {
         TAG.iter().for_each(|metric| metric.publish(&tag, &labels));
         labels.pop();
     }
+}
+
+/// Publishes the statistics of `scaler` as those of the scaler `default`. See [`publish_scaler_as`].
+///
+/// # Errors
+/// As [`publish_scaler_as`].
+pub fn publish_scaler(scaler: &GradScaler) -> Result<()> {
+    publish_scaler_as(scaler, "default")
+}
+
+/// Publishes the statistics of `scaler` under the label `scaler="name"`. Two scalers of one program need two
+/// names.
+///
+/// They lie on the device, so this waits for everything enqueued before: meant for every some steps.
+///
+/// # Errors
+/// [`Error::Driver`](crate::Error::Driver) if work of the stream failed; nothing was published.
+pub fn publish_scaler_as(scaler: &GradScaler, name: &str) -> Result<()> {
+    let labels = [Label::new(
+        "scaler",
+        SharedString::from(Arc::<str>::from(name)),
+    )];
+    let stats = scaler.stats()?;
+    SCALER
+        .iter()
+        .for_each(|metric| metric.publish(&stats, &labels));
+    Ok(())
 }
 
 /// The kind of the device and its place among those of its driver: `host:0`.

@@ -28,4 +28,4 @@ mod metrics;
 pub mod trace;
 
 #[cfg(feature = "metrics")]
-pub use self::metrics::{describe, publish, publish_as};
+pub use self::metrics::{describe, publish, publish_as, publish_scaler, publish_scaler_as};
