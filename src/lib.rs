@@ -43,3 +43,12 @@ pub use dtype::{DType, Element, bf16, f16};
 pub use error::{Error, OutOfMemory, Result};
 pub use memory::{Block, Pool, PoolConfig, PoolStats, ReusePolicy};
 pub use storage::{Buffer, Context, Shape, Tensor};
+
+/// The code in README.md and in docs/, run as tests.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/from-pytorch.md")]
+    mod from_pytorch {}
+}

@@ -9,7 +9,9 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use kitsune::DType;
 
+use crate::churn::ChurnArgs;
 use crate::failure::Failure;
+use crate::replay::ReplayArgs;
 
 const STEPS_MAX: u64 = 10_000_000;
 
@@ -25,6 +27,10 @@ struct Cli {
 enum Command {
     /// Train a network that reads handwritten digits, in mixed precision.
     Train(TrainArgs),
+    /// Play recorded allocations on a pool and tell what it took.
+    Replay(ReplayArgs),
+    /// Play a well-known workload on a pool and on the system's allocator.
+    Churn(ChurnArgs),
 }
 
 /// What `kitsune train` is asked to do.
@@ -35,7 +41,7 @@ pub(crate) struct TrainArgs {
     pub(crate) dtype: DType,
 
     /// Training steps.
-    #[arg(long, value_name = "N", default_value_t = 600, value_parser = value_parser!(u64).range(1..=STEPS_MAX))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = value_parser!(u64).range(1..=STEPS_MAX))]
     pub(crate) steps: u64,
 
     /// Seed of the first weights and of the order of the images.
@@ -70,8 +76,8 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
     pub(crate) batch_size: u32,
 
-    /// Step width of the optimizer.
-    #[arg(long, value_name = "X", default_value_t = 3e-3, value_parser = parse_learning_rate)]
+    /// Step width of the optimizer at the start; it falls to zero over the run.
+    #[arg(long, value_name = "X", default_value_t = 1e-2, value_parser = parse_learning_rate)]
     pub(crate) learning_rate: f32,
 }
 
@@ -91,12 +97,20 @@ pub(crate) enum Parsed {
     Help(String),
     /// A training run.
     Train(Box<TrainArgs>),
+    /// Traces on a pool.
+    Replay(Box<ReplayArgs>),
+    /// A workload on a pool.
+    Churn(Box<ChurnArgs>),
 }
 
 /// Understands `line`, whose first element is the program's name.
 pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure> {
-    let Command::Train(args) = match Cli::try_parse_from(line) {
-        Ok(cli) => cli.command,
+    let args = match Cli::try_parse_from(line) {
+        Ok(cli) => match cli.command {
+            Command::Train(args) => args,
+            Command::Replay(args) => return Ok(Parsed::Replay(Box::new(args))),
+            Command::Churn(args) => return Ok(Parsed::Churn(Box::new(args))),
+        },
         Err(error) => return understand(&error),
     };
     if let Some(step) = args.inject_overflow.filter(|step| *step > args.steps) {
@@ -138,7 +152,7 @@ fn dtype_parser() -> impl TypedValueParser<Value = DType> {
 }
 
 /// A byte count, with a unit (`KiB`, `MiB`, `GiB`, `TiB`) or plain.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
@@ -169,7 +183,7 @@ fn parse_learning_rate(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
         Ok(_) => Err("not above 0 and at most 1".to_owned()),
-        Err(_) => Err("not a number such as 0.003".to_owned()),
+        Err(_) => Err("not a number such as 0.01".to_owned()),
     }
 }
 

@@ -26,7 +26,7 @@ const BUILT_IN: &str = include_str!("../../../examples/data/digits.csv");
 /// Images with their digits.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Images {
-    /// [`PIXELS`] values in 0.0..=1.0 an image.
+    /// [`PIXELS`] values an image, from -1.0 (paper) to 1.0 (ink): what is centered is learned faster.
     pub(crate) pixels: Vec<f32>,
     /// One digit an image.
     pub(crate) labels: Vec<u32>,
@@ -124,7 +124,8 @@ fn parse_line(line: &str, set: &mut Images) -> Result<(), String> {
                 )
             })?;
         if index < PIXELS {
-            set.pixels.push(value as f32 / PIXEL_MAX as f32);
+            set.pixels
+                .push(value as f32 / (PIXEL_MAX as f32 / 2.0) - 1.0);
         } else {
             set.labels.push(value);
         }
@@ -162,7 +163,7 @@ mod tests {
         // The first image is a 0 whose third pixel is 5.
         assert_eq!(
             (digits.train.labels[0], digits.train.pixels[2]),
-            (0, 5.0 / 16.0)
+            (0, 5.0 / 8.0 - 1.0)
         );
         // The fifth is a 4, and the first of the test set.
         assert_eq!(digits.test.labels[0], 4);
@@ -174,7 +175,7 @@ mod tests {
         let unix = Digits::parse(text.as_bytes()).unwrap();
         let windows = Digits::parse(text.replace('\n', "\r\n").as_bytes()).unwrap();
         assert_eq!(unix, windows);
-        assert_eq!(unix.train.pixels[0], 3.0 / 16.0);
+        assert_eq!(unix.train.pixels[0], 3.0 / 8.0 - 1.0);
         assert_eq!(unix.test.labels, [3]);
     }
 

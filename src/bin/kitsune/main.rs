@@ -1,4 +1,5 @@
-//! The `kitsune` command: trains a small network on the library's public API and tells what happened.
+//! The `kitsune` command: trains a small network on the library's public API and tells what happened, and
+//! plays recorded or well-known sequences of allocations on a pool.
 //!
 //! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
 //!
@@ -7,28 +8,31 @@
 //! - `train`: the training run.
 //! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
 //! - `progress`, `metrics_server`: what is told meanwhile.
+//! - `replay`, `churn`: allocations without a network.
 //! - `failure`: what ends a run early.
 //!
 //! Standard output carries the result and nothing else. A failure is one line on standard error.
 
-#![expect(dead_code, reason = "the trainer, which lands next, uses the rest")]
-
 mod args;
 mod batches;
+mod churn;
 mod digits;
 mod failure;
 mod metrics_server;
 mod output;
 mod progress;
 mod random;
+mod replay;
 mod report;
 mod summary;
+mod train;
 
 use std::process::ExitCode;
 
 use args::{Parsed, TrainArgs};
 use digits::Digits;
 use failure::Failure;
+use progress::Progress;
 
 fn main() -> ExitCode {
     match run() {
@@ -41,6 +45,8 @@ fn run() -> Result<(), Failure> {
     match args::parse(std::env::args_os())? {
         Parsed::Help(text) => output::print(&text),
         Parsed::Train(args) => train_command(&args),
+        Parsed::Replay(args) => replay::run(&args),
+        Parsed::Churn(args) => churn::run(&args),
     }
 }
 
@@ -49,8 +55,10 @@ fn train_command(args: &TrainArgs) -> Result<(), Failure> {
     if let Some(address) = args.metrics {
         metrics_server::start(address)?;
     }
-    Err(Failure::Run(format!(
-        "{} images, but no trainer in this build yet",
-        digits.train.count()
-    )))
+    let report = train::run(args, &digits, &Progress::new(args.steps))?;
+    if args.json {
+        output::print(&report.to_json())
+    } else {
+        output::print(&report.to_table())
+    }
 }

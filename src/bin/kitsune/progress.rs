@@ -1,4 +1,5 @@
-//! What a user at a terminal sees while a run is under way: one bar on standard error.
+//! What a user at a terminal sees while a run is under way: a bar and a line of numbers
+//! on standard error.
 
 use std::fmt;
 
@@ -19,7 +20,7 @@ pub(crate) struct Standing {
     pub(crate) loss: f32,
     /// Share of the last batch that was read correctly.
     pub(crate) accuracy: f64,
-    pub(crate) scale: f32,
+    pub(crate) scale: f64,
     pub(crate) overflow_steps: u64,
     /// Share of allocations that found their memory in the pool.
     pub(crate) pool_hits: f64,
@@ -30,7 +31,7 @@ impl Progress {
     /// A bar that is full after `steps`.
     pub(crate) fn new(steps: u64) -> Self {
         let bar = ProgressBar::new(steps);
-        let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {wide_msg}")
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}\n{wide_msg}")
             .expect("the template is well formed");
         bar.set_style(style);
         Self { bar }
@@ -62,7 +63,8 @@ impl fmt::Display for Standing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "loss {:.4}  accuracy {:.1} %  scale {}  overflows {}  pool hits {:.1} %  driver calls {}",
+            // Fits in 80 columns.
+            "loss {:.4}  accuracy {:.0} %  scale {}  overflows {}  pool hits {:.1} %  driver {}",
             self.loss,
             self.accuracy * 100.0,
             self.scale,

@@ -1,6 +1,7 @@
 //! What a training run came to, for people and for programs.
 
 use kitsune::DType;
+use kitsune::amp::OverflowKind;
 use kitsune::units::Bytes;
 use serde::Serialize;
 
@@ -24,7 +25,7 @@ pub(crate) struct Report {
     /// Share of the test images that are read correctly, in 0.0..=1.0.
     pub(crate) test_accuracy: f64,
     /// The loss scale at the end.
-    pub(crate) scale: f32,
+    pub(crate) scale: f64,
     /// Steps that were skipped because a gradient was not finite.
     pub(crate) overflow_steps: u64,
     /// Which gradients were not finite, and when.
@@ -46,7 +47,7 @@ pub(crate) struct Overflow {
     /// The parameter whose gradient it is.
     pub(crate) tensor: String,
     /// `inf` or `nan`.
-    pub(crate) kind: &'static str,
+    pub(crate) kind: OverflowKind,
 }
 
 impl Report {
@@ -123,7 +124,7 @@ mod tests {
             overflows: vec![Overflow {
                 step: 3,
                 tensor: "hidden.weight".to_owned(),
-                kind: "inf",
+                kind: OverflowKind::Inf,
             }],
             driver_allocs: 4,
             driver_allocs_after_step_3: 0,

@@ -1,0 +1,89 @@
+//! A trainer of one's own: two linear layers on handwritten digits, in f16, with loss scaling.
+//!
+//! `cargo run --release --example custom_trainer`
+#![allow(clippy::print_stdout, reason = "an example talks")]
+
+use kitsune::amp::{AmpConfig, GradScaler};
+use kitsune::ops::{self, Linear};
+use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
+use kitsune::{Context, DType, Device, Result, Tensor};
+
+const STEPS: usize = 400;
+const BATCH: usize = 64;
+
+/// Pixels from 0 to 1 and the digit they show, an image a line.
+fn digits() -> (Vec<f32>, Vec<u32>) {
+    let number = |text: &str| text.parse::<u32>().expect("the file holds whole numbers");
+    let mut data = (Vec::new(), Vec::new());
+    for line in include_str!("data/digits.csv").lines() {
+        let (pixels, digit) = line.rsplit_once(',').expect("pixels, then the digit");
+        data.0
+            .extend(pixels.split(',').map(|pixel| number(pixel) as f32 / 16.0));
+        data.1.push(number(digit));
+    }
+    data
+}
+
+/// A weight of `outputs` rows, each spread over as much as its inputs bear.
+fn weight(context: &Context, name: &str, outputs: usize, inputs: usize) -> Result<Parameter> {
+    // A fixed sequence that never repeats: fractions of the golden ratio.
+    let bound = (6.0 / inputs as f64).sqrt();
+    let value = |index: usize| ((index as f64 * 0.618_033_988_749_895).fract() * 2.0 - 1.0) * bound;
+    let values: Vec<f32> = (0..outputs * inputs)
+        .map(|index| value(index) as f32)
+        .collect();
+    Parameter::new(
+        name,
+        Tensor::from_slice(context, [outputs, inputs], &values)?,
+    )
+}
+
+fn main() -> Result<()> {
+    let context = Context::new(&Device::auto()?)?;
+    let hidden = weight(&context, "hidden", 128, 64)?;
+    let output = weight(&context, "output", 10, 128)?;
+    let mut optimizer = AdamW::new(vec![hidden.clone(), output.clone()], AdamWConfig::default())?;
+    let config = AmpConfig::default();
+    let mut scaler = GradScaler::new(&context, config.clone())?;
+
+    let (pixels, labels) = digits();
+    for step in 0..STEPS {
+        let first = step * BATCH % (labels.len() - BATCH);
+        let images = &pixels[first * 64..(first + BATCH) * 64];
+        let images = Tensor::from_slice(&context, [BATCH, 64], images)?;
+        let digits = Tensor::from_slice(&context, [BATCH], &labels[first..first + BATCH])?;
+
+        let scope = config.autocast();
+        let below: Linear = ops::linear(&images, hidden.value(), None)?;
+        let active = ops::relu(below.output())?;
+        let above: Linear = ops::linear(&active, output.value(), None)?;
+        let loss = ops::softmax_cross_entropy(above.output(), &digits)?;
+        drop(scope);
+
+        let above = above.backward(&scaler.scale(&loss)?.backward()?)?;
+        let below = below.backward(&ops::relu_backward(below.output(), &above.input)?)?;
+        output.set_grad(above.weight)?;
+        hidden.set_grad(below.weight)?;
+
+        scaler.clip_grad_norm(&optimizer, 1.0)?;
+        let outcome = scaler.step(&mut optimizer)?;
+        scaler.update()?;
+        optimizer.zero_grad();
+        // Asking waits for the device, so not at every step.
+        if step % 100 == 99 {
+            let (loss, applied) = (loss.value().item::<f32>()?, outcome.is_applied()?);
+            println!("step {:3}  loss {loss:.4}  applied {applied}", step + 1);
+        }
+    }
+    println!("{}", scaler.stats()?);
+    println!(
+        "reserved at most: {} bytes",
+        context.pool().stats().reserved_bytes.peak
+    );
+    assert_eq!(
+        hidden.value().dtype(),
+        DType::F32,
+        "weights stay in f32; autocast casts them"
+    );
+    Ok(())
+}

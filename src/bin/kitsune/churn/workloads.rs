@@ -1,0 +1,214 @@
+//! The workloads, as programs: one a host thread.
+
+use std::collections::VecDeque;
+
+use clap::ValueEnum;
+use kitsune::telemetry::trace::Event;
+use kitsune::units::MIB;
+
+use super::minstd::MinStd;
+use super::training::Training;
+use crate::replay::program::{Builder, Program};
+
+/// What is live at most in the random workload, over all threads: RMM's figure.
+const RANDOM_LIVE_MAX: u64 = 16_000 * MIB;
+/// In how many of 100 draws the random workload allocates, as long as it may.
+const RANDOM_ALLOCATION_PERCENT: u64 = 73;
+/// Kernels between two waits of the host in the multi-stream workload: RMM's figure.
+const KERNELS_PER_SYNCHRONIZE: u64 = 4;
+/// Blocks that a producer is ahead of the consumer's frees.
+const CONSUMER_KEEPS: usize = 64;
+
+/// Sequences of allocations that programs are known for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Workload {
+    /// Allocations of random size and frees in random order: RMM's `random_allocations`.
+    Random,
+    /// A small block for each kernel, on one stream after the other: RMM's `multi_stream_allocations`.
+    MultiStream,
+    /// Training steps: activations are kept in the forward pass and freed in reverse in the backward pass.
+    Lifo,
+    /// Blocks are allocated by one thread, and used and freed by another on a stream of its own.
+    ProducerConsumer,
+    /// One size, freed at once.
+    Hot,
+    /// Training steps with another sequence length each time.
+    VaryingLength,
+}
+
+/// A workload with its numbers.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    pub(crate) workload: Workload,
+    /// Size of a block, where all have one size.
+    pub(crate) bytes: u64,
+    /// Allocations of each thread that allocates; training steps go on to their end.
+    pub(crate) allocations: u64,
+    /// Largest random size.
+    pub(crate) max_bytes: u64,
+    /// Even, for producers and consumers.
+    pub(crate) threads: u32,
+    pub(crate) streams: u32,
+    pub(crate) seed: u64,
+}
+
+impl Shape {
+    /// The program of each thread.
+    pub(crate) fn programs(&self) -> Vec<Program> {
+        (0..self.threads)
+            .map(|thread| self.program(thread))
+            .collect()
+    }
+
+    fn program(&self, thread: u32) -> Program {
+        let stream = thread % self.streams;
+        let seed = self.seed.wrapping_add(u64::from(thread));
+        match self.workload {
+            Workload::Random => self.random(seed, stream),
+            Workload::MultiStream => self.multi_stream(stream),
+            Workload::Hot => self.hot(stream),
+            Workload::ProducerConsumer if thread.is_multiple_of(2) => self.producer(stream),
+            Workload::ProducerConsumer => self.consumer(stream),
+            Workload::Lifo => Training::new(stream).steps(self.allocations, || 512),
+            Workload::VaryingLength => {
+                let mut random = MinStd::new(seed);
+                Training::new(stream).steps(self.allocations, || random.uniform(128, 1024))
+            }
+        }
+    }
+
+    /// Twice as many steps as allocations. Each draws a size, needed or not; it frees a block picked at
+    /// random when the draw says so, when all allocations were made, or when too much would be live.
+    fn random(&self, seed: u64, stream: u32) -> Program {
+        let mut random = MinStd::new(seed);
+        let mut builder = Builder::default();
+        let live_bytes_max = RANDOM_LIVE_MAX / u64::from(self.threads);
+        let (mut live, mut live_bytes, mut next) = (Vec::new(), 0, 0);
+        for _ in 0..2 * self.allocations {
+            let bytes = random.uniform(1, self.max_bytes);
+            let allocates = live.is_empty()
+                || random.uniform(0, 99) < RANDOM_ALLOCATION_PERCENT
+                    && next < self.allocations
+                    && live_bytes + bytes < live_bytes_max;
+            if allocates {
+                builder.push(
+                    &Event::Allocate {
+                        id: next,
+                        bytes,
+                        stream,
+                    },
+                    0,
+                );
+                live.push((next, bytes));
+                live_bytes += bytes;
+                next += 1;
+            } else {
+                let drawn = random.uniform(0, self.allocations - 1);
+                let index = kitsune::units::to_usize(drawn) % live.len();
+                let (id, bytes) = live.swap_remove(index);
+                builder.push(&Event::Free { id, stream: None }, 0);
+                live_bytes -= bytes;
+            }
+        }
+        builder.finish()
+    }
+
+    fn multi_stream(&self, first: u32) -> Program {
+        let mut builder = Builder::default();
+        for kernel in 0..self.allocations {
+            let turn = u32::try_from(kernel % u64::from(self.streams)).unwrap_or(0);
+            self.pair(&mut builder, kernel, (first + turn) % self.streams);
+            if (kernel + 1).is_multiple_of(KERNELS_PER_SYNCHRONIZE) {
+                builder.push(&Event::Synchronize { stream: None }, 0);
+            }
+        }
+        builder.finish()
+    }
+
+    fn hot(&self, stream: u32) -> Program {
+        let mut builder = Builder::default();
+        (0..self.allocations).for_each(|id| self.pair(&mut builder, id, stream));
+        builder.finish()
+    }
+
+    fn pair(&self, builder: &mut Builder, id: u64, stream: u32) {
+        builder.push(
+            &Event::Allocate {
+                id,
+                bytes: self.bytes,
+                stream,
+            },
+            0,
+        );
+        builder.push(&Event::Free { id, stream: None }, 0);
+    }
+
+    fn producer(&self, stream: u32) -> Program {
+        let mut builder = Builder::default();
+        for id in 0..self.allocations {
+            builder.push(
+                &Event::Allocate {
+                    id,
+                    bytes: self.bytes,
+                    stream,
+                },
+                0,
+            );
+            builder.send(id);
+        }
+        builder.finish()
+    }
+
+    /// Keeps a few blocks, as a consumer does that works ahead of its stream.
+    fn consumer(&self, stream: u32) -> Program {
+        let mut builder = Builder::default();
+        let mut kept = VecDeque::new();
+        for id in 0..self.allocations {
+            builder.receive(id);
+            builder.push(&Event::RecordStream { id, stream }, 0);
+            kept.push_back(id);
+            if kept.len() > CONSUMER_KEEPS {
+                let id = kept.pop_front().expect("more than a few are kept");
+                builder.push(&Event::Free { id, stream: None }, 0);
+            }
+        }
+        builder.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::program::Operation;
+
+    fn shape(workload: Workload) -> Shape {
+        Shape {
+            workload,
+            bytes: 512,
+            allocations: 1000,
+            max_bytes: 64 * MIB,
+            threads: 1,
+            streams: 1,
+            seed: 0,
+        }
+    }
+
+    /// A number that depends on every operation and their order.
+    fn digest(program: &Program) -> (usize, u64) {
+        let fold = |digest: u64, number: u64| (digest ^ number).wrapping_mul(0x0100_0000_01b3);
+        let digest = program
+            .operations
+            .iter()
+            .fold(
+                0xcbf2_9ce4_8422_2325,
+                |digest, operation| match *operation {
+                    Operation::Allocate { slot, bytes, .. } => {
+                        fold(fold(digest, u64::from(slot)), bytes)
+                    }
+                    Operation::Free { slot } => fold(fold(digest, u64::from(slot)), 0),
+                    _ => panic!("the workload allocates and frees"),
+                },
+            );
+        (program.operations.len(), digest)
+    }
+}

@@ -1,0 +1,295 @@
+//! Measures a pool on programs: what it holds, what it asks of the driver, and how long it takes.
+//!
+//! Every measurement opens a device and a pool of its own. The first pass meets an empty pool, the second
+//! one a pool that knows the sizes; the timed ones follow. Memory is not touched, except in a check, which
+//! is a run apart.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule};
+
+use super::backend::{Backend, PoolBackend, SystemBackend};
+use super::check::CheckedBackend;
+use super::figures::{Figures, median};
+use super::player::{HANDOFF_CAPACITY, Handoff, Pass, Player, Stop, play};
+use super::probe::ProbeDriver;
+use super::program::{Operation, Program};
+
+/// Least duration of a timed repeat: short ones would time the clock.
+const REPEAT_MIN: Duration = Duration::from_millis(20);
+/// Passes of a check: into an empty pool, and into one that reuses.
+const CHECK_PASSES: u32 = 2;
+
+/// How to measure.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Setup {
+    /// Most memory the pool may hold, for example 512MiB.
+    #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
+    pub(crate) limit: Option<u64>,
+
+    /// Memory of the device; more than the machine has is fine, since it is not touched.
+    #[arg(long, value_name = "BYTES", default_value = "80GiB", value_parser = crate::args::parse_bytes)]
+    pub(crate) device_bytes: u64,
+
+    /// Whether a stream may have memory that another one freed: never, only-complete or wait.
+    #[arg(long, value_name = "POLICY", default_value_t)]
+    pub(crate) policy: ReusePolicy,
+
+    /// Events complete this many allocations after their record, or when the host waits for them.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) event_lag: u64,
+
+    /// Seed of the order in which the device's streams make progress, and of random workloads.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Timed repeats.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) repeats: u32,
+
+    /// Write to every block and look whether the bytes stay, in a run of its own.
+    #[arg(long)]
+    pub(crate) check: bool,
+
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What ends a measurement early.
+#[derive(Debug)]
+pub(crate) enum Halt {
+    /// There is no such device or pool.
+    Setup(Error),
+    /// A program could not go on.
+    Play(Stop),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Setup(error)
+    }
+}
+
+impl From<Stop> for Halt {
+    fn from(stop: Stop) -> Self {
+        Self::Play(stop)
+    }
+}
+
+/// A pool on a device of its own, with the probe between them.
+struct Bench {
+    probe: Arc<ProbeDriver>,
+    backend: PoolBackend,
+}
+
+impl Bench {
+    fn new(setup: &Setup, device_bytes: u64, programs: &[Program]) -> Result<Self, Error> {
+        let host = Device::host(HostConfig {
+            capacity: device_bytes,
+            schedule: Schedule::Seeded(setup.seed),
+            ..HostConfig::default()
+        })?;
+        let probe = Arc::new(ProbeDriver::new(Arc::clone(host.driver()), setup.event_lag));
+        let device = Device::from_driver(Arc::clone(&probe) as _);
+        let config = PoolConfig {
+            limit: setup.limit,
+            reuse: setup.policy,
+            ..PoolConfig::default()
+        };
+        let streams = programs
+            .iter()
+            .map(|program| program.streams)
+            .max()
+            .unwrap_or(0)
+            .max(1);
+        let backend = PoolBackend::new(Pool::new(&device, config)?, streams)?;
+        Ok(Self { probe, backend })
+    }
+}
+
+/// One player a program, each on its own `backend`; programs that hand blocks on stand in pairs.
+fn players<'a, B: Backend>(
+    programs: &'a [Program],
+    probe: Option<&ProbeDriver>,
+    mut backend: impl FnMut(&Program) -> Result<B, Error>,
+) -> Result<Vec<Player<'a, B>>, Error> {
+    let mut receiver = None;
+    let mut players = Vec::with_capacity(programs.len());
+    for program in programs {
+        let does = |wanted: fn(&Operation) -> bool| program.operations.iter().any(wanted);
+        let handoff = if does(|operation| matches!(operation, Operation::Send { .. })) {
+            let (to, from) = sync_channel(HANDOFF_CAPACITY);
+            receiver = Some(from);
+            Handoff::To(to)
+        } else if does(|operation| matches!(operation, Operation::Receive { .. })) {
+            Handoff::From(
+                receiver
+                    .take()
+                    .expect("a sender stands before each receiver"),
+            )
+        } else {
+            Handoff::None
+        };
+        let clock = probe.and_then(ProbeDriver::clock);
+        players.push(Player::new(program, backend(program)?, handoff, clock));
+    }
+    Ok(players)
+}
+
+/// Times repeats of a pass.
+struct Stopwatch {
+    repeats: usize,
+    /// Allocations of the thread that has most of them.
+    pairs: u64,
+    rounds: u32,
+    /// In ns a pair.
+    times: Vec<f64>,
+}
+
+impl Stopwatch {
+    fn new(programs: &[Program], repeats: u32) -> Self {
+        let pairs = programs
+            .iter()
+            .map(|program| program.allocations)
+            .max()
+            .unwrap_or(0);
+        Self {
+            repeats: repeats as usize,
+            pairs,
+            rounds: 1,
+            times: Vec::new(),
+        }
+    }
+
+    /// Rounds of the first timed repeat, from a pass that was not timed.
+    fn start(&mut self, warm: Pass) -> u32 {
+        if self.pairs == 0 {
+            return 0;
+        }
+        let one = (warm.elapsed / warm.rounds).max(Duration::from_nanos(100));
+        let rounds = REPEAT_MIN.as_nanos().div_ceil(one.as_nanos());
+        self.rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
+        self.rounds
+    }
+
+    /// Notes a repeat; rounds of the next one, or 0.
+    fn lap(&mut self, pass: Pass) -> u32 {
+        let pairs = self.pairs as f64 * f64::from(pass.rounds);
+        self.times.push(pass.elapsed.as_secs_f64() * 1e9 / pairs);
+        if self.times.len() < self.repeats {
+            self.rounds
+        } else {
+            0
+        }
+    }
+
+    /// All times in ascending order.
+    fn into_times(mut self) -> Vec<f64> {
+        self.times.sort_by(f64::total_cmp);
+        self.times
+    }
+}
+
+/// Plays `programs` together on a new pool.
+pub(crate) fn measure(
+    setup: &Setup,
+    programs: &[Program],
+    bar: &ProgressBar,
+) -> Result<Figures, Halt> {
+    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let streams = backend.streams.len() as u64;
+    let players = players(programs, Some(&probe), |_| Ok(backend.clone()))?;
+    let mut figures = Figures {
+        allocs: programs.iter().map(|program| program.allocations).sum(),
+        ..Figures::default()
+    };
+    let mut watch = Stopwatch::new(programs, setup.repeats);
+    let (mut passes, mut calls) = (0, probe.calls());
+    play(players, |before| {
+        bar.inc(1);
+        let Some((pass, ooms)) = before else { return 1 };
+        passes += 1;
+        let earlier = std::mem::replace(&mut calls, probe.calls());
+        match passes {
+            1 => {
+                let stats = backend.pool.stats();
+                figures.peak_requested_bytes = stats.requested_bytes.peak;
+                figures.peak_reserved_bytes = stats.reserved_bytes.peak;
+                figures.driver_allocs = calls.allocations - earlier.allocations;
+                figures.events_recorded = calls.records - earlier.records;
+                let told = programs
+                    .iter()
+                    .map(|program| program.synchronizations(streams));
+                figures.host_syncs = calls.host_syncs - earlier.host_syncs - told.sum::<u64>();
+                figures.ooms = ooms;
+                1
+            }
+            2 => {
+                figures.driver_calls_steady = calls.memory - earlier.memory;
+                watch.start(pass)
+            }
+            _ => watch.lap(pass),
+        }
+    })?;
+    let (requested, reserved) = (figures.peak_requested_bytes, figures.peak_reserved_bytes);
+    figures.ratio = (requested > 0).then(|| reserved as f64 / requested as f64);
+    figures.times = watch.into_times();
+    figures.ns_per_pair = median(&figures.times);
+    Ok(figures)
+}
+
+/// Plays `programs` on the system's allocator: the median time in ns a pair, or `None` if it had no room.
+pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<f64>, Halt> {
+    let players = players(programs, None, |_| Ok(SystemBackend))?;
+    let mut watch = Stopwatch::new(programs, setup.repeats);
+    let (mut passes, mut all_ooms) = (0, 0);
+    play(players, |before| {
+        let Some((pass, ooms)) = before else { return 1 };
+        passes += 1;
+        all_ooms += ooms;
+        match passes {
+            1 => watch.start(pass),
+            _ => watch.lap(pass),
+        }
+    })?;
+    Ok(median(&watch.into_times()).filter(|_| all_ooms == 0))
+}
+
+/// Plays `programs` on a new pool while writing to every block, and looks whether the bytes stay.
+pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
+    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let next_stamp = Arc::new(AtomicU64::new(0));
+    let players = players(programs, Some(&probe), |program| {
+        CheckedBackend::new(
+            backend.clone(),
+            Arc::clone(&next_stamp),
+            program.recorded_uses(),
+        )
+    })?;
+    let mut left = CHECK_PASSES + 1;
+    play(players, |_| {
+        left -= 1;
+        left.min(1)
+    })?;
+    Ok(())
+}
+
+/// Whether `programs` find room for everything on a device of this size, from an empty pool.
+pub(crate) fn passes(setup: &Setup, device_bytes: u64, programs: &[Program]) -> Result<bool, Halt> {
+    let Bench { probe, backend } = Bench::new(setup, device_bytes, programs)?;
+    let players = players(programs, Some(&probe), |_| Ok(backend.clone()))?;
+    let mut room = true;
+    play(players, |before| match before {
+        None => 1,
+        Some((_, ooms)) => {
+            room = ooms == 0;
+            0
+        }
+    })?;
+    Ok(room)
+}

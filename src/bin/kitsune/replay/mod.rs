@@ -1,0 +1,129 @@
+//! `kitsune replay`: traces of allocations, played on a pool.
+//!
+//! A trace becomes a `program`; a `player` plays it on a `backend`, which is the pool, a pool under `check`
+//! or the system's allocator; a `probe` between pool and device counts what the pool asks for; `measure`
+//! puts them together, and `figures` tells the result. `kitsune churn` plays its workloads the same way.
+
+mod backend;
+mod check;
+mod figures;
+mod measure;
+mod min_device;
+mod player;
+mod probe;
+pub(crate) mod program;
+
+use std::path::{Path, PathBuf};
+
+use indicatif::ProgressBar;
+use kitsune::telemetry::trace;
+
+pub(crate) use figures::Figures;
+pub(crate) use measure::{Halt, Setup, check, measure, time_system};
+
+use self::backend::Trouble;
+use self::player::Stop;
+use self::program::{Builder, Program};
+use crate::failure::Failure;
+use crate::output;
+
+/// What `kitsune replay` is asked to do.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ReplayArgs {
+    /// Traces, plain, .gz or .zst; several are played at the same time, each by a host thread.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+
+    /// Find the smallest device on which the traces pass.
+    #[arg(long, conflicts_with = "limit")]
+    min_device: bool,
+
+    #[command(flatten)]
+    setup: Setup,
+}
+
+/// Replays and prints the result.
+pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
+    let programs = args
+        .files
+        .iter()
+        .map(|file| load(file))
+        .collect::<Result<Vec<_>, _>>()?;
+    let names: Vec<_> = args
+        .files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
+    let figures = replay(args, &programs).map_err(|halt| failure(halt, &names))?;
+    if args.min_device && figures.min_device_bytes.is_none() {
+        let size = kitsune::units::Bytes(args.setup.device_bytes);
+        let message = format!("--min-device: the traces do not pass on {size}, see --device-bytes");
+        return Err(Failure::Run(message));
+    }
+    print(&figures, args.setup.json)
+}
+
+fn replay(args: &ReplayArgs, programs: &[Program]) -> Result<Figures, Halt> {
+    let bar = progress(&args.setup);
+    let mut figures = measure(&args.setup, programs, &bar)?;
+    if args.min_device {
+        figures.min_device_bytes = min_device::find(&args.setup, programs, &figures, &bar)?;
+    }
+    if args.setup.check {
+        check(&args.setup, programs)?;
+        figures.checked = true;
+    }
+    bar.finish_and_clear();
+    Ok(figures)
+}
+
+/// A bar over the passes. Where standard error is no terminal it shows nothing.
+pub(crate) fn progress(setup: &Setup) -> ProgressBar {
+    ProgressBar::new(u64::from(setup.repeats) + 2)
+}
+
+/// Tells the result.
+pub(crate) fn print(figures: &Figures, json: bool) -> Result<(), Failure> {
+    output::print(&if json {
+        figures.to_json()
+    } else {
+        figures.to_table()
+    })
+}
+
+/// Reads a trace as a program.
+fn load(file: &Path) -> Result<Program, Failure> {
+    let refused = |error: trace::TraceError| {
+        let place = match error.line {
+            0 => String::new(),
+            line => format!(":{line}"),
+        };
+        Failure::Input(format!("{}{place}: {}", file.display(), error.reason))
+    };
+    let mut reader = trace::open(file).map_err(refused)?;
+    let mut builder = Builder::default();
+    while let Some(event) = reader.next() {
+        builder.push(&event.map_err(refused)?, reader.line());
+    }
+    Ok(builder.finish())
+}
+
+/// What a halt means to the user. `names` are the programs', in order.
+pub(crate) fn failure(halt: Halt, names: &[String]) -> Failure {
+    let Stop {
+        player,
+        line,
+        trouble,
+    } = match halt {
+        Halt::Setup(error) => return error.into(),
+        Halt::Play(stop) => stop,
+    };
+    let place = match line {
+        0 => names[player].clone(),
+        line => format!("{}:{line}", names[player]),
+    };
+    Failure::Run(match trouble {
+        Trouble::Refused(error) => format!("{place}: {error}"),
+        Trouble::Overwritten(message) => format!("{place}: {message}"),
+    })
+}

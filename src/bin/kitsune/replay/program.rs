@@ -1,0 +1,232 @@
+//! A trace as a list of operations that can be played in no time of its own.
+//!
+//! Ids of a trace may be any numbers; here every live block has a *slot*, and slots are few and used
+//! again, so that playing looks nothing up. Blocks live at the end are freed there: a program leaves
+//! nothing behind and can be played again.
+
+use std::collections::HashMap;
+
+use kitsune::telemetry::trace::Event;
+
+/// Index of the place that holds a block while it is live.
+pub(crate) type Slot = u32;
+/// Number of a stream, from 0.
+pub(crate) type StreamIndex = u16;
+
+/// One thing to do. Sixteen bytes, so that a program stays small beside what it plays on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Allocates into an empty slot.
+    Allocate {
+        slot: Slot,
+        stream: StreamIndex,
+        bytes: u64,
+    },
+    /// Frees what is in the slot, if the allocation succeeded.
+    Free { slot: Slot },
+    /// Says that a stream uses the block in the slot.
+    RecordStream { slot: Slot, stream: StreamIndex },
+    /// Makes a stream wait for another.
+    Wait {
+        waiter: StreamIndex,
+        signaller: StreamIndex,
+    },
+    /// The host waits for a stream, or for all.
+    Synchronize { stream: Option<StreamIndex> },
+    /// Returns cached memory to the driver.
+    Trim,
+    /// Hands the block in the slot to the partner thread.
+    Send { slot: Slot },
+    /// Takes a block from the partner thread into an empty slot.
+    Receive { slot: Slot },
+}
+
+/// What one host thread does in one pass.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Program {
+    pub(crate) operations: Vec<Operation>,
+    /// The line of the trace behind each operation; 0 for what no line asks for.
+    lines: Vec<u64>,
+    /// Slots that the operations name.
+    pub(crate) slots: usize,
+    /// One more than the highest stream that the operations name.
+    pub(crate) streams: u32,
+    /// Allocations in one pass.
+    pub(crate) allocations: u64,
+}
+
+impl Program {
+    /// The line of the trace behind an operation.
+    pub(crate) fn line(&self, operation: usize) -> u64 {
+        self.lines[operation]
+    }
+
+    /// Streams that the host is told to wait for in one pass, of `streams` in all.
+    pub(crate) fn synchronizations(&self, streams: u64) -> u64 {
+        let waits = self.operations.iter().map(|operation| match operation {
+            Operation::Synchronize { stream: Some(_) } => 1,
+            Operation::Synchronize { stream: None } => streams,
+            _ => 0,
+        });
+        waits.sum()
+    }
+
+    /// Uses of a block on another stream in one pass.
+    pub(crate) fn recorded_uses(&self) -> usize {
+        let is_use = |operation: &&Operation| matches!(operation, Operation::RecordStream { .. });
+        self.operations.iter().filter(is_use).count()
+    }
+}
+
+/// Makes a program out of events. Ids must be followed by the caller, as a trace reader does: naming one
+/// that is not live, or allocating one that is, is a bug.
+#[derive(Debug, Default)]
+pub(crate) struct Builder {
+    program: Program,
+    slots: HashMap<u64, Slot>,
+    vacant: Vec<Slot>,
+}
+
+impl Builder {
+    /// Appends what `event`, on `line`, asks for. Kernels and marks ask for nothing.
+    pub(crate) fn push(&mut self, event: &Event, line: u64) {
+        match *event {
+            Event::Allocate { id, bytes, stream } => {
+                let (slot, stream) = (self.occupy(id), self.index(stream));
+                self.append(
+                    Operation::Allocate {
+                        slot,
+                        stream,
+                        bytes,
+                    },
+                    line,
+                );
+                self.program.allocations += 1;
+            }
+            Event::Free { id, stream } => {
+                let slot = self.vacate(id);
+                // Freed in another stream's order: that stream used it up to here.
+                if let Some(stream) = stream.map(|stream| self.index(stream)) {
+                    self.append(Operation::RecordStream { slot, stream }, line);
+                }
+                self.append(Operation::Free { slot }, line);
+            }
+            Event::RecordStream { id, stream } => {
+                let (slot, stream) = (self.slots[&id], self.index(stream));
+                self.append(Operation::RecordStream { slot, stream }, line);
+            }
+            Event::Wait { waiter, signaller } => {
+                let (waiter, signaller) = (self.index(waiter), self.index(signaller));
+                self.append(Operation::Wait { waiter, signaller }, line);
+            }
+            Event::Synchronize { stream } => {
+                let stream = stream.map(|stream| self.index(stream));
+                self.append(Operation::Synchronize { stream }, line);
+            }
+            Event::Trim => self.append(Operation::Trim, line),
+            Event::Kernel { .. } | Event::Mark(_) => {}
+        }
+    }
+
+    /// Hands block `id` to the partner thread: it is not live here any more.
+    pub(crate) fn send(&mut self, id: u64) {
+        let slot = self.vacate(id);
+        self.append(Operation::Send { slot }, 0);
+    }
+
+    /// Takes the partner's next block and calls it `id` here.
+    pub(crate) fn receive(&mut self, id: u64) {
+        let slot = self.occupy(id);
+        self.append(Operation::Receive { slot }, 0);
+    }
+
+    /// The program, with what is live freed at its end in order of slots.
+    pub(crate) fn finish(mut self) -> Program {
+        let mut live: Vec<_> = self.slots.values().copied().collect();
+        live.sort_unstable();
+        for slot in live {
+            self.append(Operation::Free { slot }, 0);
+        }
+        self.program
+    }
+
+    fn append(&mut self, operation: Operation, line: u64) {
+        self.program.operations.push(operation);
+        self.program.lines.push(line);
+    }
+
+    fn index(&mut self, stream: u32) -> StreamIndex {
+        self.program.streams = self.program.streams.max(stream + 1);
+        StreamIndex::try_from(stream).expect("the reader refuses more than 2^16 streams")
+    }
+
+    fn occupy(&mut self, id: u64) -> Slot {
+        let slot = self.vacant.pop().unwrap_or_else(|| {
+            self.program.slots += 1;
+            Slot::try_from(self.program.slots - 1).expect("fewer than 2^32 blocks fit in memory")
+        });
+        assert!(
+            self.slots.insert(id, slot).is_none(),
+            "id {id} is live already"
+        );
+        slot
+    }
+
+    fn vacate(&mut self, id: u64) -> Slot {
+        let slot = self.slots.remove(&id).expect("the id is live");
+        self.vacant.push(slot);
+        slot
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_are_small() {
+        assert_eq!(size_of::<Operation>(), 16);
+    }
+
+    #[test]
+    fn slots_are_used_again_and_nothing_stays_live() {
+        let mut builder = Builder::default();
+        let allocate = |id| Event::Allocate {
+            id,
+            bytes: 8,
+            stream: 1,
+        };
+        builder.push(&allocate(1 << 40), 2);
+        builder.push(
+            &Event::Free {
+                id: 1 << 40,
+                stream: Some(0),
+            },
+            3,
+        );
+        builder.push(&Event::Mark("step 1".to_owned()), 4);
+        builder.push(&allocate(7), 5);
+        let program = builder.finish();
+        let expected = [
+            Operation::Allocate {
+                slot: 0,
+                stream: 1,
+                bytes: 8,
+            },
+            Operation::RecordStream { slot: 0, stream: 0 },
+            Operation::Free { slot: 0 },
+            Operation::Allocate {
+                slot: 0,
+                stream: 1,
+                bytes: 8,
+            },
+            Operation::Free { slot: 0 },
+        ];
+        assert_eq!(program.operations, expected);
+        assert_eq!(
+            (program.slots, program.allocations, program.line(2)),
+            (1, 2, 3)
+        );
+        assert_eq!(program.streams, 2);
+    }
+}
