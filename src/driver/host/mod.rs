@@ -14,6 +14,7 @@
 //! When the last driver goes, nothing waits: queues keep the memory their work may touch, and it is given
 //! back when the last of them has run dry.
 
+mod areas;
 mod capture;
 mod config;
 mod errno;

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use parking_lot::Mutex;
 
+use super::areas;
 use super::config::PAGE_GRANULARITY;
 use super::errno::{EBUSY, EINVAL, ENOMEM, refuse};
 use super::memory::Capacity;
@@ -51,6 +52,8 @@ struct Page {
 #[derive(Clone, Copy, Debug)]
 struct Mapping {
     bytes: u64,
+    /// Where the page lies in the file.
+    offset: u64,
     page: PageHandle,
 }
 
@@ -142,9 +145,9 @@ impl Pages {
             let (at, bytes) = (end, page.bytes);
             placed.push((
                 at,
-                page.offset,
                 Mapping {
                     bytes,
+                    offset: page.offset,
                     page: handle,
                 },
             ));
@@ -159,24 +162,40 @@ impl Pages {
             let reason = format!("a page is already mapped at {at:#x}");
             return Err(refuse(CALL, EBUSY, reason));
         }
-        self.show(CALL, &placed)?;
-        for (at, _, mapping) in placed {
+        let follows = |one: &(u64, Mapping), next: &(u64, Mapping)| {
+            one.1.offset + one.1.bytes == next.1.offset
+        };
+        // At most so many areas: those of the pages, and the empty ones before and after them.
+        let most = placed.chunk_by(follows).count() + 2;
+        if !areas::take(most) {
+            return Err(refuse(
+                CALL,
+                ENOMEM,
+                "the process has as many mappings as it may have",
+            ));
+        }
+        let before = state.areas(ptr.0, end);
+        self.show(CALL, &placed)
+            .inspect_err(|_| areas::give(most))?;
+        for (at, mapping) in placed {
             state.mappings.insert(at, mapping);
             state.live_page(CALL, mapping.page)?.mappings += 1;
         }
+        state.settle_areas(before + most, ptr.0, end);
         Ok(())
     }
 
     /// Asks the system for mappings that follow each other, given with their offsets in the file: once for all
     /// that follow each other there as well. A refusal leaves the addresses empty.
-    fn show(&self, call: &'static str, placed: &[(u64, u64, Mapping)]) -> Result<()> {
-        let follows =
-            |one: &(u64, u64, Mapping), next: &(u64, u64, Mapping)| one.1 + one.2.bytes == next.1;
+    fn show(&self, call: &'static str, placed: &[(u64, Mapping)]) -> Result<()> {
+        let follows = |one: &(u64, Mapping), next: &(u64, Mapping)| {
+            one.1.offset + one.1.bytes == next.1.offset
+        };
         for run in placed.chunk_by(follows) {
-            let (at, offset, _) = run[0];
-            let bytes = run.iter().map(|(_, _, mapping)| mapping.bytes).sum();
+            let (at, first) = run[0];
+            let bytes = run.iter().map(|(_, mapping)| mapping.bytes).sum();
             // SAFETY: the range is reserved by us, and nothing is mapped in it that could be touched.
-            let shown = unsafe { self.file.map(call, at, offset, bytes) };
+            let shown = unsafe { self.file.map(call, at, first.offset, bytes) };
             if let Err(error) = shown {
                 let start = placed[0].0;
                 if start < at {
@@ -224,12 +243,14 @@ impl Pages {
         }
         // SAFETY: the range is reserved by us, and the caller promises that no work touches it.
         unsafe { self.file.unmap(CALL, ptr.0, bytes) }?;
+        let before = state.areas(ptr.0, end);
         for (at, mapping) in found {
             state.mappings.remove(&at);
             let page = state.pages.get_mut(&mapping.page);
             page.expect("a mapped page is in the table").mappings -= 1;
             self.collect(capacity, &mut state, mapping.page);
         }
+        state.settle_areas(before, ptr.0, end);
         Ok(())
     }
 
@@ -250,6 +271,36 @@ impl Pages {
 }
 
 impl State {
+    /// Areas that begin with a mapping in `from..=to`: one where it does not continue the mapping before it
+    /// in the file, and one more, empty, where it does not follow on it in memory.
+    fn areas(&self, from: u64, to: u64) -> usize {
+        let mut before = self
+            .mappings
+            .range(..from)
+            .next_back()
+            .map(|(at, mapping)| (*at, *mapping));
+        let mut areas = 0;
+        for (&at, &mapping) in self.mappings.range(from..=to) {
+            let adjacent = before.is_some_and(|(start, before)| start + before.bytes == at);
+            let continues = adjacent
+                && before.is_some_and(|(_, before)| before.offset + before.bytes == mapping.offset);
+            areas += usize::from(!continues) + usize::from(!adjacent);
+            before = Some((at, mapping));
+        }
+        areas
+    }
+
+    /// Corrects what is taken for the mappings in `from..=to`, where it was `taken` before they changed.
+    fn settle_areas(&self, taken: usize, from: u64, to: u64) {
+        let now = self.areas(from, to);
+        if now < taken {
+            areas::give(taken - now);
+        } else {
+            // Removing a mapping may split an area in two: that is counted, and never refused.
+            areas::take_anyway(now - taken);
+        }
+    }
+
     /// The page, if its handle is valid.
     fn live_page(&mut self, call: &'static str, handle: PageHandle) -> Result<&mut Page> {
         self.pages
@@ -283,6 +334,7 @@ impl State {
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        areas::give(self.state.get_mut().areas(0, u64::MAX));
         for (&address, &bytes) in &self.state.get_mut().ranges {
             // SAFETY: the range is in the table, hence ours. Queues keep the memory alive until their work
             // has run, so nothing touches it any more.
