@@ -206,6 +206,15 @@ impl Fences {
         fence.epoch <= clock.complete
     }
 
+    /// Whether everything up to `fence` has run; records an event to find out if there is none, so that a
+    /// later call can tell even if this one cannot.
+    pub(super) fn ask_complete(&mut self, fence: Fence) -> bool {
+        if self.is_known_complete(fence) {
+            return true;
+        }
+        self.clocks[fence.owner].cover(fence.epoch) && self.is_complete(fence)
+    }
+
     /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have
     /// covered. Frees during the wait are stamped later.
     pub(super) fn close_epochs(&mut self) -> Vec<(Fence, Stream)> {

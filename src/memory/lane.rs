@@ -178,8 +178,7 @@ struct ThreadLanes {
 impl Drop for ThreadLanes {
     fn drop(&mut self) {
         for (_, _, lane) in &self.lanes {
-            // Closed, so that a block freed while the thread is going down does not end up here.
-            flush_to_pools(lane, Close::Yes);
+            flush_to_pool(lane);
         }
     }
 }
@@ -239,7 +238,7 @@ fn find(
 #[cold]
 pub(super) fn flush_thread_lane(key: (u64, StreamId)) {
     if let Some(lane) = existing(key) {
-        flush_to_pools(&lane, Close::No);
+        flush_to_pool(&lane);
     }
 }
 
@@ -276,12 +275,14 @@ pub(super) fn for_each_of_thread(pool: u64, mut visit: impl FnMut(&Lane)) {
     });
 }
 
-/// Gives every block of a lane back to its pool.
-fn flush_to_pools(lane: &Lane, close: Close) {
-    let mut records = Vec::new();
-    lane.flush(close, |record| records.push(record));
-    // Without the lane's lock: the pool takes its own, and takes lanes' locks under it.
-    for record in records {
-        pool::free_in_pool(record, Counted::Yes);
+/// Gives every block of a lane back to its pool. Each goes from the lane to the pool's queue under the lane's
+/// lock: whoever flushes all lanes and then looks into the queue misses none.
+fn flush_to_pool(lane: &Lane) {
+    let mut pool = None;
+    lane.flush(Close::No, |record| {
+        pool = Some(pool::leave(record, Counted::Yes))
+    });
+    if let Some(pool) = pool {
+        pool.take_in_left();
     }
 }

@@ -196,19 +196,19 @@ pub(super) fn free(record: Box<BlockRecord>) {
 }
 
 /// Takes a block back into the pool itself.
-pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
+pub(super) fn free_in_pool(record: Box<BlockRecord>, counted: Counted) {
+    leave(record, counted).take_in_left();
+}
+
+/// Leaves a block for the next thread that has the pool's lock. Inside the pool a block must not keep the
+/// pool alive, so the caller gets that reference.
+pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) -> Arc<Shared> {
     let shared = record
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    let locked = shared.state.try_lock();
-    match locked {
-        Some(mut state) => {
-            shared.fold_thread_lanes(&mut state);
-            state.free(record, counted);
-        }
-        None => shared.freed.push((record, counted)),
-    }
+    shared.freed.push((record, counted));
+    shared
 }
 
 impl Shared {
@@ -228,12 +228,12 @@ impl Shared {
 
     fn fold_lanes(&self, state: &mut State) {
         let held = state.bytes_held();
-        let mut lanes = self.lanes.lock();
-        for lane in lanes.iter() {
+        self.lanes.lock().retain_mut(|lane| {
+            // Looked at before the fold: what nobody else holds then is folded for the last time.
+            let is_of_ended_thread = Arc::get_mut(lane).is_some();
             lane.fold(&mut state.usage, &mut state.tags, held);
-        }
-        // The lane of a thread that has ended: flushed by it, and just now folded for the last time.
-        lanes.retain(|lane| Arc::strong_count(lane) > 1);
+            !is_of_ended_thread
+        });
     }
 
     /// Folds what the calling thread's lanes have counted, so that peaks are exact where one thread uses
@@ -245,7 +245,15 @@ impl Shared {
         });
     }
 
-    /// Takes in every block that a lane keeps.
+    /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
+    pub(super) fn take_in_left(&self) {
+        if let Some(mut state) = self.state.try_lock() {
+            self.fold_thread_lanes(&mut state);
+            self.take_in_freed(&mut state);
+        }
+    }
+
+    /// Takes in every block that a lane keeps, and every block that is on its way from one.
     pub(super) fn flush_lanes(&self, state: &mut State, close: Close) {
         for lane in self.lanes.lock().iter() {
             lane.flush(close, |mut record| {
@@ -255,6 +263,7 @@ impl Shared {
                 state.free(record, Counted::Yes);
             });
         }
+        self.take_in_freed(state);
         self.fold_lanes(state);
     }
 

@@ -23,7 +23,7 @@ const CANDIDATES_MAX: usize = 16;
 /// Holes that are looked at for the front of a last page before a whole page is used for it.
 const FRONTS_MAX: usize = 64;
 /// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.
-const MAPPED_PER_HELD: u64 = 2;
+const MAPPED_PER_HELD: u64 = 8;
 
 /// What a request needs: pages as a whole, and the front of one more.
 #[derive(Clone, Copy, Debug)]
@@ -68,8 +68,12 @@ impl PagedMemory {
             return Some(placed);
         }
         let pages = self.choose_pages(request, need, fences)?;
-        self.evict_ranges(fences);
-        let ptr = self.map_range(&pages)?;
+        self.evict_ranges(MAPPED_PER_HELD * self.pages.bytes_held() / PAGE, fences);
+        let ptr = self.map_range(&pages).or_else(|| {
+            // A driver may have room for fewer mappings than that.
+            self.evict_ranges(self.ranges.pages_mapped as u64 / 2, fences);
+            self.map_range(&pages)
+        })?;
         let taken = self.take_pages(&pages, need);
         let range = self
             .ranges
@@ -237,9 +241,8 @@ impl PagedMemory {
         Some(ptr)
     }
 
-    /// Unmaps the oldest idle ranges while there are too many mappings and their work is complete.
-    fn evict_ranges(&mut self, fences: &mut Fences) {
-        let most = MAPPED_PER_HELD * self.pages.bytes_held() / PAGE;
+    /// Unmaps the oldest idle ranges, as far as their work is complete, until `most` pages are mapped.
+    fn evict_ranges(&mut self, most: u64, fences: &mut Fences) {
         while self.ranges.pages_mapped as u64 > most {
             let Some(oldest) = self.ranges.oldest_idle() else {
                 return;
@@ -255,7 +258,7 @@ impl PagedMemory {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses; the addresses are then lost.
     pub(super) fn remove_range(&mut self, index: RangeIndex, fences: &mut Fences) -> Result<bool> {
-        if !fences.is_complete(self.ranges.get(index).fence()) {
+        if !fences.ask_complete(self.ranges.get(index).fence()) {
             return Ok(false);
         }
         let range = self.ranges.remove(index);
