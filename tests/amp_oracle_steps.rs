@@ -15,7 +15,7 @@ use kitsune::error::ScalerMisuse;
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Sgd, SgdConfig, StepInputs};
 
 #[test]
-fn calls_out_of_order_are_told_apart() {
+fn nothing_comes_before_a_scaled_loss() {
     let oracle = oracle();
     let errors = &oracle["errors"];
     let says =
@@ -40,6 +40,17 @@ fn calls_out_of_order_are_told_apart() {
         misuse(fresh.update()),
         ScalerMisuse::NotScaled { call: "update" }
     );
+}
+
+#[test]
+fn each_call_comes_once_between_updates() {
+    let oracle = oracle();
+    let errors = &oracle["errors"];
+    let says =
+        |key: &str, text: &str| assert!(errors[key].as_str().unwrap().contains(text), "{key}");
+    let context = context();
+    let weight = ones(&context, "w", &[1f32]);
+    let mut optimizer = sgd(&[&weight], 1.0);
 
     let mut scaler = scaler(&context, 4.0);
     says(

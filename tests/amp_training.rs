@@ -1,4 +1,5 @@
 //! The scaler over a training: off and on, saved and restored, its memory, any schedule.
+#![allow(unsafe_code, reason = "replaying a graph is")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod amp_support;
@@ -8,7 +9,7 @@ use amp_support::{
 };
 use kitsune::amp::{AmpConfig, GradScaler, ScalerState, StepOutcome};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
-use kitsune::{Context, DType, Device, Error, HostConfig, Schedule, Tensor};
+use kitsune::{Context, DType, Device, Error, HostConfig, Schedule, Tensor, f16, ops};
 
 #[test]
 fn a_disabled_scaler_is_not_there() {
@@ -345,4 +346,92 @@ fn scalers_can_move_between_threads() {
     check::<Parameter>();
     check::<AdamW>();
     check::<StepOutcome>();
+}
+
+#[test]
+fn scaling_a_loss_saves_gradients_that_f16_would_lose() {
+    let context = context();
+    // The second class of the first row has a probability of 2·10⁻⁹: less than the least f16.
+    let logits = [20.0, 0.0, 0.0, 1.0].map(f16::from_f32);
+    let logits = Tensor::from_slice(&context, [2, 2], &logits).unwrap();
+    let loss = ops::softmax_cross_entropy(&logits, &tensor(&context, &[0u32, 1])).unwrap();
+    let plain = loss.backward().unwrap().to_vec::<f16>().unwrap();
+    assert_eq!(plain[1], f16::ZERO);
+
+    let scaler = scaler(&context, 65536.0);
+    let scaled = scaler.scale(&loss).unwrap();
+    let scaled_value = scaled.value().item::<f32>().unwrap();
+    assert_eq!(scaled_value, 65536.0 * loss.value().item::<f32>().unwrap());
+    let gradient = scaled.backward().unwrap();
+    assert_eq!(gradient.dtype(), DType::F16);
+    let gradient = gradient.to_vec::<f16>().unwrap();
+    let expected = (-20f64).exp() / 2.0 * 65536.0;
+    assert!(
+        (gradient[1].to_f64() / expected - 1.0).abs() < 1e-2,
+        "{gradient:?}"
+    );
+    // What survived anyway is the same but for the scale.
+    assert!((gradient[2].to_f64() / 65536.0 - plain[2].to_f64()).abs() < 1e-3);
+}
+
+#[test]
+fn settings_open_the_scope_they_describe() {
+    use kitsune::ops::autocast::autocast_dtype;
+    let config = AmpConfig {
+        dtype: DType::Bf16,
+        ..AmpConfig::default()
+    };
+    assert_eq!(
+        config.in_autocast(|| autocast_dtype("linear")),
+        Some(DType::Bf16)
+    );
+    let off = AmpConfig {
+        enabled: false,
+        ..config.clone()
+    };
+    {
+        let _outer = config.autocast();
+        assert_eq!(off.in_autocast(|| autocast_dtype("linear")), None);
+        assert_eq!(autocast_dtype("linear"), Some(DType::Bf16));
+    }
+    assert_eq!(autocast_dtype("linear"), None);
+}
+
+#[test]
+fn a_captured_step_replays_like_an_eager_one() {
+    let gradients = [2.0, f32::INFINITY, -4.0, 8.0];
+    let run = |capture: bool| {
+        let context = context();
+        let weight = ones(&context, "w", &[f16::ONE; 5]);
+        let slot = Tensor::full(&context, [5], DType::F16, 0.0).unwrap();
+        weight.set_grad(slot.clone()).unwrap();
+        let mut optimizer = AdamW::new(vec![weight.clone()], AdamWConfig::default()).unwrap();
+        let mut scaler = scaler(&context, 16.0);
+        let mut norms = Vec::new();
+        let mut step = || -> kitsune::Result<()> {
+            norms.push(scaler.clip_grad_norm(&optimizer, 0.5)?);
+            let _ = scaler.step(&mut optimizer)?;
+            scaler.update()
+        };
+        // The first step makes all memory, with a gradient of zeros.
+        step().unwrap();
+        let graph = capture.then(|| context.stream().capture(&mut step).unwrap());
+        for gradient in gradients {
+            slot.fill(f64::from(gradient)).unwrap();
+            match &graph {
+                // SAFETY: the graph touches the scaler, the optimizer, the parameter, its gradient
+                // and the norms, all of which are alive.
+                Some(graph) => unsafe { graph.launch(context.stream()) }.unwrap(),
+                None => step().unwrap(),
+            }
+        }
+        let steps = optimizer.step_counts().to_vec::<u32>().unwrap();
+        let moment = optimizer.second_moment(0).unwrap().to_vec::<f32>().unwrap();
+        let stats = scaler.stats().unwrap();
+        let counts = (stats.steps, stats.skipped, stats.scale);
+        (value::<f16>(&weight), moment, steps, counts)
+    };
+    let eager = run(false);
+    assert_eq!((&eager.2, eager.3), (&vec![4], (5, 1, 8.0)));
+    assert_eq!(run(true), eager);
 }
