@@ -211,4 +211,93 @@ mod tests {
             );
         (program.operations.len(), digest)
     }
+
+    #[test]
+    fn the_random_workload_is_that_of_rmm() {
+        // From a C++ program with RMM's loop and libstdc++'s random numbers.
+        let digests = [(64, 0), (4096, 0), (64, 7)].map(|(max_mib, seed)| {
+            let max_bytes = max_mib * MIB;
+            digest(
+                &Shape {
+                    max_bytes,
+                    seed,
+                    ..shape(Workload::Random)
+                }
+                .programs()[0],
+            )
+        });
+        let expected = [
+            0x2ab1_fc36_a842_c7b6,
+            0xdc0e_cfd7_0686_8730,
+            0x8507_6eb0_d3d7_5ad8,
+        ];
+        assert_eq!(digests, expected.map(|digest| (2000, digest)));
+    }
+
+    #[test]
+    fn streams_and_waits_of_the_multi_stream_workload_alternate() {
+        let shape = Shape {
+            streams: 3,
+            allocations: 5,
+            ..shape(Workload::MultiStream)
+        };
+        let program = &shape.programs()[0];
+        let streams = program
+            .operations
+            .iter()
+            .filter_map(|operation| match operation {
+                Operation::Allocate { stream, .. } => Some(*stream),
+                Operation::Synchronize { stream: None } => Some(99),
+                _ => None,
+            });
+        assert_eq!(streams.collect::<Vec<_>>(), [0, 1, 2, 0, 99, 1]);
+    }
+
+    #[test]
+    fn a_producer_sends_what_its_consumer_receives() {
+        let shape = Shape {
+            threads: 2,
+            streams: 2,
+            ..shape(Workload::ProducerConsumer)
+        };
+        let [producer, consumer] = shape.programs().try_into().unwrap();
+        let count = |program: &Program, wanted: fn(&Operation) -> bool| {
+            program
+                .operations
+                .iter()
+                .filter(|operation| wanted(operation))
+                .count()
+        };
+        let sent = count(&producer, |operation| {
+            matches!(operation, Operation::Send { .. })
+        });
+        let freed = count(&consumer, |operation| {
+            matches!(operation, Operation::Free { .. })
+        });
+        assert_eq!((sent, freed, consumer.recorded_uses()), (1000, 1000, 1000));
+        assert_eq!((producer.slots, consumer.slots), (1, CONSUMER_KEEPS + 1));
+    }
+
+    #[test]
+    fn training_steps_vary_only_where_they_should() {
+        let sizes = |workload| {
+            let shape = Shape {
+                allocations: 3000,
+                ..shape(workload)
+            };
+            let programs = shape.programs();
+            let sizes = programs[0].operations.iter().filter_map(|operation| {
+                let Operation::Allocate { bytes, .. } = operation else {
+                    return None;
+                };
+                Some(*bytes)
+            });
+            sizes.collect::<std::collections::BTreeSet<_>>().len()
+        };
+        let (fixed, varying) = (sizes(Workload::Lifo), sizes(Workload::VaryingLength));
+        assert!(
+            fixed < 30 && varying > 2 * fixed,
+            "{fixed} and {varying} sizes"
+        );
+    }
 }

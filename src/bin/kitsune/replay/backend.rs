@@ -15,6 +15,9 @@ pub(crate) trait Backend: Send {
     fn allocate(&mut self, bytes: u64, stream: StreamIndex)
     -> Result<Option<Self::Block>, Trouble>;
 
+    /// Bytes that the block was asked for.
+    fn bytes(block: &Self::Block) -> u64;
+
     /// Says that `stream` uses the block as well.
     fn record_stream(
         &mut self,
@@ -90,6 +93,10 @@ impl Backend for PoolBackend {
         }
     }
 
+    fn bytes(block: &Block) -> u64 {
+        block.requested()
+    }
+
     fn record_stream(&mut self, block: &mut Block, stream: StreamIndex) -> Result<(), Trouble> {
         block.record_stream(self.stream(stream));
         Ok(())
@@ -125,6 +132,10 @@ impl Backend for SystemBackend {
         let room = block.try_reserve_exact(kitsune::units::to_usize(bytes));
         // Without this the compiler may see that nobody uses the memory, and leave it out.
         Ok(room.ok().map(|()| black_box(block)))
+    }
+
+    fn bytes(block: &Vec<u8>) -> u64 {
+        block.capacity() as u64
     }
 
     fn record_stream(&mut self, _: &mut Vec<u8>, _: StreamIndex) -> Result<(), Trouble> {

@@ -73,7 +73,7 @@ impl Figures {
             (
                 "driver calls",
                 format!(
-                    "{} for memory in the first pass, {} in the second",
+                    "{} allocations in the first pass, {} calls about memory in the second",
                     self.driver_allocs, self.driver_calls_steady
                 ),
             ),
@@ -154,7 +154,7 @@ peak requested     1.0 MiB
 peak reserved      2.0 MiB, 2.000 times as much
 time a pair        45.2 ns (from 40.0 ns to 90.0 ns, 3 repeats)
 malloc, same work  none: it ran out of memory
-driver calls       1 for memory in the first pass, 0 in the second
+driver calls       1 allocations in the first pass, 0 calls about memory in the second
 events recorded    0
 host waits         0
 out of memory      0 allocations

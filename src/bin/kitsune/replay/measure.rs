@@ -14,8 +14,10 @@ use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule
 
 use super::backend::{Backend, PoolBackend, SystemBackend};
 use super::check::CheckedBackend;
+use super::crew::{Pass, Stop, play};
 use super::figures::{Figures, median};
-use super::player::{HANDOFF_CAPACITY, Handoff, Pass, Player, Stop, play};
+use super::meter::Meter;
+use super::player::{HANDOFF_CAPACITY, Handoff, Player, Tools};
 use super::probe::ProbeDriver;
 use super::program::{Operation, Program};
 
@@ -115,7 +117,7 @@ impl Bench {
 /// One player a program, each on its own `backend`; programs that hand blocks on stand in pairs.
 fn players<'a, B: Backend>(
     programs: &'a [Program],
-    probe: Option<&ProbeDriver>,
+    tools: &Tools,
     mut backend: impl FnMut(&Program) -> Result<B, Error>,
 ) -> Result<Vec<Player<'a, B>>, Error> {
     let mut receiver = None;
@@ -135,10 +137,18 @@ fn players<'a, B: Backend>(
         } else {
             Handoff::None
         };
-        let clock = probe.and_then(ProbeDriver::clock);
-        players.push(Player::new(program, backend(program)?, handoff, clock));
+        let backend = backend(program)?;
+        players.push(Player::new(program, backend, handoff, tools.clone()));
     }
     Ok(players)
+}
+
+/// What players need for a device that lags.
+fn tools(probe: &ProbeDriver) -> Tools {
+    Tools {
+        clock: probe.clock(),
+        meter: None,
+    }
 }
 
 /// Times repeats of a pass.
@@ -203,7 +213,12 @@ pub(crate) fn measure(
 ) -> Result<Figures, Halt> {
     let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
     let streams = backend.streams.len() as u64;
-    let players = players(programs, Some(&probe), |_| Ok(backend.clone()))?;
+    let meter = Arc::new(Meter::default());
+    let tools = Tools {
+        meter: Some(Arc::clone(&meter)),
+        ..tools(&probe)
+    };
+    let players = players(programs, &tools, |_| Ok(backend.clone()))?;
     let mut figures = Figures {
         allocs: programs.iter().map(|program| program.allocations).sum(),
         ..Figures::default()
@@ -211,15 +226,15 @@ pub(crate) fn measure(
     let mut watch = Stopwatch::new(programs, setup.repeats);
     let (mut passes, mut calls) = (0, probe.calls());
     play(players, |before| {
-        bar.inc(1);
         let Some((pass, ooms)) = before else { return 1 };
+        bar.inc(1);
         passes += 1;
         let earlier = std::mem::replace(&mut calls, probe.calls());
         match passes {
             1 => {
-                let stats = backend.pool.stats();
-                figures.peak_requested_bytes = stats.requested_bytes.peak;
-                figures.peak_reserved_bytes = stats.reserved_bytes.peak;
+                // The pool's own count of the former adds up peaks of threads.
+                figures.peak_requested_bytes = meter.peak();
+                figures.peak_reserved_bytes = backend.pool.stats().reserved_bytes.peak;
                 figures.driver_allocs = calls.allocations - earlier.allocations;
                 figures.events_recorded = calls.records - earlier.records;
                 let told = programs
@@ -245,7 +260,7 @@ pub(crate) fn measure(
 
 /// Plays `programs` on the system's allocator: the median time in ns a pair, or `None` if it had no room.
 pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<f64>, Halt> {
-    let players = players(programs, None, |_| Ok(SystemBackend))?;
+    let players = players(programs, &Tools::default(), |_| Ok(SystemBackend))?;
     let mut watch = Stopwatch::new(programs, setup.repeats);
     let (mut passes, mut all_ooms) = (0, 0);
     play(players, |before| {
@@ -264,7 +279,7 @@ pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<
 pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
     let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
     let next_stamp = Arc::new(AtomicU64::new(0));
-    let players = players(programs, Some(&probe), |program| {
+    let players = players(programs, &tools(&probe), |program| {
         CheckedBackend::new(
             backend.clone(),
             Arc::clone(&next_stamp),
@@ -276,13 +291,15 @@ pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
         left -= 1;
         left.min(1)
     })?;
+    // Only now: while threads are about, the pool's books are on the move.
+    backend.pool.check_invariants();
     Ok(())
 }
 
 /// Whether `programs` find room for everything on a device of this size, from an empty pool.
 pub(crate) fn passes(setup: &Setup, device_bytes: u64, programs: &[Program]) -> Result<bool, Halt> {
     let Bench { probe, backend } = Bench::new(setup, device_bytes, programs)?;
-    let players = players(programs, Some(&probe), |_| Ok(backend.clone()))?;
+    let players = players(programs, &tools(&probe), |_| Ok(backend.clone()))?;
     let mut room = true;
     play(players, |before| match before {
         None => 1,

@@ -1,13 +1,15 @@
 //! `kitsune replay`: traces of allocations, played on a pool.
 //!
 //! A trace becomes a `program`; a `player` plays it on a `backend`, which is the pool, a pool under `check`
-//! or the system's allocator; a `probe` between pool and device counts what the pool asks for; `measure`
+//! or the system's allocator, in a `crew` of one player a thread; a `probe` between pool and device counts what the pool asks for; `measure`
 //! puts them together, and `figures` tells the result. `kitsune churn` plays its workloads the same way.
 
 mod backend;
 mod check;
+mod crew;
 mod figures;
 mod measure;
+mod meter;
 mod min_device;
 mod player;
 mod probe;
@@ -22,7 +24,7 @@ pub(crate) use figures::Figures;
 pub(crate) use measure::{Halt, Setup, check, measure, time_system};
 
 use self::backend::Trouble;
-use self::player::Stop;
+use self::crew::Stop;
 use self::program::{Builder, Program};
 use crate::failure::Failure;
 use crate::output;

@@ -1,0 +1,282 @@
+//! Players on threads: all begin each pass together, and one of them, the leader, decides what is next.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Barrier, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::backend::{Backend, Trouble};
+use super::player::Player;
+
+/// What stopped a player.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    /// Which of the players, in their order.
+    pub(crate) player: usize,
+    /// Line of the trace that asked for what failed; 0 if none did.
+    pub(crate) line: u64,
+    pub(crate) trouble: Trouble,
+}
+
+/// How a pass went.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pass {
+    /// From the common start to the last thread's end, for all rounds.
+    pub(crate) elapsed: Duration,
+    /// How often each program was played.
+    pub(crate) rounds: u32,
+}
+
+/// What the threads tell their leader about one pass.
+#[derive(Default)]
+struct Told {
+    elapsed: Duration,
+    ooms: u64,
+    stop: Option<Stop>,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+/// What the threads of a crew share.
+struct Crew {
+    /// Before each pass and after it.
+    together: Barrier,
+    /// Rounds of the next pass; 0 sends everybody home.
+    rounds: AtomicU32,
+    told: Mutex<Told>,
+}
+
+impl Crew {
+    /// Waits for the order to play and follows it; false once there is no more to do.
+    fn work<B: Backend>(&self, number: usize, player: &mut Option<Player<'_, B>>) -> bool {
+        self.together.wait();
+        // Relaxed: the barrier orders it.
+        let rounds = self.rounds.load(Ordering::Relaxed);
+        if rounds == 0 {
+            return false;
+        }
+        if let Some(playing) = player {
+            let began = Instant::now();
+            // A panic must not leave the others waiting at the barrier for ever.
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                (0..rounds).try_for_each(|_| playing.pass())
+            }));
+            let elapsed = began.elapsed();
+            let ooms = playing.take_ooms();
+            if !matches!(outcome, Ok(Ok(()))) {
+                // Closes its end of a hand-off, so that a partner does not wait for more.
+                *player = None;
+            }
+            self.tell(number, elapsed, ooms, outcome);
+        }
+        self.together.wait();
+        true
+    }
+
+    /// Leads all passes and plays in them; gives what was told last, and everybody is sent home.
+    fn lead<B: Backend>(
+        &self,
+        own: Player<'_, B>,
+        mut lead: impl FnMut(Option<(Pass, u64)>) -> u32,
+    ) -> Told {
+        let (mut own, mut told, mut before) = (Some(own), Told::default(), None);
+        loop {
+            let goes_on = told.stop.is_none() && told.panic.is_none();
+            let rounds = if goes_on { lead(before) } else { 0 };
+            self.rounds.store(rounds, Ordering::Relaxed);
+            if !self.work(0, &mut own) {
+                return told;
+            }
+            told = self.take_told();
+            let elapsed = told.elapsed;
+            before = Some((Pass { elapsed, rounds }, told.ooms));
+        }
+    }
+
+    fn tell(
+        &self,
+        player: usize,
+        elapsed: Duration,
+        ooms: u64,
+        outcome: thread::Result<Result<(), (u64, Trouble)>>,
+    ) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.elapsed = told.elapsed.max(elapsed);
+        told.ooms += ooms;
+        match outcome {
+            Ok(Ok(())) => {}
+            Ok(Err((line, trouble))) => {
+                told.stop.get_or_insert(Stop {
+                    player,
+                    line,
+                    trouble,
+                });
+            }
+            Err(panic) => {
+                told.panic.get_or_insert(panic);
+            }
+        }
+    }
+
+    fn take_told(&self) -> Told {
+        std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Plays the players' programs together as long as `lead` asks for it. It is told about the pass before,
+/// with the allocations that failed in it, and answers with the rounds of the next one; 0 ends the run.
+///
+/// # Errors
+/// What stopped a player. The pass is then the last one.
+///
+/// # Panics
+/// If a player did, after all of them have come to an end.
+pub(crate) fn play<B: Backend>(
+    players: Vec<Player<'_, B>>,
+    lead: impl FnMut(Option<(Pass, u64)>) -> u32,
+) -> Result<(), Stop> {
+    let crew = Crew {
+        together: Barrier::new(players.len()),
+        rounds: AtomicU32::new(0),
+        told: Mutex::default(),
+    };
+    let mut players = players.into_iter().enumerate();
+    let Some((_, own)) = players.next() else {
+        return Ok(());
+    };
+    let last = thread::scope(|scope| {
+        let crew = &crew;
+        let spawn = |(number, player)| {
+            scope.spawn(move || {
+                let mut player = Some(player);
+                while crew.work(number, &mut player) {}
+            })
+        };
+        let threads: Vec<_> = players.map(spawn).collect();
+        let last = crew.lead(own, lead);
+        // The scope waits for what the threads do, but not for what they do on their way out, such as giving
+        // back what an allocator keeps for each thread.
+        for thread in threads {
+            thread.join().expect("the panic of a player is caught");
+        }
+        last
+    });
+    match (last.panic, last.stop) {
+        (Some(panic), _) => resume_unwind(panic),
+        (None, Some(stop)) => Err(stop),
+        (None, None) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use kitsune::telemetry::trace::Event;
+
+    use super::super::player::{Handoff, Tools};
+    use super::super::program::{Builder, Program, StreamIndex};
+    use super::*;
+
+    /// Counts allocations down; the last one fails, by an error or by a panic. Every other finds no room.
+    struct Failing {
+        left: u32,
+        panics: bool,
+    }
+
+    impl Backend for Failing {
+        type Block = u64;
+
+        fn allocate(&mut self, bytes: u64, _: StreamIndex) -> Result<Option<u64>, Trouble> {
+            self.left -= 1;
+            assert!(
+                self.left > 0 || !self.panics,
+                "this panic is part of the test"
+            );
+            match self.left {
+                0 => Err(Trouble::Overwritten("on purpose".to_owned())),
+                left => Ok(left.is_multiple_of(2).then_some(bytes)),
+            }
+        }
+
+        fn bytes(block: &u64) -> u64 {
+            *block
+        }
+
+        fn record_stream(&mut self, _: &mut u64, _: StreamIndex) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn free(&mut self, _: u64) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn synchronize(&mut self, _: Option<StreamIndex>) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn trim(&mut self) -> Result<(), Trouble> {
+            Ok(())
+        }
+    }
+
+    /// A producer of 1,000 blocks, with line 7 for all of them, and its consumer.
+    fn programs() -> [Program; 2] {
+        let (mut producer, mut consumer) = (Builder::default(), Builder::default());
+        for id in 0..1000 {
+            producer.push(
+                &Event::Allocate {
+                    id,
+                    bytes: 8,
+                    stream: 0,
+                },
+                7,
+            );
+            producer.send(id);
+            consumer.receive(id);
+            consumer.push(&Event::Free { id, stream: None }, 0);
+        }
+        [producer.finish(), consumer.finish()]
+    }
+
+    /// Plays both, three times if nothing fails; gives the allocations without room in each whole pass.
+    fn outcome(left: u32, panics: bool) -> (Vec<u64>, Result<(), Stop>) {
+        let [producer, consumer] = &programs();
+        let (to, from) = sync_channel(4);
+        let player = |program, handoff| {
+            Player::new(program, Failing { left, panics }, handoff, Tools::default())
+        };
+        let players = vec![
+            player(producer, Handoff::To(to)),
+            player(consumer, Handoff::From(from)),
+        ];
+        let mut ooms = Vec::new();
+        let outcome = play(players, |before| {
+            ooms.extend(before.map(|(_, ooms)| ooms));
+            u32::from(ooms.len() < 3)
+        });
+        (ooms, outcome)
+    }
+
+    #[test]
+    fn passes_are_told_until_the_leader_ends_them() {
+        let (ooms, outcome) = outcome(u32::MAX, false);
+        assert!(outcome.is_ok());
+        assert_eq!(ooms, [500, 500, 500]);
+    }
+
+    #[test]
+    fn a_failure_stops_all_threads_and_names_its_line() {
+        let (ooms, outcome) = outcome(1500, false);
+        assert_eq!(ooms.len(), 1, "the second pass failed");
+        let stop = outcome.unwrap_err();
+        assert_eq!((stop.player, stop.line), (0, 7));
+    }
+
+    #[test]
+    #[should_panic(expected = "this panic is part of the test")]
+    fn a_panic_comes_through_and_hangs_nobody() {
+        drop(outcome(10, true));
+    }
+}
