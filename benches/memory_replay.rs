@@ -1,0 +1,54 @@
+//! A pass of a trace on a pool that knows its sizes. `kitsune replay` does this with every figure, for
+//! traces of any size; here a small one keeps the path under watch.
+
+use std::collections::HashMap;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use kitsune::telemetry::trace::{Event, TraceReader};
+use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+
+const TINY: &str = include_str!("../tests/data/tiny.at");
+
+/// Plays a trace; what is live at its end is freed there. Kernels and waits enqueue nothing here.
+fn play(pool: &Pool, streams: &[Stream], events: &[Event], live: &mut HashMap<u64, Block>) {
+    for event in events {
+        match event {
+            Event::Allocate { id, bytes, stream } => {
+                let block = pool.allocate(*bytes, &streams[*stream as usize]);
+                live.insert(*id, block.expect("there is room"));
+            }
+            Event::Free { id, .. } => drop(live.remove(id)),
+            Event::RecordStream { id, stream } => {
+                let block = live.get_mut(id).expect("the reader follows ids");
+                block.record_stream(&streams[*stream as usize]);
+            }
+            _ => {}
+        }
+    }
+    live.clear();
+}
+
+fn replay(criterion: &mut Criterion) {
+    let reader = TraceReader::new(TINY.as_bytes()).expect("the trace has a header");
+    let count = reader.header().streams;
+    let events = reader
+        .collect::<Result<Vec<_>, _>>()
+        .expect("the trace is right");
+    // Without threads, whose wake-ups would be in the figure.
+    let config = HostConfig {
+        schedule: Schedule::Seeded(0),
+        ..HostConfig::default()
+    };
+    let device = Device::host(config).expect("the host has memory");
+    let pool = Pool::new(&device, PoolConfig::default()).expect("the default settings work");
+    let streams: Vec<_> = (0..count)
+        .map(|_| device.create_stream().expect("the host has streams"))
+        .collect();
+    let mut live = HashMap::new();
+    criterion.bench_function("pool/replay/tiny", |bencher| {
+        bencher.iter(|| play(&pool, &streams, &events, &mut live));
+    });
+}
+
+criterion_group!(benches, replay);
+criterion_main!(benches);
