@@ -95,7 +95,7 @@ pub enum ScalerMisuse {
     NothingChecked,
     /// `update` although no optimizer was unscaled or stepped since the last one.
     #[error(
-        "update() is being called although no optimizer was unscaled or stepped since the last one"
+        "update() is being called although no optimizer was unscaled, clipped or stepped since the last one"
     )]
     NothingToUpdate,
     /// `unscale` or `step` before any loss was scaled.
@@ -105,7 +105,7 @@ pub enum ScalerMisuse {
         call: &'static str,
     },
     /// The state was read between `step` and `update`.
-    #[error("the state of a scaler must be taken after update(), not between step() and update()")]
+    #[error("the state of a scaler must be taken after update(), and one is due: call it first")]
     MidIteration,
 }
 
