@@ -92,6 +92,9 @@ pub(crate) struct RecordOperands {
     pub(crate) total_norm: Option<Span>,
     /// Which optimizer stepped.
     pub(crate) optimizer: u64,
+    /// The step's number from 1, given by the host: the device counts replays of a captured step, the host
+    /// does not, and it is the host that asks.
+    pub(crate) step: u64,
 }
 
 /// Counts one step, and remembers why if it was skipped.
@@ -159,7 +162,6 @@ impl Kernel for StepRecord {
         let entry = overflow_words(counter(journal, SKIPPED));
         journal[SKIPPED] += 1.0;
         journal[SKIPPED_IN_A_ROW] += 1.0;
-        let step = journal[STEPS];
         let entry = &mut journal[entry];
         // SAFETY: as above.
         let scale = unsafe { operands.scale.slice::<f32>() }[0];
@@ -170,7 +172,9 @@ impl Kernel for StepRecord {
         // SAFETY: as above.
         let counts = unsafe { operands.counts.slice::<u32>() };
         write_overflow(entry, counts);
-        entry[..4].copy_from_slice(&[step, to_f64(operands.optimizer), f64::from(scale), norm]);
+        let numbers = [operands.step, operands.optimizer].map(to_f64);
+        entry[..2].copy_from_slice(&numbers);
+        entry[2..4].copy_from_slice(&[f64::from(scale), norm]);
     }
 }
 
@@ -228,7 +232,9 @@ mod tests {
         let counts: Vec<u32> = (0..10)
             .flat_map(|i| if i == 0 { [0, 0, !0, !0] } else { [i, 0, i, 0] })
             .collect();
-        let record = |flag: f32| {
+        let mut step = 0;
+        let mut record = |flag: f32| {
+            step += 1;
             let flag = vec![flag];
             let operands = RecordOperands {
                 journal: span(&journal),
@@ -237,6 +243,7 @@ mod tests {
                 counts: span(&counts),
                 total_norm: None,
                 optimizer: 3,
+                step,
             };
             // SAFETY: all operands are alive, and this thread is the only user.
             unsafe { StepRecord { operands }.run() };
