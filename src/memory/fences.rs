@@ -64,13 +64,25 @@ impl Clock {
         {
             return true;
         }
-        let Some(Ok(event)) = self.stream.as_ref().map(Stream::record) else {
+        // What is complete by now goes first, so that events do not pile up where nobody asks.
+        self.poll();
+        // An event recorded in a capture never completes, and who waits for it joins the capture.
+        let stream = self
+            .stream
+            .as_ref()
+            .filter(|stream| is_free_to_wait(stream));
+        let Some(Ok(event)) = stream.map(Stream::record) else {
             return false;
         };
         self.events.push_back((self.epoch, event));
         self.epoch += 1;
         true
     }
+}
+
+/// Whether `stream` is known to be part of no capture.
+pub(super) fn is_free_to_wait(stream: &Stream) -> bool {
+    matches!(stream.driver().is_capturing(stream.raw()), Ok(false))
 }
 
 /// The streams that met a pool, and what is known of their progress.
@@ -183,7 +195,8 @@ impl Fences {
             .stream
             .as_ref()
             .expect("a thief is a stream in use");
-        if waiter.wait(event).is_err() {
+        // Within a capture there is no waiting for what lies outside: to try would end it.
+        if !is_free_to_wait(waiter) || waiter.wait(event).is_err() {
             return false;
         }
         let waited = &mut self.clocks[thief].waited;

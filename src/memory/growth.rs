@@ -30,6 +30,8 @@ pub(super) struct Pages {
     base: DevicePtr,
     homes: u64,
     held: Vec<Option<PageHandle>>,
+    /// Pages that the driver would not take back, not mapped any more: offered to it again.
+    unreturned: Vec<PageHandle>,
     totals: Totals,
 }
 
@@ -50,6 +52,7 @@ impl Pages {
             base,
             homes,
             held: Vec::new(),
+            unreturned: Vec::new(),
             totals: Totals::default(),
         })
     }
@@ -95,8 +98,7 @@ impl Pages {
         let home = self.home(first as u64 * PAGE);
         if let Err(error) = outcome.and_then(|()| self.driver.map(home, &pages)) {
             for page in pages {
-                // The pages are not mapped; a driver that will not take them back has leaked them.
-                drop(self.driver.destroy_page(page));
+                self.destroy(page);
             }
             return Err(Refusal::Driver(error));
         }
@@ -112,6 +114,20 @@ impl Pages {
         Ok(())
     }
 
+    /// Gives the driver a page that is not mapped.
+    fn destroy(&mut self, page: PageHandle) {
+        if self.driver.destroy_page(page).is_err() {
+            self.unreturned.push(page);
+        }
+    }
+
+    /// Offers the driver again what it would not take back.
+    fn return_again(&mut self) {
+        for page in std::mem::take(&mut self.unreturned) {
+            self.destroy(page);
+        }
+    }
+
     /// Unmaps `count` pages from home `first` on and gives them back to the driver.
     #[expect(
         unsafe_code,
@@ -124,8 +140,9 @@ impl Pages {
         unsafe { self.driver.unmap(home, count as u64 * PAGE) }?;
         for slot in &mut self.held[first..first + count] {
             let page = slot.take().expect("a mapped page is held");
-            // Unmapped but not destroyed would be a leak in the driver that nothing here can mend.
-            drop(self.driver.destroy_page(page));
+            if self.driver.destroy_page(page).is_err() {
+                self.unreturned.push(page);
+            }
         }
         self.totals.segments -= count as u64;
         self.totals.reserved_bytes -= count as u64 * PAGE;
@@ -136,7 +153,7 @@ impl Pages {
     /// Removes a stitched mapping and its addresses.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the driver refuses.
+    /// [`Error::Driver`] if the driver refuses; the mapping then stays.
     #[expect(
         unsafe_code,
         reason = "unmapping is a promise that nothing uses the memory"
@@ -144,7 +161,9 @@ impl Pages {
     pub(super) fn unmap_range(&self, range: &Range) -> Result<()> {
         // SAFETY: the range is not live, and its fence is complete.
         unsafe { self.driver.unmap(range.ptr, range.bytes()) }?;
-        self.driver.release(range.ptr, range.bytes())
+        // Addresses that the driver does not take back are lost; no memory is.
+        drop(self.driver.release(range.ptr, range.bytes()));
+        Ok(())
     }
 }
 
@@ -205,7 +224,7 @@ impl PagedMemory {
     /// Takes pages for homes whose pages were returned.
     fn resettle(&mut self, count: usize, owner: Owner) -> Result<(), Refusal> {
         let Some(first) = self.territory.unmapped(count) else {
-            let reason = "no addresses left for new pages".to_owned();
+            let reason = format!("there are no addresses for {count} more pages of the device");
             return Err(Refusal::Driver(Error::Driver {
                 call: "reserve",
                 code: 0,
@@ -219,6 +238,7 @@ impl PagedMemory {
 
     /// Gives every page back that is free as a whole and whose last use is known to be complete.
     pub(super) fn release_pages(&mut self, fences: &mut Fences) -> Result<()> {
+        self.pages.return_again();
         let holes: Vec<Hole> = self.territory.holes().collect();
         let idle = holes
             .into_iter()
@@ -227,13 +247,20 @@ impl PagedMemory {
             idle.map(|hole| hole.whole_pages()).collect();
         let leaving = |page: PageIndex| runs.iter().any(|run| run.contains(&page));
         let mut outcome = Ok(());
+        // Pages that a mapping still shows, which somebody may be using or the driver kept.
+        let mut shown: Vec<PageIndex> = Vec::new();
         for index in self.ranges.idle_over(leaving) {
-            if !self.remove_range(index, fences)? {
-                return Ok(());
+            let pages = self.ranges.get(index).pages.clone();
+            let removed = self.remove_range(index, fences);
+            if !matches!(removed, Ok(true)) {
+                shown.extend(pages);
             }
+            outcome = outcome.and(removed.map(drop));
         }
         for run in runs {
-            outcome = outcome.and(self.release_run(run));
+            if !shown.iter().any(|page| run.contains(page)) {
+                outcome = outcome.and(self.release_run(run));
+            }
         }
         outcome
     }

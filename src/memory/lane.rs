@@ -67,6 +67,11 @@ impl Lane {
         }
     }
 
+    /// Makes a lane that is empty keep nothing.
+    pub(super) fn close(&self) {
+        self.slots.lock().is_closed = true;
+    }
+
     /// Takes a block of exactly `bytes` (rounded) for a request of `requested`.
     #[inline]
     pub(super) fn take(&self, requested: u64, bytes: u64) -> Option<Box<BlockRecord>> {

@@ -143,9 +143,15 @@ impl PagedMemory {
             return Ok(placed);
         }
         let missing = self.missing_pages(units, request.owner) as u64;
-        let most = self.in_use_peak.max(self.in_use + request.bytes);
-        let held = self.pages.bytes_held() + missing * PAGE;
-        if held <= most + most / SLACK && self.grow_hole(units, request.owner).is_ok() {
+        // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
+        let most = self
+            .in_use_peak
+            .max(self.in_use.saturating_add(request.bytes));
+        let held = missing
+            .saturating_mul(PAGE)
+            .saturating_add(self.pages.bytes_held());
+        if held <= most.saturating_add(most / SLACK) && self.grow_hole(units, request.owner).is_ok()
+        {
             return Ok(self.place_large(request).expect("a hole was grown to fit"));
         }
         if let Some(placed) = self.stitch(request, fences) {

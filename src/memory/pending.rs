@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use super::block::BlockRecord;
 use super::config::ReusePolicy;
 use super::fences::{Fence, Fences};
+use super::territory::Owner;
 
 #[derive(Debug)]
 struct Waiting {
@@ -36,6 +37,12 @@ impl Pending {
             .iter()
             .map(|waiting| waiting.record.allocated)
             .sum()
+    }
+
+    /// Whether a block waits for the stream `owner`.
+    pub(super) fn is_behind(&self, owner: Owner) -> bool {
+        let mut fences = self.waiting.iter().flat_map(|waiting| &waiting.fences);
+        fences.any(|fence| fence.owner == owner)
     }
 
     pub(super) fn push(&mut self, record: Box<BlockRecord>, fences: SmallVec<[Fence; 1]>) {

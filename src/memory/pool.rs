@@ -43,9 +43,17 @@ pub(super) struct Shared {
     pub(super) config: PoolConfig,
     state: Mutex<State>,
     /// Every thread's lanes. Taken after `state` where both are needed, and before a lane's own lock.
-    lanes: Mutex<Vec<Arc<Lane>>>,
+    lanes: Mutex<Lanes>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+}
+
+/// The lanes of a pool.
+#[derive(Default)]
+struct Lanes {
+    all: Vec<Arc<Lane>>,
+    /// Set with the last clone of the pool: lanes made later, for blocks still out, keep nothing.
+    is_closed: bool,
 }
 
 impl Pool {
@@ -63,7 +71,7 @@ impl Pool {
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
-            lanes: Mutex::new(Vec::new()),
+            lanes: Mutex::default(),
             freed: SegQueue::new(),
         };
         Ok(Self {
@@ -161,7 +169,7 @@ impl Pool {
 }
 
 fn register(shared: &&Arc<Shared>, lane: &Arc<Lane>) {
-    shared.lanes.lock().push(lane.clone());
+    shared.register(lane);
 }
 
 /// Takes a block back without ever blocking on another thread's allocation: the calling thread's lane keeps
@@ -181,7 +189,7 @@ pub(super) fn free(record: Box<BlockRecord>) {
     #[expect(clippy::borrowed_box, reason = "the lane hands over what it was given")]
     let register = |record: &Box<BlockRecord>, lane: &Arc<Lane>| {
         let shared = record.shared.as_ref().expect("checked above");
-        shared.lanes.lock().push(lane.clone());
+        shared.register(lane);
     };
     let kept = lane::with_lane(key, record, register, |lane, record| lane.keep(record));
     match kept {
@@ -226,9 +234,17 @@ impl Shared {
         state
     }
 
+    fn register(&self, lane: &Arc<Lane>) {
+        let mut lanes = self.lanes.lock();
+        if lanes.is_closed {
+            lane.close();
+        }
+        lanes.all.push(lane.clone());
+    }
+
     fn fold_lanes(&self, state: &mut State) {
         let held = state.bytes_held();
-        self.lanes.lock().retain_mut(|lane| {
+        self.lanes.lock().all.retain_mut(|lane| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
             let is_of_ended_thread = Arc::get_mut(lane).is_some();
             lane.fold(&mut state.usage, &mut state.tags, held);
@@ -255,7 +271,9 @@ impl Shared {
 
     /// Takes in every block that a lane keeps, and every block that is on its way from one.
     pub(super) fn flush_lanes(&self, state: &mut State, close: Close) {
-        for lane in self.lanes.lock().iter() {
+        let mut lanes = self.lanes.lock();
+        lanes.is_closed |= close == Close::Yes;
+        for lane in &lanes.all {
             lane.flush(close, |mut record| {
                 // Inside the pool a block must not keep the pool alive. This is never the last reference:
                 // the caller holds one.
@@ -263,6 +281,7 @@ impl Shared {
                 state.free(record, Counted::Yes);
             });
         }
+        drop(lanes);
         self.take_in_freed(state);
         self.fold_lanes(state);
     }

@@ -150,15 +150,14 @@ impl Ranges {
             .collect()
     }
 
-    /// Forgets an idle range, whose mapping the caller removes.
-    pub(super) fn remove(&mut self, index: RangeIndex) -> Range {
+    /// Forgets an idle range, whose mapping the caller has removed.
+    pub(super) fn remove(&mut self, index: RangeIndex) {
         self.remove_idle(index);
         let range = self.table[index]
             .take()
             .expect("a range that is in use exists");
         self.pages_mapped -= range.pages.len();
         self.vacant.push(index);
-        range
     }
 
     /// Every live range.

@@ -4,7 +4,7 @@ use parking_lot::MutexGuard;
 
 use super::block::BlockRecord;
 use super::config::ReusePolicy;
-use super::fences::Fence;
+use super::fences::{Fence, is_free_to_wait};
 use super::lane::Close;
 use super::pool::{Shared, rounded};
 use super::state::{State, Wanted};
@@ -86,7 +86,8 @@ fn allocate_when_short(
 }
 
 /// Waits on the host, without the lock, until every stream has passed what was freed so far, and takes in
-/// what that makes free. A stream that failed keeps its memory pending.
+/// what that makes free. A stream that failed keeps its memory pending, and so does one that is part of a
+/// capture, which waiting would end.
 pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
     // Blocks that came back from other streams are free for their own streams only; a second wait covers
     // those too.
@@ -96,7 +97,7 @@ pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State
         let passed: Vec<Fence> = MutexGuard::unlocked(state, || {
             let passed = ends
                 .into_iter()
-                .filter(|(_, stream)| stream.synchronize().is_ok());
+                .filter(|(_, stream)| is_free_to_wait(stream) && stream.synchronize().is_ok());
             passed.map(|(fence, _)| fence).collect()
         });
         shared.take_in_freed(state);

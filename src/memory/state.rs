@@ -202,7 +202,7 @@ impl State {
     pub(super) fn settle(&mut self) {
         self.backing.settle(&mut self.fences);
         self.fences
-            .retire(|owner| self.backing.holds_nothing_of(owner));
+            .retire(|owner| self.backing.holds_nothing_of(owner) && !self.pending.is_behind(owner));
     }
 
     /// Gives the driver what is idle as a whole and known to be complete.

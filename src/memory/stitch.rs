@@ -256,13 +256,13 @@ impl PagedMemory {
     /// Unmaps an idle range if its last use is known to be complete; whether it was.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses; the addresses are then lost.
+    /// [`Error::Driver`](crate::Error::Driver) if the driver refuses; the mapping is then kept.
     pub(super) fn remove_range(&mut self, index: RangeIndex, fences: &mut Fences) -> Result<bool> {
         if !fences.ask_complete(self.ranges.get(index).fence()) {
             return Ok(false);
         }
-        let range = self.ranges.remove(index);
-        self.pages.unmap_range(&range)?;
+        self.pages.unmap_range(self.ranges.get(index))?;
+        self.ranges.remove(index);
         Ok(true)
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! All positions are in units of 512 bytes from the start of the range. Invariants: blocks tile the mapped
 //! pages in address order; a hole is filed in the bins of its owner; no two neighbors are holes of one
-//! owner; `at_page[p]` is the block that covers the first byte of page `p`. Must not know: addresses,
+//! owner or both unmapped; `at_page[p]` is the block that covers the first byte of page `p`. Must not know: addresses,
 //! events, how a hole's epoch is waited for.
 
 use super::arena::GRANULARITY;
@@ -341,7 +341,7 @@ impl Territory {
         first
     }
 
-    /// Declares the pages of a taken block unmapped.
+    /// Declares the pages of a taken block unmapped; their homes merge with unmapped neighbors.
     pub(super) fn unmap(&mut self, index: Index) {
         let block = self.blocks.at(index);
         assert_eq!(block.usage, Use::Taken, "only taken pages are returned");
@@ -349,6 +349,17 @@ impl Territory {
             block.start.is_multiple_of(PAGE_UNITS) && block.link.units.is_multiple_of(PAGE_UNITS)
         );
         block.usage = Use::Unmapped;
+        let Block { before, after, .. } = *block;
+        if self.is_unmapped(after) {
+            self.absorb_next(index);
+        }
+        if self.is_unmapped(before) {
+            self.absorb_next(before);
+        }
+    }
+
+    fn is_unmapped(&self, index: Index) -> bool {
+        index != NONE && self.blocks.slab[index as usize].usage == Use::Unmapped
     }
 
     /// The first of `count` homes side by side whose pages were returned.
@@ -389,15 +400,11 @@ impl Territory {
     /// Makes holes whose past is complete anyone's, so that they merge whoever freed them.
     pub(super) fn settle(&mut self, mut is_complete: impl FnMut(Fence) -> bool) {
         let holes: Vec<Hole> = self.holes().filter(|hole| hole.owner != COMMON).collect();
+        let (owner, epoch) = (COMMON, 0);
+        let past = Fence { owner, epoch };
         for hole in holes {
             if is_complete(hole.fence()) {
-                self.give(
-                    &hole,
-                    Fence {
-                        owner: COMMON,
-                        epoch: 0,
-                    },
-                );
+                self.give(&hole, past);
             }
         }
     }
@@ -459,7 +466,7 @@ impl Territory {
                         "holes {before} and {index} touch"
                     );
                 }
-                Use::Unmapped => {}
+                Use::Unmapped => assert!(!self.is_unmapped(before), "homes touch at {index}"),
             }
             if !matches!(block.usage, Use::Hole { .. }) {
                 assert!(
@@ -499,96 +506,4 @@ impl Territory {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn one_owner(pages: usize) -> Territory {
-        let mut territory = Territory::new();
-        territory.append(pages, 0);
-        territory
-    }
-
-    fn allocate(territory: &mut Territory, owner: Owner, units: u64) -> Option<Index> {
-        let hole = territory.best_fit(owner, units)?;
-        Some(territory.take(&hole, hole.start, units))
-    }
-
-    #[test]
-    fn growth_continues_the_last_hole_of_the_same_owner_only() {
-        let mut territory = one_owner(2);
-        let block = allocate(&mut territory, 0, PAGE_UNITS).unwrap();
-        territory.append(1, 0);
-        assert_eq!(territory.largest(0), 2 * PAGE_UNITS);
-        territory.append(1, 1);
-        assert_eq!(
-            (territory.largest(0), territory.largest(1)),
-            (2 * PAGE_UNITS, PAGE_UNITS)
-        );
-        territory.free(block, 0, 7);
-        assert_eq!(territory.best_fit(0, 3 * PAGE_UNITS).unwrap().epoch, 7);
-        assert_eq!(territory.check_invariants(), (4 * PAGE_UNITS, 0));
-    }
-
-    #[test]
-    fn a_page_in_the_middle_of_a_hole_can_be_taken() {
-        let mut territory = one_owner(5);
-        let hole = territory.hole_over_page(2).unwrap();
-        let page = territory.take(&hole, 2 * PAGE_UNITS, PAGE_UNITS);
-        territory.check_invariants();
-        assert_eq!(territory.hole_over_page(2), None);
-        assert_eq!(territory.hole_over_page(1).unwrap().whole_pages(), 0..2);
-        assert_eq!(territory.hole_over_front(3, 9).unwrap().whole_pages(), 3..5);
-        territory.free(page, 1, 4);
-        let hole = territory.hole_over_page(2).unwrap();
-        assert_eq!((hole.owner, hole.epoch, hole.units), (1, 4, PAGE_UNITS));
-        assert_eq!(territory.check_invariants(), (5 * PAGE_UNITS, 0));
-    }
-
-    #[test]
-    fn returned_homes_are_used_again() {
-        let mut territory = one_owner(4);
-        let hole = territory.hole_over_page(1).unwrap();
-        let pages = territory.take(&hole, PAGE_UNITS, 2 * PAGE_UNITS);
-        territory.unmap(pages);
-        assert_eq!(territory.check_invariants().0, 2 * PAGE_UNITS);
-        assert_eq!(territory.unmapped(3), None);
-        for page in [1, 2] {
-            assert_eq!(territory.unmapped(1), Some(page));
-            territory.remap(page, 1, 0);
-        }
-        assert_eq!(territory.largest(0), 4 * PAGE_UNITS);
-        territory.check_invariants();
-    }
-
-    #[test]
-    fn random_operations_keep_the_invariants() {
-        let mut random = fastrand::Rng::with_seed(11);
-        let mut territory = one_owner(6);
-        let mut live: Vec<Index> = Vec::new();
-        for _ in 0..20_000 {
-            let owner = random.usize(0..3);
-            match random.u32(0..20) {
-                0 => drop(territory.append(random.usize(1..3), owner)),
-                1..10 => live.extend(allocate(&mut territory, owner, random.u64(1..9000))),
-                10..12 => {
-                    let page = random.usize(0..territory.pages());
-                    if let Some(hole) = territory.hole_over_page(page) {
-                        live.push(territory.take(&hole, page as u64 * PAGE_UNITS, PAGE_UNITS));
-                    }
-                }
-                _ if live.is_empty() => {}
-                _ => {
-                    let index = live.swap_remove(random.usize(0..live.len()));
-                    territory.free(index, owner, random.u64(0..9));
-                }
-            }
-            if territory.pages() > 200 {
-                territory = one_owner(6);
-                live.clear();
-            }
-            if random.u32(0..8) == 0 {
-                territory.check_invariants();
-            }
-        }
-    }
-}
+mod tests;
