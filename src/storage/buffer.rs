@@ -168,12 +168,13 @@ impl Buffer {
         let (to, from) = (self.context.stream(), source.context.stream());
         to.wait_for(from)?;
         // SAFETY: both ranges lie in their blocks; the wait above orders the copy behind all writes of
-        // the source, the wait below orders later work on the source, its free included, behind the copy.
+        // the source, the waits below order later work on the source, its free included, behind the copy.
         unsafe {
             to.driver()
                 .copy(self.ptr, source.ptr.offset(start), bytes, to.raw())
         }?;
-        from.wait_for(to)
+        // The copy is under way: where the device cannot be made to wait for it, the host has to.
+        from.wait_for(to).or_else(|_| to.synchronize())
     }
 }
 

@@ -216,8 +216,9 @@ impl Layout {
         }
         let mut view = self.clone();
         view.shape.0[dim] = len;
-        // An empty view stays where it is: its first element may lie past the buffer's end.
-        if len > 0 {
+        // An empty view stays where it is: its first element may lie past the buffer's end, and strides
+        // of an empty layout are not bounded by any buffer.
+        if view.elements() > 0 {
             view.offset += start * self.strides[dim];
         }
         Ok(view)
