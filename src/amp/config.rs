@@ -107,7 +107,7 @@ impl AmpConfig {
             return Ok(());
         }
         Err(format!(
-            "{scale} is not from min_scale, {}, to max_scale, {}",
+            "{scale:e} is not from min_scale, {:e}, to max_scale, {:e}",
             self.min_scale, self.max_scale
         ))
     }

@@ -3,6 +3,7 @@
 //! The device writes (see [`launch::journal`](crate::launch::journal)); nothing here is called in a step.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -21,7 +22,7 @@ use crate::storage::{Context, Tensor};
 pub(super) struct Journal {
     words: Tensor,
     /// By the number under which an optimizer's steps are recorded.
-    names: Mutex<HashMap<u64, Vec<String>>>,
+    names: Mutex<HashMap<u64, Arc<[String]>>>,
 }
 
 impl Journal {
@@ -39,7 +40,7 @@ impl Journal {
     }
 
     /// Steps recorded under `optimizer` concern parameters of these names.
-    pub(super) fn name(&self, optimizer: u64, names: Vec<String>) {
+    pub(super) fn name(&self, optimizer: u64, names: Arc<[String]>) {
         self.names.lock().insert(optimizer, names);
     }
 
@@ -54,7 +55,7 @@ impl Journal {
         let reports = self.overflows(&words);
         let oldest = reports.first().map_or(u64::MAX, |report| report.step);
         let forgotten = counter(&words, SKIPPED) > reports.len();
-        if let Some(report) = reports.into_iter().find(|report| report.step == step) {
+        if let Some(report) = reports.into_iter().rev().find(|report| report.step == step) {
             return Ok(Outcome::Skipped(report));
         }
         // Every skipped step since the oldest that is remembered is remembered.
@@ -90,7 +91,7 @@ pub(super) fn scale_changes(words: &[f64]) -> Vec<ScaleChange> {
         .collect()
 }
 
-fn report(entry: &[f64], names: &HashMap<u64, Vec<String>>) -> OverflowReport {
+fn report(entry: &[f64], names: &HashMap<u64, Arc<[String]>>) -> OverflowReport {
     let names = names.get(&(counter(entry, 1) as u64));
     let tensor_count = counter(entry, 4);
     let tensor = |words: &[f64]| {

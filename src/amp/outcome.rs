@@ -65,7 +65,8 @@ impl StepOutcome {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct OverflowReport {
-    /// The step's number, from 1, among all steps of the scaler.
+    /// The step's number, from 1, among all calls of `step`. A replay has the number of the call that was
+    /// captured.
     pub step: u64,
     /// The scale its gradients had.
     pub scale: f64,

@@ -87,16 +87,16 @@ impl ScaleMemory {
         self.growth_tracker.copy_from_slice(&[growth_tracker])
     }
 
-    /// The number under which the journal will know optimizers with these parameters.
-    pub(super) fn name(&self, parameters: &[Parameter]) -> u64 {
+    /// The number under which the journal will know optimizers with these parameters, and their names.
+    pub(super) fn name(&self, parameters: &[Parameter]) -> (u64, Arc<[String]>) {
         // Relaxed: the number only has to be unique.
         let number = self.names.fetch_add(1, Ordering::Relaxed);
-        let names = parameters
+        let names: Arc<[String]> = parameters
             .iter()
             .map(|parameter| parameter.name().to_owned())
             .collect();
-        self.journal.name(number, names);
-        number
+        self.journal.name(number, names.clone());
+        (number, names)
     }
 
     fn operands(&self) -> Result<ScaleOperands> {
@@ -240,6 +240,7 @@ impl GradScaler {
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
         let id = optimizer.id().clone();
+        let number = self.steps + 1;
         match self.slot("step", &id)? {
             None => {
                 optimizer.step_unscaled()?;
@@ -247,10 +248,10 @@ impl GradScaler {
                 Ok(StepOutcome::applied())
             }
             Some((memory, slot)) => {
-                slot.step(memory, optimizer, mark)?;
+                slot.step(memory, optimizer, mark, number)?;
                 let journal = memory.journal.clone();
-                self.steps += 1;
-                Ok(StepOutcome::pending(journal, self.steps))
+                self.steps = number;
+                Ok(StepOutcome::pending(journal, number))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What a scaler keeps for one optimizer.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use crate::amp::scaler::ScaleMemory;
 use crate::error::{Error, Result, ScalerMisuse};
@@ -29,7 +29,8 @@ pub(super) struct Slot {
     number: u64,
     /// The number under which the journal knows it: a new one whenever the parameters changed.
     recorded_as: u64,
-    parameters: usize,
+    /// The names that the journal has under that number.
+    names: Arc<[String]>,
     stage: Stage,
     found_inf: Tensor,
     gradients: Gradients,
@@ -44,7 +45,7 @@ impl Slot {
             optimizer: id.downgrade(),
             number: id.number(),
             recorded_as: 0,
-            parameters: 0,
+            names: Arc::default(),
             stage: Stage::Ready,
             found_inf,
             gradients: Gradients::new("gradients"),
@@ -126,6 +127,10 @@ impl Slot {
         }
         let inv_scale = (!in_place).then_some(&memory.inv_scale);
         self.pass(op, memory, parameters, mark, Pass::Check(inv_scale, kind))?;
+        if !in_place {
+            // Should the rest fail, the flag still counts in the next update, which clears it.
+            self.stage = Stage::Checked;
+        }
         let flag = self.found_inf.span()?;
         let (norm, coefficient) =
             self.gradients
@@ -134,19 +139,19 @@ impl Slot {
         if in_place {
             self.gradients.multiply(parameters, &coefficient)?;
         } else {
-            self.stage = Stage::Checked;
             self.clip = Some(coefficient);
         }
         // The slot's own norm is overwritten in the next iteration; the caller gets one to keep.
         norm.duplicate()
     }
 
-    /// Checks if that was not done yet, steps, and records the step.
+    /// Checks if that was not done yet, steps, and records it as step `number`.
     pub(super) fn step<O: Optimizer + ?Sized>(
         &mut self,
         memory: &ScaleMemory,
         optimizer: &mut O,
         mark: UnscaleMark,
+        number: u64,
     ) -> Result<()> {
         let inv_scale = match self.stage {
             Stage::Ready => {
@@ -176,6 +181,7 @@ impl Slot {
             counts: counts.span()?,
             total_norm: norm.map(Tensor::span).transpose()?,
             optimizer: self.recorded_as,
+            step: number,
         };
         record_step(memory.context().stream(), &operands)
     }
@@ -189,9 +195,9 @@ impl Slot {
         pass: Pass<'_>,
     ) -> Result<()> {
         check_marks(op, parameters, mark)?;
-        if self.parameters != parameters.len() {
-            self.parameters = parameters.len();
-            self.recorded_as = memory.name(parameters);
+        let names = parameters.iter().map(Parameter::name);
+        if !names.eq(self.names.iter().map(String::as_str)) {
+            (self.recorded_as, self.names) = memory.name(parameters);
         }
         if self
             .gradients

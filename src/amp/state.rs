@@ -74,7 +74,7 @@ impl ScalerState {
         let missing = |key| {
             move || Error::InvalidState {
                 key,
-                reason: "is missing".to_owned(),
+                reason: "the saved state has no such key".to_owned(),
             }
         };
         let restored = AmpConfig {
