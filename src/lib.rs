@@ -51,4 +51,6 @@ mod documents {
     mod readme {}
     #[doc = include_str!("../docs/from-pytorch.md")]
     mod from_pytorch {}
+    #[doc = include_str!("../docs/testing.md")]
+    mod testing {}
 }

@@ -115,7 +115,7 @@ pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
     };
     if let Some(step) = args.inject_overflow.filter(|step| *step > args.steps) {
         return Err(Failure::Input(format!(
-            "--inject-overflow {step} lies behind the last step, {}",
+            "--inject-overflow {step} is after the last step, {}",
             args.steps
         )));
     }
@@ -163,10 +163,18 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         "MiB" => 20,
         "GiB" => 30,
         "TiB" => 40,
-        _ => return Err("not a byte count such as 1048576 or 512MiB".to_owned()),
+        _ => {
+            return Err(
+                "not a byte count: a whole number and B, KiB, MiB, GiB or TiB, such as 512MiB"
+                    .to_owned(),
+            );
+        }
     };
     if number.is_empty() {
-        return Err("not a byte count such as 1048576 or 512MiB".to_owned());
+        return Err(
+            "not a byte count: a whole number and B, KiB, MiB, GiB or TiB, such as 512MiB"
+                .to_owned(),
+        );
     }
     let bytes = number
         .parse::<u64>()
