@@ -93,7 +93,7 @@ pub enum ScalerMisuse {
     /// `step` or `unscale` on an optimizer none of whose parameters has a gradient.
     #[error("no parameter of this optimizer has a gradient, so nothing was checked for inf or NaN")]
     NothingChecked,
-    /// `update` although no optimizer was unscaled or stepped since the last one.
+    /// `update` although no optimizer was unscaled, clipped or stepped since the last one.
     #[error(
         "update() is being called although no optimizer was unscaled, clipped or stepped since the last one"
     )]
