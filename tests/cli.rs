@@ -133,6 +133,9 @@ fn an_injected_overflow_is_skipped_and_reported() {
         );
         let count = |report: &Value| report["overflow_steps"].as_u64().unwrap();
         assert_eq!(count(&injected), count(&clean) + 1);
+        // Told once, although the run looks for overflows several times after.
+        let told = |report: &Value| report["overflows"].as_array().unwrap().len();
+        assert_eq!(told(&injected), told(&clean) + 1, "{injected}");
         // Only f16 has a scale to halve.
         let factor = if dtype == "f16" { 0.5 } else { 1.0 };
         let scale = |report: &Value| report["scale"].as_f64().unwrap();
@@ -196,7 +199,7 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --seed -1", "-1"),
         (
             "train --steps 10 --inject-overflow 11",
-            "behind the last step",
+            "after the last step",
         ),
         ("train --batch-size 100000", "there are 1438 images"),
         ("train --learning-rate NaN", "not above 0"),

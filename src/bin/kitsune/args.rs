@@ -265,7 +265,7 @@ mod tests {
             ("kitsune train --steps", "a value is required"),
             (
                 "kitsune train --steps 5 --inject-overflow 6",
-                "behind the last step, 5",
+                "after the last step, 5",
             ),
             ("kitsune train --inject-overflow 0", "0 is not in 1.."),
             ("kitsune train --batch-size 0", "0 is not in 1.."),

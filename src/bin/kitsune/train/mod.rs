@@ -6,8 +6,7 @@ mod network;
 
 use std::time::Instant;
 
-use kitsune::amp::{AmpConfig, GradScaler, OverflowReport};
-use kitsune::ops::autocast::autocast;
+use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, autocast};
 use kitsune::ops::{self, Loss};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, telemetry};
