@@ -25,14 +25,15 @@
 //! device). The host waits only when memory has run out.
 //!
 //! # Where a block comes from
-//! In order: a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
+//! In order: the lane of the calling thread and stream; a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
 //! of the most ever in use; free pages from anywhere, stitched in a range; new pages. Then, when the device
 //! or the limit refuses: waiting on the host for all streams; returning idle pages; failing with a report.
 //!
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock.
+//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock, `lane` what needs no lock of
+//! the pool.
 //!
 //! Must not know: tensors, element types, metrics.
 
