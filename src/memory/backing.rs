@@ -1,5 +1,6 @@
 //! What a pool asks of the memory below it: the seam between paged and segmented memory.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use super::bins::Index;
@@ -26,6 +27,12 @@ pub(super) enum Place {
     Small { owner: Owner, index: Index },
     /// At home in the territory, or in a large segment of `owner`.
     Large { owner: Owner, index: Index },
+    /// In the memory of `lender`, but for another stream, when memory was short.
+    Lent {
+        lender: Owner,
+        index: Index,
+        is_small: bool,
+    },
     /// In a stitched range.
     Stitched(RangeIndex),
 }
@@ -41,6 +48,8 @@ pub(super) struct Placed {
 pub(super) enum Refusal {
     /// The pool's limit.
     Limit,
+    /// The size itself, which is more than the device has.
+    Size,
     /// The driver, with its error.
     Driver(Error),
 }
@@ -74,14 +83,28 @@ pub(super) trait Backing: Debug + Send {
     /// Whether no memory, free or in blocks, belongs to `owner`.
     fn holds_nothing_of(&self, owner: Owner) -> bool;
 
-    /// Gives the driver what is idle as a whole and known to be complete.
+    /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are
+    /// held.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
-    fn release_idle(&mut self, fences: &mut Fences) -> Result<()>;
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
 
-    /// Bytes of the largest block that `owner` could have without a driver call.
-    fn largest_free(&self, owner: Owner) -> u64;
+    /// Sets the most bytes to be held. What is held already stays.
+    fn set_limit(&mut self, limit: u64);
+
+    /// Whether any free memory serves any request. Otherwise some does only after it went back to the
+    /// driver.
+    fn shares_free_memory(&self) -> bool;
+
+    /// Free bytes by stream whose passing would make them usable by `owner`, or returnable where that helps.
+    fn bytes_behind(&self, owner: Owner, fences: &Fences) -> BTreeMap<Owner, u64>;
+
+    /// Free bytes that `owner` can put together for one request as they are.
+    fn bytes_free_for(&self, owner: Owner, fences: &Fences) -> u64;
+
+    /// Bytes of the largest free block, whichever stream's.
+    fn largest_free(&self) -> u64;
 
     /// Free blocks in partly used segments, and their bytes: free, but not returnable.
     fn inactive_split(&self) -> (u64, u64);

@@ -276,7 +276,10 @@ impl ThreadCache {
     }
 
     #[inline]
-    #[expect(unsafe_code, reason = "who owns a cache is known by where it was found")]
+    #[expect(
+        unsafe_code,
+        reason = "who owns a cache is known by where it was found"
+    )]
     fn with_owner<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> R {
         // SAFETY: private to this file, where it is called for caches found in the calling thread's
         // storage only, and each is in one thread's.
@@ -286,7 +289,10 @@ impl ThreadCache {
     /// Empties the lane in front, which is full, and frees `record` as well.
     #[cold]
     fn empty_lane(&self, record: Box<BlockRecord>) {
-        let shared = record.shared.clone().expect("a block in hand knows its pool");
+        let shared = record
+            .shared
+            .clone()
+            .expect("a block in hand knows its pool");
         // Each goes to the pool's queue from inside the cache: whoever empties all caches and then looks
         // into the queue misses none.
         self.with_owner(|contents| {

@@ -9,6 +9,9 @@
 //!
 //! A wait covers all earlier epochs too, and completeness does for every stream; both are remembered, so a
 //! *dominated* fence costs a comparison.
+//!
+//! In deterministic mode nothing depends on what the device has got done: whether work is complete is found
+//! out by waiting for it, never by looking.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -27,6 +30,9 @@ pub(super) struct Fence {
     pub(super) epoch: u64,
 }
 
+/// Events that a deterministic stream remembers. Of those before, the next one covers what they did.
+const UNSEEN_MAX: usize = 32;
+
 #[derive(Debug)]
 struct Clock {
     /// `None` for [`COMMON`] and for numbers whose stream is gone.
@@ -39,11 +45,17 @@ struct Clock {
     complete: u64,
     /// For each other owner, the newest epoch that this stream was made to wait for.
     waited: Vec<u64>,
+    is_deterministic: bool,
 }
 
 impl Clock {
     /// Looks at recorded events, oldest first, and notes what is complete.
     fn poll(&mut self) {
+        if self.is_deterministic {
+            let surplus = self.events.len().saturating_sub(UNSEEN_MAX);
+            self.events.drain(..surplus);
+            return;
+        }
         while let Some((epoch, event)) = self.events.front() {
             // An event that cannot be queried (a capture is under way, the stream failed) counts as not
             // complete: memory is held back, never handed out early.
@@ -90,10 +102,11 @@ pub(super) fn is_free_to_wait(stream: &Stream) -> bool {
 pub(super) struct Fences {
     clocks: Vec<Clock>,
     owners: BTreeMap<StreamId, Owner>,
+    is_deterministic: bool,
 }
 
 impl Clock {
-    fn new(stream: Option<Stream>, epoch: u64) -> Self {
+    fn new(stream: Option<Stream>, epoch: u64, is_deterministic: bool) -> Self {
         // Everything before the first epoch is complete: there was nothing.
         let complete = epoch - 1;
         Self {
@@ -102,29 +115,52 @@ impl Clock {
             events: VecDeque::new(),
             complete,
             waited: Vec::new(),
+            is_deterministic,
         }
+    }
+
+    /// Waits on the host until everything up to `epoch` has run; whether it has.
+    fn synchronize(&mut self, epoch: u64) -> bool {
+        let first = self.events.partition_point(|(covered, _)| *covered < epoch);
+        let Some((covered, event)) = self.events.get(first) else {
+            return false;
+        };
+        if event.synchronize().is_err() {
+            return false;
+        }
+        self.complete = *covered;
+        self.events.drain(..=first);
+        true
     }
 }
 
 impl Fences {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(is_deterministic: bool) -> Self {
         Self {
-            clocks: vec![Clock::new(None, 1)],
+            clocks: vec![Clock::new(None, 1, is_deterministic)],
             owners: BTreeMap::new(),
+            is_deterministic,
         }
+    }
+
+    /// The stream that `owner` is the number of.
+    pub(super) fn stream(&self, owner: Owner) -> Option<&Stream> {
+        self.clocks[owner].stream.as_ref()
     }
 
     /// The number of `stream`, which the pool keeps alive while it has memory of it.
     pub(super) fn owner(&mut self, stream: &Stream) -> Owner {
+        let is_deterministic = self.is_deterministic;
         *self.owners.entry(stream.id()).or_insert_with(|| {
             let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
             let Some(owner) = vacant else {
-                self.clocks.push(Clock::new(Some(stream.clone()), 1));
+                self.clocks
+                    .push(Clock::new(Some(stream.clone()), 1, is_deterministic));
                 return self.clocks.len() - 1;
             };
             // Epochs of a number go on counting, so that stamps of the stream before stay in the past.
             let epoch = self.clocks[owner].epoch;
-            self.clocks[owner] = Clock::new(Some(stream.clone()), epoch);
+            self.clocks[owner] = Clock::new(Some(stream.clone()), epoch, is_deterministic);
             owner
         })
     }
@@ -214,6 +250,9 @@ impl Fences {
 
     /// Whether everything up to `fence` has run, as far as recorded events tell without waiting.
     pub(super) fn is_complete(&mut self, fence: Fence) -> bool {
+        if self.is_deterministic {
+            return self.ask_complete(fence);
+        }
         let clock = &mut self.clocks[fence.owner];
         clock.poll();
         fence.epoch <= clock.complete
@@ -225,24 +264,30 @@ impl Fences {
         if self.is_known_complete(fence) {
             return true;
         }
-        self.clocks[fence.owner].cover(fence.epoch) && self.is_complete(fence)
+        let clock = &mut self.clocks[fence.owner];
+        if !clock.cover(fence.epoch) {
+            return false;
+        }
+        if self.is_deterministic {
+            return clock.synchronize(fence.epoch);
+        }
+        self.is_complete(fence)
     }
 
     /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have
     /// covered. Frees during the wait are stamped later.
     pub(super) fn close_epochs(&mut self) -> Vec<(Fence, Stream)> {
-        let clocks = self.clocks.iter_mut().enumerate();
-        clocks
-            .filter_map(|(owner, clock)| {
-                let stream = clock.stream.clone()?;
-                let fence = Fence {
-                    owner,
-                    epoch: clock.epoch,
-                };
-                clock.epoch += 1;
-                Some((fence, stream))
-            })
-            .collect()
+        let owners = 0..self.clocks.len();
+        owners.filter_map(|owner| self.close_epoch(owner)).collect()
+    }
+
+    /// Closes the present epoch of one stream, if it is one that is there.
+    pub(super) fn close_epoch(&mut self, owner: Owner) -> Option<(Fence, Stream)> {
+        let clock = &mut self.clocks[owner];
+        let stream = clock.stream.clone()?;
+        let epoch = clock.epoch;
+        clock.epoch += 1;
+        Some((Fence { owner, epoch }, stream))
     }
 
     /// Notes that the host has waited until everything up to `fence` had run.

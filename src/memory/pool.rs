@@ -8,14 +8,15 @@ use crossbeam::queue::SegQueue;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::arena::GRANULARITY;
-use super::backing::Refusal;
 use super::block::{Block, BlockRecord};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
+use super::hooks::{Hooks, Registration};
 use super::reclaim;
 use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
+use super::waits::wait_for_streams;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
 use crate::units::align_up;
@@ -46,6 +47,7 @@ pub(super) struct Shared {
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    pub(super) hooks: Arc<Hooks>,
 }
 
 /// The threads' caches of a pool.
@@ -64,7 +66,7 @@ impl Pool {
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        config.validate(device)?;
+        let config = config.checked(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -73,6 +75,7 @@ impl Pool {
             config,
             caches: Mutex::default(),
             freed: SegQueue::new(),
+            hooks: Arc::default(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -91,7 +94,8 @@ impl Pool {
         &self.shared().device
     }
 
-    /// The settings the pool was made with.
+    /// The settings the pool works with: those it was made with, and in deterministic mode a policy that does
+    /// not depend on the device's pace.
     #[must_use]
     pub fn config(&self) -> &PoolConfig {
         &self.shared().config
@@ -101,7 +105,7 @@ impl Pool {
     /// give a block without memory.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
+    /// [`Error::OutOfMemory`] with a report after every way of finding memory failed; [`Error::InvalidArgument`] for a
     /// stream of another device.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
@@ -154,16 +158,92 @@ impl Pool {
         self.shared().lock_and_fold().reset_peaks();
     }
 
-    /// Returns all memory without a block in use to the driver. Blocks the host until every stream that the
-    /// pool has served has passed its last use; other threads go on meanwhile.
+    /// Returns all memory without a block in use to the driver: [`trim`](Self::trim) to 0.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
     pub fn empty_cache(&self) -> Result<()> {
+        self.trim(0)
+    }
+
+    /// Returns idle memory to the driver until the pool holds at most `target` bytes, or until what is left
+    /// has blocks in it. Pages, or plain allocations, go back as a whole; the smallest gaps go first. Does
+    /// nothing if the pool holds no more than that. Otherwise, if what is known to be complete does not
+    /// suffice, blocks the host until every stream that the pool has served has passed its last use; other
+    /// threads go on meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
+    pub fn trim(&self, target: u64) -> Result<()> {
         let shared = self.shared();
+        reclaim::trim(shared, &mut shared.lock(), target)
+    }
+
+    /// Ends a period of [`PoolConfig::decay`] now, whether one is set or not: returns to the driver what was
+    /// not needed since the last period's end, as far as it is known to be complete. Never waits on the host.
+    pub fn decay_now(&self) {
+        let shared = self.shared();
+        reclaim::decay(shared, &mut shared.lock());
+    }
+
+    /// Most bytes the pool may hold: the limit set last, or what [`PoolConfig::limit`] and
+    /// [`PoolConfig::fraction`] came to.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.shared().lock().limit()
+    }
+
+    /// Sets the most bytes the pool may hold from now on, in place of [`PoolConfig::limit`] and
+    /// [`PoolConfig::fraction`]; `None` leaves it to the device. If the pool holds more, this returns what it
+    /// can, as [`trim`](Self::trim) does; blocks in use stay, and until enough of them are freed and
+    /// returned, nothing more is taken from the driver.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a limit that [`Pool::new`] would refuse, with nothing changed;
+    /// [`Error::Driver`] if the driver did not take memory back, with the limit set all the same.
+    pub fn set_limit(&self, limit: Option<u64>) -> Result<()> {
+        let shared = self.shared();
+        PoolConfig::check_limit(limit, &shared.device)?;
         let mut state = shared.lock();
-        reclaim::wait_for_streams(shared, &mut state);
-        state.release_idle()
+        state.set_limit(limit);
+        reclaim::trim(shared, &mut state, limit.unwrap_or(u64::MAX))
+    }
+
+    /// Asks `callback` for memory when neither the pool nor the device has any: before the host waits for
+    /// streams, with the bytes that are wanted. Several are asked in order of registration, until the
+    /// allocation succeeds.
+    ///
+    /// A callback runs on the allocating thread, without any lock of the pool: it may free blocks, allocate,
+    /// and drop handles of the pool. A shortage inside a callback asks nobody. If it panics, so does the
+    /// allocation, and the pool goes on. What it owns lives until the registration is dropped; if that is a
+    /// handle of this pool, so does the pool.
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    /// use kitsune::{Block, Device, HostConfig, Pool, PoolConfig};
+    ///
+    /// let device = Device::host(HostConfig { capacity: 64 << 20, ..HostConfig::default() })?;
+    /// let pool = Pool::new(&device, PoolConfig::default())?;
+    /// let stream = device.create_stream()?;
+    /// let spare: Arc<Mutex<Vec<Block>>> = Arc::default();
+    /// spare.lock().unwrap().push(pool.allocate(40 << 20, &stream)?);
+    /// let of_callback = Arc::clone(&spare);
+    /// let _registration = pool.on_shortage(move |_wanted| of_callback.lock().unwrap().clear());
+    /// assert!(pool.allocate(40 << 20, &stream).is_ok());
+    /// # Ok::<(), kitsune::Error>(())
+    /// ```
+    pub fn on_shortage(&self, callback: impl Fn(u64) + Send + Sync + 'static) -> Registration {
+        self.shared().hooks.add_on_shortage(Arc::new(callback))
+    }
+
+    /// Tells `observer` of every allocation that fails for lack of memory, before the error is returned. As
+    /// with [`on_shortage`](Self::on_shortage), it runs without any lock of the pool; failures inside a
+    /// callback or observer are told to nobody.
+    pub fn on_out_of_memory(
+        &self,
+        observer: impl Fn(&OutOfMemory) + Send + Sync + 'static,
+    ) -> Registration {
+        self.shared().hooks.add_on_failure(Arc::new(observer))
     }
 
     /// Flushes every thread's cache and walks every structure. For a moment when no other thread uses the
@@ -301,7 +381,7 @@ impl Shared {
         caches.all.push(cache.clone());
     }
 
-    fn fold_caches(&self, state: &mut State) {
+    pub(super) fn fold_caches(&self, state: &mut State) {
         self.caches.lock().all.retain_mut(|cache| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
             let is_of_ended_thread = Arc::get_mut(cache).is_some();
@@ -332,43 +412,6 @@ impl Shared {
     pub(super) fn take_in_freed(&self, state: &mut State) {
         while let Some((record, counted)) = self.freed.pop() {
             drop(state.free(record, counted));
-        }
-    }
-
-    /// The report of an allocation that failed.
-    pub(super) fn report(
-        &self,
-        state: &mut State,
-        requested: u64,
-        stream: &Stream,
-        refusal: Option<Refusal>,
-        tried: Vec<&'static str>,
-    ) -> OutOfMemory {
-        let device = self.device.memory_info().ok();
-        let mut tags = state.tags.snapshot();
-        tags.sort_by_key(|tag| std::cmp::Reverse(tag.allocated_bytes.current));
-        let largest = tags
-            .iter()
-            .filter(|tag| tag.allocated_bytes.current > 0)
-            .take(3);
-        OutOfMemory {
-            requested,
-            allocated: state.usage.allocated.stat().current,
-            pending: state.pending.bytes(),
-            reserved: state.bytes_held(),
-            largest_free: state.largest_free(stream),
-            device_free: device.map_or(0, |info| info.free),
-            device_total: self.device.properties().total_memory,
-            limit: self.config.limit,
-            limited: matches!(refusal, Some(Refusal::Limit)),
-            driver_error: match refusal {
-                Some(Refusal::Driver(error)) => Some(error.to_string()),
-                _ => None,
-            },
-            tried,
-            largest_tags: largest
-                .map(|tag| (tag.tag.to_owned(), tag.allocated_bytes.current))
-                .collect(),
         }
     }
 }
@@ -404,9 +447,9 @@ impl Drop for Handle {
 impl Drop for Shared {
     fn drop(&mut self) {
         let mut state = self.lock();
-        reclaim::wait_for_streams(self, &mut state);
+        wait_for_streams(self, &mut state);
         // What the driver does not take back now is lost with the pool.
-        drop(state.release_idle());
+        drop(state.release_idle(0));
     }
 }
 

@@ -1,7 +1,8 @@
 //! Segmented memory: plain driver allocations, for devices without virtual memory management.
 //!
 //! Each stream has two arenas, for small and for large requests, so that small blocks do not pin large
-//! segments. A segment serves the stream it was allocated for until it is returned to the driver.
+//! segments. A segment serves the stream it was allocated for until it is returned to the driver; when there
+//! is no more memory, it lends blocks to others.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -50,6 +51,16 @@ impl StreamArena {
             segments: BTreeMap::new(),
             freed_at: BTreeMap::new(),
         }
+    }
+
+    /// After what other streams may touch all that is free.
+    fn fence(&self, owner: Owner) -> Fence {
+        let epoch = self.freed_at.values().copied().max().unwrap_or(0);
+        Fence { owner, epoch }
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.arena.free_blocks().0
     }
 }
 
@@ -105,6 +116,30 @@ impl SegmentedMemory {
         })
     }
 
+    /// Places a block in a segment of another stream. It is lent: freed, it goes back there, and that stream
+    /// waits for the borrower.
+    fn borrow(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        let fits = |arena: &StreamArena| arena.arena.largest_free() >= request.bytes;
+        let others = self
+            .arenas
+            .iter_mut()
+            .filter(|((owner, _), arena)| *owner != request.owner && fits(arena));
+        for ((owner, is_small), arena) in others {
+            if fences.pass(request.owner, arena.fence(*owner), request.reuse) {
+                let placed = arena.arena.allocate(request.bytes)?;
+                let (base, _) = arena.segments[&placed.segment];
+                let place = Place::Lent {
+                    lender: *owner,
+                    index: placed.index,
+                    is_small: *is_small,
+                };
+                let ptr = base.offset(placed.offset);
+                return Some(Placed { ptr, place });
+            }
+        }
+        None
+    }
+
     #[expect(
         unsafe_code,
         reason = "returning memory is a promise that nothing uses it"
@@ -121,7 +156,7 @@ impl Backing for SegmentedMemory {
         self.place_in_range(request, request.bytes <= SMALL_MAX)
     }
 
-    fn find(&mut self, request: Request, _: &mut Fences) -> Result<Placed, Refusal> {
+    fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
         if let Some(placed) = self.place(request) {
             return Ok(placed);
         }
@@ -137,9 +172,11 @@ impl Backing for SegmentedMemory {
             Ok(()) => Ok(self
                 .place(request)
                 .expect("a segment was added that fits the request")),
-            // Out of memory: room among blocks of the other range is better than none.
+            // Out of memory: room among blocks of the other range is better than none, and so is another
+            // stream's.
             Err(refusal) => self
                 .place_in_range(request, request.bytes > SMALL_MAX)
+                .or_else(|| self.borrow(request, fences))
                 .ok_or(refusal),
         }
     }
@@ -148,6 +185,11 @@ impl Backing for SegmentedMemory {
         let (key, index) = match place {
             Place::Small { owner, index } => ((owner, true), index),
             Place::Large { owner, index } => ((owner, false), index),
+            Place::Lent {
+                lender,
+                index,
+                is_small,
+            } => ((lender, is_small), index),
             Place::Stitched(_) => unreachable!("segmented memory stitches nothing"),
         };
         let arena = self
@@ -167,14 +209,15 @@ impl Backing for SegmentedMemory {
             .all(|is_small| !self.arenas.contains_key(&(owner, *is_small)))
     }
 
-    fn release_idle(&mut self, fences: &mut Fences) -> Result<()> {
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         let mut outcome = Ok(());
         let mut arenas = std::mem::take(&mut self.arenas);
         for ((owner, _), arena) in &mut arenas {
             for (segment, (ptr, bytes)) in std::mem::take(&mut arena.segments) {
                 let epoch = arena.freed_at.get(&segment).copied().unwrap_or(0);
-                let is_idle = arena.arena.is_segment_free(segment)
-                    && fences.is_complete(Fence {
+                let is_idle = self.totals.reserved_bytes > keep
+                    && arena.arena.is_segment_free(segment)
+                    && fences.ask_complete(Fence {
                         owner: *owner,
                         epoch,
                     });
@@ -199,14 +242,34 @@ impl Backing for SegmentedMemory {
         outcome
     }
 
-    fn largest_free(&self, owner: Owner) -> u64 {
-        let arenas = [true, false].map(|is_small| self.arenas.get(&(owner, is_small)));
-        arenas
-            .iter()
-            .flatten()
-            .map(|arena| arena.arena.largest_free())
-            .max()
-            .unwrap_or(0)
+    fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
+    fn shares_free_memory(&self) -> bool {
+        false
+    }
+
+    fn bytes_behind(&self, _: Owner, fences: &Fences) -> BTreeMap<Owner, u64> {
+        let mut behind = BTreeMap::new();
+        for ((owner, _), arena) in &self.arenas {
+            let bytes = arena.free_bytes();
+            // The requester's own as well: idle segments are returned only once they are complete.
+            if bytes > 0 && !fences.is_known_complete(arena.fence(*owner)) {
+                *behind.entry(*owner).or_default() += bytes;
+            }
+        }
+        behind
+    }
+
+    fn bytes_free_for(&self, _: Owner, _: &Fences) -> u64 {
+        0
+    }
+
+    fn largest_free(&self) -> u64 {
+        let arenas = self.arenas.values();
+        let largest = arenas.map(|arena| arena.arena.largest_free());
+        largest.max().unwrap_or(0)
     }
 
     fn inactive_split(&self) -> (u64, u64) {

@@ -3,11 +3,15 @@
 //! Invariant: the statistics equal what a walk over the memory sums. Nothing here takes the lock or waits
 //! on the host.
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
 use smallvec::SmallVec;
 
-use super::backing::{Backing, Placed, Refusal, Request};
+use super::backing::{Backing, Place, Placed, Refusal, Request};
 use super::block::BlockRecord;
 use super::config::{PoolConfig, ReusePolicy};
+use super::decay::Decay;
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
 use super::paged::PagedMemory;
@@ -18,6 +22,7 @@ use super::tags::{TagId, TagTable};
 use super::territory::Owner;
 use crate::driver::{Device, Stream};
 use crate::error::Result;
+use crate::units::StreamId;
 
 /// An allocation on its way through the ladder.
 #[derive(Clone, Copy, Debug)]
@@ -43,9 +48,11 @@ pub(super) struct Found {
 pub(super) struct State {
     device: Device,
     config: PoolConfig,
+    limit: Option<u64>,
     backing: Box<dyn Backing>,
     pub(super) fences: Fences,
     pub(super) pending: Pending,
+    pub(super) decay: Decay,
     pub(super) usage: Usage,
     pub(super) tags: TagTable,
     pub(super) counters: Counters,
@@ -67,17 +74,20 @@ impl State {
         let properties = device.properties();
         let page = super::territory::PAGE;
         let can_map = properties.virtual_memory && page.is_multiple_of(properties.page_granularity);
+        let limit = config.byte_limit(device);
         let backing: Box<dyn Backing> = if can_map && !config.contiguous {
-            Box::new(PagedMemory::new(Pages::new(device, config.limit)?))
+            Box::new(PagedMemory::new(Pages::new(device, limit)?))
         } else {
-            Box::new(SegmentedMemory::new(device, config.limit))
+            Box::new(SegmentedMemory::new(device, limit))
         };
         Ok(Self {
             device: device.clone(),
             config: config.clone(),
+            limit,
             backing,
-            fences: Fences::new(),
+            fences: Fences::new(config.deterministic),
             pending: Pending::default(),
+            decay: Decay::new(config.decay, Instant::now()),
             usage: Usage::default(),
             tags: TagTable::default(),
             counters: Counters::default(),
@@ -116,6 +126,7 @@ impl State {
         self.usage.active_blocks.increase(1);
         self.usage.active.increase(wanted.bytes);
         self.tags.increase(tag, wanted.bytes);
+        self.decay.take(wanted.bytes);
         Found {
             placed,
             bytes: wanted.bytes,
@@ -157,6 +168,9 @@ impl State {
             self.usage.free(record.requested, record.allocated);
             self.tags.decrease(record.tag, record.allocated);
         }
+        if let Place::Lent { lender, .. } = record.place {
+            self.send_home(&mut record, lender, counted);
+        }
         let Some(extras) = record.extras.take() else {
             if counted == Counted::No {
                 self.count_inactive(record.allocated);
@@ -173,12 +187,36 @@ impl State {
         None
     }
 
-    /// Makes blocks reusable whose recorded streams are done with them, as far as `reuse` allows finding
-    /// out or bringing about.
-    pub(super) fn poll_pending(&mut self, reuse: ReusePolicy) {
+    /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
+    /// stream it was lent to.
+    fn send_home(&mut self, record: &mut BlockRecord, lender: Owner, counted: Counted) {
+        let Some(home) = self.fences.stream(lender) else {
+            unreachable!("a stream with memory is known");
+        };
+        let borrower = std::mem::replace(&mut record.home, home.clone());
+        record.owner = lender;
+        let users = &mut record.extras.get_or_insert_default().users;
+        users.retain(|user| user.id() != record.home.id());
+        users.push(borrower);
+        if counted == Counted::Yes {
+            // What a lane counts as freed it counts as no longer active, which this block still is.
+            self.usage.active_blocks.increase(1);
+            self.usage.active.increase(record.allocated);
+        }
+    }
+
+    /// Makes blocks reusable whose recorded streams are done with them. They come back to their own stream
+    /// under any policy; what the policy decides is whether to wait for them on the device.
+    pub(super) fn poll_pending(&mut self) {
         if self.pending.is_empty() {
             return;
         }
+        let reuse = match self.config.reuse {
+            // On the device, because when the host finds out depends on the device's pace.
+            _ if self.config.deterministic => ReusePolicy::Wait,
+            ReusePolicy::Never => ReusePolicy::OnlyComplete,
+            reuse => reuse,
+        };
         for record in self.pending.take_passed(&mut self.fences, reuse) {
             if self.config.poison {
                 super::pool::poison(&self.device, &record);
@@ -195,6 +233,7 @@ impl State {
 
     fn make_reusable(&mut self, record: &BlockRecord) {
         let fence = self.fences.now(record.owner);
+        self.decay.give(record.allocated);
         self.backing.free(record.place, record.allocated, fence);
     }
 
@@ -205,7 +244,7 @@ impl State {
             self.fences.passed(*fence);
         }
         let pending = self.pending.len();
-        self.poll_pending(ReusePolicy::OnlyComplete);
+        self.poll_pending();
         self.pending.len() < pending
     }
 
@@ -216,17 +255,73 @@ impl State {
             .retire(|owner| self.backing.holds_nothing_of(owner) && !self.pending.is_behind(owner));
     }
 
-    /// Gives the driver what is idle as a whole and known to be complete.
-    pub(super) fn release_idle(&mut self) -> Result<()> {
-        let outcome = self.backing.release_idle(&mut self.fences);
+    /// Gives the driver what is idle as a whole and known to be complete, until `keep` bytes are left.
+    pub(super) fn release_idle(&mut self, keep: u64) -> Result<()> {
+        let outcome = self.backing.release_idle(keep, &mut self.fences);
         self.count_driver();
         outcome
     }
 
-    /// Bytes of the largest free block that `stream` could use.
-    pub(super) fn largest_free(&mut self, stream: &Stream) -> u64 {
-        let owner = self.fences.owner(stream);
-        self.backing.largest_free(owner)
+    /// Whether a request may find memory only after idle memory went back to the driver.
+    pub(super) fn returning_helps(&self) -> bool {
+        !self.backing.shares_free_memory()
+    }
+
+    /// Bytes that are free or pending behind the present end of each stream whose passing would help.
+    pub(super) fn bytes_behind(&mut self, wanted: Wanted<'_>) -> BTreeMap<Owner, u64> {
+        let owner = self.fences.owner(wanted.stream);
+        let mut behind = self.backing.bytes_behind(owner, &self.fences);
+        self.pending.add_bytes_behind(&mut behind);
+        behind
+    }
+
+    /// Bytes that a request lacks beside what is free for it.
+    pub(super) fn missing(&mut self, wanted: Wanted<'_>) -> u64 {
+        let owner = self.fences.owner(wanted.stream);
+        let free = self.backing.bytes_free_for(owner, &self.fences);
+        wanted.bytes.saturating_sub(free)
+    }
+
+    /// Bytes that wait behind each stream, the most first.
+    pub(super) fn pending_by_stream(&self) -> Vec<(StreamId, u64)> {
+        let mut behind = BTreeMap::new();
+        self.pending.add_bytes_behind(&mut behind);
+        let known = behind
+            .into_iter()
+            .filter_map(|(owner, bytes)| Some((self.fences.stream(owner)?.id(), bytes)));
+        let mut streams: Vec<_> = known.collect();
+        streams.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        streams
+    }
+
+    /// Why `bytes` can be held at no time, if they cannot.
+    pub(super) fn never_holds(&self, bytes: u64) -> Option<Refusal> {
+        let total = self.device.properties().total_memory;
+        // What is held already may be more than a limit that was lowered.
+        let held = self.bytes_held();
+        if self.limit.is_some_and(|limit| bytes > limit.max(held)) {
+            return Some(Refusal::Limit);
+        }
+        (bytes > total).then_some(Refusal::Size)
+    }
+
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    pub(super) fn set_limit(&mut self, limit: Option<u64>) {
+        self.limit = limit;
+        self.backing.set_limit(limit.unwrap_or(u64::MAX));
+    }
+
+    /// Bytes of the largest free block of any stream.
+    pub(super) fn largest_free(&self) -> u64 {
+        self.backing.largest_free()
+    }
+
+    /// Bytes that are free, but in parts of segments.
+    pub(super) fn split_bytes(&self) -> u64 {
+        self.backing.inactive_split().0
     }
 
     /// The statistics now. The lanes' counters must have been folded in.
