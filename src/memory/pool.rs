@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crossbeam::queue::SegQueue;
 use parking_lot::{Mutex, MutexGuard};
@@ -12,6 +12,7 @@ use super::backing::Refusal;
 use super::block::{Block, BlockRecord};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
+use super::lane::{LaneKey, PoolId};
 use super::reclaim;
 use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
@@ -38,7 +39,7 @@ struct Handle {
 /// What all clones of a pool and all its blocks share.
 pub(super) struct Shared {
     /// Unique in the process.
-    id: u64,
+    id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
     state: Mutex<State>,
@@ -63,11 +64,11 @@ impl Pool {
     /// [`Error::InvalidConfig`] for settings that cannot work on this device; [`Error::Driver`] if it has
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         config.validate(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
@@ -105,7 +106,7 @@ impl Pool {
     /// stream of another device.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        match cache::take(self.shared().id, stream.id(), bytes) {
+        match cache::take(LaneKey::new(self.shared().id, stream.id()), bytes) {
             Some(record) => Ok(Block::new(Some(record))),
             None => self.allocate_in_pool(bytes, stream),
         }
@@ -124,7 +125,8 @@ impl Pool {
             return Ok(Block::new(None));
         }
         let bytes = rounded(requested).unwrap_or(u64::MAX);
-        let missed = cache::take_or_miss(shared, stream.id(), (requested, bytes));
+        let key = LaneKey::new(shared.id, stream.id());
+        let missed = cache::take_or_miss(shared, key, (requested, bytes));
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
@@ -192,6 +194,12 @@ fn record_of(
         owner,
         tag,
     } = found;
+    // A block that is to be overwritten when it is freed is kept as it is by no lane.
+    let key = if shared.config.poison {
+        LaneKey::NONE
+    } else {
+        LaneKey::new(shared.id, stream.id())
+    };
     if let Some(mut record) = blank {
         record.ptr = placed.ptr;
         record.place = placed.place;
@@ -199,6 +207,7 @@ fn record_of(
         record.allocated = bytes;
         record.owner = owner;
         record.tag = tag;
+        record.key = key;
         return record;
     }
     Box::new(BlockRecord {
@@ -208,6 +217,7 @@ fn record_of(
         place: placed.place,
         owner,
         tag,
+        key,
         home: stream.clone(),
         shared: Some(shared.clone()),
         next: None,
@@ -222,8 +232,7 @@ pub(super) fn free(record: Box<BlockRecord>) {
     if record.extras.is_some() {
         return free_in_pool(record, Counted::No);
     }
-    let pool = record.shared.as_ref().map_or(0, |shared| shared.id);
-    if let Some(record) = cache::keep(pool, record) {
+    if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
 }
@@ -238,7 +247,8 @@ fn free_anywhere(record: Box<BlockRecord>) {
     if shared.config.poison {
         poison(&shared.device, &record);
     }
-    if let Some(record) = cache::keep_anywhere(&shared, record) {
+    let key = LaneKey::new(shared.id, record.home.id());
+    if let Some(record) = cache::keep_anywhere(&shared, key, record) {
         free_in_pool(record, Counted::No);
     }
 }
@@ -260,9 +270,9 @@ pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
     let blank = state.free(record, counted);
     drop(state);
     if let Some(mut blank) = blank {
-        let pool = shared.id;
+        let key = LaneKey::new(shared.id, blank.home.id());
         blank.shared = Some(shared);
-        cache::keep_blank(pool, blank);
+        cache::keep_blank(key, blank);
     }
 }
 
@@ -289,7 +299,7 @@ impl Shared {
     }
 
     #[inline]
-    pub(super) fn id(&self) -> u64 {
+    pub(super) fn id(&self) -> PoolId {
         self.id
     }
 
@@ -330,7 +340,10 @@ impl Shared {
     }
 
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        while let Some((record, counted)) = self.freed.pop() {
+        // Looked at first: to find the queue empty by taking from it costs a fence.
+        while !self.freed.is_empty()
+            && let Some((record, counted)) = self.freed.pop()
+        {
             drop(state.free(record, counted));
         }
     }
@@ -374,6 +387,7 @@ impl Shared {
 }
 
 /// Bytes that a request takes in the pool; `None` if it cannot be rounded in 64 bits.
+#[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }
