@@ -6,6 +6,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::backing::Place;
+use super::lane::LaneKey;
 use super::pool::{self, Shared};
 use super::tags::TagId;
 use super::territory::Owner;
@@ -22,6 +23,8 @@ pub(super) struct BlockRecord {
     /// The number of `home` in the pool.
     pub(super) owner: Owner,
     pub(super) tag: TagId,
+    /// The lane that may keep the block as it is.
+    pub(super) key: LaneKey,
     pub(super) home: Stream,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,

@@ -11,45 +11,42 @@
 //!
 //! Lock order: the pool's state, then a cache. Nothing here waits for the state from inside a cache.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::ptr;
 use std::sync::Arc;
 
 use super::biased::Biased;
 use super::block::BlockRecord;
-use super::lane::{Kept, Lane};
+use super::counts::Counts;
+use super::lane::{Kept, Lane, LaneKey, PoolId, SMALL_MAX};
+use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
-use super::stats::Usage;
-use super::tags::TagTable;
-use crate::units::{MIB, StreamId};
+use crate::units::MIB;
 
 /// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.
 const SMALL_BYTES_MIN: u64 = MIB;
 /// A lane may keep one part in this many of what the pool holds: measured to cost nothing in peak memory.
 const SHARE: u64 = 200;
 
-/// A pool number that no pool has.
-const NO_POOL: u64 = u64::MAX;
+/// Lanes beside the one in front, before they are forgotten: streams may come and go.
+const LANES_MAX: usize = 16;
 
 /// What one thread keeps of one pool.
 #[derive(Debug)]
 pub(super) struct ThreadCache {
-    pool: u64,
-    /// The same number, unless freed blocks have to be overwritten before they are kept.
-    pool_if_kept_as_is: u64,
+    pool: PoolId,
     contents: Biased<Contents>,
 }
 
 #[derive(Debug)]
 struct Contents {
-    /// The lane used last in front.
-    lanes: Vec<Lane>,
+    /// The lane used last; one without a key if there is none.
+    front: Box<Lane>,
+    others: Vec<Box<Lane>>,
     small_bytes_max: u64,
     is_closed: bool,
-    /// Changes since they were folded into the pool's.
-    usage: Usage,
-    tags: TagTable,
+    counts: Counts,
 }
 
 /// Whether a cache goes on after it was emptied.
@@ -71,8 +68,7 @@ pub(super) struct Missed {
 }
 
 thread_local! {
-    /// The cache used last, which [`CACHES`] holds; null if that holds none.
-    static CURRENT: Cell<*const ThreadCache> = const { Cell::new(ptr::null()) };
+    /// The caches of the calling thread.
     static CACHES: RefCell<ThreadCaches> = const { RefCell::new(ThreadCaches { all: Vec::new() }) };
 }
 
@@ -82,7 +78,7 @@ struct ThreadCaches {
 
 impl Drop for ThreadCaches {
     fn drop(&mut self) {
-        CURRENT.set(ptr::null());
+        set_current(ptr::null());
         for cache in std::mem::take(&mut self.all) {
             cache.empty_to_queue();
         }
@@ -95,87 +91,78 @@ impl Drop for ThreadCaches {
 fn current<'a>() -> Option<&'a ThreadCache> {
     // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back
     // before it lets go of the cache. No caller keeps the reference across a call that changes the list.
-    unsafe { CURRENT.get().as_ref() }
+    unsafe { LOCAL.with(|local| local.cache.get()).as_ref() }
 }
 
-/// A block of the calling thread's lane in front, if that is the lane of this pool and stream and has one.
+fn set_current(cache: *const ThreadCache) {
+    LOCAL.with(|local| local.cache.set(cache));
+}
+
+/// A block of the calling thread's lane in front, if that is the one named and has one.
 #[inline]
-pub(super) fn take(pool: u64, stream: StreamId, requested: u64) -> Option<Box<BlockRecord>> {
-    let cache = current().filter(|cache| cache.pool == pool)?;
+pub(super) fn take(key: LaneKey, requested: u64) -> Option<Box<BlockRecord>> {
     let bytes = rounded(requested)?;
-    cache.with_owner(|contents| contents.take_in_front(stream, requested, bytes))
+    current()?.with_owner(move |contents| contents.take_in_front(key, requested, bytes))
 }
 
-/// Keeps a freed block in the lane in front, if that is the lane of its pool and stream and has room. Gives
-/// it back otherwise.
+/// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
 #[inline]
-pub(super) fn keep(pool: u64, record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
-    let Some(cache) = current().filter(|cache| cache.pool_if_kept_as_is == pool) else {
+pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+    let Some(cache) = current() else {
         return Some(record);
     };
-    let kept = cache.with_owner(|contents| contents.keep_in_front(record));
-    match kept {
+    match cache.with_owner(move |contents| contents.keep_in_front(record.key, record)) {
         Ok(Kept::Yes) => None,
-        Ok(Kept::InPlaceOf(other)) => {
-            pool::free_in_pool(other, Counted::Yes);
-            None
-        }
-        Ok(Kept::Full(record)) => {
-            cache.empty_lane(record);
+        Ok(kept) => {
+            cache.make_room(kept);
             None
         }
         Err(record) => Some(record),
     }
 }
 
-/// Looks again with the lane of this pool and stream in front, which is made if need be, for a request that
-/// [`take`] did not serve.
+/// Looks again with the named lane in front, which is made if need be, for a request that [`take`] did not
+/// serve.
 pub(super) fn take_or_miss(
     shared: &Arc<Shared>,
-    stream: StreamId,
+    key: LaneKey,
     (requested, bytes): (u64, u64),
 ) -> Missed {
-    let missed = enter(shared, stream, |contents| {
-        if let Some(record) = contents.take_in_front(stream, requested, bytes) {
+    let missed = enter(shared, key, |contents| {
+        if let Some(record) = contents.take_in_front(key, requested, bytes) {
             return Missed {
                 found: Some(record),
                 ..Missed::default()
             };
         }
-        let lane = &mut contents.lanes[0];
+        let lane = &mut contents.front;
+        let hot = (bytes > SMALL_MAX).then(|| lane.take_hot());
         Missed {
             found: None,
             blank: lane.take_blank(),
-            hot: (bytes > super::lane::SMALL_MAX)
-                .then(|| lane.take_hot())
-                .flatten(),
+            hot: hot.flatten(),
         }
     });
     // A thread that is going down has no lanes; it allocates from the pool itself.
     missed.unwrap_or_default()
 }
 
-/// Keeps a freed block as [`keep`] does, with the lane of its pool and stream in front. Gives it back when
-/// the thread is going down or the pool closed.
+/// Keeps a freed block with the lane `key` in front. Gives it back when the thread is going down or the pool
+/// closed.
 pub(super) fn keep_anywhere(
     shared: &Arc<Shared>,
+    key: LaneKey,
     record: Box<BlockRecord>,
 ) -> Option<Box<BlockRecord>> {
     let mut record = Some(record);
-    let stream = record.as_ref()?.home.id();
-    let kept = enter(shared, stream, |contents| {
-        let record = record.take().expect("taken once");
-        contents.keep_in_front(record)
+    let kept = enter(shared, key, |contents| {
+        contents.keep_in_front(key, record.take().expect("taken once"))
     });
     match kept {
         None => record,
         Some(Ok(Kept::Yes)) => None,
-        Some(Ok(Kept::InPlaceOf(other))) => {
+        Some(Ok(Kept::InPlaceOf(other) | Kept::Full(other))) => {
             pool::free_in_pool(other, Counted::Yes);
-            None
-        }
-        Some(Ok(Kept::Full(record))) => {
-            pool::free_in_pool(record, Counted::Yes);
             None
         }
         Some(Err(record)) => Some(record),
@@ -183,26 +170,23 @@ pub(super) fn keep_anywhere(
 }
 
 /// Keeps the record of a block that is gone, or drops it.
-pub(super) fn keep_blank(pool: u64, blank: Box<BlockRecord>) {
-    // What the lane does not take is dropped here: outside the cache, because it may hold the pool's last
-    // reference.
-    let refused = match current().filter(|cache| cache.pool == pool) {
+pub(super) fn keep_blank(key: LaneKey, blank: Box<BlockRecord>) {
+    let refused = match current() {
         None => Some(blank),
         Some(cache) => cache.with_owner(|contents| {
-            let stream = blank.home.id();
-            match contents.lanes.first_mut() {
-                Some(lane) if lane.stream == stream && !contents.is_closed => {
-                    lane.keep_blank(blank)
-                }
-                _ => Some(blank),
+            if contents.front.key == key {
+                contents.front.keep_blank(blank)
+            } else {
+                Some(blank)
             }
         }),
     };
+    // Outside the cache, because it may hold the pool's last reference.
     drop(refused);
 }
 
 /// Folds what the calling thread has counted, so that peaks are exact where one thread uses the pool.
-pub(super) fn fold_of_thread(pool: u64, state: &mut State) {
+pub(super) fn fold_of_thread(pool: PoolId, state: &mut State) {
     let mut fold = |cache: &ThreadCache| {
         cache.with_owner(|contents| contents.fold(state));
     };
@@ -218,22 +202,22 @@ pub(super) fn fold_of_thread(pool: u64, state: &mut State) {
     });
 }
 
-/// Enters the calling thread's cache of a pool with the lane of `stream` in front; makes both if need be.
-/// `None` when the thread is going down.
+/// Enters the calling thread's cache of a pool with the lane `key` in front; makes both if need be. `None`
+/// when the thread is going down or the pool is closed.
 fn enter<R>(
     shared: &Arc<Shared>,
-    stream: StreamId,
+    key: LaneKey,
     with: impl FnOnce(&mut Contents) -> R,
 ) -> Option<R> {
-    let has_lane = move |contents: &mut Contents| contents.bring_to_front(stream);
     let is_current = current().is_some_and(|cache| cache.pool == shared.id());
     let cache = if is_current { current() } else { find(shared) }?;
-    if !cache.with_owner(has_lane) {
+    if !cache.with_owner(|contents| contents.bring_to_front(key)) {
         // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
         // now does not stay for ever.
         cache.empty_to_queue();
-        shared.take_in_left();
-        cache.with_owner(|contents| contents.lanes.insert(0, Lane::new(stream)));
+        if !cache.with_owner(|contents| contents.add(Lane::new(key))) {
+            return None;
+        }
     }
     Some(cache.with_owner(with))
 }
@@ -244,15 +228,15 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
     let found = CACHES.try_with(|caches| {
         let all = &mut caches.borrow_mut().all;
         if let Some(cache) = all.iter().find(|cache| cache.pool == shared.id()) {
-            CURRENT.set(Arc::as_ptr(cache));
+            set_current(Arc::as_ptr(cache));
             return;
         }
-        CURRENT.set(ptr::null());
+        set_current(ptr::null());
         // Caches of pools that are gone have no other holder.
         all.retain(|cache| Arc::strong_count(cache) > 1);
         let cache = Arc::new(ThreadCache::new(shared));
         shared.register(&cache);
-        CURRENT.set(Arc::as_ptr(&cache));
+        set_current(Arc::as_ptr(&cache));
         all.push(cache);
     });
     found.ok()?;
@@ -264,13 +248,12 @@ impl ThreadCache {
         let pool = shared.id();
         Self {
             pool,
-            pool_if_kept_as_is: if shared.config.poison { NO_POOL } else { pool },
             contents: Biased::new(Contents {
-                lanes: Vec::new(),
+                front: Lane::new(LaneKey::VACANT),
+                others: Vec::new(),
                 small_bytes_max: SMALL_BYTES_MIN,
                 is_closed: false,
-                usage: Usage::default(),
-                tags: TagTable::default(),
+                counts: Counts::default(),
             }),
         }
     }
@@ -286,36 +269,46 @@ impl ThreadCache {
         unsafe { self.contents.with_owner(with) }
     }
 
-    /// Empties the lane in front, which is full, and frees `record` as well.
+    /// Gives the pool what the lane in front had no room for.
     #[cold]
-    fn empty_lane(&self, record: Box<BlockRecord>) {
-        let shared = record
-            .shared
-            .clone()
-            .expect("a block in hand knows its pool");
-        // Each goes to the pool's queue from inside the cache: whoever empties all caches and then looks
-        // into the queue misses none.
-        self.with_owner(|contents| {
-            contents.lanes[0].drain(|record| pool::leave(record, Counted::Yes));
-        });
-        pool::leave(record, Counted::Yes);
-        shared.take_in_left();
+    #[inline(never)]
+    fn make_room(&self, kept: Kept) {
+        match kept {
+            Kept::Yes => {}
+            Kept::InPlaceOf(other) => pool::free_in_pool(other, Counted::Yes),
+            Kept::Full(record) => {
+                let shared = record.shared.clone();
+                let shared = shared.expect("a block outside the pool knows its pool");
+                // Each goes to the pool's queue from inside the cache: whoever empties all caches and then
+                // looks into the queue misses none.
+                self.with_owner(|contents| {
+                    contents
+                        .front
+                        .drain(|record| pool::leave(record, Counted::Yes));
+                });
+                pool::leave(record, Counted::Yes);
+                shared.take_in_left();
+            }
+        }
     }
 
-    /// Empties every lane into the pool's queue and forgets the lanes. Only for the owner.
+    /// Empties every lane into the pool's queue. Only for the owner.
     fn empty_to_queue(&self) {
         let mut pool = None;
-        let lanes = self.with_owner(|contents| {
-            for lane in &mut contents.lanes {
+        let blanks = self.with_owner(|contents| {
+            let lanes = contents.others.iter_mut().chain([&mut contents.front]);
+            let mut blanks = Vec::new();
+            for lane in lanes {
                 lane.drain(|record| {
                     pool.clone_from(&record.shared);
                     pool::leave(record, Counted::Yes);
                 });
+                blanks.append(&mut lane.take_blanks());
             }
-            std::mem::take(&mut contents.lanes)
+            blanks
         });
-        // Outside the cache, because the records may hold the pool's last references.
-        drop(lanes);
+        // Outside the cache, because they may hold the pool's last references.
+        drop(blanks);
         if let Some(pool) = pool {
             pool.take_in_left();
         }
@@ -331,7 +324,7 @@ impl ThreadCache {
     pub(super) fn empty(&self, close: Close, state: &mut State) {
         self.contents.with(|contents| {
             contents.is_closed |= close == Close::Yes;
-            for mut lane in std::mem::take(&mut contents.lanes) {
+            for mut lane in contents.take_lanes(Lane::new(LaneKey::VACANT)) {
                 lane.drain(|mut record| {
                     // Inside the pool a block must not keep the pool alive.
                     record.shared = None;
@@ -349,46 +342,72 @@ impl ThreadCache {
 }
 
 impl Contents {
-    /// Whether there is a lane for `stream`, which is then in front.
-    fn bring_to_front(&mut self, stream: StreamId) -> bool {
-        let position = self.lanes.iter().position(|lane| lane.stream == stream);
-        position.map(|at| self.lanes.swap(0, at)).is_some()
+    /// Whether there is a lane of this name, which is then in front.
+    fn bring_to_front(&mut self, key: LaneKey) -> bool {
+        if self.front.key == key {
+            return true;
+        }
+        let Some(lane) = self.others.iter_mut().find(|lane| lane.key == key) else {
+            return false;
+        };
+        std::mem::swap(&mut self.front, lane);
+        true
+    }
+
+    /// Puts a new lane in front, unless nothing is to be kept. All lanes are empty.
+    fn add(&mut self, lane: Box<Lane>) -> bool {
+        if self.is_closed {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.front, lane);
+        if self.others.len() == LANES_MAX {
+            self.others.clear();
+        }
+        self.others.push(before);
+        true
+    }
+
+    /// All lanes; `vacant` takes their place.
+    fn take_lanes(&mut self, vacant: Box<Lane>) -> Vec<Box<Lane>> {
+        let mut lanes = std::mem::take(&mut self.others);
+        lanes.push(std::mem::replace(&mut self.front, vacant));
+        lanes
     }
 
     #[inline]
     fn take_in_front(
         &mut self,
-        stream: StreamId,
+        key: LaneKey,
         requested: u64,
         bytes: u64,
     ) -> Option<Box<BlockRecord>> {
-        let lane = self.lanes.first_mut()?;
-        if lane.stream != stream {
+        if self.front.key != key {
             return None;
         }
-        let mut record = lane.take(bytes)?;
+        let mut record = self.front.take(bytes)?;
         record.hand_out(requested);
-        self.usage.allocate(requested, bytes);
-        self.tags.increase(record.tag, bytes);
+        self.counts.allocate(record.tag, requested, bytes);
         Some(record)
     }
 
     /// Counts a free and keeps the block, or gives it back uncounted.
     #[inline]
-    fn keep_in_front(&mut self, record: Box<BlockRecord>) -> Result<Kept, Box<BlockRecord>> {
-        let is_closed = self.is_closed;
-        let lane = self.lanes.first_mut().filter(|_| !is_closed);
-        let Some(lane) = lane.filter(|lane| lane.stream == record.home.id()) else {
+    fn keep_in_front(
+        &mut self,
+        key: LaneKey,
+        record: Box<BlockRecord>,
+    ) -> Result<Kept, Box<BlockRecord>> {
+        if self.front.key != key {
             return Err(record);
-        };
-        self.usage.free(record.requested, record.allocated);
-        self.tags.decrease(record.tag, record.allocated);
-        Ok(lane.keep(record, self.small_bytes_max))
+        }
+        self.counts
+            .free(record.tag, record.requested, record.allocated);
+        Ok(self.front.keep(record, self.small_bytes_max))
     }
 
     /// Folds the counters into the pool's, and learns how many bytes the pool holds.
     fn fold(&mut self, state: &mut State) {
         self.small_bytes_max = SMALL_BYTES_MIN.max(state.bytes_held() / SHARE);
-        state.fold(&mut self.usage, &mut self.tags);
+        self.counts.fold(state);
     }
 }

@@ -11,6 +11,26 @@ use super::arena::GRANULARITY;
 use super::block::BlockRecord;
 use crate::units::{KIB, StreamId, to_usize};
 
+/// Names a lane in the process: a pool and a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LaneKey(u64);
+
+impl LaneKey {
+    /// Of a lane that keeps nothing: no block has it.
+    pub(super) const VACANT: Self = Self(u64::MAX);
+    /// Of a block that no lane may keep as it is: no lane has it.
+    pub(super) const NONE: Self = Self(u64::MAX - 1);
+
+    #[inline]
+    pub(super) fn new(pool: PoolId, stream: StreamId) -> Self {
+        Self(u64::from(pool.0) << 32 | u64::from(stream.0))
+    }
+}
+
+/// A pool's number, unique in the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PoolId(pub(super) u32);
+
 /// Largest block kept in the lists by size.
 pub(super) const SMALL_MAX: u64 = 256 * KIB;
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
@@ -24,9 +44,9 @@ type List = Option<Box<BlockRecord>>;
 /// The blocks that a thread keeps for one stream.
 #[derive(Debug)]
 pub(super) struct Lane {
-    pub(super) stream: StreamId,
+    pub(super) key: LaneKey,
     /// By size in units: the block freed last, which links to the one before.
-    small: Box<[List; SIZES]>,
+    small: [List; SIZES],
     hot: Option<Box<BlockRecord>>,
     small_bytes: u64,
     blanks: List,
@@ -45,15 +65,15 @@ pub(super) enum Kept {
 }
 
 impl Lane {
-    pub(super) fn new(stream: StreamId) -> Self {
-        Self {
-            stream,
-            small: Box::new([const { None }; SIZES]),
+    pub(super) fn new(key: LaneKey) -> Box<Self> {
+        Box::new(Self {
+            key,
+            small: [const { None }; SIZES],
             hot: None,
             small_bytes: 0,
             blanks: None,
             blanks_len: 0,
-        }
+        })
     }
 
     /// Takes a block of exactly `bytes`, which are rounded.
@@ -105,6 +125,15 @@ impl Lane {
         self.small_bytes = 0;
     }
 
+    /// Gives up the blanks.
+    #[expect(
+        clippy::vec_box,
+        reason = "a record keeps its box from allocation to allocation"
+    )]
+    pub(super) fn take_blanks(&mut self) -> Vec<Box<BlockRecord>> {
+        std::iter::from_fn(|| self.take_blank()).collect()
+    }
+
     /// A record of this stream whose block is gone.
     pub(super) fn take_blank(&mut self) -> Option<Box<BlockRecord>> {
         let blank = pop(&mut self.blanks)?;
@@ -132,8 +161,9 @@ fn pop(list: &mut List) -> Option<Box<BlockRecord>> {
 
 #[inline]
 fn push(list: &mut List, mut record: Box<BlockRecord>) {
-    record.next = list.take();
-    *list = Some(record);
+    std::mem::swap(&mut record.next, list);
+    // What is replaced is the record's own `next` of before: none, so that there is nothing to drop.
+    std::mem::forget(list.replace(record));
 }
 
 impl Drop for Lane {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crossbeam::queue::SegQueue;
 use parking_lot::{Mutex, MutexGuard};
@@ -11,14 +11,15 @@ use super::arena::GRANULARITY;
 use super::block::{Block, BlockRecord};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
-use super::hooks::{Hooks, Registration};
+use super::hooks::Hooks;
+use super::lane::{LaneKey, PoolId};
 use super::reclaim;
 use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
 use super::waits::wait_for_streams;
 use crate::driver::{Device, Stream};
-use crate::error::{Error, OutOfMemory, Result};
+use crate::error::{Error, Result};
 use crate::units::align_up;
 
 /// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
@@ -39,7 +40,7 @@ struct Handle {
 /// What all clones of a pool and all its blocks share.
 pub(super) struct Shared {
     /// Unique in the process.
-    id: u64,
+    id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
     state: Mutex<State>,
@@ -65,11 +66,11 @@ impl Pool {
     /// [`Error::InvalidConfig`] for settings that cannot work on this device; [`Error::Driver`] if it has
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         let config = config.checked(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
@@ -84,7 +85,7 @@ impl Pool {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -109,7 +110,7 @@ impl Pool {
     /// stream of another device.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        match cache::take(self.shared().id, stream.id(), bytes) {
+        match cache::take(LaneKey::new(self.shared().id, stream.id()), bytes) {
             Some(record) => Ok(Block::new(Some(record))),
             None => self.allocate_in_pool(bytes, stream),
         }
@@ -128,7 +129,8 @@ impl Pool {
             return Ok(Block::new(None));
         }
         let bytes = rounded(requested).unwrap_or(u64::MAX);
-        let missed = cache::take_or_miss(shared, stream.id(), (requested, bytes));
+        let key = LaneKey::new(shared.id, stream.id());
+        let missed = cache::take_or_miss(shared, key, (requested, bytes));
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
@@ -158,94 +160,6 @@ impl Pool {
         self.shared().lock_and_fold().reset_peaks();
     }
 
-    /// Returns all memory without a block in use to the driver: [`trim`](Self::trim) to 0.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
-    pub fn empty_cache(&self) -> Result<()> {
-        self.trim(0)
-    }
-
-    /// Returns idle memory to the driver until the pool holds at most `target` bytes, or until what is left
-    /// has blocks in it. Pages, or plain allocations, go back as a whole; the smallest gaps go first. Does
-    /// nothing if the pool holds no more than that. Otherwise, if what is known to be complete does not
-    /// suffice, blocks the host until every stream that the pool has served has passed its last use; other
-    /// threads go on meanwhile.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
-    pub fn trim(&self, target: u64) -> Result<()> {
-        let shared = self.shared();
-        reclaim::trim(shared, &mut shared.lock(), target)
-    }
-
-    /// Ends a period of [`PoolConfig::decay`] now, whether one is set or not: returns to the driver what was
-    /// not needed since the last period's end, as far as it is known to be complete. Never waits on the host.
-    pub fn decay_now(&self) {
-        let shared = self.shared();
-        reclaim::decay(shared, &mut shared.lock());
-    }
-
-    /// Most bytes the pool may hold: the limit set last, or what [`PoolConfig::limit`] and
-    /// [`PoolConfig::fraction`] came to.
-    #[must_use]
-    pub fn limit(&self) -> Option<u64> {
-        self.shared().lock().limit()
-    }
-
-    /// Sets the most bytes the pool may hold from now on, in place of [`PoolConfig::limit`] and
-    /// [`PoolConfig::fraction`]; `None` leaves it to the device. If the pool holds more, this returns what it
-    /// can, as [`trim`](Self::trim) does; blocks in use stay, and until enough of them are freed and
-    /// returned, nothing more is taken from the driver.
-    ///
-    /// # Errors
-    /// [`Error::InvalidConfig`] for a limit that [`Pool::new`] would refuse, with nothing changed;
-    /// [`Error::Driver`] if the driver did not take memory back, with the limit set all the same.
-    pub fn set_limit(&self, limit: Option<u64>) -> Result<()> {
-        let shared = self.shared();
-        PoolConfig::check_limit(limit, &shared.device)?;
-        let mut state = shared.lock();
-        state.set_limit(limit);
-        reclaim::trim(shared, &mut state, limit.unwrap_or(u64::MAX))
-    }
-
-    /// Asks `callback` for memory when neither the pool nor the device has any: before the host waits for
-    /// streams, with the bytes that are wanted. Several are asked in order of registration, until the
-    /// allocation succeeds.
-    ///
-    /// A callback runs on the allocating thread, without any lock of the pool: it may free blocks, allocate,
-    /// and drop handles of the pool. A shortage inside a callback asks nobody. If it panics, so does the
-    /// allocation, and the pool goes on. What it owns lives until the registration is dropped; if that is a
-    /// handle of this pool, so does the pool.
-    ///
-    /// ```
-    /// use std::sync::{Arc, Mutex};
-    /// use kitsune::{Block, Device, HostConfig, Pool, PoolConfig};
-    ///
-    /// let device = Device::host(HostConfig { capacity: 64 << 20, ..HostConfig::default() })?;
-    /// let pool = Pool::new(&device, PoolConfig::default())?;
-    /// let stream = device.create_stream()?;
-    /// let spare: Arc<Mutex<Vec<Block>>> = Arc::default();
-    /// spare.lock().unwrap().push(pool.allocate(40 << 20, &stream)?);
-    /// let of_callback = Arc::clone(&spare);
-    /// let _registration = pool.on_shortage(move |_wanted| of_callback.lock().unwrap().clear());
-    /// assert!(pool.allocate(40 << 20, &stream).is_ok());
-    /// # Ok::<(), kitsune::Error>(())
-    /// ```
-    pub fn on_shortage(&self, callback: impl Fn(u64) + Send + Sync + 'static) -> Registration {
-        self.shared().hooks.add_on_shortage(Arc::new(callback))
-    }
-
-    /// Tells `observer` of every allocation that fails for lack of memory, before the error is returned. As
-    /// with [`on_shortage`](Self::on_shortage), it runs without any lock of the pool; failures inside a
-    /// callback or observer are told to nobody.
-    pub fn on_out_of_memory(
-        &self,
-        observer: impl Fn(&OutOfMemory) + Send + Sync + 'static,
-    ) -> Registration {
-        self.shared().hooks.add_on_failure(Arc::new(observer))
-    }
-
     /// Flushes every thread's cache and walks every structure. For a moment when no other thread uses the
     /// pool.
     ///
@@ -272,6 +186,12 @@ fn record_of(
         owner,
         tag,
     } = found;
+    // A block that is to be overwritten when it is freed is kept as it is by no lane.
+    let key = if shared.config.poison {
+        LaneKey::NONE
+    } else {
+        LaneKey::new(shared.id, stream.id())
+    };
     if let Some(mut record) = blank {
         record.ptr = placed.ptr;
         record.place = placed.place;
@@ -279,6 +199,7 @@ fn record_of(
         record.allocated = bytes;
         record.owner = owner;
         record.tag = tag;
+        record.key = key;
         return record;
     }
     Box::new(BlockRecord {
@@ -288,6 +209,7 @@ fn record_of(
         place: placed.place,
         owner,
         tag,
+        key,
         home: stream.clone(),
         shared: Some(shared.clone()),
         next: None,
@@ -302,8 +224,7 @@ pub(super) fn free(record: Box<BlockRecord>) {
     if record.extras.is_some() {
         return free_in_pool(record, Counted::No);
     }
-    let pool = record.shared.as_ref().map_or(0, |shared| shared.id);
-    if let Some(record) = cache::keep(pool, record) {
+    if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
 }
@@ -318,7 +239,8 @@ fn free_anywhere(record: Box<BlockRecord>) {
     if shared.config.poison {
         poison(&shared.device, &record);
     }
-    if let Some(record) = cache::keep_anywhere(&shared, record) {
+    let key = LaneKey::new(shared.id, record.home.id());
+    if let Some(record) = cache::keep_anywhere(&shared, key, record) {
         free_in_pool(record, Counted::No);
     }
 }
@@ -340,9 +262,9 @@ pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
     let blank = state.free(record, counted);
     drop(state);
     if let Some(mut blank) = blank {
-        let pool = shared.id;
+        let key = LaneKey::new(shared.id, blank.home.id());
         blank.shared = Some(shared);
-        cache::keep_blank(pool, blank);
+        cache::keep_blank(key, blank);
     }
 }
 
@@ -369,7 +291,7 @@ impl Shared {
     }
 
     #[inline]
-    pub(super) fn id(&self) -> u64 {
+    pub(super) fn id(&self) -> PoolId {
         self.id
     }
 
@@ -410,13 +332,17 @@ impl Shared {
     }
 
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        while let Some((record, counted)) = self.freed.pop() {
+        // Looked at first: to find the queue empty by taking from it costs a fence.
+        while !self.freed.is_empty()
+            && let Some((record, counted)) = self.freed.pop()
+        {
             drop(state.free(record, counted));
         }
     }
 }
 
 /// Bytes that a request takes in the pool; `None` if it cannot be rounded in 64 bits.
+#[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }

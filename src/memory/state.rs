@@ -180,7 +180,7 @@ impl State {
         };
         let now = |stream: &Stream| {
             let owner = self.fences.owner(stream);
-            self.fences.now(owner)
+            self.fences.stamp_for_others(owner)
         };
         let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
         self.pending.push(record, fences);
@@ -232,7 +232,7 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let fence = self.fences.now(record.owner);
+        let fence = self.fences.stamp(record.owner);
         self.decay.give(record.allocated);
         self.backing.free(record.place, record.allocated, fence);
     }

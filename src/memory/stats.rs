@@ -22,7 +22,9 @@ pub struct Stat {
 pub(super) struct Gauge {
     increases: u64,
     decreases: u64,
-    peak: i64,
+    /// What `increases` was or would have been at the peak, had all decreases come before: peak plus
+    /// decreases. A new peak is then one comparison away.
+    at_peak: u64,
 }
 
 impl Gauge {
@@ -32,14 +34,22 @@ impl Gauge {
     }
 
     #[inline]
+    fn peak(&self) -> i64 {
+        self.at_peak.wrapping_sub(self.decreases).cast_signed()
+    }
+
+    #[inline]
     pub(super) fn increase(&mut self, amount: u64) {
         self.increases += amount;
-        self.peak = self.peak.max(self.current());
+        if self.increases > self.at_peak {
+            self.at_peak = self.increases;
+        }
     }
 
     #[inline]
     pub(super) fn decrease(&mut self, amount: u64) {
         self.decreases += amount;
+        self.at_peak += amount;
     }
 
     /// Moves the value to `value`, as one increase or decrease.
@@ -55,13 +65,14 @@ impl Gauge {
     /// Takes over what `part` has counted since it was folded last. The peak of the sum is exact if nothing
     /// else changed meanwhile, and otherwise not more than the parts' own peaks apart.
     pub(super) fn fold(&mut self, part: &Self) {
-        self.peak = self.peak.max(self.current() + part.peak);
+        let peak = self.peak().max(self.current() + part.peak());
         self.increases += part.increases;
         self.decreases += part.decreases;
+        self.at_peak = self.decreases.wrapping_add_signed(peak);
     }
 
     pub(super) fn reset_peak(&mut self) {
-        self.peak = self.current();
+        self.at_peak = self.increases;
     }
 
     /// As the public sees it.
@@ -69,7 +80,7 @@ impl Gauge {
         let clamp = |value: i64| value.max(0).cast_unsigned();
         Stat {
             current: clamp(self.current()),
-            peak: clamp(self.peak),
+            peak: clamp(self.peak()),
             allocated: self.increases,
             freed: self.decreases,
         }
@@ -119,11 +130,13 @@ impl Usage {
         }
     }
 
+    /// Whether nothing was counted.
+    pub(super) fn is_empty(&self) -> bool {
+        self.blocks.increases | self.blocks.decreases == 0
+    }
+
     /// Takes over what a thread's lanes have counted since they were folded last.
     pub(super) fn fold(&mut self, part: &mut Self) {
-        if part.blocks.increases | part.blocks.decreases == 0 {
-            return;
-        }
         self.blocks.fold(&part.blocks);
         self.requested.fold(&part.requested);
         self.allocated.fold(&part.allocated);

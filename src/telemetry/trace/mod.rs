@@ -25,6 +25,8 @@
 //! Must not know: pools, devices. A trace is a description and can be made by any program.
 
 mod error;
+#[cfg(all(test, feature = "cli"))]
+mod fuzz;
 #[cfg(feature = "cli")]
 mod open;
 mod parse;
