@@ -91,6 +91,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
+            pending: self.pending.bytes(),
         }
     }
 
