@@ -5,13 +5,13 @@
 
 use smallvec::SmallVec;
 
-use super::backing::{Backing, Placed, Refusal, Request};
+use super::backing::{Backing, Place, Placed, Refusal, Request};
 use super::block::BlockRecord;
 use super::config::{PoolConfig, ReusePolicy};
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
 use super::paged::PagedMemory;
-use super::pending::Pending;
+use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
@@ -170,7 +170,8 @@ impl State {
             self.fences.stamp_for_others(owner)
         };
         let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
-        self.pending.push(record, fences);
+        let freed_at = self.fences.stamp_for_others(record.owner);
+        self.pending.push(record, fences, freed_at);
         None
     }
 
@@ -180,12 +181,19 @@ impl State {
         if self.pending.is_empty() {
             return;
         }
-        for record in self.pending.take_passed(&mut self.fences, reuse) {
+        for passed in self.pending.take_passed(&mut self.fences, reuse) {
+            let Passed { record, fence } = passed;
             if self.config.poison {
                 super::pool::poison(&self.device, &record);
             }
             self.count_inactive(record.allocated);
-            self.make_reusable(&record);
+            // Small blocks keep no epochs of their own; a poisoned one was written just now.
+            let fence = fence
+                .filter(|_| !self.config.poison && !matches!(record.place, Place::Small { .. }));
+            match fence {
+                Some(fence) => self.backing.free(record.place, record.allocated, fence),
+                None => self.make_reusable(&record),
+            }
         }
     }
 
