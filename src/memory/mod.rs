@@ -33,7 +33,7 @@
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock, `lane` what needs no lock of
-//! the pool.
+//! the pool. `wrap` is what stands around a pool: limits, logs, the table of live blocks.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -57,9 +57,14 @@ mod stats;
 mod stitch;
 mod tags;
 mod territory;
+mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
 pub use pool::Pool;
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};
+pub use wrap::{
+    Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
+    Watch,
+};

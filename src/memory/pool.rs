@@ -105,12 +105,7 @@ impl Pool {
     /// stream of another device.
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
-        if !stream.device().is_same(&shared.device) {
-            return Err(Error::argument(
-                "allocate",
-                "the stream belongs to another device",
-            ));
-        }
+        shared.check_device(stream)?;
         if bytes == 0 {
             return Ok(Block::new(None));
         }
@@ -124,6 +119,21 @@ impl Pool {
         let mut record = reclaim::allocate(shared, bytes, stream)?;
         record.shared = Some(shared.clone());
         Ok(Block::new(Some(record)))
+    }
+
+    /// Why a wrapper with a limit, of which it says (used, limit), refuses `bytes` on `stream`.
+    #[cold]
+    pub(super) fn refuse(&self, bytes: u64, stream: &Stream, (used, limit): (u64, u64)) -> Error {
+        let shared = self.shared();
+        if let Err(error) = shared.check_device(stream) {
+            return error;
+        }
+        let mut state = shared.lock_and_fold();
+        let refusal = Some(Refusal::Limit);
+        let mut report = shared.report(&mut state, bytes, stream, refusal, Vec::new());
+        report.limit = Some(limit);
+        report.limit_used = Some(used);
+        report.into()
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -220,6 +230,17 @@ pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) -> Arc<Share
 }
 
 impl Shared {
+    #[inline]
+    fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -317,6 +338,7 @@ impl Shared {
             device_free: device.map_or(0, |info| info.free),
             device_total: self.device.properties().total_memory,
             limit: self.config.limit,
+            limit_used: None,
             limited: matches!(refusal, Some(Refusal::Limit)),
             driver_error: match refusal {
                 Some(Refusal::Driver(error)) => Some(error.to_string()),

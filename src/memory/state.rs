@@ -112,6 +112,7 @@ impl State {
             tag: TagId::current(),
             home: stream.clone(),
             users: SmallVec::new(),
+            watchers: Vec::new(),
             shared: None,
             next: None,
         };

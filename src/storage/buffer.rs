@@ -36,7 +36,7 @@ impl Buffer {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
-        let block = context.pool().allocate(bytes, context.stream())?;
+        let block = context.allocator().allocate(bytes, context.stream())?;
         Ok(Self {
             context: context.clone(),
             ptr: block.ptr(),
