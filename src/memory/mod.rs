@@ -33,7 +33,8 @@
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock, `lane` what needs no lock of
-//! the pool. `wrap` is what stands around a pool: limits, logs, the table of live blocks.
+//! the pool. `peaks` counts for a part of a program, `wrap` is what stands around a pool: limits, logs,
+//! the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -46,7 +47,9 @@ mod fences;
 mod growth;
 mod lane;
 mod paged;
+mod peaks;
 mod pending;
+mod pinned;
 mod pool;
 mod ranges;
 mod reclaim;
@@ -61,6 +64,8 @@ mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
+pub use peaks::{PeakScope, ScopeStats, ScopedStat};
+pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};

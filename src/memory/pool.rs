@@ -81,7 +81,7 @@ impl Pool {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -249,7 +249,7 @@ impl Shared {
     }
 
     /// The state, with what every lane has counted.
-    fn lock_and_fold(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         self.fold_lanes(&mut state);
         state

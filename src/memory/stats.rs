@@ -65,6 +65,23 @@ impl Gauge {
         self.peak = self.current;
     }
 
+    /// The peak, which starts anew from the present value.
+    pub(super) fn take_peak(&mut self) -> i64 {
+        std::mem::replace(&mut self.peak, self.current)
+    }
+
+    pub(super) fn raise_peak(&mut self, peak: i64) {
+        self.peak = self.peak.max(peak);
+    }
+
+    pub(super) fn current(&self) -> i64 {
+        self.current
+    }
+
+    pub(super) fn increases(&self) -> u64 {
+        self.increases
+    }
+
     /// As the public sees it.
     pub(super) fn stat(&self) -> Stat {
         let clamp = |value: i64| value.max(0).cast_unsigned();
