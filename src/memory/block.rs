@@ -6,8 +6,10 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::backing::Place;
+use super::lane::LaneKey;
 use super::pool::{self, Shared};
 use super::tags::TagId;
+use super::territory::Owner;
 use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
@@ -19,16 +21,27 @@ pub(super) struct BlockRecord {
     pub(super) requested: u64,
     pub(super) allocated: u64,
     pub(super) place: Place,
+    /// The number of `home` in the pool.
+    pub(super) owner: Owner,
     pub(super) tag: TagId,
+    /// The lane that may keep the block as it is.
+    pub(super) key: LaneKey,
     pub(super) home: Stream,
+    /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
+    pub(super) shared: Option<Arc<Shared>>,
+    /// The next record in the same list of a lane.
+    pub(super) next: Option<Box<BlockRecord>>,
+    /// What few blocks have. None while a lane has the block.
+    pub(super) extras: Option<Box<Extras>>,
+}
+
+/// What a free has to look at only where it is there at all.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
     /// Other streams that used the block.
     pub(super) users: SmallVec<[Stream; 1]>,
     /// Who is told of what becomes of the block, the innermost wrapper first.
     pub(super) watchers: Vec<Watcher>,
-    /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
-    pub(super) shared: Option<Arc<Shared>>,
-    /// The next block of this size in a lane.
-    pub(super) next: Option<Box<BlockRecord>>,
 }
 
 impl BlockRecord {
@@ -82,8 +95,17 @@ impl Block {
     /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
     pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
         if let Some(record) = &mut self.record {
-            record.watchers.push(Watcher { watch, key });
+            let extras = record.extras.get_or_insert_default();
+            extras.watchers.push(Watcher { watch, key });
         }
+    }
+
+    fn watchers(&self) -> &[Watcher] {
+        let extras = self
+            .record
+            .as_ref()
+            .and_then(|record| record.extras.as_ref());
+        extras.map_or(&[], |extras| &extras.watchers)
     }
 
     /// Says that work enqueued on `stream` so far uses this block, so that the memory is reused only after
@@ -95,34 +117,38 @@ impl Block {
         let Some(record) = &mut self.record else {
             return;
         };
-        let known = std::iter::once(&record.home).chain(&record.users);
-        if known.into_iter().any(|known| known.id() == stream.id()) {
+        if record.home.id() == stream.id() {
             return;
         }
-        record.users.push(stream.clone());
-        let watchers = self.record.iter().flat_map(|record| &record.watchers);
-        for Watcher { watch, key } in watchers.rev() {
-            watch.recorded(*key, self, stream);
+        let users = &mut record.extras.get_or_insert_default().users;
+        if users.iter().any(|known| known.id() == stream.id()) {
+            return;
         }
-    }
-
-    #[cold]
-    fn tell_freed(&self, watchers: &[Watcher]) {
-        for Watcher { watch, key } in watchers.iter().rev() {
-            watch.freed(*key, self);
+        users.push(stream.clone());
+        for Watcher { watch, key } in self.watchers().iter().rev() {
+            watch.recorded(*key, self, stream);
         }
     }
 }
 
+/// Tells the watchers of a block, if it has any, that it is freed.
+pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
+    let extras = &mut record.extras;
+    let watchers = extras
+        .as_mut()
+        .map(|extras| std::mem::take(&mut extras.watchers));
+    // Without users either, a lane may keep the block.
+    extras.take_if(|extras| extras.users.is_empty());
+    let mut block = Block::new(Some(record));
+    for Watcher { watch, key } in watchers.iter().flatten().rev() {
+        watch.freed(*key, &block);
+    }
+    block.record.take().expect("the block was made above")
+}
+
 impl Drop for Block {
+    #[inline]
     fn drop(&mut self) {
-        if let Some(record) = &mut self.record
-            && !record.watchers.is_empty()
-        {
-            let watchers = std::mem::take(&mut record.watchers);
-            // Before the memory can be handed out again: nobody is told of two live blocks at one address.
-            self.tell_freed(&watchers);
-        }
         if let Some(record) = self.record.take() {
             pool::free(record);
         }

@@ -32,20 +32,24 @@
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock, `lane` what needs no lock of
-//! the pool. `peaks` counts for a part of a program, `wrap` is what stands around a pool: limits, logs,
-//! the table of live blocks. `pinned` is the pool of host memory for staging.
+//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is
+//! in `cache`, made of `lane` and `biased`. `peaks` counts for a part of a program, `wrap` is what stands
+//! around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
 mod arena;
 mod backing;
+mod biased;
 mod bins;
 mod block;
+mod cache;
 mod config;
+mod counts;
 mod fences;
 mod growth;
 mod lane;
+mod local;
 mod paged;
 mod peaks;
 mod pending;
