@@ -201,6 +201,7 @@ impl Drop for PinnedBlock {
     fn drop(&mut self) {
         if let Some(area) = self.area.take() {
             let mut uses = std::mem::take(&mut self.uses);
+            // Asked here, without the pool's lock.
             have_passed(&mut uses);
             let uses = (!self.is_lost).then_some(uses);
             self.pool.free(area, self.bytes, uses);

@@ -63,9 +63,9 @@ pub(super) struct Cache {
 
 impl Cache {
     /// Files an area under its size.
-    pub(super) fn put(&mut self, area: Area, mut uses: Uses) {
+    pub(super) fn put(&mut self, area: Area, uses: Uses) {
         let class = self.classes.entry(area.bytes).or_default();
-        if uses.is_empty() || have_passed(&mut uses) {
+        if uses.is_empty() {
             class.free.push(area);
         } else {
             class.waiting.push_back((area, uses));
