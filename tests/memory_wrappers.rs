@@ -546,7 +546,8 @@ fn a_sink_that_fails_stops_the_log_and_not_the_program() {
         let output = Output::new(end);
         let log = program(&output);
         let taken = output.text();
-        let complete = taken.lines().count() as u64 - 1;
+        // The last line may be cut off, which the reader tells.
+        let complete = taken.matches('\n').count() as u64 - 1;
         assert!(whole.starts_with(&taken));
         for _ in 0..2 {
             let error = log.flush().unwrap_err();
