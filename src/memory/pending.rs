@@ -20,6 +20,8 @@ struct Waiting {
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     waiting: Vec<Waiting>,
+    /// Bytes of all of them.
+    bytes: u64,
 }
 
 impl Pending {
@@ -33,10 +35,7 @@ impl Pending {
 
     /// Bytes of all waiting blocks.
     pub(super) fn bytes(&self) -> u64 {
-        self.waiting
-            .iter()
-            .map(|waiting| waiting.record.allocated)
-            .sum()
+        self.bytes
     }
 
     /// Whether a block waits for the stream `owner`.
@@ -46,6 +45,7 @@ impl Pending {
     }
 
     pub(super) fn push(&mut self, record: Box<BlockRecord>, fences: SmallVec<[Fence; 1]>) {
+        self.bytes += record.allocated;
         self.waiting.push(Waiting { record, fences });
     }
 
@@ -67,9 +67,9 @@ impl Pending {
                 .retain(|fence| !clocks.pass(home, *fence, reuse));
             waiting.fences.is_empty()
         };
-        self.waiting
-            .extract_if(.., passed)
-            .map(|waiting| waiting.record)
-            .collect()
+        let passed = self.waiting.extract_if(.., passed);
+        let records: Vec<Box<BlockRecord>> = passed.map(|waiting| waiting.record).collect();
+        self.bytes -= records.iter().map(|record| record.allocated).sum::<u64>();
+        records
     }
 }

@@ -94,6 +94,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
+            pending: self.pending.bytes(),
         }
     }
 
@@ -169,7 +170,7 @@ impl State {
         };
         let now = |stream: &Stream| {
             let owner = self.fences.owner(stream);
-            self.fences.now(owner)
+            self.fences.stamp_for_others(owner)
         };
         let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
         self.pending.push(record, fences);
@@ -197,7 +198,7 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let fence = self.fences.now(record.owner);
+        let fence = self.fences.stamp(record.owner);
         self.backing.free(record.place, record.allocated, fence);
     }
 
