@@ -243,7 +243,7 @@ fn threads_that_take_turns_get_exact_peaks() {
         });
         let _ = outer.stats();
     }
-    assert_eq!(allocated(&outer), (0, 128 << 10, 4 * 56 << 10));
+    assert_eq!(allocated(&outer), (0, 128 << 10, (4 * 56) << 10));
 }
 
 #[test]
