@@ -33,7 +33,8 @@
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is
-//! in `cache`, made of `lane` and `biased`.
+//! in `cache`, made of `lane` and `biased`. `peaks` counts for a part of a program, `wrap` is what stands
+//! around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -50,7 +51,9 @@ mod growth;
 mod lane;
 mod local;
 mod paged;
+mod peaks;
 mod pending;
+mod pinned;
 mod pool;
 mod ranges;
 mod reclaim;
@@ -61,9 +64,16 @@ mod stats;
 mod stitch;
 mod tags;
 mod territory;
+mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
+pub use peaks::{PeakScope, ScopeStats, ScopedStat};
+pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};
+pub use wrap::{
+    Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
+    Watch,
+};

@@ -11,6 +11,7 @@ use super::config::{PoolConfig, ReusePolicy};
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
 use super::paged::PagedMemory;
+use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
@@ -47,6 +48,7 @@ pub(super) struct State {
     pub(super) fences: Fences,
     pub(super) pending: Pending,
     pub(super) usage: Usage,
+    pub(super) peaks: Peaks,
     pub(super) tags: TagTable,
     pub(super) counters: Counters,
     segments: Gauge,
@@ -79,6 +81,7 @@ impl State {
             fences: Fences::new(),
             pending: Pending::default(),
             usage: Usage::default(),
+            peaks: Peaks::default(),
             tags: TagTable::default(),
             counters: Counters::default(),
             segments: Gauge::default(),
@@ -243,17 +246,18 @@ impl State {
         let totals = self.backing.totals();
         let (inactive_split_bytes, inactive_split) = self.backing.inactive_split();
         let counters = self.counters;
+        let usage = self.peaks.completed(&self.usage);
         PoolStats {
-            allocation: self.usage.blocks.stat(),
+            allocation: usage.blocks.stat(),
             segment: self.segments.stat(),
-            active: self.usage.active_blocks.stat(),
-            requested_bytes: self.usage.requested.stat(),
-            allocated_bytes: self.usage.allocated.stat(),
-            active_bytes: self.usage.active.stat(),
+            active: usage.active_blocks.stat(),
+            requested_bytes: usage.requested.stat(),
+            allocated_bytes: usage.allocated.stat(),
+            active_bytes: usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + self.usage.lane_hits,
+            cache_hits: counters.cache_hits + usage.lane_hits,
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,
@@ -264,6 +268,7 @@ impl State {
 
     /// Sets every peak to the present value.
     pub(super) fn reset_peaks(&mut self) {
+        self.peaks.reset_overall(&mut self.usage);
         self.usage.reset_peaks();
         self.segments.reset_peak();
         self.reserved.reset_peak();
