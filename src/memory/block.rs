@@ -10,6 +10,7 @@ use super::lane::LaneKey;
 use super::pool::{self, Shared};
 use super::tags::TagId;
 use super::territory::Owner;
+use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
@@ -39,6 +40,8 @@ pub(super) struct BlockRecord {
 pub(super) struct Extras {
     /// Other streams that used the block.
     pub(super) users: SmallVec<[Stream; 1]>,
+    /// Who is told of what becomes of the block, the innermost wrapper first.
+    pub(super) watchers: Vec<Watcher>,
 }
 
 impl BlockRecord {
@@ -82,6 +85,29 @@ impl Block {
         self.record.as_ref().map_or(0, |record| record.allocated)
     }
 
+    /// The stream the block was allocated for; `None` for a block of zero bytes.
+    #[must_use]
+    pub fn home(&self) -> Option<&Stream> {
+        self.record.as_ref().map(|record| &record.home)
+    }
+
+    /// Has `watch` told, under `key`, of what becomes of the block: for wrappers around an allocator. Those
+    /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
+    pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
+        if let Some(record) = &mut self.record {
+            let extras = record.extras.get_or_insert_default();
+            extras.watchers.push(Watcher { watch, key });
+        }
+    }
+
+    fn watchers(&self) -> &[Watcher] {
+        let extras = self
+            .record
+            .as_ref()
+            .and_then(|record| record.extras.as_ref());
+        extras.map_or(&[], |extras| &extras.watchers)
+    }
+
     /// Says that work enqueued on `stream` so far uses this block, so that the memory is reused only after
     /// that work, as of the moment of the free, has run. The home stream needs no record.
     ///
@@ -95,10 +121,29 @@ impl Block {
             return;
         }
         let users = &mut record.extras.get_or_insert_default().users;
-        if !users.iter().any(|known| known.id() == stream.id()) {
-            users.push(stream.clone());
+        if users.iter().any(|known| known.id() == stream.id()) {
+            return;
+        }
+        users.push(stream.clone());
+        for Watcher { watch, key } in self.watchers().iter().rev() {
+            watch.recorded(*key, self, stream);
         }
     }
+}
+
+/// Tells the watchers of a block, if it has any, that it is freed.
+pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
+    let extras = &mut record.extras;
+    let watchers = extras
+        .as_mut()
+        .map(|extras| std::mem::take(&mut extras.watchers));
+    // Without users either, a lane may keep the block.
+    extras.take_if(|extras| extras.users.is_empty());
+    let mut block = Block::new(Some(record));
+    for Watcher { watch, key } in watchers.iter().flatten().rev() {
+        watch.freed(*key, &block);
+    }
+    block.record.take().expect("the block was made above")
 }
 
 impl Drop for Block {

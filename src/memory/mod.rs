@@ -27,13 +27,16 @@
 //! # Where a block comes from
 //! In order: the lane of the calling thread and stream; a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
 //! of the most ever in use; free pages from anywhere, stitched in a range; new pages. Then, when the device
-//! or the limit refuses: waiting on the host for all streams; returning idle pages; failing with a report.
+//! or the limit refuses: room among other streams' small blocks, lent; the program's callbacks; waiting on the
+//! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is
-//! in `cache`, made of `lane` and `biased`.
+//! mapping; `state` adds statistics, `reclaim` the ladder (with
+//! `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what shrinks a pool. What needs no lock of the pool is
+//! in `cache`, made of `lane` and `biased`. `peaks` counts for a part of a program, `wrap` is what stands
+//! around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -53,7 +56,9 @@ mod hooks;
 mod lane;
 mod local;
 mod paged;
+mod peaks;
 mod pending;
+mod pinned;
 mod pool;
 mod ranges;
 mod reclaim;
@@ -66,10 +71,17 @@ mod stitch;
 mod tags;
 mod territory;
 mod waits;
+mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
 pub use hooks::Registration;
+pub use peaks::{PeakScope, ScopeStats, ScopedStat};
+pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};
+pub use wrap::{
+    Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
+    Watch,
+};

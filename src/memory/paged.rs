@@ -34,9 +34,11 @@ pub(super) struct PagedMemory {
     pub(super) territory: Territory,
     pub(super) ranges: Ranges,
     small: BTreeMap<Owner, SmallBlocks>,
-    /// Bytes in blocks now, and the most there ever were.
+    /// Bytes in blocks.
     in_use: u64,
-    in_use_peak: u64,
+    /// The most that callers ever had of them. What waits for other streams does not count: that it is there
+    /// is no reason to hold more.
+    live_peak: u64,
 }
 
 impl PagedMemory {
@@ -47,13 +49,13 @@ impl PagedMemory {
             ranges: Ranges::default(),
             small: BTreeMap::new(),
             in_use: 0,
-            in_use_peak: 0,
+            live_peak: 0,
         }
     }
 
-    fn count(&mut self, placed: Placed, bytes: u64) -> Placed {
-        self.in_use += bytes;
-        self.in_use_peak = self.in_use_peak.max(self.in_use);
+    fn count(&mut self, placed: Placed, request: Request) -> Placed {
+        self.in_use += request.bytes;
+        self.live_peak = self.live_peak.max(self.in_use - request.pending);
         placed
     }
 
@@ -194,8 +196,8 @@ impl PagedMemory {
         let missing = self.missing_pages(units, request.owner) as u64;
         // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
         let most = self
-            .in_use_peak
-            .max(self.in_use.saturating_add(request.bytes));
+            .live_peak
+            .max((self.in_use - request.pending).saturating_add(request.bytes));
         let held = missing
             .saturating_mul(PAGE)
             .saturating_add(self.pages.bytes_held());
@@ -314,7 +316,7 @@ impl Backing for PagedMemory {
         } else {
             self.place_large(request)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -323,7 +325,7 @@ impl Backing for PagedMemory {
         } else {
             self.find_large(request, fences)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {

@@ -8,13 +8,15 @@ use crossbeam::queue::SegQueue;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::arena::GRANULARITY;
-use super::block::{Block, BlockRecord};
+use super::backing::Refusal;
+use super::block::{self, Block, BlockRecord};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::reclaim;
-use super::state::{Counted, Found, State};
+use super::report::report;
+use super::state::{Counted, Found, State, Wanted};
 use super::stats::PoolStats;
 use super::tags::TagStat;
 use super::waits::wait_for_streams;
@@ -119,12 +121,7 @@ impl Pool {
     #[inline(never)]
     fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
-        if !stream.device().is_same(&shared.device) {
-            return Err(Error::argument(
-                "allocate",
-                "the stream belongs to another device",
-            ));
-        }
+        shared.check_device(stream)?;
         if requested == 0 {
             return Ok(Block::new(None));
         }
@@ -140,6 +137,26 @@ impl Pool {
         let blank = missed.blank.or(hot);
         let record = record_of(found?, requested, stream, shared, blank);
         Ok(Block::new(Some(record)))
+    }
+
+    /// Why a wrapper with a limit, of which it says (used, limit), refuses `bytes` on `stream`.
+    #[cold]
+    pub(super) fn refuse(&self, bytes: u64, stream: &Stream, (used, limit): (u64, u64)) -> Error {
+        let shared = self.shared();
+        if let Err(error) = shared.check_device(stream) {
+            return error;
+        }
+        let mut state = shared.lock_and_fold();
+        let refusal = Some(Refusal::Limit);
+        let wanted = Wanted {
+            requested: bytes,
+            bytes,
+            stream,
+        };
+        let mut report = report(shared, &mut state, wanted, refusal, Vec::new());
+        report.limit = Some(limit);
+        report.limit_used = Some(used);
+        report.into()
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -222,10 +239,22 @@ fn record_of(
 #[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
     if record.extras.is_some() {
-        return free_in_pool(record, Counted::No);
+        return free_with_extras(record);
     }
     if let Some(record) = cache::keep(record) {
         free_anywhere(record);
+    }
+}
+
+/// Takes a block back that others are to be told of, or that other streams used.
+#[inline(never)]
+fn free_with_extras(record: Box<BlockRecord>) {
+    // Before the memory can be handed out again: nobody is told of two live blocks at one address.
+    let record = block::tell_freed(record);
+    if record.extras.is_some() {
+        free_in_pool(record, Counted::No);
+    } else {
+        free(record);
     }
 }
 
@@ -276,6 +305,17 @@ pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
 }
 
 impl Shared {
+    #[inline]
+    fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -284,7 +324,7 @@ impl Shared {
     }
 
     /// The state, with what every cache has counted.
-    fn lock_and_fold(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         self.fold_caches(&mut state);
         state

@@ -39,6 +39,7 @@ pub(super) fn report(
         device_total,
         held_by_others: device.map(|info| info.total.saturating_sub(info.free + reserved)),
         limit: state.limit(),
+        limit_used: None,
         limited: matches!(refusal, Some(Refusal::Limit)),
         driver_error: match refusal {
             Some(Refusal::Driver(error)) => Some(error.to_string()),

@@ -15,7 +15,8 @@ use super::decay::Decay;
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
 use super::paged::PagedMemory;
-use super::pending::Pending;
+use super::peaks::Peaks;
+use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
@@ -54,6 +55,7 @@ pub(super) struct State {
     pub(super) pending: Pending,
     pub(super) decay: Decay,
     pub(super) usage: Usage,
+    pub(super) peaks: Peaks,
     pub(super) tags: TagTable,
     pub(super) counters: Counters,
     segments: Gauge,
@@ -89,6 +91,7 @@ impl State {
             pending: Pending::default(),
             decay: Decay::new(config.decay, Instant::now()),
             usage: Usage::default(),
+            peaks: Peaks::default(),
             tags: TagTable::default(),
             counters: Counters::default(),
             segments: Gauge::default(),
@@ -101,6 +104,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
+            pending: self.pending.bytes(),
         }
     }
 
@@ -183,7 +187,8 @@ impl State {
             self.fences.stamp_for_others(owner)
         };
         let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
-        self.pending.push(record, fences);
+        let freed_at = self.fences.stamp_for_others(record.owner);
+        self.pending.push(record, fences, freed_at);
         None
     }
 
@@ -217,12 +222,18 @@ impl State {
             ReusePolicy::Never => ReusePolicy::OnlyComplete,
             reuse => reuse,
         };
-        for record in self.pending.take_passed(&mut self.fences, reuse) {
+        for passed in self.pending.take_passed(&mut self.fences, reuse) {
+            let Passed { record, fence } = passed;
             if self.config.poison {
                 super::pool::poison(&self.device, &record);
             }
             self.count_inactive(record.allocated);
-            self.make_reusable(&record);
+            // Small blocks keep no epochs of their own; a poisoned one was written just now.
+            let keeps_none = matches!(record.place, Place::Small { .. } | Place::Lent { .. });
+            match fence.filter(|_| !self.config.poison && !keeps_none) {
+                Some(fence) => self.put_back(&record, fence),
+                None => self.make_reusable(&record),
+            }
         }
     }
 
@@ -233,6 +244,10 @@ impl State {
 
     fn make_reusable(&mut self, record: &BlockRecord) {
         let fence = self.fences.stamp(record.owner);
+        self.put_back(record, fence);
+    }
+
+    fn put_back(&mut self, record: &BlockRecord, fence: Fence) {
         self.decay.give(record.allocated);
         self.backing.free(record.place, record.allocated, fence);
     }
@@ -329,17 +344,18 @@ impl State {
         let totals = self.backing.totals();
         let (inactive_split_bytes, inactive_split) = self.backing.inactive_split();
         let counters = self.counters;
+        let usage = self.peaks.completed(&self.usage);
         PoolStats {
-            allocation: self.usage.blocks.stat(),
+            allocation: usage.blocks.stat(),
             segment: self.segments.stat(),
-            active: self.usage.active_blocks.stat(),
-            requested_bytes: self.usage.requested.stat(),
-            allocated_bytes: self.usage.allocated.stat(),
-            active_bytes: self.usage.active.stat(),
+            active: usage.active_blocks.stat(),
+            requested_bytes: usage.requested.stat(),
+            allocated_bytes: usage.allocated.stat(),
+            active_bytes: usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + self.usage.lane_hits,
+            cache_hits: counters.cache_hits + usage.lane_hits,
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,
@@ -350,6 +366,7 @@ impl State {
 
     /// Sets every peak to the present value.
     pub(super) fn reset_peaks(&mut self) {
+        self.peaks.reset_overall(&mut self.usage);
         self.usage.reset_peaks();
         self.segments.reset_peak();
         self.reserved.reset_peak();

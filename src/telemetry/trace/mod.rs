@@ -22,11 +22,14 @@
 //! [`TraceReader`] refuses everything else with the line and the reason; what [`TraceWriter`] accepts,
 //! the reader gives back unchanged.
 //!
+//! [`TraceLog`] writes what passes an allocator.
+//!
 //! Must not know: pools, devices. A trace is a description and can be made by any program.
 
 mod error;
 #[cfg(all(test, feature = "cli"))]
 mod fuzz;
+mod log;
 #[cfg(feature = "cli")]
 mod open;
 mod parse;
@@ -36,6 +39,7 @@ mod tests;
 mod writer;
 
 pub use error::{Reason, TraceError};
+pub use log::TraceLog;
 #[cfg(feature = "cli")]
 pub use open::open;
 pub use reader::TraceReader;
