@@ -334,6 +334,9 @@ pub trait Driver: Debug + Send + Sync {
     /// Begins to record work enqueued on `stream` instead of running it. A stream that waits for an event
     /// recorded in the capture joins it.
     ///
+    /// Only what would wait for a captured stream, or for an event recorded on one, is forbidden meanwhile.
+    /// Taking and mapping memory is no work of a stream: any thread may do it.
+    ///
     /// # Errors
     /// As [`Driver`] says; also when `stream` is already being captured.
     fn begin_capture(&self, stream: RawStream) -> Result<()>;

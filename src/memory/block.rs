@@ -6,6 +6,8 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::backing::Place;
+use super::fences::Fence;
+use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
 use crate::driver::{DevicePtr, Stream};
@@ -17,18 +19,41 @@ pub(super) struct BlockRecord {
     pub(super) ptr: DevicePtr,
     pub(super) requested: u64,
     pub(super) allocated: u64,
+    pub(super) memory: MemoryIndex,
     pub(super) place: Place,
     pub(super) tag: TagId,
     pub(super) home: Stream,
     /// Other streams that used the block.
-    pub(super) users: SmallVec<[Stream; 1]>,
+    pub(super) users: SmallVec<[User; 1]>,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
     /// The next block of this size in a lane.
     pub(super) next: Option<Box<BlockRecord>>,
 }
 
+/// A stream other than home that uses a block.
+#[derive(Debug)]
+pub(super) struct User {
+    pub(super) stream: Stream,
+    /// The end of its use, if that was marked; otherwise it is where the stream is at the free.
+    pub(super) until: Option<Fence>,
+}
+
 impl BlockRecord {
+    /// Notes a use by `stream`, which ends where `until` says, as [`User::until`]. Of two uses by one stream
+    /// the later end counts.
+    fn add_user(&mut self, stream: &Stream, until: Option<Fence>) {
+        let id = stream.id();
+        match self.users.iter_mut().find(|user| user.stream.id() == id) {
+            // Marks of one stream come in order, and a free comes after all of them.
+            Some(user) => user.until = user.until.and(until),
+            None => self.users.push(User {
+                stream: stream.clone(),
+                until,
+            }),
+        }
+    }
+
     /// Makes the record that of a new allocation of `requested` bytes by the calling thread.
     #[inline]
     pub(super) fn hand_out(&mut self, requested: u64) {
@@ -73,15 +98,34 @@ impl Block {
     /// that work, as of the moment of the free, has run. The home stream needs no record.
     ///
     /// The meaning is PyTorch's: it is decided at the free which work has to be waited for, so work that
-    /// `stream` is given between this call and the free delays the reuse as well.
+    /// `stream` is given between this call and the free delays the reuse as well. It costs nothing now; to
+    /// be exact, at the price of an event, is what [`record_use`](Self::record_use) is for.
     pub fn record_stream(&mut self, stream: &Stream) {
-        let Some(record) = &mut self.record else {
-            return;
-        };
-        let known = std::iter::once(&record.home).chain(&record.users);
-        if !known.into_iter().any(|known| known.id() == stream.id()) {
-            record.users.push(stream.clone());
+        if let Some(record) = self.record_for(stream) {
+            record.add_user(stream, None);
         }
+    }
+
+    /// Says that work enqueued on `stream` so far, and none after it, uses this block: the memory is reused
+    /// only after that work has run, and what `stream` is given later does not delay the reuse. To be called
+    /// after the last use on `stream`; a later use needs a later call, which replaces this one. The home
+    /// stream needs no record.
+    ///
+    /// Records an event on `stream`, under every [`ReusePolicy`](super::ReusePolicy): no other means marks a
+    /// point that the stream has not moved on from. Where none can be had (the driver refuses, or `stream` is
+    /// part of a capture), and where [`record_stream`](Self::record_stream) was called for the same stream,
+    /// the meaning is that of `record_stream`.
+    pub fn record_use(&mut self, stream: &Stream) {
+        if let Some(record) = self.record_for(stream) {
+            let until = record.shared.as_ref().and_then(|pool| pool.mark(stream));
+            record.add_user(stream, until);
+        }
+    }
+
+    /// The record, if there is memory and `stream` is not its home.
+    fn record_for(&mut self, stream: &Stream) -> Option<&mut BlockRecord> {
+        let record = self.record.as_deref_mut()?;
+        (record.home.id() != stream.id()).then_some(record)
     }
 }
 

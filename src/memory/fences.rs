@@ -154,6 +154,21 @@ impl Fences {
         }
     }
 
+    /// Where every stream is now.
+    pub(super) fn ends(&self) -> Vec<Fence> {
+        let clocks = self.clocks.iter().enumerate();
+        let in_use = clocks.filter(|(_, clock)| clock.stream.is_some());
+        in_use.map(|(owner, _)| self.now(owner)).collect()
+    }
+
+    /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
+    /// is given from now on comes after it. `None` if no event can be recorded.
+    pub(super) fn mark(&mut self, stream: &Stream) -> Option<Fence> {
+        let owner = self.owner(stream);
+        let fence = self.now(owner);
+        self.clocks[owner].cover(fence.epoch).then_some(fence)
+    }
+
     /// Whether `thief` may enqueue work on memory behind `fence`, as far as `reuse` allows it to find out
     /// or to bring it about.
     pub(super) fn pass(&mut self, thief: Owner, fence: Fence, reuse: ReusePolicy) -> bool {

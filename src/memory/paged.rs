@@ -31,6 +31,8 @@ pub(super) struct PagedMemory {
     pub(super) pages: Pages,
     pub(super) territory: Territory,
     pub(super) ranges: Ranges,
+    /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
+    stitches: bool,
     small: BTreeMap<Owner, SmallBlocks>,
     /// Bytes in blocks now, and the most there ever were.
     in_use: u64,
@@ -43,9 +45,18 @@ impl PagedMemory {
             pages,
             territory: Territory::new(),
             ranges: Ranges::default(),
+            stitches: true,
             small: BTreeMap::new(),
             in_use: 0,
             in_use_peak: 0,
+        }
+    }
+
+    /// Memory whose addresses hold for as long as its pages: it maps none a second time.
+    pub(super) fn unstitched(pages: Pages) -> Self {
+        Self {
+            stitches: false,
+            ..Self::new(pages)
         }
     }
 
@@ -154,7 +165,9 @@ impl PagedMemory {
         {
             return Ok(self.place_large(request).expect("a hole was grown to fit"));
         }
-        if let Some(placed) = self.stitch(request, fences) {
+        if self.stitches
+            && let Some(placed) = self.stitch(request, fences)
+        {
             return Ok(placed);
         }
         match self.grow_hole(units, request.owner) {
@@ -225,6 +238,10 @@ impl PagedMemory {
 }
 
 impl Backing for PagedMemory {
+    fn set_limit(&mut self, bytes: u64) {
+        self.pages.set_limit(bytes);
+    }
+
     fn place(&mut self, request: Request) -> Option<Placed> {
         let placed = if request.bytes <= SMALL_MAX {
             self.place_small(request)

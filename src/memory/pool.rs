@@ -11,8 +11,11 @@ use super::arena::GRANULARITY;
 use super::backing::Refusal;
 use super::block::{Block, BlockRecord};
 use super::config::PoolConfig;
+use super::fences::{Fence, is_free_to_wait};
 use super::lane::{self, Close, Kept, Lane};
+use super::memories::MemoryIndex;
 use super::reclaim;
+use super::routes::Routes;
 use super::state::{Counted, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
@@ -38,14 +41,17 @@ struct Handle {
 /// What all clones of a pool and all its blocks share.
 pub(super) struct Shared {
     /// Unique in the process.
-    id: u64,
+    pub(super) id: u64,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
+    pub(super) routes: Routes,
     state: Mutex<State>,
     /// Every thread's lanes. Taken after `state` where both are needed, and before a lane's own lock.
     lanes: Mutex<Lanes>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    /// Private memories whose last holder went, in the same way.
+    released: SegQueue<MemoryIndex>,
 }
 
 /// The lanes of a pool.
@@ -71,8 +77,10 @@ impl Pool {
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
+            routes: Routes::default(),
             lanes: Mutex::default(),
             freed: SegQueue::new(),
+            released: SegQueue::new(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -81,7 +89,7 @@ impl Pool {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -98,11 +106,13 @@ impl Pool {
     }
 
     /// Memory for `bytes` bytes, for use on `stream` from now on; its contents are undefined. Zero bytes
-    /// give a block without memory.
+    /// give a block without memory. During a capture or a pass of a [`PrivatePool`](super::PrivatePool) of
+    /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
-    /// stream of another device.
+    /// stream of another device; during a capture, [`Error::Driver`] if the driver cannot tell whether the
+    /// stream is part of it.
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
         if !stream.device().is_same(&shared.device) {
@@ -114,6 +124,10 @@ impl Pool {
         if bytes == 0 {
             return Ok(Block::new(None));
         }
+        let memory = shared.routes.find(shared.id, stream)?;
+        if memory != MemoryIndex::ORDINARY {
+            return shared.allocate(bytes, stream, memory);
+        }
         let key = (shared.id, stream.id());
         let take = |lane: &Lane, _: &Arc<Shared>| lane.take(bytes, rounded(bytes)?);
         // A thread that is going down has no lanes; it allocates from the pool itself.
@@ -121,9 +135,7 @@ impl Pool {
             return Ok(Block::new(Some(record)));
         }
         lane::give_up_hot(key, bytes);
-        let mut record = reclaim::allocate(shared, bytes, stream)?;
-        record.shared = Some(shared.clone());
-        Ok(Block::new(Some(record)))
+        shared.allocate(bytes, stream, memory)
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -182,8 +194,12 @@ pub(super) fn free(record: Box<BlockRecord>) {
     if !record.users.is_empty() {
         return free_in_pool(record, Counted::No);
     }
+    if record.memory != MemoryIndex::ORDINARY {
+        shared.poison_private(&record);
+        return free_in_pool(record, Counted::No);
+    }
     if shared.config.poison {
-        poison(&shared.device, &record);
+        poison_ordinary(&shared.device, &record);
     }
     let key = (shared.id, record.home.id());
     #[expect(clippy::borrowed_box, reason = "the lane hands over what it was given")]
@@ -220,6 +236,28 @@ pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) -> Arc<Share
 }
 
 impl Shared {
+    /// A block from the pool itself.
+    fn allocate(
+        self: &Arc<Self>,
+        bytes: u64,
+        stream: &Stream,
+        memory: MemoryIndex,
+    ) -> Result<Block> {
+        let mut record = reclaim::allocate(self, bytes, stream, memory)?;
+        record.shared = Some(self.clone());
+        Ok(Block::new(Some(record)))
+    }
+
+    /// Poisons a private block if that becomes part of the graph that is being captured on its memory: any
+    /// later, it could hit memory that a graph is using.
+    fn poison_private(&self, record: &BlockRecord) {
+        if self.config.poison
+            && matches!(self.routes.captured(&record.home), Ok(Some(memory)) if memory == record.memory)
+        {
+            poison(&self.device, record);
+        }
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -286,10 +324,25 @@ impl Shared {
         self.fold_lanes(state);
     }
 
+    /// The present end of `stream`, marked with an event, if one can be recorded.
+    pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
+        self.lock().fences.mark(stream)
+    }
+
     pub(super) fn take_in_freed(&self, state: &mut State) {
         while let Some((record, counted)) = self.freed.pop() {
             state.free(record, counted);
         }
+        while let Some(memory) = self.released.pop() {
+            state.release_memory(memory);
+        }
+    }
+
+    /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
+    /// that runs work.
+    pub(super) fn release_memory(&self, memory: MemoryIndex) {
+        self.released.push(memory);
+        self.take_in_left();
     }
 
     /// The report of an allocation that failed.
@@ -297,7 +350,7 @@ impl Shared {
         &self,
         state: &mut State,
         requested: u64,
-        stream: &Stream,
+        (memory, stream): (MemoryIndex, &Stream),
         refusal: Option<Refusal>,
         tried: Vec<&'static str>,
     ) -> OutOfMemory {
@@ -313,7 +366,7 @@ impl Shared {
             allocated: state.usage.allocated.stat().current,
             pending: state.pending.bytes(),
             reserved: state.bytes_held(),
-            largest_free: state.largest_free(stream),
+            largest_free: state.largest_free(memory, stream),
             device_free: device.map_or(0, |info| info.free),
             device_total: self.device.properties().total_memory,
             limit: self.config.limit,
@@ -335,9 +388,17 @@ pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }
 
+/// Poisons a block of ordinary memory, unless that would become part of a graph, which would overwrite the
+/// memory again in whose ever hands it is then.
+pub(super) fn poison_ordinary(device: &Device, record: &BlockRecord) {
+    if record.memory == MemoryIndex::ORDINARY && is_free_to_wait(&record.home) {
+        poison(device, record);
+    }
+}
+
 /// Overwrites a block that is about to become reusable, in order with its home stream.
 #[expect(unsafe_code, reason = "the pool owns the memory it overwrites")]
-pub(super) fn poison(device: &Device, record: &BlockRecord) {
+fn poison(device: &Device, record: &BlockRecord) {
     let raw = record.home.raw();
     // SAFETY: the block was freed by its owner and is in no free list yet, so nothing touches it until the
     // home stream has passed this fill; its segment is returned only after that stream has passed.

@@ -2,38 +2,63 @@
 
 use parking_lot::MutexGuard;
 
+use super::backing::Refusal;
 use super::block::BlockRecord;
 use super::config::ReusePolicy;
 use super::fences::{Fence, is_free_to_wait};
 use super::lane::Close;
+use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
 use super::state::{State, Wanted};
 use crate::driver::Stream;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Finds memory for `requested` bytes (not 0) on `stream`.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     stream: &Stream,
+    memory: MemoryIndex,
 ) -> Result<Box<BlockRecord>> {
     let mut state = shared.lock();
     shared.fold_thread_lanes(&mut state);
     let Some(bytes) = rounded(requested) else {
         state.counters.ooms += 1;
         return Err(shared
-            .report(&mut state, requested, stream, None, Vec::new())
+            .report(&mut state, requested, (memory, stream), None, Vec::new())
             .into());
     };
     let wanted = Wanted {
         requested,
         bytes,
         stream,
+        memory,
     };
     if let Some(record) = state.place(wanted) {
         state.counters.cache_hits += 1;
         return Ok(record);
     }
+    let is_private = memory != MemoryIndex::ORDINARY;
+    if !is_private {
+        poll_pending(shared, &mut state);
+    }
+    let allocations = state.device_allocs();
+    match state.find(wanted) {
+        Ok(record) => {
+            state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
+            Ok(record)
+        }
+        // In a capture nothing may wait or be unmapped: there are no more rungs.
+        Err(refusal) if is_private && shared.routes.is_capturing() => {
+            let tried = vec!["the private pool's blocks", "the driver"];
+            Err(fail(shared, &mut state, wanted, refusal, tried))
+        }
+        Err(_) => allocate_when_short(shared, state, wanted),
+    }
+}
+
+/// Takes in what other streams are done with, as far as the policy lets it find out or bring it about.
+fn poll_pending(shared: &Shared, state: &mut State) {
     let reuse = shared.config.reuse;
     // Blocks recorded on other streams come back to their own stream under any policy; what the policy
     // decides is whether to wait for them on the device.
@@ -42,12 +67,26 @@ pub(super) fn allocate(
     } else {
         ReusePolicy::OnlyComplete
     });
-    let allocations = state.device_allocs();
-    if let Ok(record) = state.find(wanted) {
-        state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
-        return Ok(record);
-    }
-    allocate_when_short(shared, state, wanted)
+}
+
+/// The report of an allocation for which no rung found memory.
+fn fail(
+    shared: &Shared,
+    state: &mut State,
+    wanted: Wanted<'_>,
+    refusal: Refusal,
+    tried: Vec<&'static str>,
+) -> Error {
+    state.counters.ooms += 1;
+    let Wanted {
+        requested,
+        stream,
+        memory,
+        ..
+    } = wanted;
+    shared
+        .report(state, requested, (memory, stream), Some(refusal), tried)
+        .into()
 }
 
 /// The rungs that wait on the host: neither the cache nor the driver had room at once.
@@ -67,7 +106,6 @@ fn allocate_when_short(
     match state.find(wanted) {
         Ok(record) => Ok(record),
         Err(refusal) => {
-            state.counters.ooms += 1;
             let tried = vec![
                 "cached blocks",
                 "other streams' blocks",
@@ -75,12 +113,7 @@ fn allocate_when_short(
                 "waiting for streams",
                 "returning idle memory",
             ];
-            let Wanted {
-                requested, stream, ..
-            } = wanted;
-            Err(shared
-                .report(&mut state, requested, stream, Some(refusal), tried)
-                .into())
+            Err(fail(shared, &mut state, wanted, refusal, tried))
         }
     }
 }

@@ -6,10 +6,11 @@
 use smallvec::SmallVec;
 
 use super::backing::{Backing, Placed, Refusal, Request};
-use super::block::BlockRecord;
+use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
+use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::pending::Pending;
 use super::segmented::SegmentedMemory;
@@ -25,13 +26,14 @@ pub(super) struct Wanted<'a> {
     pub(super) requested: u64,
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
+    pub(super) memory: MemoryIndex,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
     device: Device,
     config: PoolConfig,
-    backing: Box<dyn Backing>,
+    pub(super) memories: Memories,
     pub(super) fences: Fences,
     pub(super) pending: Pending,
     pub(super) usage: Usage,
@@ -52,10 +54,7 @@ pub(super) struct Counters {
 
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
-        let properties = device.properties();
-        let page = super::territory::PAGE;
-        let can_map = properties.virtual_memory && page.is_multiple_of(properties.page_granularity);
-        let backing: Box<dyn Backing> = if can_map && !config.contiguous {
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
             Box::new(PagedMemory::new(Pages::new(device, config.limit)?))
         } else {
             Box::new(SegmentedMemory::new(device, config.limit))
@@ -63,7 +62,7 @@ impl State {
         Ok(Self {
             device: device.clone(),
             config: config.clone(),
-            backing,
+            memories: Memories::new(backing, config.limit),
             fences: Fences::new(),
             pending: Pending::default(),
             usage: Usage::default(),
@@ -74,7 +73,32 @@ impl State {
         })
     }
 
-    fn request(&mut self, wanted: Wanted<'_>, reuse: ReusePolicy) -> Request {
+    /// Adds a memory that is set aside.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
+        let (device, config) = (&self.device, &self.config);
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
+            let pages = Pages::lasting(device, config.limit)?;
+            Box::new(PagedMemory::unstitched(pages))
+        } else {
+            Box::new(SegmentedMemory::new(device, config.limit))
+        };
+        Ok(self.memories.add(backing))
+    }
+
+    /// Lets go of a memory that was set aside.
+    pub(super) fn release_memory(&mut self, memory: MemoryIndex) {
+        self.memories.release(memory, self.fences.ends());
+    }
+
+    fn request(&mut self, wanted: Wanted<'_>) -> Request {
+        // In a capture no event can be recorded; the pass before it is to need as much memory.
+        let reuse = match wanted.memory {
+            MemoryIndex::ORDINARY => self.config.reuse,
+            _ => ReusePolicy::Never,
+        };
         Request {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
@@ -84,15 +108,15 @@ impl State {
 
     /// Places a block in memory that is free for its stream at once.
     pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Box<BlockRecord>> {
-        let request = self.request(wanted, self.config.reuse);
-        let placed = self.backing.place(request)?;
+        let request = self.request(wanted);
+        let placed = self.memories.get_mut(wanted.memory).place(request)?;
         Some(self.hand_out(wanted, placed))
     }
 
     /// Places a block by all means but waiting on the host.
     pub(super) fn find(&mut self, wanted: Wanted<'_>) -> Result<Box<BlockRecord>, Refusal> {
-        let request = self.request(wanted, self.config.reuse);
-        let found = self.backing.find(request, &mut self.fences);
+        let request = self.request(wanted);
+        let found = self.memories.find(wanted.memory, request, &mut self.fences);
         // Even a request that failed may have taken memory on the way.
         self.count_driver();
         Ok(self.hand_out(wanted, found?))
@@ -103,11 +127,13 @@ impl State {
             requested,
             bytes,
             stream,
+            memory,
         } = wanted;
         let record = BlockRecord {
             ptr: placed.ptr,
             requested,
             allocated: bytes,
+            memory,
             place: placed.place,
             tag: TagId::current(),
             home: stream.clone(),
@@ -123,23 +149,23 @@ impl State {
     }
 
     fn count_driver(&mut self) {
-        let totals = self.backing.totals();
+        let totals = self.memories.totals();
         self.segments.set(totals.segments);
         self.reserved.set(totals.reserved_bytes);
     }
 
     /// Driver allocations so far.
     pub(super) fn device_allocs(&self) -> u64 {
-        self.backing.totals().device_allocs
+        self.memories.totals().device_allocs
     }
 
     /// Bytes held from the driver.
     pub(super) fn bytes_held(&self) -> u64 {
-        self.backing.totals().reserved_bytes
+        self.memories.totals().reserved_bytes
     }
 
-    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed their
-    /// present end.
+    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
+    /// of their uses, which are their present ends where none was marked.
     pub(super) fn free(&mut self, mut record: Box<BlockRecord>, counted: Counted) {
         if counted == Counted::No {
             self.usage.free(&record);
@@ -153,11 +179,13 @@ impl State {
             self.make_reusable(&record);
             return;
         }
-        let now = |stream: &Stream| {
-            let owner = self.fences.owner(stream);
-            self.fences.now(owner)
+        let end = |user: &User| {
+            user.until.unwrap_or_else(|| {
+                let owner = self.fences.owner(&user.stream);
+                self.fences.now(owner)
+            })
         };
-        let fences: SmallVec<[Fence; 1]> = users.iter().map(now).collect();
+        let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
         self.pending.push(record, fences);
     }
 
@@ -169,7 +197,7 @@ impl State {
         }
         for record in self.pending.take_passed(&mut self.fences, reuse) {
             if self.config.poison {
-                super::pool::poison(&self.device, &record);
+                super::pool::poison_ordinary(&self.device, &record);
             }
             self.count_inactive(&record);
             self.make_reusable(&record);
@@ -183,8 +211,8 @@ impl State {
 
     fn make_reusable(&mut self, record: &BlockRecord) {
         let owner = self.fences.owner(&record.home);
-        self.backing
-            .free(record.place, record.allocated, self.fences.now(owner));
+        let backing = self.memories.get_mut(record.memory);
+        backing.free(record.place, record.allocated, self.fences.now(owner));
     }
 
     /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.
@@ -200,28 +228,29 @@ impl State {
 
     /// Makes memory whose past is complete anyone's, and lets go of streams that nobody else holds.
     pub(super) fn settle(&mut self) {
-        self.backing.settle(&mut self.fences);
-        self.fences
-            .retire(|owner| self.backing.holds_nothing_of(owner) && !self.pending.is_behind(owner));
+        self.memories.settle(&mut self.fences);
+        self.fences.retire(|owner| {
+            self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
+        });
     }
 
     /// Gives the driver what is idle as a whole and known to be complete.
     pub(super) fn release_idle(&mut self) -> Result<()> {
-        let outcome = self.backing.release_idle(&mut self.fences);
+        let outcome = self.memories.release_idle(&mut self.fences);
         self.count_driver();
         outcome
     }
 
-    /// Bytes of the largest free block that `stream` could use.
-    pub(super) fn largest_free(&mut self, stream: &Stream) -> u64 {
+    /// Bytes of the largest free block of `memory` that `stream` could use.
+    pub(super) fn largest_free(&mut self, memory: MemoryIndex, stream: &Stream) -> u64 {
         let owner = self.fences.owner(stream);
-        self.backing.largest_free(owner)
+        self.memories.get(memory).largest_free(owner)
     }
 
     /// The statistics now. The lanes' counters must have been folded in.
     pub(super) fn stats(&self) -> PoolStats {
-        let totals = self.backing.totals();
-        let (inactive_split_bytes, inactive_split) = self.backing.inactive_split();
+        let totals = self.memories.totals();
+        let (inactive_split_bytes, inactive_split) = self.memories.inactive_split();
         let counters = self.counters;
         PoolStats {
             allocation: self.usage.blocks.stat(),
@@ -231,6 +260,7 @@ impl State {
             allocated_bytes: self.usage.allocated.stat(),
             active_bytes: self.usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
+            private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
             cache_hits: counters.cache_hits + self.usage.lane_hits,
@@ -253,7 +283,7 @@ impl State {
     /// Asserts that every structure is sound and that the counters equal what a walk sums. The lanes must
     /// be empty and their counters folded in.
     pub(super) fn check_invariants(&self) {
-        let in_blocks = self.backing.check_invariants();
+        let in_blocks = self.memories.check_invariants();
         let stats = self.stats();
         assert_eq!(stats.active_bytes.current, in_blocks, "active bytes");
         let pending = self.pending.bytes();
@@ -266,7 +296,7 @@ impl State {
         assert_eq!(stats.active.current, blocks, "active blocks");
         assert_eq!(
             stats.reserved_bytes.current,
-            self.backing.totals().reserved_bytes
+            self.memories.totals().reserved_bytes
         );
         assert!(stats.requested_bytes.current <= stats.allocated_bytes.current);
         assert!(
@@ -281,6 +311,13 @@ impl State {
             .sum();
         assert_eq!(tagged, stats.allocated_bytes.current, "bytes by tag");
     }
+}
+
+/// Whether memory is to be taken as pages.
+fn maps_pages(device: &Device, config: &PoolConfig) -> bool {
+    let properties = device.properties();
+    let is_whole = super::territory::PAGE.is_multiple_of(properties.page_granularity);
+    properties.virtual_memory && is_whole && !config.contiguous
 }
 
 /// Whether a free has gone into some counters already.
