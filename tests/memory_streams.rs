@@ -76,6 +76,10 @@ fn consumer_sees_every_value(seed: u64, order: Order) -> bool {
             Order::RecordUse => block.record_use(&consumer),
             Order::RecordUseTooEarly | Order::NoRecord => {}
         }
+        drop(block);
+        // What a stream new to the pool asks for misses its cache, and blocks that wait are looked at.
+        let fresh = device.create_stream().unwrap();
+        drop(pool.allocate(BYTES, &fresh).unwrap());
     }
     (0..rounds).zip(&results).all(|(round, result)| {
         let mut bytes = vec![0; 4096];

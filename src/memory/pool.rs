@@ -248,12 +248,11 @@ impl Shared {
         Ok(Block::new(Some(record)))
     }
 
-    /// Poisons a private block if that becomes part of the graph that is being captured on its memory: any
-    /// later, it could hit memory that a graph is using.
+    /// Poisons a private block if that becomes part of the graph that is being captured with its memory: any
+    /// later, it could hit what a graph is using. Only the stream that the capture was begun on can take
+    /// work at any time in it; another may have been joined for the last time.
     fn poison_private(&self, record: &BlockRecord) {
-        if self.config.poison
-            && matches!(self.routes.captured(&record.home), Ok(Some(memory)) if memory == record.memory)
-        {
+        if self.config.poison && self.routes.captured_from(&record.home) == Some(record.memory) {
             poison(&self.device, record);
         }
     }

@@ -73,13 +73,19 @@ impl Routes {
     ///
     /// # Errors
     /// As [`find`](Self::find).
-    pub(super) fn captured(&self, stream: &Stream) -> Result<Option<MemoryIndex>> {
+    fn captured(&self, stream: &Stream) -> Result<Option<MemoryIndex>> {
         let Some(capture) = *self.capture.read() else {
             return Ok(None);
         };
         let is_part =
             capture.origin == stream.id() || stream.driver().is_capturing(stream.raw())?;
         Ok(is_part.then_some(capture.memory))
+    }
+
+    /// The memory of the capture that was begun on `stream`, if there is one.
+    pub(super) fn captured_from(&self, stream: &Stream) -> Option<MemoryIndex> {
+        let capture = (*self.capture.read())?;
+        (capture.origin == stream.id()).then_some(capture.memory)
     }
 
     /// Whether a capture is under way.
