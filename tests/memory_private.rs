@@ -479,6 +479,36 @@ fn a_graph_may_go_in_a_kernel() {
     }
 }
 
+#[test]
+fn the_last_block_of_a_pool_may_go_in_a_kernel() {
+    for schedule in [Schedule::Threads, Schedule::Seeded(5)] {
+        let config = HostConfig {
+            schedule,
+            ..HostConfig::default()
+        };
+        let device = Device::host(config).unwrap();
+        let total = device.properties().total_memory;
+        let Setup {
+            pool, stream, side, ..
+        } = setup_on(device.clone(), PoolConfig::default());
+        let gate = matches!(schedule, Schedule::Threads).then(|| Gate::close(&stream));
+        let mut block = pool.allocate(PAGE, &stream).unwrap();
+        block.record_stream(&side);
+        act(&stream, move || assert_eq!(block.allocated(), PAGE));
+        // Behind the kernel, so that a wait from within it for its own stream would never end.
+        act(&stream, || {});
+        drop(pool);
+        if let Some(gate) = gate {
+            gate.open();
+        }
+        stream.synchronize().unwrap();
+        // Another thread gives the memory back, when the streams allow it.
+        while device.memory_info().unwrap().free < total {
+            thread::yield_now();
+        }
+    }
+}
+
 /// A pass, a capture, launches, a second capture; every call may fail.
 fn program(
     pool: &Pool,

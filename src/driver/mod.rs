@@ -124,7 +124,8 @@ pub struct MemoryInfo {
 /// # Errors
 /// Every fallible method returns [`Error::Driver`](crate::Error::Driver) with the name of the method when
 /// the device refuses. After a kernel failed, its stream reports that failure from every later call that
-/// waits for it. Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
+/// waits for it. Kernels, and what is dropped with them, must not wait: calls that block are refused to them.
+/// Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
 pub trait Driver: Debug + Send + Sync {
     /// What the device is and can do.
     fn properties(&self) -> &DeviceProperties;

@@ -54,6 +54,15 @@ impl Memories {
         }
     }
 
+    /// No memory at all, for a pool that is gone.
+    pub(super) fn none() -> Self {
+        Self {
+            list: Vec::new(),
+            limit: 0,
+            gone: Totals::default(),
+        }
+    }
+
     /// Adds a private memory.
     pub(super) fn add(&mut self, backing: Box<dyn Backing>) -> MemoryIndex {
         let memory = Some(Memory {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use crossbeam::queue::SegQueue;
 use parking_lot::{Mutex, MutexGuard};
@@ -420,10 +421,15 @@ impl Drop for Handle {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let mut state = self.lock();
-        reclaim::wait_for_streams(self, &mut state);
-        // What the driver does not take back now is lost with the pool.
-        drop(state.release_idle());
+        let mut state = self.lock().take();
+        reclaim::close(&mut state);
+        if state.bytes_held() > 0 {
+            // A kernel that owned the last block may not wait, least of all for its own stream. What another
+            // thread does not get returned, or where there is none, is lost with the pool.
+            let close = move || reclaim::close(&mut state);
+            let thread = thread::Builder::new().name("kitsune-pool".to_owned());
+            drop(thread.spawn(close));
+        }
     }
 }
 

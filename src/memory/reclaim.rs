@@ -127,16 +127,32 @@ pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State
     shared.flush_lanes(state, Close::No);
     for _ in 0..2 {
         let ends = state.fences.close_epochs();
-        let passed: Vec<Fence> = MutexGuard::unlocked(state, || {
-            let passed = ends
-                .into_iter()
-                .filter(|(_, stream)| is_free_to_wait(stream) && stream.synchronize().is_ok());
-            passed.map(|(fence, _)| fence).collect()
-        });
+        let passed = MutexGuard::unlocked(state, || wait_for(ends));
         shared.take_in_freed(state);
         if !state.take_in_passed(&passed) {
             break;
         }
     }
     state.settle();
+}
+
+/// Waits on the host for ends of streams; gives those that were reached.
+fn wait_for(ends: Vec<(Fence, Stream)>) -> Vec<Fence> {
+    let reached = ends
+        .into_iter()
+        .filter(|(_, stream)| is_free_to_wait(stream) && stream.synchronize().is_ok());
+    reached.map(|(fence, _)| fence).collect()
+}
+
+/// Returns what a pool held whose last handle and last block are gone, as far as its streams can be waited for.
+pub(super) fn close(state: &mut State) {
+    for _ in 0..2 {
+        let passed = wait_for(state.fences.close_epochs());
+        if !state.take_in_passed(&passed) {
+            break;
+        }
+    }
+    state.settle();
+    // What the driver refuses stays, and the caller sees it.
+    drop(state.release_idle());
 }

@@ -59,10 +59,21 @@ impl State {
         } else {
             Box::new(SegmentedMemory::new(device, config.limit))
         };
-        Ok(Self {
+        let memories = Memories::new(backing, config.limit);
+        Ok(Self::with(device, config, memories))
+    }
+
+    /// Takes everything out, and leaves a state of which nothing may be asked.
+    pub(super) fn take(&mut self) -> Self {
+        let nothing = Self::with(&self.device, &self.config, Memories::none());
+        std::mem::replace(self, nothing)
+    }
+
+    fn with(device: &Device, config: &PoolConfig, memories: Memories) -> Self {
+        Self {
             device: device.clone(),
             config: config.clone(),
-            memories: Memories::new(backing, config.limit),
+            memories,
             fences: Fences::new(),
             pending: Pending::default(),
             usage: Usage::default(),
@@ -70,7 +81,7 @@ impl State {
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
-        })
+        }
     }
 
     /// Adds a memory that is set aside.
