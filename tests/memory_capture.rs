@@ -41,9 +41,12 @@ fn add(stream: &Stream, dst: DevicePtr, src: DevicePtr, value: u8) {
         let address = |ptr: DevicePtr| usize::try_from(ptr.0).unwrap();
         let src = std::ptr::with_exposed_provenance::<u8>(address(src));
         let dst = std::ptr::with_exposed_provenance_mut::<u8>(address(dst));
-        for at in 0..LEN {
-            // SAFETY: the tests pass blocks of at least `LEN` bytes that live when this runs.
-            unsafe { dst.add(at).write(src.add(at).read().wrapping_add(value)) };
+        // SAFETY: the tests pass blocks of at least `LEN` bytes that live when this runs.
+        let src = unsafe { std::slice::from_raw_parts(src, LEN) };
+        // SAFETY: as above, and the two blocks are not the same.
+        let dst = unsafe { std::slice::from_raw_parts_mut(dst, LEN) };
+        for (sum, byte) in dst.iter_mut().zip(src) {
+            *sum = byte.wrapping_add(value);
         }
     });
 }
