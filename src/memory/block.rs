@@ -7,9 +7,11 @@ use smallvec::SmallVec;
 
 use super::backing::Place;
 use super::fences::Fence;
+use super::lane::LaneKey;
 use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
+use super::territory::Owner;
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
@@ -19,16 +21,28 @@ pub(super) struct BlockRecord {
     pub(super) ptr: DevicePtr,
     pub(super) requested: u64,
     pub(super) allocated: u64,
-    pub(super) memory: MemoryIndex,
     pub(super) place: Place,
+    /// The number of `home` in the pool.
+    pub(super) owner: Owner,
     pub(super) tag: TagId,
+    /// The lane that may keep the block as it is.
+    pub(super) key: LaneKey,
     pub(super) home: Stream,
-    /// Other streams that used the block.
-    pub(super) users: SmallVec<[User; 1]>,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
-    /// The next block of this size in a lane.
+    /// The next record in the same list of a lane.
     pub(super) next: Option<Box<BlockRecord>>,
+    /// What few blocks have. None while a lane has the block.
+    pub(super) extras: Option<Box<Extras>>,
+}
+
+/// What a free has to look at only where it is there at all.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
+    /// Other streams that used the block.
+    pub(super) users: SmallVec<[User; 1]>,
+    /// Where the block lies.
+    pub(super) memory: MemoryIndex,
 }
 
 /// A stream other than home that uses a block.
@@ -44,14 +58,23 @@ impl BlockRecord {
     /// the later end counts.
     fn add_user(&mut self, stream: &Stream, until: Option<Fence>) {
         let id = stream.id();
-        match self.users.iter_mut().find(|user| user.stream.id() == id) {
+        let users = &mut self.extras.get_or_insert_default().users;
+        match users.iter_mut().find(|user| user.stream.id() == id) {
             // Marks of one stream come in order, and a free comes after all of them.
             Some(user) => user.until = user.until.and(until),
-            None => self.users.push(User {
+            None => users.push(User {
                 stream: stream.clone(),
                 until,
             }),
         }
+    }
+
+    /// The memory that the block lies in.
+    #[inline]
+    pub(super) fn memory(&self) -> MemoryIndex {
+        self.extras
+            .as_ref()
+            .map_or(MemoryIndex::ORDINARY, |extras| extras.memory)
     }
 
     /// Makes the record that of a new allocation of `requested` bytes by the calling thread.
@@ -130,6 +153,7 @@ impl Block {
 }
 
 impl Drop for Block {
+    #[inline]
     fn drop(&mut self) {
         if let Some(record) = self.record.take() {
             pool::free(record);

@@ -13,7 +13,7 @@ use super::territory::Owner;
 use crate::error::Result;
 
 /// A memory's place in the list of its pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MemoryIndex(u32);
 
 impl MemoryIndex {

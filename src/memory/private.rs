@@ -90,7 +90,7 @@ impl PrivatePool {
     pub fn prime<T>(&self, work: impl FnOnce() -> T) -> T {
         let PrivateMemory { shared, index } = &*self.memory;
         self.start_afresh();
-        let _scope = shared.routes.begin_pass(shared.id, *index);
+        let _scope = shared.routes.begin_pass(shared.id(), *index);
         work()
     }
 

@@ -4,24 +4,28 @@ use parking_lot::MutexGuard;
 
 use super::backing::Refusal;
 use super::block::BlockRecord;
+use super::cache::{self, Close};
 use super::config::ReusePolicy;
 use super::fences::{Fence, is_free_to_wait};
-use super::lane::Close;
 use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
-use super::state::{State, Wanted};
+use super::state::{Counted, Found, State, Wanted};
 use crate::driver::Stream;
 use crate::error::{Error, Result};
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
+/// whose record is left there.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
-    stream: &Stream,
-    memory: MemoryIndex,
-) -> Result<Box<BlockRecord>> {
+    (memory, stream): (MemoryIndex, &Stream),
+    hot: &mut Option<Box<BlockRecord>>,
+) -> Result<Found> {
     let mut state = shared.lock();
-    shared.fold_thread_lanes(&mut state);
+    cache::fold_of_thread(shared.id(), &mut state);
+    if let Some(record) = hot.take() {
+        *hot = state.free(record, Counted::Yes);
+    }
     let Some(bytes) = rounded(requested) else {
         state.counters.ooms += 1;
         return Err(shared
@@ -34,9 +38,9 @@ pub(super) fn allocate(
         stream,
         memory,
     };
-    if let Some(record) = state.place(wanted) {
+    if let Some(found) = state.place(wanted) {
         state.counters.cache_hits += 1;
-        return Ok(record);
+        return Ok(found);
     }
     let is_private = memory != MemoryIndex::ORDINARY;
     if !is_private {
@@ -44,9 +48,9 @@ pub(super) fn allocate(
     }
     let allocations = state.device_allocs();
     match state.find(wanted) {
-        Ok(record) => {
+        Ok(found) => {
             state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
-            Ok(record)
+            Ok(found)
         }
         // In a capture nothing may wait or be unmapped: there are no more rungs.
         Err(refusal) if is_private && shared.routes.is_capturing() => {
@@ -94,17 +98,17 @@ fn allocate_when_short(
     shared: &Shared,
     mut state: MutexGuard<'_, State>,
     wanted: Wanted<'_>,
-) -> Result<Box<BlockRecord>> {
+) -> Result<Found> {
     state.counters.alloc_retries += 1;
     state.counters.syncs += 1;
     wait_for_streams(shared, &mut state);
-    if let Ok(record) = state.find(wanted) {
-        return Ok(record);
+    if let Ok(found) = state.find(wanted) {
+        return Ok(found);
     }
     // What the driver does not take back stays in the pool; the next rung decides whether it fits.
     drop(state.release_idle());
     match state.find(wanted) {
-        Ok(record) => Ok(record),
+        Ok(found) => Ok(found),
         Err(refusal) => {
             let tried = vec![
                 "cached blocks",
@@ -124,7 +128,7 @@ fn allocate_when_short(
 pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
     // Blocks that came back from other streams are free for their own streams only; a second wait covers
     // those too.
-    shared.flush_lanes(state, Close::No);
+    shared.empty_caches(state, Close::No);
     for _ in 0..2 {
         let ends = state.fences.close_epochs();
         let passed = MutexGuard::unlocked(state, || wait_for(ends));

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 
+use super::lane::PoolId;
 use super::memories::MemoryIndex;
 use crate::driver::Stream;
 use crate::error::{Error, Result};
@@ -35,26 +36,26 @@ struct Capture {
 
 thread_local! {
     /// The passes of this thread as (pool number, memory), the innermost last.
-    static PASSES: RefCell<Vec<(u64, MemoryIndex)>> = const { RefCell::new(Vec::new()) };
+    static PASSES: RefCell<Vec<(PoolId, MemoryIndex)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Routes {
+    /// Whether every allocation is ordinary.
+    #[inline]
+    pub(super) fn are_none(&self) -> bool {
+        // Relaxed: a thread that gives work to a captured stream was told of the capture by other means, and
+        // those order its load after the store.
+        self.under_way.load(Ordering::Relaxed) == 0
+    }
+
     /// Where an allocation for `stream` goes in pool number `pool`.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver cannot tell whether the stream is being captured.
-    #[inline]
-    pub(super) fn find(&self, pool: u64, stream: &Stream) -> Result<MemoryIndex> {
-        // Relaxed: a thread that gives work to a captured stream was told of the capture by other means, and
-        // those order its load after the store.
-        if self.under_way.load(Ordering::Relaxed) == 0 {
+    pub(super) fn find(&self, pool: PoolId, stream: &Stream) -> Result<MemoryIndex> {
+        if self.are_none() {
             return Ok(MemoryIndex::ORDINARY);
         }
-        self.find_under_way(pool, stream)
-    }
-
-    #[cold]
-    fn find_under_way(&self, pool: u64, stream: &Stream) -> Result<MemoryIndex> {
         if let Some(memory) = self.captured(stream)? {
             return Ok(memory);
         }
@@ -116,7 +117,7 @@ impl Routes {
     }
 
     /// Routes the calling thread's allocations to `memory`, until the scope ends.
-    pub(super) fn begin_pass(&self, pool: u64, memory: MemoryIndex) -> PassScope<'_> {
+    pub(super) fn begin_pass(&self, pool: PoolId, memory: MemoryIndex) -> PassScope<'_> {
         PASSES.with_borrow_mut(|passes| passes.push((pool, memory)));
         self.under_way.fetch_add(1, Ordering::Relaxed);
         PassScope {
