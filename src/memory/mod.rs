@@ -56,6 +56,7 @@ mod local;
 mod memories;
 mod paged;
 mod pending;
+mod poison;
 mod pool;
 mod private;
 mod ranges;

@@ -13,9 +13,10 @@ use super::backing::Refusal;
 use super::block::{Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
-use super::fences::{Fence, is_free_to_wait};
+use super::fences::Fence;
 use super::lane::{LaneKey, PoolId};
 use super::memories::MemoryIndex;
+use super::poison;
 use super::reclaim;
 use super::routes::Routes;
 use super::state::{Counted, Found, State};
@@ -24,9 +25,6 @@ use super::tags::TagStat;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
 use crate::units::align_up;
-
-/// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
-const POISON: u8 = 0xff;
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to
 /// the driver with the last clone and the last block.
@@ -260,7 +258,7 @@ fn record_of(
 pub(super) fn free(record: Box<BlockRecord>) {
     if let Some(extras) = &record.extras {
         if extras.users.is_empty() {
-            poison_private(&record);
+            poison::private(&record);
         }
         return free_in_pool(record, Counted::No);
     }
@@ -277,7 +275,7 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .clone()
         .expect("a block in a caller's hands knows its pool");
     if shared.config.poison {
-        poison_ordinary(&shared.device, &record);
+        poison::ordinary(&shared.device, &record);
     }
     let key = LaneKey::new(shared.id, record.home.id());
     if let Some(record) = cache::keep_anywhere(&shared, key, record) {
@@ -439,39 +437,6 @@ impl Shared {
 #[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
-}
-
-/// Poisons a block of ordinary memory, unless that would become part of a graph, which would overwrite the
-/// memory again in whose ever hands it is then.
-pub(super) fn poison_ordinary(device: &Device, record: &BlockRecord) {
-    if record.memory() == MemoryIndex::ORDINARY && is_free_to_wait(&record.home) {
-        poison(device, record);
-    }
-}
-
-/// Poisons a private block if that becomes part of the graph that is being captured with its memory: any
-/// later, it could hit what a graph is using. Only the stream that the capture was begun on can take work at
-/// any time in it; another may have been joined for the last time.
-fn poison_private(record: &BlockRecord) {
-    let Some(shared) = &record.shared else { return };
-    if shared.config.poison && shared.routes.captured_from(&record.home) == Some(record.memory()) {
-        poison(&shared.device, record);
-    }
-}
-
-/// Overwrites a block that is about to become reusable, in order with its home stream.
-#[expect(unsafe_code, reason = "the pool owns the memory it overwrites")]
-fn poison(device: &Device, record: &BlockRecord) {
-    let raw = record.home.raw();
-    // SAFETY: the block was freed by its owner and is in no free list yet, so nothing touches it until the
-    // home stream has passed this fill; its segment is returned only after that stream has passed.
-    let filled = unsafe {
-        device
-            .driver()
-            .fill(record.ptr, POISON, record.allocated, raw)
-    };
-    // A refused fill leaves the block unpoisoned, which only a test could notice.
-    drop(filled);
 }
 
 impl Drop for Handle {

@@ -225,7 +225,7 @@ impl State {
         }
         for record in self.pending.take_passed(&mut self.fences, reuse) {
             if self.config.poison {
-                super::pool::poison_ordinary(&self.device, &record);
+                super::poison::ordinary(&self.device, &record);
             }
             self.count_inactive(record.allocated);
             self.make_reusable(&record);
