@@ -8,10 +8,12 @@
 
 use std::collections::BTreeMap;
 
+use smallvec::SmallVec;
+
 use super::arena::GRANULARITY;
 use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
 use super::bins::Index;
-use super::fences::{Fence, Fences};
+use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
 use super::ranges::Ranges;
 use super::small::{Lease, SmallBlocks};
@@ -112,35 +114,71 @@ impl PagedMemory {
     }
 
     /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
-    /// with its own; whether there were any.
+    /// with its own; whether there were any. Pages pass one by one: those of a hole that only grew just now
+    /// are not held back by the free that it grew by.
     fn gather(&mut self, request: Request, fences: &mut Fences) -> bool {
-        let holes: Vec<Hole> = self
-            .territory
-            .holes()
-            .filter(|hole| hole.owner != request.owner)
-            .collect();
         let mut gathered = false;
-        for hole in holes {
-            if fences.pass(request.owner, hole.fence(), request.reuse) {
-                // What is complete has no past to wait for; what the requester was made to wait for has
-                // the requester's own.
-                let is_complete = fences.is_known_complete(hole.fence());
-                let epoch = if is_complete {
-                    0
-                } else {
-                    fences.now(request.owner).epoch
-                };
-                self.territory.give(
-                    &hole,
-                    Fence {
-                        owner: request.owner,
-                        epoch,
-                    },
-                );
-                gathered = true;
+        let owners = self.territory.owners();
+        for owner in owners.filter(|owner| *owner != request.owner && *owner != COMMON) {
+            let holes: Vec<Hole> = self.territory.holes_from(owner, 1).collect();
+            let Some(newest) = holes.iter().map(|hole| hole.epoch).max() else {
+                continue;
+            };
+            let reached = fences.reach(request.owner, owner, newest, request.reuse);
+            for hole in holes {
+                gathered |= self.gather_from(hole, reached, request, fences);
             }
         }
         gathered
+    }
+
+    /// Makes what is anyone's the requester's, so that it merges with its own; whether there was any.
+    fn take_common(&mut self, request: Request) -> bool {
+        let holes: Vec<Hole> = self.territory.holes_from(COMMON, 1).collect();
+        let (owner, epoch) = (request.owner, 0);
+        for hole in &holes {
+            let whole = (hole.start, hole.units);
+            self.territory.give(hole, whole, Fence { owner, epoch });
+        }
+        !holes.is_empty()
+    }
+
+    fn gather_from(
+        &mut self,
+        mut hole: Hole,
+        reached: u64,
+        request: Request,
+        fences: &mut Fences,
+    ) -> bool {
+        let whole = (hole.start, hole.units);
+        let (parts, until) =
+            if hole.epoch <= reached || fences.pass(request.owner, hole.fence(), request.reuse) {
+                (SmallVec::from_slice(&[whole]), hole.epoch)
+            } else {
+                let parts = self.territory.parts(&hole, |fence| fence.epoch <= reached);
+                (parts, reached)
+            };
+        // What is complete has no past to wait for, and becomes anyone's: were it all the requester's, its
+        // former owner would soon have to ask for it back. What the requester was made to wait for has the
+        // requester's own past.
+        let is_complete = fences.is_known_complete(Fence {
+            owner: hole.owner,
+            epoch: until,
+        });
+        let past = if is_complete {
+            Fence {
+                owner: COMMON,
+                epoch: 0,
+            }
+        } else {
+            fences.now(request.owner)
+        };
+        // From the end, so that what is left of the hole keeps its place.
+        for (start, units) in parts.iter().rev() {
+            self.territory.give(&hole, (*start, *units), past);
+            hole.units = start - hole.start;
+        }
+        !parts.is_empty()
     }
 
     fn find_large(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -149,6 +187,11 @@ impl PagedMemory {
             return Ok(placed);
         }
         if self.gather(request, fences)
+            && let Some(placed) = self.place_at_home(request, fences)
+        {
+            return Ok(placed);
+        }
+        if self.take_common(request)
             && let Some(placed) = self.place_large(request)
         {
             return Ok(placed);

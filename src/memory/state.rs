@@ -206,10 +206,15 @@ impl State {
             record.extras = None;
             return Some(record);
         }
+        let is_private = record.memory() != MemoryIndex::ORDINARY;
         let end = |user: &User| {
             user.until.unwrap_or_else(|| {
                 let owner = self.fences.owner(&user.stream);
-                self.fences.now(owner)
+                if is_private {
+                    self.fences.now(owner)
+                } else {
+                    self.fences.stamp_for_others(owner)
+                }
             })
         };
         let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
@@ -238,7 +243,12 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let fence = self.fences.now(record.owner);
+        let owner = record.owner;
+        // Captured streams can record no events, and no other stream asks for private memory.
+        let fence = match record.memory() {
+            MemoryIndex::ORDINARY => self.fences.stamp(owner),
+            _ => self.fences.now(owner),
+        };
         let backing = self.memories.get_mut(record.memory());
         backing.free(record.place, record.allocated, fence);
     }

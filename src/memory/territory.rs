@@ -10,6 +10,8 @@
 //! owner or both unmapped; `at_page[p]` is the block that covers the first byte of page `p`. Must not know: addresses,
 //! events, how a hole's epoch is waited for.
 
+use smallvec::SmallVec;
+
 use super::arena::GRANULARITY;
 use super::bins::{Bins, Index, Link, Links, NONE};
 use super::fences::{COMMON, Fence};
@@ -128,6 +130,8 @@ pub(super) struct Territory {
     /// Holes by owner.
     bins: Vec<Bins>,
     at_page: Vec<Index>,
+    /// By page: the latest free that touched it, which no other of its owner came after.
+    freed_at: Vec<Fence>,
     last: Index,
 }
 
@@ -137,6 +141,7 @@ impl Territory {
             blocks: Blocks::default(),
             bins: Vec::new(),
             at_page: Vec::new(),
+            freed_at: Vec::new(),
             last: NONE,
         }
     }
@@ -209,6 +214,41 @@ impl Territory {
         (page as u64 * PAGE_UNITS + units <= hole.start + hole.units).then_some(hole)
     }
 
+    /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
+    /// different times; its pages remember theirs.
+    pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
+        let freed = self.freed_at[page];
+        // Of one owner the latest free stands for all earlier ones. Where another had the last word on the
+        // page, the hole as a whole is what is known.
+        if freed.owner == hole.owner {
+            freed
+        } else {
+            hole.fence()
+        }
+    }
+
+    /// The parts of `hole` whose pages `may_touch`, as large as possible: (start, units) of each.
+    pub(super) fn parts(
+        &self,
+        hole: &Hole,
+        mut may_touch: impl FnMut(Fence) -> bool,
+    ) -> SmallVec<[(u64, u64); 4]> {
+        let mut parts: SmallVec<[(u64, u64); 4]> = SmallVec::new();
+        let end = hole.start + hole.units;
+        for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
+            if !may_touch(self.fence_of_page(hole, page_index(page))) {
+                continue;
+            }
+            let from = hole.start.max(page * PAGE_UNITS);
+            let units = end.min((page + 1) * PAGE_UNITS) - from;
+            match parts.last_mut() {
+                Some((start, before)) if *start + *before == from => *before += units,
+                _ => parts.push((from, units)),
+            }
+        }
+        parts
+    }
+
     /// Takes `units` from `start` on out of `hole`; what is left on either side stays its owner's.
     pub(super) fn take(&mut self, hole: &Hole, start: u64, units: u64) -> Index {
         debug_assert!(hole.start <= start && start + units <= hole.start + hole.units && units > 0);
@@ -266,13 +306,16 @@ impl Territory {
     /// If the block is not taken: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index, owner: Owner, epoch: u64) {
         let Block {
+            link,
+            start,
             before,
             after,
             usage,
-            ..
         } = *self.blocks.at(index);
         assert_eq!(usage, Use::Taken, "block {index} is freed twice");
         self.blocks.at(index).usage = Use::Hole { owner, epoch };
+        let pages = start / PAGE_UNITS..(start + link.units).div_ceil(PAGE_UNITS);
+        self.freed_at[page_index(pages.start)..page_index(pages.end)].fill(Fence { owner, epoch });
         let mut merged = index;
         if self.is_hole_of(after, owner) {
             self.unfile(after, owner);
@@ -336,6 +379,8 @@ impl Territory {
         }
         self.last = index;
         self.at_page.resize(first + count, index);
+        self.freed_at
+            .resize(first + count, Fence { owner, epoch: 0 });
         // Memory that was never used has no past: epoch 0 is complete from the start.
         self.free(index, owner, 0);
         first
@@ -391,10 +436,39 @@ impl Territory {
         self.free(index, owner, 0);
     }
 
-    /// Gives a hole to another owner, with whose holes it merges.
-    pub(super) fn give(&mut self, hole: &Hole, fence: Fence) {
-        let index = self.take(hole, hole.start, hole.units);
+    /// Gives a part of a hole to another owner, with whose holes it merges.
+    pub(super) fn give(&mut self, hole: &Hole, (start, units): (u64, u64), fence: Fence) {
+        let ends = [start, start + units].map(|end| {
+            let page = page_index(end / PAGE_UNITS);
+            (!end.is_multiple_of(PAGE_UNITS)).then(|| (page, self.freed_at[page]))
+        });
+        let index = self.take(hole, start, units);
         self.free(index, fence.owner, fence.epoch);
+        for (page, before) in ends.into_iter().flatten() {
+            // The new epoch may lie before those of the owner's other holes in the page.
+            let epoch = if before.owner == fence.owner {
+                before.epoch.max(fence.epoch)
+            } else {
+                self.latest_in_page(page, fence.owner)
+            };
+            self.freed_at[page].epoch = epoch;
+        }
+    }
+
+    /// The latest epoch of the holes of `owner` that touch `page`.
+    fn latest_in_page(&self, page: PageIndex, owner: Owner) -> u64 {
+        let end = (page as u64 + 1) * PAGE_UNITS;
+        let mut index = self.at_page[page];
+        let mut latest = 0;
+        while index != NONE && self.blocks.slab[index as usize].start < end {
+            let block = &self.blocks.slab[index as usize];
+            match block.usage {
+                Use::Hole { owner: o, epoch } if o == owner => latest = epoch.max(latest),
+                _ => {}
+            }
+            index = block.after;
+        }
+        latest
     }
 
     /// Makes holes whose past is complete anyone's, so that they merge whoever freed them.
@@ -404,7 +478,7 @@ impl Territory {
         let past = Fence { owner, epoch };
         for hole in holes {
             if is_complete(hole.fence()) {
-                self.give(&hole, past);
+                self.give(&hole, (hole.start, hole.units), past);
             }
         }
     }
