@@ -203,9 +203,13 @@ fn an_unprimed_capture_takes_memory_and_does_nothing_else() {
     let pool = Pool::new(&device, PoolConfig::default()).unwrap();
     let [stream, side] = [(); 2].map(|()| device.create_stream().unwrap());
     let private = pool.private().unwrap();
+    let other = device.create_stream().unwrap();
+    let early = private.prime(|| pool.allocate(4 * PAGE, &other)).unwrap();
     let graph = private.capture(&stream, || {
         side.wait_for(&stream)?;
         faults.reset_calls();
+        // Whether a stream outside is done with its block cannot be asked here.
+        drop(early);
         churn(&pool, &stream, 3)?;
         churn(&pool, &side, 4)?;
         let mut block = pool.allocate(PAGE, &stream)?;

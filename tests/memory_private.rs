@@ -177,7 +177,10 @@ fn lanes_keep_ordinary_and_private_blocks_apart() {
         let primed = private.prime(ptr);
         assert_ne!(primed, ordinary);
         assert_eq!(ptr(), ordinary);
+        let held = pool.allocate(bytes, &stream).unwrap();
         let graph = private.capture(&stream, || {
+            // The thread keeps the block for the stream, but not for the graph.
+            drop(held);
             assert_eq!([ptr(), ptr()], [primed; 2]);
             Ok(())
         });
@@ -269,6 +272,38 @@ fn a_launch_outlives_its_graph_and_keeps_the_memory() {
         device.memory_info().unwrap().free,
         device.properties().total_memory
     );
+}
+
+#[test]
+fn a_wait_that_began_before_a_launch_does_not_end_its_memory() {
+    let faults = Arc::new(FaultDriver::new(threads().driver().clone()));
+    let device = Device::from_driver(faults.clone());
+    let Setup {
+        pool, stream, side, ..
+    } = setup_on(device.clone(), PoolConfig::default());
+    let other = device.create_stream().unwrap();
+    let private = pool.private().unwrap();
+    let graph = capture_page(&private, &pool, &stream);
+    drop(pool.allocate(PAGE, &other).unwrap());
+    let gates = [&other, &side].map(Gate::close);
+    faults.reset_calls();
+    let waiting = thread::spawn({
+        let pool = pool.clone();
+        move || pool.empty_cache()
+    });
+    while faults.calls("synchronize_stream") == 0 {
+        thread::yield_now();
+    }
+    // The wait is for the streams that were known when it began: this one it knows nothing of.
+    launch(&graph, &side);
+    drop((graph, private));
+    let [first, second] = gates;
+    first.open();
+    waiting.join().unwrap().unwrap();
+    assert_eq!(pool.stats().private_reserved_bytes, PAGE);
+    second.open();
+    pool.empty_cache().unwrap();
+    assert_eq!(pool.stats().private_reserved_bytes, 0);
 }
 
 #[test]
