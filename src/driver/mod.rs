@@ -124,7 +124,8 @@ pub struct MemoryInfo {
 /// # Errors
 /// Every fallible method returns [`Error::Driver`](crate::Error::Driver) with the name of the method when
 /// the device refuses. After a kernel failed, its stream reports that failure from every later call that
-/// waits for it. Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
+/// waits for it. Kernels, and what is dropped with them, must not wait: calls that block are refused to them.
+/// Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
 pub trait Driver: Debug + Send + Sync {
     /// What the device is and can do.
     fn properties(&self) -> &DeviceProperties;
@@ -333,6 +334,9 @@ pub trait Driver: Debug + Send + Sync {
 
     /// Begins to record work enqueued on `stream` instead of running it. A stream that waits for an event
     /// recorded in the capture joins it.
+    ///
+    /// Only what would wait for a captured stream, or for an event recorded on one, is forbidden meanwhile.
+    /// Taking and mapping memory is no work of a stream: any thread may do it.
     ///
     /// # Errors
     /// As [`Driver`] says; also when `stream` is already being captured.

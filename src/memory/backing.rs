@@ -60,6 +60,9 @@ pub(super) struct Totals {
 
 /// Memory taken from a driver, placed in blocks.
 pub(super) trait Backing: Debug + Send {
+    /// Sets the most bytes it may hold from now on; what it holds already stays.
+    fn set_limit(&mut self, bytes: u64);
+
     /// Places a block in memory that is free for the stream at once. Calls no driver.
     fn place(&mut self, request: Request) -> Option<Placed>;
 

@@ -182,6 +182,21 @@ impl Fences {
         }
     }
 
+    /// Where every stream is now.
+    pub(super) fn ends(&self) -> Vec<Fence> {
+        let clocks = self.clocks.iter().enumerate();
+        let in_use = clocks.filter(|(_, clock)| clock.stream.is_some());
+        in_use.map(|(owner, _)| self.now(owner)).collect()
+    }
+
+    /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
+    /// is given from now on comes after it. `None` if no event can be recorded.
+    pub(super) fn mark(&mut self, stream: &Stream) -> Option<Fence> {
+        let owner = self.owner(stream);
+        let fence = self.now(owner);
+        self.clocks[owner].cover(fence.epoch).then_some(fence)
+    }
+
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
     /// was recorded after its free; so while others ask for this stream's memory and cannot wait, an event is
     /// recorded every few frees, before they ask again.
