@@ -103,10 +103,12 @@ impl PagedMemory {
     /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
     /// with its own; whether there were any.
     fn gather(&mut self, request: Request, fences: &mut Fences) -> bool {
-        let holes: Vec<Hole> = self
+        let others = self
             .territory
-            .holes()
-            .filter(|hole| hole.owner != request.owner)
+            .owners()
+            .filter(|owner| *owner != request.owner);
+        let holes: Vec<Hole> = others
+            .flat_map(|owner| self.territory.holes_from(owner, 1))
             .collect();
         let mut gathered = false;
         for hole in holes {
