@@ -13,12 +13,37 @@ pub struct Device {
 }
 
 impl Device {
-    /// The best device of this machine. Today that is the host device with its default settings.
+    /// The best device of this machine: the first CUDA device, or where none can be opened the host device
+    /// with its default settings. [`why_not_cuda`](Self::why_not_cuda) tells why that is.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
     pub fn auto() -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Ok(device) = Self::cuda(0) {
+            return Ok(device);
+        }
         Self::host(HostConfig::default())
+    }
+
+    /// The CUDA device with this number. Opening a device again gives another handle of the same one.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no CUDA driver, if it is too old
+    /// (before CUDA 12.0), damaged or cannot be initialized, or if it has no such device.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: u32) -> Result<Self> {
+        Ok(Self::from_driver(super::cuda::CudaDriver::get(ordinal)?))
+    }
+
+    /// Why the first CUDA device cannot be opened; `None` if it can.
+    #[must_use]
+    pub fn why_not_cuda() -> Option<String> {
+        #[cfg(feature = "cuda")]
+        let reason = Self::cuda(0).err().map(|error| error.to_string());
+        #[cfg(not(feature = "cuda"))]
+        let reason = Some("built without the feature `cuda`".to_owned());
+        reason
     }
 
     /// A host device: the processor and its memory, with real streams, events and page mapping.

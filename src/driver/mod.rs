@@ -18,6 +18,8 @@
     reason = "device addresses are plain numbers; their users promise what they stand for"
 )]
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod event;
 pub mod fault;
