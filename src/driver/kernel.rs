@@ -55,6 +55,9 @@ impl Grid {
     /// Threads of a block unless a kernel needs another number. Device code relies on it.
     pub const THREADS: u32 = 256;
 
+    /// Threads of a warp.
+    pub const WARP: u32 = 32;
+
     /// Most blocks of a grid: enough to fill any device several times over. What is left is reached by
     /// walking on in steps of the grid.
     const BLOCKS_MAX: u32 = 4096;
@@ -66,6 +69,12 @@ impl Grid {
     #[must_use]
     pub fn over(elements: u64) -> Self {
         Self::of_blocks(elements.div_ceil(Self::ELEMENTS_A_THREAD * u64::from(Self::THREADS)))
+    }
+
+    /// The shape for a body that gives each of `tasks` to one warp.
+    #[must_use]
+    pub fn of_warps(tasks: u64) -> Self {
+        Self::of_blocks(tasks.div_ceil(u64::from(Self::THREADS / Self::WARP)))
     }
 
     /// The shape for a body that gives each of `tasks` to one block, block after block.
