@@ -62,10 +62,15 @@ impl Sim {
     }
 
     pub(crate) fn set(&self, key: &str, value: &str) {
-        let set = self.function::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>("simcuda_set");
+        let set = self
+            .function::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>("simcuda_set");
         let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());
         // SAFETY: both texts end with zero.
-        assert_eq!(unsafe { set(key.as_ptr(), value.as_ptr()) }, 0, "{key:?} is understood");
+        assert_eq!(
+            unsafe { set(key.as_ptr(), value.as_ptr()) },
+            0,
+            "{key:?} is understood"
+        );
     }
 
     /// Makes the `nth` call of `name` from now on return `code`.
@@ -114,6 +119,7 @@ impl Sim {
     pub(crate) fn names_since(&self, before: &str) -> Vec<String> {
         let log = self.log();
         let new = log[before.len()..].lines();
-        new.map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        new.map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect()
     }
 }

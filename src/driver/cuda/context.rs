@@ -13,6 +13,7 @@ use cudarc::driver::sys::{CUcontext, CUctx_st, CUdevice, CUdevice_attribute, CUe
 use parking_lot::Mutex;
 
 use super::failure::{code, refuse};
+use super::kernels::Code;
 use super::library::{Library, ask};
 use super::pages;
 use crate::driver::{DeviceKind, DeviceProperties};
@@ -51,6 +52,7 @@ pub(super) struct Context {
     pub(super) device: CUdevice,
     pub(super) properties: DeviceProperties,
     pub(super) abilities: Abilities,
+    pub(super) code: Code,
     raw: Raw<CUctx_st>,
     /// Events that nobody uses, to be handed out again.
     pub(super) idle_events: Mutex<Vec<Raw<CUevent_st>>>,
@@ -103,6 +105,7 @@ impl Context {
             device,
             properties,
             abilities,
+            code: Code::default(),
             raw: Raw(raw),
             idle_events: Mutex::default(),
         })

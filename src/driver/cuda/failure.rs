@@ -17,6 +17,7 @@ pub(super) mod code {
     pub(in super::super) const INSUFFICIENT_DRIVER: c_int = 35;
     pub(in super::super) const NO_DEVICE: c_int = 100;
     pub(in super::super) const INVALID_DEVICE: c_int = 101;
+    pub(in super::super) const NO_BINARY_FOR_GPU: c_int = 209;
     pub(in super::super) const UNSUPPORTED_PTX_VERSION: c_int = 222;
     pub(in super::super) const SHARED_OBJECT_SYMBOL_NOT_FOUND: c_int = 302;
     pub(in super::super) const SHARED_OBJECT_INIT_FAILED: c_int = 303;

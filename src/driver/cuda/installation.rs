@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::kernels::Ptx;
 use super::library::Library;
 use super::{CudaDriver, context};
 use crate::driver::DeviceProperties;
@@ -29,6 +30,11 @@ pub struct CudaDevice {
     pub memory_pools: bool,
     /// Processors of the device.
     pub multiprocessors: u32,
+    /// The compute capability that the chosen kernels were compiled for, as (major, minor); `None` if there are
+    /// none for this device.
+    pub kernels_for: Option<(u32, u32)>,
+    /// The PTX version of the chosen kernels.
+    pub ptx_version: Option<&'static str>,
 }
 
 impl Installation {
@@ -41,10 +47,13 @@ impl Installation {
         let library = Library::get()?;
         let devices = (0..context::count(library)?).map(|ordinal| {
             let context = CudaDriver::get(ordinal)?.context;
+            let ptx = Ptx::choose(context.properties.compute_capability);
             Ok(CudaDevice {
                 properties: context.properties.clone(),
                 memory_pools: context.abilities.memory_pools,
                 multiprocessors: context.abilities.multiprocessors,
+                kernels_for: ptx.map(|ptx| ptx.target),
+                ptx_version: ptx.map(Ptx::version),
             })
         });
         Ok(Self {

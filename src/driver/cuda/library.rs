@@ -48,8 +48,6 @@ macro_rules! functions {
             }
         }
 
-        /// Names of the functions that a driver must have.
-        pub(super) const NAMES: &[&str] = &[$(stringify!($name)),*];
 
         $(const _: fn($($type),*) -> CUresult = |$($argument),*| {
             // SAFETY: never called, only compiled.
@@ -60,7 +58,6 @@ macro_rules! functions {
 
 functions! {
     cuInit(flags: c_uint);
-    cuDriverGetVersion(version: *mut c_int);
     cuDeviceGetCount(count: *mut c_int);
     cuDeviceGet(device: *mut CUdevice, ordinal: c_int);
     cuDeviceGetName(name: *mut c_char, len: c_int, device: CUdevice);

@@ -66,6 +66,42 @@ pub(super) unsafe fn free(context: &Context, ptr: DevicePtr) -> Result<()> {
     unsafe { ask!(context.library, CALL, cuMemFree_v2(ptr.0)) }
 }
 
+/// Takes memory from the driver's own pool, in stream order where there is one.
+pub(super) fn allocate_on(stream: &StreamEntry, bytes: u64) -> Result<DevicePtr> {
+    const CALL: &str = "allocate_on";
+    let context = stream.context;
+    if !context.abilities.memory_pools {
+        return allocate(context, bytes);
+    }
+    let _bound = context.bind(CALL)?;
+    let mut ptr = 0;
+    let place = &raw mut ptr;
+    // SAFETY: the stream is alive, `ptr` takes the answer.
+    unsafe {
+        ask!(
+            context.library,
+            CALL,
+            cuMemAllocAsync(place, to_usize(bytes), stream.raw())
+        )
+    }?;
+    Ok(DevicePtr(ptr))
+}
+
+/// # Safety
+/// As [`Driver::free_on`](crate::driver::Driver::free_on).
+pub(super) unsafe fn free_on(stream: &StreamEntry, ptr: DevicePtr) -> Result<()> {
+    const CALL: &str = "free_on";
+    let context = stream.context;
+    if !context.abilities.memory_pools {
+        stream.synchronize(CALL)?;
+        // SAFETY: the caller gives the memory up, and its stream has run.
+        return unsafe { free(context, ptr) };
+    }
+    let _bound = context.bind(CALL)?;
+    // SAFETY: the caller gives the memory up; the library refuses addresses it did not hand out.
+    unsafe { ask!(context.library, CALL, cuMemFreeAsync(ptr.0, stream.raw())) }
+}
+
 pub(super) fn allocate_pinned(context: &Context, bytes: u64) -> Result<DevicePtr> {
     const CALL: &str = "allocate_pinned";
     let _bound = context.bind(CALL)?;

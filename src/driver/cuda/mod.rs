@@ -9,7 +9,7 @@
 //! primary context until the process ends, and nothing is called then.
 //!
 //! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current),
-//! `table` (numbers for handles), `streams`, `memory`, `pages`, `graphs`; here, the driver; `installation`
+//! `table` (numbers for handles), `streams`, `memory`, `pages`, `graphs`, `kernels`; here, the driver; `installation`
 //! (what is there, for people).
 //!
 //! Run so far on a simulated library only (`tests/simcuda`), not on a GPU.
@@ -20,6 +20,7 @@ mod context;
 mod failure;
 mod graphs;
 mod installation;
+mod kernels;
 mod library;
 mod memory;
 mod pages;
@@ -33,7 +34,7 @@ pub use installation::{CudaDevice, Installation};
 use parking_lot::Mutex;
 
 use self::context::Context;
-use self::failure::{code, code_of, refuse};
+use self::failure::{code, code_of};
 use self::graphs::{GraphEntry, Staging};
 use self::pages::Pages;
 use self::streams::{EventEntry, StreamEntry};
@@ -144,6 +145,17 @@ impl Driver for CudaDriver {
     unsafe fn free_pinned(&self, ptr: DevicePtr) -> Result<()> {
         // SAFETY: as in `free`.
         unsafe { memory::free_pinned(self.context, ptr) }
+    }
+
+    fn allocate_on(&self, bytes: u64, stream: RawStream) -> Result<DevicePtr> {
+        let stream = self.stream("allocate_on", stream)?;
+        memory::allocate_on(&stream, bytes)
+    }
+
+    unsafe fn free_on(&self, ptr: DevicePtr, stream: RawStream) -> Result<()> {
+        let stream = self.stream("free_on", stream)?;
+        // SAFETY: as in `free`.
+        unsafe { memory::free_on(&stream, ptr) }
     }
 
     fn reserve(&self, bytes: u64) -> Result<DevicePtr> {
@@ -283,9 +295,9 @@ impl Driver for CudaDriver {
     }
 
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()> {
-        self.stream("launch", stream)?;
-        let reason = format!("no code for {}", kernel.entry());
-        Err(refuse("launch", code::NOT_FOUND, reason))
+        let stream = self.stream("launch", stream)?;
+        // SAFETY: as in `free`.
+        unsafe { stream.context.code.launch(&*kernel, &stream) }
     }
 
     fn begin_capture(&self, stream: RawStream) -> Result<()> {
