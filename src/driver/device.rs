@@ -19,7 +19,6 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
     pub fn auto() -> Result<Self> {
-        #[cfg(feature = "cuda")]
         if let Ok(device) = Self::cuda(0) {
             return Ok(device);
         }
@@ -30,20 +29,24 @@ impl Device {
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no CUDA driver, if it is too old
-    /// (before CUDA 12.0), damaged or cannot be initialized, or if it has no such device.
-    #[cfg(feature = "cuda")]
+    /// (before CUDA 12.0), damaged or cannot be initialized, if it has no such device, and if the crate was
+    /// built without the feature `cuda`.
     pub fn cuda(ordinal: u32) -> Result<Self> {
-        Ok(Self::from_driver(super::cuda::CudaDriver::get(ordinal)?))
+        #[cfg(feature = "cuda")]
+        let device = super::cuda::CudaDriver::get(ordinal).map(|driver| Self::from_driver(driver));
+        #[cfg(not(feature = "cuda"))]
+        let device = Err(crate::error::Error::Driver {
+            call: "open",
+            code: 0,
+            reason: format!("no CUDA device {ordinal}: built without the feature `cuda`"),
+        });
+        device
     }
 
     /// Why the first CUDA device cannot be opened; `None` if it can.
     #[must_use]
     pub fn why_not_cuda() -> Option<String> {
-        #[cfg(feature = "cuda")]
-        let reason = Self::cuda(0).err().map(|error| error.to_string());
-        #[cfg(not(feature = "cuda"))]
-        let reason = Some("built without the feature `cuda`".to_owned());
-        reason
+        Self::cuda(0).err().map(|error| error.to_string())
     }
 
     /// A host device: the processor and its memory, with real streams, events and page mapping.

@@ -9,8 +9,8 @@
 //! primary context until the process ends, and nothing is called then.
 //!
 //! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current),
-//! `table` (numbers for handles), `streams`, `memory`, `pages`, `graphs`, `kernels`; here, the driver; `installation`
-//! (what is there, for people).
+//! `table` (numbers for handles), `streams`, `memory`, `pages`, `graphs`, `kernels`; here, the driver;
+//! `foreign` (streams shared with other code), `installation` and `toolkit` (what is there, for people).
 //!
 //! Run so far on a simulated library only (`tests/simcuda`), not on a GPU.
 //!
@@ -18,6 +18,7 @@
 
 mod context;
 mod failure;
+mod foreign;
 mod graphs;
 mod installation;
 mod kernels;
@@ -26,12 +27,15 @@ mod memory;
 mod pages;
 mod streams;
 mod table;
+mod toolkit;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
+pub use foreign::{borrow_stream, stream_handle};
 pub use installation::{CudaDevice, Installation};
 use parking_lot::Mutex;
+pub use toolkit::{ToolkitLibrary, toolkit};
 
 use self::context::Context;
 use self::failure::{code, code_of};

@@ -44,6 +44,15 @@ impl StreamEntry {
         })
     }
 
+    /// A stream that somebody else made and destroys.
+    pub(super) fn borrowed(context: &'static Context, raw: CUstream) -> Self {
+        Self {
+            context,
+            raw: Raw(raw),
+            owned: false,
+        }
+    }
+
     /// The library's handle, good while the entry lives.
     pub(super) fn raw(&self) -> CUstream {
         self.raw.0
