@@ -150,7 +150,7 @@ fn wrong_lengths_are_refused() {
 fn captured_work_runs_when_launched_and_as_often() {
     let (sim, device) = Sim::device();
     let stream = device.create_stream().unwrap();
-    let pinned = sim.held("pinned");
+    let (pinned, graphs) = (sim.held("pinned"), sim.held("graphs"));
     let a = allocate(&device, 8);
     write(&stream, a, &[9; 8]);
     let graph = stream
@@ -178,7 +178,7 @@ fn captured_work_runs_when_launched_and_as_often() {
     assert_eq!(read(&other, a, 8), [1, 1, 1, 1, 2, 2, 1, 1]);
     drop(stream.capture(|| Ok(())).unwrap());
     assert_eq!(sim.held("pinned"), pinned);
-    assert_eq!(sim.held("graphs"), 0);
+    assert_eq!(sim.held("graphs"), graphs);
 }
 
 #[test]
@@ -285,7 +285,11 @@ fn captures_begin_and_end_on_one_stream() {
     );
     driver.begin_capture(origin.raw()).unwrap();
     assert_capturing(driver.begin_capture(origin.raw()), "begin_capture");
-    driver.end_capture(origin.raw()).map(drop).unwrap();
+    let graph = driver.end_capture(origin.raw()).unwrap();
+    driver.destroy_graph(graph).unwrap();
+    // SAFETY: refused.
+    let outcome = unsafe { driver.launch_graph(graph, origin.raw()) };
+    assert_eq!(refusal(outcome).0, "launch_graph");
     assert_eq!(refusal(driver.end_capture(side.raw())).0, "end_capture");
     // Events of a capture that is over mark nothing usable, until they are recorded again.
     let mut kept = None;

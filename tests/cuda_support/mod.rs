@@ -66,11 +66,8 @@ impl Sim {
             .function::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>("simcuda_set");
         let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());
         // SAFETY: both texts end with zero.
-        assert_eq!(
-            unsafe { set(key.as_ptr(), value.as_ptr()) },
-            0,
-            "{key:?} is understood"
-        );
+        let code = unsafe { set(key.as_ptr(), value.as_ptr()) };
+        assert_eq!(code, 0, "{key:?} is understood");
     }
 
     /// Makes the `nth` call of `name` from now on return `code`.

@@ -16,12 +16,11 @@ use super::library::ask;
 use super::streams::StreamEntry;
 use crate::driver::{Arguments, Kernel};
 use crate::error::{Error, Result};
-use crate::units::KIB;
 
 const CALL: &str = "launch";
 
 /// Shared memory that a block may have without asking for more.
-const SHARED_BYTES_PLAIN: u32 = 48 * KIB as u32;
+const SHARED_BYTES_PLAIN: u32 = 48 << 10;
 
 /// All entry points, compiled for devices of one compute capability and later ones.
 #[derive(Debug)]
