@@ -5,8 +5,9 @@
 //   backward  grad[r, c] = (p[r, c] - [c = label[r]]) * seed[0] / rows
 //
 // Launch: a warp takes a row at a time. p has the compute type of the logits and may be the logits. The sum
-// of a row is taken in f64, in another order than the twin's: p and loss agree to 2 units in the last place.
-// A label that is no column makes its loss and its row of the gradient NaN. Twins: src/launch/cross_entropy.rs.
+// of a row is taken in f64, in another order than the twin's: p and loss agree to 2 units in the last place
+// of f32, 32 of f64. A label that is no column makes its loss and its row of the gradient NaN. Twins:
+// src/launch/cross_entropy.rs.
 #include "access.cuh"
 #include "reduction.cuh"
 #include "special.cuh"

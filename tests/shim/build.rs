@@ -24,6 +24,7 @@ fn main() {
     println!("cargo:rerun-if-changed={}", kernels.display());
     println!("cargo:rerun-if-changed=cuda_shim.h");
     println!("cargo:rerun-if-changed=launch.cpp");
+    println!("cargo:rerun-if-changed=probe.cu");
 
     let source = out.join("kernels.cpp");
     fs::write(&source, translation_unit(&kernels)).expect("the build folder can be written");
@@ -67,7 +68,7 @@ fn translation_unit(kernels: &Path) -> String {
     names.sort();
     let includes = names.iter().map(|name| format!("#include \"{name}\"\n"));
     format!(
-        "#include \"cuda_shim.h\"\n{}#include \"launch.cpp\"\n",
+        "#include \"cuda_shim.h\"\n{}#include \"probe.cu\"\n#include \"launch.cpp\"\n",
         includes.collect::<String>()
     )
 }
