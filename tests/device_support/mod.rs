@@ -24,7 +24,7 @@ pub const PTX: [&str; 2] = [
 
 /// The device that the environment names.
 pub fn device(config: HostConfig) -> Device {
-    let host = Device::host(config).expect("the machine has memory");
+    let host = Device::host(config.clone()).expect("the machine has memory");
     match std::env::var("KITSUNE_TEST_DEVICE").as_deref() {
         Err(_) | Ok("host") => host,
         Ok("shim") => over_shim(&host),
