@@ -17,7 +17,7 @@ use driver_support::{allocate, copy, fill, read, refusal, try_act, try_read, wri
 use kitsune::driver::cuda::{Installation, borrow_stream, stream_handle};
 use kitsune::driver::{DeviceKind, DevicePtr, RawEvent, RawGraph, RawStream};
 use kitsune::units::{KIB, MIB};
-use kitsune::{Device, Error, Event, HostConfig};
+use kitsune::{Device, Error, Event, HostConfig, Result};
 
 const PAGE: u64 = 2 * MIB;
 const INVALID_VALUE: i32 = 1;
@@ -303,106 +303,89 @@ fn errors_say_call_function_code_and_name() {
     assert!(reason.contains("no name for"), "{reason}");
 }
 
+type Attempt<'a> = &'a dyn Fn() -> Result<()>;
+
+/// Each attempt calls a function of the library for a method of the driver: once made to fail, then not.
+fn assert_reported_once(sim: &Sim, attempts: &[(&str, &str, Attempt<'_>)]) {
+    for (call, function, attempt) in attempts {
+        sim.fail(function, 1, 46);
+        let (named, code, reason) = refusal(attempt());
+        assert_eq!((named, code), (*call, 46), "{function}");
+        assert!(reason.starts_with(function), "{reason}");
+        attempt().unwrap();
+    }
+    assert_eq!(sim.armed(), 0);
+}
+
 #[test]
-fn whatever_fails_once_is_reported_once() {
+fn memory_calls_that_fail_once_are_reported_once() {
+    let (sim, device) = Sim::device();
+    let driver = device.driver();
+    let queue = driver.create_stream().unwrap();
+    let attempts: [(&str, &str, Attempt<'_>); 7] = [
+        ("memory_info", "cuMemGetInfo_v2", &|| {
+            driver.memory_info().map(drop)
+        }),
+        ("memory_info", "cuCtxGetCurrent", &|| {
+            driver.memory_info().map(drop)
+        }),
+        ("allocate", "cuMemAlloc_v2", &|| {
+            driver.allocate(1).map(drop)
+        }),
+        ("allocate_on", "cuMemAllocAsync", &|| {
+            driver.allocate_on(1, queue).map(drop)
+        }),
+        ("allocate_pinned", "cuMemHostAlloc", &|| {
+            driver.allocate_pinned(1).map(drop)
+        }),
+        ("reserve", "cuMemAddressReserve", &|| {
+            driver.reserve(PAGE).map(drop)
+        }),
+        ("create_page", "cuMemCreate", &|| {
+            driver.create_page(PAGE).map(drop)
+        }),
+    ];
+    assert_reported_once(&sim, &attempts);
+}
+
+#[test]
+fn stream_calls_that_fail_once_are_reported_once() {
     let (sim, device) = Sim::device();
     let driver = device.driver();
     let stream = device.create_stream().unwrap();
     let queue = stream.raw();
     let event = driver.create_event().unwrap();
-    driver.record(event, queue).unwrap();
     let a = allocate(&device, KIB);
-    type Call<'a> = Box<dyn Fn() -> kitsune::Result<()> + 'a>;
-    let calls: [(&str, &str, Call<'_>); 16] = [
-        (
-            "memory_info",
-            "cuMemGetInfo_v2",
-            Box::new(|| driver.memory_info().map(drop)),
-        ),
-        (
-            "memory_info",
-            "cuCtxGetCurrent",
-            Box::new(|| driver.memory_info().map(drop)),
-        ),
-        (
-            "allocate",
-            "cuMemAlloc_v2",
-            Box::new(|| driver.allocate(1).map(drop)),
-        ),
-        (
-            "allocate_on",
-            "cuMemAllocAsync",
-            Box::new(|| driver.allocate_on(1, queue).map(drop)),
-        ),
-        (
-            "allocate_pinned",
-            "cuMemHostAlloc",
-            Box::new(|| driver.allocate_pinned(1).map(drop)),
-        ),
-        (
-            "reserve",
-            "cuMemAddressReserve",
-            Box::new(|| driver.reserve(PAGE).map(drop)),
-        ),
-        (
-            "create_page",
-            "cuMemCreate",
-            Box::new(|| driver.create_page(PAGE).map(drop)),
-        ),
-        (
-            "create_stream",
-            "cuStreamCreate",
-            Box::new(|| driver.create_stream().map(drop)),
-        ),
-        (
-            "synchronize_stream",
-            "cuStreamSynchronize",
-            Box::new(|| driver.synchronize_stream(queue)),
-        ),
-        (
-            "query_stream",
-            "cuStreamQuery",
-            Box::new(|| driver.query_stream(queue).map(drop)),
-        ),
-        (
-            "record",
-            "cuEventRecord",
-            Box::new(|| driver.record(event, queue)),
-        ),
-        (
-            "query_event",
-            "cuEventQuery",
-            Box::new(|| driver.query_event(event).map(drop)),
-        ),
-        (
-            "synchronize_event",
-            "cuEventSynchronize",
-            Box::new(|| driver.synchronize_event(event)),
-        ),
-        (
-            "stream_wait",
-            "cuStreamWaitEvent",
-            Box::new(|| driver.stream_wait(queue, event)),
-        ),
-        (
-            "is_capturing",
-            "cuStreamIsCapturing",
-            Box::new(|| driver.is_capturing(queue).map(drop)),
-        ),
-        (
-            "copy_to_host",
-            "cuMemcpyDtoHAsync_v2",
-            Box::new(|| try_read(&stream, a, 4).map(drop)),
-        ),
+    driver.record(event, queue).unwrap();
+    driver.synchronize_event(event).unwrap();
+    let attempts: [(&str, &str, Attempt<'_>); 9] = [
+        ("create_stream", "cuStreamCreate", &|| {
+            driver.create_stream().map(drop)
+        }),
+        ("synchronize_stream", "cuStreamSynchronize", &|| {
+            driver.synchronize_stream(queue)
+        }),
+        ("query_stream", "cuStreamQuery", &|| {
+            driver.query_stream(queue).map(drop)
+        }),
+        ("record", "cuEventRecord", &|| driver.record(event, queue)),
+        ("query_event", "cuEventQuery", &|| {
+            driver.query_event(event).map(drop)
+        }),
+        ("synchronize_event", "cuEventSynchronize", &|| {
+            driver.synchronize_event(event)
+        }),
+        ("stream_wait", "cuStreamWaitEvent", &|| {
+            driver.stream_wait(queue, event)
+        }),
+        ("is_capturing", "cuStreamIsCapturing", &|| {
+            driver.is_capturing(queue).map(drop)
+        }),
+        ("copy_to_host", "cuMemcpyDtoHAsync_v2", &|| {
+            try_read(&stream, a, 4).map(drop)
+        }),
     ];
-    for (call, function, attempt) in calls {
-        sim.fail(function, 1, 46);
-        let (named, code, reason) = refusal(attempt());
-        assert_eq!((named, code), (call, 46), "{function}");
-        assert!(reason.starts_with(function), "{reason}");
-        attempt().unwrap();
-    }
-    assert_eq!(sim.armed(), 0);
+    assert_reported_once(&sim, &attempts);
 }
 
 #[test]

@@ -6,6 +6,7 @@
     reason = "the tests enqueue work of their own, and fail by panicking"
 )]
 
+mod device_support;
 mod driver_support;
 
 use std::sync::Arc;
@@ -22,7 +23,7 @@ fn device(capacity: u64) -> Device {
         capacity,
         ..HostConfig::default()
     };
-    Device::host(config).unwrap()
+    device_support::device(config)
 }
 
 fn pool(device: &Device, reuse: ReusePolicy) -> Pool {

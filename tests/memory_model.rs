@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod device_support;
 mod support;
 
 use std::collections::BTreeMap;
@@ -31,7 +32,7 @@ impl Model {
             schedule,
             ..HostConfig::default()
         };
-        let device = Device::host(config).unwrap();
+        let device = device_support::device(config);
         let mut random = fastrand::Rng::with_seed(seed);
         let limit = random.bool().then_some(LIMIT);
         let policies = [
