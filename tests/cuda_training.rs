@@ -62,11 +62,11 @@ impl Trainer {
         }
     }
 
-    fn step(&mut self, number: usize) -> Result<Tensor> {
+    fn step(&mut self, number: u32) -> Result<Tensor> {
         let pixels: Vec<f32> = (0..8 * 16)
             .map(|at| ((at + number) % 7) as f32 / 7.0)
             .collect();
-        let digits: Vec<u32> = (0..8).map(|at| (at + number as u32) % 10).collect();
+        let digits: Vec<u32> = (0..8).map(|at| (at + number) % 10).collect();
         let images = Tensor::from_slice(&self.context, [8, 16], &pixels)?;
         let digits = Tensor::from_slice(&self.context, [8], &digits)?;
         let scope = self.config.autocast();

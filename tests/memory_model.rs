@@ -8,7 +8,7 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use kitsune::{Block, Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
 
 /// Device memory: small, so that every rung of the ladder is reached.
 const CAPACITY: u64 = 64 << 20;
