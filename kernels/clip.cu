@@ -7,7 +7,7 @@
 // Launch: clip_coefficient is one block; multiply gives a block a chunk of the table at a time. n agrees with
 // the twin's to 1e-15 times the number of tensors, multiply to the bit. Twins: src/launch/clip.rs.
 #include "chunk_table.cuh"
-#include "reduction.cuh"
+#include "norm.cuh"
 
 struct ClipCoefficientArguments {
     u64 norms;
@@ -29,16 +29,14 @@ __device__ inline float clip_coefficient_of(double total_norm, double max_norm) 
 }
 
 ENTRY(clip_coefficient, ClipCoefficientArguments) {
-    const u32 L2_KIND = 1, MAX_KIND = 2;
-    u32 kind = arguments.kind;
-    auto combine = [=](double a, double b) { return kind == MAX_KIND ? MaximumOrNan{}(a, b) : a + b; };
+    CombineNorms combine = {arguments.kind};
     const double* norms = pointer<const double>(arguments.norms);
     double total = 0;
     for (u64 tensor = threadIdx.x; tensor < arguments.tensors; tensor += blockDim.x) {
         total = combine(total, norms[tensor]);
     }
     total = reduce_block(total, 0.0, combine);
-    if (kind == L2_KIND) total = sqrt(total);
+    if (arguments.kind == L2) total = sqrt(total);
     if (threadIdx.x > 0) return;
     *pointer<double>(arguments.total_norm) = total;
     *pointer<float>(arguments.coefficient) = clip_coefficient_of(total, arguments.max_norm);

@@ -3,6 +3,7 @@
     python3 kernels/generate.py            write the files
     python3 kernels/generate.py --check    fail if they differ from what the sources give
     python3 kernels/generate.py --ptxas    also assemble them for every architecture from sm_80 to sm_120
+    python3 kernels/generate.py --install  install the compilers and nothing else
 
 The compilers come from packages that pip installs into target/kernels/ on first use; no CUDA toolkit, driver
 or GPU is needed. The version of NVRTC decides the version of PTX, and that the oldest driver that can load
@@ -33,14 +34,22 @@ def installed(package, pattern):
     name, version = package
     folder = TOOLS / f"{name}-{version}"
     if not any(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--root-user-action=ignore", "--target", str(folder)]
         subprocess.run([*command, f"{name}=={version}"], check=True)
     return next(folder.glob(pattern))
 
 
+def nvrtc_library():
+    return installed(NVRTC, "nvidia/cuda_nvrtc/lib/libnvrtc.so.*")
+
+
+def ptxas_program():
+    return installed(PTXAS, "nvidia/cuda_nvcc/bin/ptxas")
+
+
 class Nvrtc:
     def __init__(self):
-        self.library = ctypes.CDLL(str(installed(NVRTC, "nvidia/cuda_nvrtc/lib/libnvrtc.so.*")))
+        self.library = ctypes.CDLL(str(nvrtc_library()))
 
     def text(self, program, what):
         size = ctypes.c_size_t()
@@ -87,7 +96,7 @@ def check(modules):
 
 
 def assemble():
-    ptxas = installed(PTXAS, "nvidia/cuda_nvcc/bin/ptxas")
+    ptxas = ptxas_program()
     ptxas.chmod(0o755)
     for source in ARCHITECTURES:
         for target in ASSEMBLED_FOR:
@@ -102,7 +111,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--ptxas", action="store_true", help="assemble the files")
+    parser.add_argument("--install", action="store_true", help="install the compilers and nothing else")
     options = parser.parse_args()
+    if options.install:
+        nvrtc_library()
+        ptxas_program()
+        return
     modules = generate()
     if options.check:
         check(modules)

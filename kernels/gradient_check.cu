@@ -12,9 +12,8 @@
 // fixed. Flags and counts are those of the twin exactly; sums agree to 1e-13. Twin:
 // src/launch/gradient_check.rs.
 #include "chunk_table.cuh"
-#include "reduction.cuh"
+#include "norm.cuh"
 
-constexpr u32 L1 = 0, L2 = 1, MAX = 2;
 constexpr u64 NO_INDEX = ~u64(0);
 
 struct GradientCheckArguments {
@@ -35,8 +34,7 @@ struct Partial {
     template <class C>
     __device__ void take(C r, u64 index, u32 kind) {
         double value = double(r), magnitude = value < 0 ? -value : value;
-        if (kind == MAX) norm = MaximumOrNan{}(norm, magnitude);
-        else norm += kind == L2 ? value * value : magnitude;
+        norm = CombineNorms{kind}(norm, kind == L2 ? value * value : magnitude);
         if (is_finite(r)) return;
         if (is_nan(r)) nan++;
         else inf++;
@@ -44,13 +42,9 @@ struct Partial {
     }
 };
 
-__device__ inline double combine(double a, double b, u32 kind) {
-    return kind == MAX ? MaximumOrNan{}(a, b) : a + b;
-}
-
 __device__ inline Partial over_block(Partial own, u32 kind) {
     Partial total;
-    total.norm = reduce_block(own.norm, 0.0, [=](double a, double b) { return combine(a, b, kind); });
+    total.norm = reduce_block(own.norm, 0.0, CombineNorms{kind});
     // Almost always there is nothing to count.
     if (__syncthreads_or(own.first != NO_INDEX)) {
         total.inf = reduce_block(own.inf, u64(0), Plus{});
@@ -90,19 +84,19 @@ __device__ Partial check_chunk(const Chunk& chunk, float inv_scale, u32 kind) {
 
 // Adds up the chunks of each tensor, a warp a tensor.
 __device__ inline void finish(const GradientCheckArguments& g, const u64* partials) {
+    CombineNorms combine = {g.kind};
     u32 lane = threadIdx.x % WARP;
     for (u64 tensor = threadIdx.x / WARP; tensor < g.table.tensors; tensor += blockDim.x / WARP) {
         Partial own;
         u64 end = first_chunk(g.table, tensor + 1);
         for (u64 chunk = first_chunk(g.table, tensor) + lane; chunk < end; chunk += WARP) {
             const u64* partial = partials + chunk * SCRATCH_WORDS;
-            own.norm = combine(own.norm, __longlong_as_double((long long)partial[0]), g.kind);
+            own.norm = combine(own.norm, __longlong_as_double((long long)partial[0]));
             own.inf += partial[1];
             own.nan += partial[2];
             own.first = Minimum{}(own.first, partial[3]);
         }
-        u32 kind = g.kind;
-        double norm = reduce_warp(own.norm, [=](double a, double b) { return combine(a, b, kind); });
+        double norm = reduce_warp(own.norm, combine);
         u64 inf = reduce_warp(own.inf, Plus{}), nan = reduce_warp(own.nan, Plus{});
         u64 first = reduce_warp(own.first, Minimum{});
         if (lane > 0) continue;

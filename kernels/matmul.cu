@@ -51,9 +51,9 @@ __device__ void matmul(const MatmulArguments& g) {
             load_slice(left, pointer<const T>(g.a), top, g.m, g.a_row, at, g.k, g.a_column);
             load_slice(right, pointer<const T>(g.b), side, g.n, g.b_column, at, g.k, g.b_row);
             __syncthreads();
-            // Past the end of k there is nothing: 0 times infinity must not enter.
-            u32 depth = g.k - at < SLICE ? u32(g.k - at) : SLICE;
-            for (u32 i = 0; i < depth; i++) {
+            // Past the end of k both slices are 0, which changes no sum.
+#pragma unroll
+            for (u32 i = 0; i < SLICE; i++) {
 #pragma unroll
                 for (u32 row = 0; row < OWN; row++) {
 #pragma unroll

@@ -169,6 +169,17 @@ fn million(side: &Side, dtype: DType, seed: u64) -> Span {
     side.array(dtype, 1, &numbers(seed, 1_000_003, 100.0))
 }
 
+/// More than the largest grid takes at once: every thread goes on to a second pack.
+#[test]
+fn ten_million_elements() {
+    compare("ten million", Nearness::Bits, |side| {
+        let x = side.array(DType::F16, 0, &numbers(10, 10_000_007, 100.0));
+        let out = side.rubbish(DType::F16, 0, x.len());
+        launch::add(&side.stream, &x, &x, &out).unwrap();
+        vec![out]
+    });
+}
+
 #[test]
 fn a_million_elements() {
     for dtype in [DType::F16, DType::F32] {

@@ -1,6 +1,5 @@
 //! The same launches on two devices: twins on one, device kernels on the other.
 #![allow(unsafe_code, reason = "spans are made of plain addresses")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::cell::RefCell;
 use std::sync::OnceLock;

@@ -169,6 +169,40 @@ fn adamw_steps() {
     assert_same("adamw", &both, 0.0);
 }
 
+/// More chunks than a warp has lanes, so that a lane adds up several.
+#[test]
+fn a_tensor_of_many_chunks() {
+    const LEN: usize = 40 * 65_536 + 3;
+    let both = on_both(|context| {
+        let parameter = Parameter::new("w", tensor(context, DType::F16, &[1.0; LEN])).unwrap();
+        let mut gradient = numbers(1, LEN, 0.01);
+        for place in [5, 65_536 + 7, 32 * 65_536, LEN - 1] {
+            gradient[place] = f64::NAN;
+        }
+        gradient[33 * 65_536 + 1] = f64::INFINITY;
+        let mut sgd = Sgd::new(vec![parameter.clone()], SgdConfig::default()).unwrap();
+        let mut scaler = GradScaler::new(context, AmpConfig::default()).unwrap();
+        let one = Tensor::full(context, [], DType::F32, 1.0).unwrap();
+        scaler.scale(&one).unwrap();
+        parameter
+            .set_grad(tensor(context, DType::F16, &gradient))
+            .unwrap();
+        let _ = scaler.step(&mut sgd).unwrap();
+        let overflow = &scaler.stats().unwrap().overflows[0].tensors[0];
+        assert_eq!(
+            (overflow.inf_count, overflow.nan_count, overflow.first_index),
+            (1, 4, 5)
+        );
+        parameter
+            .set_grad(tensor(context, DType::F16, &numbers(1, LEN, 0.01)))
+            .unwrap();
+        let list = [parameter];
+        let norm = kitsune::optim::clip_grad_norm(context, &list, 1.0, NormKind::L2).unwrap();
+        vec![values(&norm)]
+    });
+    assert_same("many chunks", &both, 1e-13);
+}
+
 /// Sums of squares, of magnitudes and largest magnitudes, with and without what is not finite.
 #[test]
 fn norms_and_clipped_gradients() {

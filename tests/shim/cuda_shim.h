@@ -2,8 +2,10 @@
 //
 // Each CUDA thread is a function call on a fiber: a stack of its own, left when the thread waits at a barrier
 // and entered again when all others have arrived. A thread that ends without waiting leaves its fiber to the
-// next one, so code without barriers costs no switches. Blocks run one after the other on the calling
-// thread; several host threads may launch at once, as all state is theirs alone.
+// next one, so code without barriers costs no switches. Warps go as far as barriers let them, one after the
+// other, first to last or last to first: a missing barrier shows in one of the two orders. Blocks run one
+// after the other on the calling thread; several host threads may launch at once, as all state is theirs
+// alone.
 //
 // Stricter than a device on purpose: a barrier or shuffle that some thread of the block or warp does not
 // reach ends the launch with an error. What it cannot show: data races, and anything about speed.
@@ -58,11 +60,14 @@ struct World {
     const void* arguments = nullptr;
     Index grid = {0}, block = {0}, block_index = {0};
     bool reversed = false;
-    // Threads of the block that have begun, and that have ended.
-    u32 begun = 0, ended = 0;
+    // Threads of the block that have begun, that may have, and that have ended.
+    u32 begun = 0, may_begin = 0, ended = 0;
+    // The fiber of each thread that has begun and not ended.
+    std::vector<Fiber*> threads;
     Fiber* current = nullptr;
     jmp_buf scheduler;
     std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Fiber*> idle;
     // What lanes hand each other: two places a thread, used in turns, so that one barrier an exchange is
     // enough. A lane cannot be two exchanges ahead of another.
     std::vector<u64> slots[2];

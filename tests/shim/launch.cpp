@@ -27,15 +27,19 @@ void wait(State state) {
     if (_setjmp(self->point) == 0) _longjmp(world().scheduler, 1);
 }
 
-// What every fiber runs for ever: threads of the block until all have begun, then the next block's.
+// What every fiber runs for ever: threads, as long as there are some to begin.
 static void run_threads() {
     for (;;) {
         World& w = world();
-        while (w.begun < w.block.x) {
-            w.current->thread.x = place(w.begun++, w.block.x);
+        while (w.begun < w.may_begin) {
+            u32 thread = place(w.begun++, w.block.x);
+            w.current->thread.x = thread;
+            w.threads[thread] = w.current;
             w.body(w.arguments);
+            w.threads[thread] = nullptr;
             w.ended++;
         }
+        w.idle.push_back(w.current);
         wait(State::idle);
     }
 }
@@ -58,53 +62,66 @@ static void enter(Fiber* fiber) {
 
 static Fiber* idle_fiber() {
     World& w = world();
-    for (auto& fiber : w.fibers) {
-        if (fiber->state == State::idle) return fiber.get();
+    if (w.idle.empty()) {
+        w.fibers.push_back(std::make_unique<Fiber>());
+        return w.fibers.back().get();
     }
-    w.fibers.push_back(std::make_unique<Fiber>());
-    return w.fibers.back().get();
+    Fiber* fiber = w.idle.back();
+    w.idle.pop_back();
+    return fiber;
 }
 
-// Lets threads go on whose barrier all others have reached. False if there are none.
-static bool release() {
+// Begins the threads of the nth warp, or runs those that may go on until each waits again. False if there
+// are none.
+static bool advance_warp(u32 nth) {
     World& w = world();
-    u32 at_block_barrier = 0;
-    std::vector<u32> at_warp_barrier((w.block.x + WARP_SIZE - 1) / WARP_SIZE);
-    for (auto& fiber : w.fibers) {
-        if (fiber->state == State::at_block_barrier) at_block_barrier++;
-        if (fiber->state == State::at_warp_barrier) at_warp_barrier[fiber->thread.x / WARP_SIZE]++;
+    if (w.begun == nth * WARP_SIZE) {
+        w.may_begin = w.begun + WARP_SIZE;
+        while (w.begun < w.may_begin) enter(idle_fiber());
+        return true;
     }
-    bool whole_block = at_block_barrier == w.block.x, any = whole_block;
-    if (whole_block) {
-        w.outcome = w.vote;
-        w.vote = false;
+    Fiber** lanes = &w.threads[place(nth, w.block.x / WARP_SIZE) * WARP_SIZE];
+    u32 ready = 0, at_barrier = 0;
+    for (u32 lane = 0; lane < WARP_SIZE; lane++) {
+        if (!lanes[lane]) continue;
+        if (lanes[lane]->state == State::ready) ready++;
+        if (lanes[lane]->state == State::at_warp_barrier) at_barrier++;
     }
-    for (auto& fiber : w.fibers) {
-        bool whole_warp = fiber->state == State::at_warp_barrier &&
-                          at_warp_barrier[fiber->thread.x / WARP_SIZE] == WARP_SIZE;
-        if (whole_warp || (whole_block && fiber->state == State::at_block_barrier)) {
-            fiber->state = State::ready;
-            any = true;
-        }
+    if (ready == 0 && at_barrier < WARP_SIZE) return false;
+    for (u32 number = 0; number < WARP_SIZE; number++) {
+        Fiber* fiber = lanes[place(number, WARP_SIZE)];
+        if (fiber && (fiber->state == State::ready || at_barrier == WARP_SIZE)) enter(fiber);
     }
-    return any;
+    return true;
 }
 
-// False if threads wait for others that never come.
+// Lets all threads go on if every one of them is at the block's barrier.
+static bool release_block() {
+    World& w = world();
+    for (Fiber* fiber : w.threads) {
+        if (!fiber || fiber->state != State::at_block_barrier) return false;
+    }
+    for (Fiber* fiber : w.threads) fiber->state = State::ready;
+    w.outcome = w.vote;
+    w.vote = false;
+    return true;
+}
+
+// False if threads wait for others that never come. One warp after the other goes as far as it can, so that
+// what is not held back by a barrier gets ahead.
 static bool run_block() {
     World& w = world();
-    w.begun = w.ended = 0;
+    w.begun = w.may_begin = w.ended = 0;
     w.vote = false;
+    w.threads.assign(w.block.x, nullptr);
     for (auto& slots : w.slots) slots.assign(w.block.x, 0);
     w.turn.assign(w.block.x, 0);
-    while (w.begun < w.block.x) enter(idle_fiber());
     while (w.ended < w.block.x) {
-        if (!release()) return false;
-        size_t count = w.fibers.size();
-        for (size_t nth = 0; nth < count; nth++) {
-            Fiber* fiber = w.fibers[nth].get();
-            if (fiber->state == State::ready) enter(fiber);
+        bool any = false;
+        for (u32 nth = 0; nth < w.block.x / WARP_SIZE; nth++) {
+            while (advance_warp(nth)) any = true;
         }
+        if (w.ended < w.block.x && !release_block() && !any) return false;
     }
     return true;
 }
@@ -134,6 +151,7 @@ extern "C" int kitsune_host_launch(const char* entry, unsigned blocks, unsigned 
         w.block_index = {place(nth, blocks)};
         if (!run_block()) {
             // The stacks of the threads that still wait go with their fibers.
+            w.idle.clear();
             w.fibers.clear();
             return KERNEL_ERROR;
         }
