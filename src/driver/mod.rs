@@ -18,6 +18,8 @@
     reason = "device addresses are plain numbers; their users promise what they stand for"
 )]
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod event;
 pub mod fault;
@@ -32,7 +34,7 @@ pub use device::Device;
 pub use event::Event;
 pub use graph::Graph;
 pub use host::{HostConfig, Schedule};
-pub use kernel::Kernel;
+pub use kernel::{Arguments, Grid, Kernel};
 pub use stream::Stream;
 
 use crate::error::Result;
@@ -155,6 +157,30 @@ pub trait Driver: Debug + Send + Sync {
     /// # Safety
     /// No enqueued work may still touch the memory: whether this waits for work in flight is up to the driver.
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()>;
+
+    /// Takes `bytes` (not 0) of device memory in stream order: the address is there at once, for work enqueued
+    /// on `stream` behind this call. A driver without an allocator of its own gives plain memory.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    fn allocate_on(&self, bytes: u64, stream: RawStream) -> Result<DevicePtr> {
+        let _ = stream;
+        self.allocate(bytes)
+    }
+
+    /// Gives back what [`allocate_on`](Self::allocate_on) returned, when `stream` has passed here. A driver
+    /// without an allocator of its own waits for the stream.
+    ///
+    /// # Errors
+    /// As [`free`](Self::free).
+    ///
+    /// # Safety
+    /// Work that touches the memory is enqueued on `stream` before this call, or is waited for by it.
+    unsafe fn free_on(&self, ptr: DevicePtr, stream: RawStream) -> Result<()> {
+        self.synchronize_stream(stream)?;
+        // SAFETY: all work that touches the memory has run.
+        unsafe { self.free(ptr) }
+    }
 
     /// Takes `bytes` (not 0) of pinned host memory, readable by the host and by the device at one address.
     ///

@@ -17,6 +17,8 @@ pub(super) struct Request {
     pub(super) bytes: u64,
     pub(super) owner: Owner,
     pub(super) reuse: ReusePolicy,
+    /// Bytes of blocks that were freed and wait for other streams.
+    pub(super) pending: u64,
 }
 
 /// Where a block lies, to be handed back when it is freed.

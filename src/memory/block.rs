@@ -12,6 +12,7 @@ use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
 use super::territory::Owner;
+use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
@@ -41,6 +42,8 @@ pub(super) struct BlockRecord {
 pub(super) struct Extras {
     /// Other streams that used the block.
     pub(super) users: SmallVec<[User; 1]>,
+    /// Who is told of what becomes of the block, the innermost wrapper first.
+    pub(super) watchers: Vec<Watcher>,
     /// Where the block lies.
     pub(super) memory: MemoryIndex,
 }
@@ -117,6 +120,29 @@ impl Block {
         self.record.as_ref().map_or(0, |record| record.allocated)
     }
 
+    /// The stream the block was allocated for; `None` for a block of zero bytes.
+    #[must_use]
+    pub fn home(&self) -> Option<&Stream> {
+        self.record.as_ref().map(|record| &record.home)
+    }
+
+    /// Has `watch` told, under `key`, of what becomes of the block: for wrappers around an allocator. Those
+    /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
+    pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
+        if let Some(record) = &mut self.record {
+            let extras = record.extras.get_or_insert_default();
+            extras.watchers.push(Watcher { watch, key });
+        }
+    }
+
+    fn watchers(&self) -> &[Watcher] {
+        let extras = self
+            .record
+            .as_ref()
+            .and_then(|record| record.extras.as_ref());
+        extras.map_or(&[], |extras| &extras.watchers)
+    }
+
     /// Says that work enqueued on `stream` so far uses this block, so that the memory is reused only after
     /// that work, as of the moment of the free, has run. The home stream needs no record.
     ///
@@ -126,6 +152,7 @@ impl Block {
     pub fn record_stream(&mut self, stream: &Stream) {
         if let Some(record) = self.record_for(stream) {
             record.add_user(stream, None);
+            self.tell_recorded(stream);
         }
     }
 
@@ -142,6 +169,13 @@ impl Block {
         if let Some(record) = self.record_for(stream) {
             let until = record.shared.as_ref().and_then(|pool| pool.mark(stream));
             record.add_user(stream, until);
+            self.tell_recorded(stream);
+        }
+    }
+
+    fn tell_recorded(&self, stream: &Stream) {
+        for Watcher { watch, key } in self.watchers().iter().rev() {
+            watch.recorded(*key, self, stream);
         }
     }
 
@@ -150,6 +184,21 @@ impl Block {
         let record = self.record.as_deref_mut()?;
         (record.home.id() != stream.id()).then_some(record)
     }
+}
+
+/// Tells the watchers of a block, if it has any, that it is freed.
+pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
+    let extras = &mut record.extras;
+    let watchers = extras
+        .as_mut()
+        .map(|extras| std::mem::take(&mut extras.watchers));
+    // Without users either, a lane may keep a block of ordinary memory.
+    extras.take_if(|extras| extras.users.is_empty() && extras.memory == MemoryIndex::ORDINARY);
+    let mut block = Block::new(Some(record));
+    for Watcher { watch, key } in watchers.iter().flatten().rev() {
+        watch.freed(*key, &block);
+    }
+    block.record.take().expect("the block was made above")
 }
 
 impl Drop for Block {

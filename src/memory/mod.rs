@@ -37,7 +37,8 @@
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
 //! `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is in `cache`, made of `lane` and
-//! `biased`. Captures are in `routes` and `private`.
+//! `biased`. Captures are in `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what
+//! stands around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -55,7 +56,9 @@ mod lane;
 mod local;
 mod memories;
 mod paged;
+mod peaks;
 mod pending;
+mod pinned;
 mod poison;
 mod pool;
 mod private;
@@ -69,10 +72,17 @@ mod stats;
 mod stitch;
 mod tags;
 mod territory;
+mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
+pub use peaks::{PeakScope, ScopeStats, ScopedStat};
+pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;
 pub use private::{CapturedGraph, PrivatePool};
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};
+pub use wrap::{
+    Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
+    Watch,
+};

@@ -36,9 +36,11 @@ pub(super) struct PagedMemory {
     /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
     stitches: bool,
     small: BTreeMap<Owner, SmallBlocks>,
-    /// Bytes in blocks now, and the most there ever were.
+    /// Bytes in blocks.
     in_use: u64,
-    in_use_peak: u64,
+    /// The most that callers ever had of them. What waits for other streams does not count: that it is there
+    /// is no reason to hold more.
+    live_peak: u64,
 }
 
 impl PagedMemory {
@@ -50,7 +52,7 @@ impl PagedMemory {
             stitches: true,
             small: BTreeMap::new(),
             in_use: 0,
-            in_use_peak: 0,
+            live_peak: 0,
         }
     }
 
@@ -62,9 +64,11 @@ impl PagedMemory {
         }
     }
 
-    fn count(&mut self, placed: Placed, bytes: u64) -> Placed {
-        self.in_use += bytes;
-        self.in_use_peak = self.in_use_peak.max(self.in_use);
+    fn count(&mut self, placed: Placed, request: Request) -> Placed {
+        self.in_use += request.bytes;
+        self.live_peak = self
+            .live_peak
+            .max(self.in_use.saturating_sub(request.pending));
         placed
     }
 
@@ -198,9 +202,11 @@ impl PagedMemory {
         }
         let missing = self.missing_pages(units, request.owner) as u64;
         // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
-        let most = self
-            .in_use_peak
-            .max(self.in_use.saturating_add(request.bytes));
+        let most = self.live_peak.max(
+            self.in_use
+                .saturating_sub(request.pending)
+                .saturating_add(request.bytes),
+        );
         let held = missing
             .saturating_mul(PAGE)
             .saturating_add(self.pages.bytes_held());
@@ -291,7 +297,7 @@ impl Backing for PagedMemory {
         } else {
             self.place_large(request)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -300,7 +306,7 @@ impl Backing for PagedMemory {
         } else {
             self.find_large(request, fences)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {

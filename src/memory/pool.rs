@@ -10,7 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
-use super::block::{Block, BlockRecord, Extras};
+use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::fences::Fence;
@@ -127,12 +127,7 @@ impl Pool {
     #[inline(never)]
     fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
-        if !stream.device().is_same(&shared.device) {
-            return Err(Error::argument(
-                "allocate",
-                "the stream belongs to another device",
-            ));
-        }
+        shared.check_device(stream)?;
         if requested == 0 {
             return Ok(Block::new(None));
         }
@@ -154,6 +149,27 @@ impl Pool {
         let blank = missed.blank.or(hot);
         let record = record_of(found?, requested, stream, shared, blank);
         Ok(Block::new(Some(record)))
+    }
+
+    /// Why a wrapper with a limit, of which it says (used, limit), refuses `bytes` on `stream`.
+    #[cold]
+    pub(super) fn refuse(&self, bytes: u64, stream: &Stream, (used, limit): (u64, u64)) -> Error {
+        let shared = self.shared();
+        if let Err(error) = shared.check_device(stream) {
+            return error;
+        }
+        let mut state = shared.lock_and_fold();
+        let refusal = Some(Refusal::Limit);
+        let mut report = shared.report(
+            &mut state,
+            bytes,
+            (MemoryIndex::ORDINARY, stream),
+            refusal,
+            Vec::new(),
+        );
+        report.limit = Some(limit);
+        report.limit_used = Some(used);
+        report.into()
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -256,15 +272,26 @@ fn record_of(
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
 #[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
-    if let Some(extras) = &record.extras {
-        if extras.users.is_empty() {
-            poison::private(&record);
-        }
-        return free_in_pool(record, Counted::No);
+    if record.extras.is_some() {
+        return free_with_extras(record);
     }
     if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
+}
+
+/// Takes a block back that others are to be told of, or that other streams used.
+#[inline(never)]
+fn free_with_extras(record: Box<BlockRecord>) {
+    // Before the memory can be handed out again: nobody is told of two live blocks at one address.
+    let record = block::tell_freed(record);
+    let Some(extras) = &record.extras else {
+        return free(record);
+    };
+    if extras.users.is_empty() {
+        poison::private(&record);
+    }
+    free_in_pool(record, Counted::No);
 }
 
 /// Takes a block back that the lane in front is not for.
@@ -314,6 +341,17 @@ pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
 }
 
 impl Shared {
+    #[inline]
+    fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -322,7 +360,7 @@ impl Shared {
     }
 
     /// The state, with what every cache has counted.
-    fn lock_and_fold(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         self.fold_caches(&mut state);
         state
@@ -420,6 +458,7 @@ impl Shared {
             device_free: device.map_or(0, |info| info.free),
             device_total: self.device.properties().total_memory,
             limit: self.config.limit,
+            limit_used: None,
             limited: matches!(refusal, Some(Refusal::Limit)),
             driver_error: match refusal {
                 Some(Refusal::Driver(error)) => Some(error.to_string()),

@@ -5,14 +5,15 @@
 
 use smallvec::SmallVec;
 
-use super::backing::{Backing, Placed, Refusal, Request};
+use super::backing::{Backing, Place, Placed, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
 use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
-use super::pending::Pending;
+use super::peaks::Peaks;
+use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
@@ -50,6 +51,7 @@ pub(super) struct State {
     pub(super) fences: Fences,
     pub(super) pending: Pending,
     pub(super) usage: Usage,
+    pub(super) peaks: Peaks,
     pub(super) tags: TagTable,
     pub(super) counters: Counters,
     segments: Gauge,
@@ -90,6 +92,7 @@ impl State {
             fences: Fences::new(),
             pending: Pending::default(),
             usage: Usage::default(),
+            peaks: Peaks::default(),
             tags: TagTable::default(),
             counters: Counters::default(),
             segments: Gauge::default(),
@@ -127,6 +130,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
+            pending: self.pending.bytes(),
         }
     }
 
@@ -218,7 +222,12 @@ impl State {
             })
         };
         let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
-        self.pending.push(record, fences);
+        let freed_at = if is_private {
+            self.fences.now(record.owner)
+        } else {
+            self.fences.stamp_for_others(record.owner)
+        };
+        self.pending.push(record, fences, freed_at);
         None
     }
 
@@ -228,12 +237,16 @@ impl State {
         if self.pending.is_empty() {
             return;
         }
-        for record in self.pending.take_passed(&mut self.fences, reuse) {
+        for passed in self.pending.take_passed(&mut self.fences, reuse) {
+            let Passed { record, fence } = passed;
             if self.config.poison {
                 super::poison::ordinary(&self.device, &record);
             }
             self.count_inactive(record.allocated);
-            self.make_reusable(&record);
+            // Small blocks keep no epochs of their own; a poisoned one was written just now.
+            let keeps_none = self.config.poison || matches!(record.place, Place::Small { .. });
+            let fence = fence.filter(|_| !keeps_none);
+            self.make_reusable_after(&record, fence);
         }
     }
 
@@ -243,13 +256,23 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
+        self.make_reusable_after(record, None);
+    }
+
+    /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
+    /// given so far.
+    fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
         let owner = record.owner;
-        // Captured streams can record no events, and no other stream asks for private memory.
-        let fence = match record.memory() {
-            MemoryIndex::ORDINARY => self.fences.stamp(owner),
-            _ => self.fences.now(owner),
-        };
-        let backing = self.memories.get_mut(record.memory());
+        let memory = record.memory();
+        let fence = fence.unwrap_or_else(|| {
+            // Captured streams can record no events, and no other stream asks for private memory.
+            if memory == MemoryIndex::ORDINARY {
+                self.fences.stamp(owner)
+            } else {
+                self.fences.now(owner)
+            }
+        });
+        let backing = self.memories.get_mut(memory);
         backing.free(record.place, record.allocated, fence);
     }
 
@@ -290,18 +313,19 @@ impl State {
         let totals = self.memories.totals();
         let (inactive_split_bytes, inactive_split) = self.memories.inactive_split();
         let counters = self.counters;
+        let usage = self.peaks.completed(&self.usage);
         PoolStats {
-            allocation: self.usage.blocks.stat(),
+            allocation: usage.blocks.stat(),
             segment: self.segments.stat(),
-            active: self.usage.active_blocks.stat(),
-            requested_bytes: self.usage.requested.stat(),
-            allocated_bytes: self.usage.allocated.stat(),
-            active_bytes: self.usage.active.stat(),
+            active: usage.active_blocks.stat(),
+            requested_bytes: usage.requested.stat(),
+            allocated_bytes: usage.allocated.stat(),
+            active_bytes: usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
             private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + self.usage.lane_hits,
+            cache_hits: counters.cache_hits + usage.lane_hits,
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,
@@ -312,6 +336,7 @@ impl State {
 
     /// Sets every peak to the present value.
     pub(super) fn reset_peaks(&mut self) {
+        self.peaks.reset_overall(&mut self.usage);
         self.usage.reset_peaks();
         self.segments.reset_peak();
         self.reserved.reset_peak();

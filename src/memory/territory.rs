@@ -130,8 +130,8 @@ pub(super) struct Territory {
     /// Holes by owner.
     bins: Vec<Bins>,
     at_page: Vec<Index>,
-    /// By page: the latest free that touched it, which no other of its owner came after.
-    freed_at: Vec<Fence>,
+    /// By page and owner: the latest free that touched it.
+    freed_at: Vec<SmallVec<[Fence; 2]>>,
     last: Index,
 }
 
@@ -217,13 +217,27 @@ impl Territory {
     /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
     /// different times; its pages remember theirs.
     pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
-        let freed = self.freed_at[page];
-        // Of one owner the latest free stands for all earlier ones. Where another had the last word on the
-        // page, the hole as a whole is what is known.
-        if freed.owner == hole.owner {
-            freed
-        } else {
-            hole.fence()
+        // Of one owner the latest free stands for all earlier ones.
+        let mut freed = self.freed_at[page].iter();
+        let freed = freed.find(|freed| freed.owner == hole.owner);
+        freed.copied().unwrap_or(hole.fence())
+    }
+
+    /// Notes a free of `units` from `start` on, in all pages it touches.
+    fn note_free(&mut self, (start, units): (u64, u64), fence: Fence) {
+        let end = start + units;
+        for page in start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
+            let freed = &mut self.freed_at[page_index(page)];
+            if start <= page * PAGE_UNITS && (page + 1) * PAGE_UNITS <= end {
+                // What came before is covered: the page was taken as a whole.
+                freed.clear();
+                freed.push(fence);
+                continue;
+            }
+            match freed.iter_mut().find(|freed| freed.owner == fence.owner) {
+                Some(freed) => freed.epoch = freed.epoch.max(fence.epoch),
+                None => freed.push(fence),
+            }
         }
     }
 
@@ -314,8 +328,7 @@ impl Territory {
         } = *self.blocks.at(index);
         assert_eq!(usage, Use::Taken, "block {index} is freed twice");
         self.blocks.at(index).usage = Use::Hole { owner, epoch };
-        let pages = start / PAGE_UNITS..(start + link.units).div_ceil(PAGE_UNITS);
-        self.freed_at[page_index(pages.start)..page_index(pages.end)].fill(Fence { owner, epoch });
+        self.note_free((start, link.units), Fence { owner, epoch });
         let mut merged = index;
         if self.is_hole_of(after, owner) {
             self.unfile(after, owner);
@@ -379,8 +392,7 @@ impl Territory {
         }
         self.last = index;
         self.at_page.resize(first + count, index);
-        self.freed_at
-            .resize(first + count, Fence { owner, epoch: 0 });
+        self.freed_at.resize(first + count, SmallVec::new());
         // Memory that was never used has no past: epoch 0 is complete from the start.
         self.free(index, owner, 0);
         first
@@ -438,37 +450,8 @@ impl Territory {
 
     /// Gives a part of a hole to another owner, with whose holes it merges.
     pub(super) fn give(&mut self, hole: &Hole, (start, units): (u64, u64), fence: Fence) {
-        let ends = [start, start + units].map(|end| {
-            let page = page_index(end / PAGE_UNITS);
-            (!end.is_multiple_of(PAGE_UNITS)).then(|| (page, self.freed_at[page]))
-        });
         let index = self.take(hole, start, units);
         self.free(index, fence.owner, fence.epoch);
-        for (page, before) in ends.into_iter().flatten() {
-            // The new epoch may lie before those of the owner's other holes in the page.
-            let epoch = if before.owner == fence.owner {
-                before.epoch.max(fence.epoch)
-            } else {
-                self.latest_in_page(page, fence.owner)
-            };
-            self.freed_at[page].epoch = epoch;
-        }
-    }
-
-    /// The latest epoch of the holes of `owner` that touch `page`.
-    fn latest_in_page(&self, page: PageIndex, owner: Owner) -> u64 {
-        let end = (page as u64 + 1) * PAGE_UNITS;
-        let mut index = self.at_page[page];
-        let mut latest = 0;
-        while index != NONE && self.blocks.slab[index as usize].start < end {
-            let block = &self.blocks.slab[index as usize];
-            match block.usage {
-                Use::Hole { owner: o, epoch } if o == owner => latest = epoch.max(latest),
-                _ => {}
-            }
-            index = block.after;
-        }
-        latest
     }
 
     /// Makes holes whose past is complete anyone's, so that they merge whoever freed them.
