@@ -13,14 +13,13 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use super::arena::GRANULARITY;
 use super::block::BlockRecord;
 use super::pool;
 use super::state::Counted;
 use super::stats::Usage;
 use super::tags::TagTable;
+use crate::sync::{Mutex, thread_local};
 use crate::units::{KIB, MIB, StreamId, to_usize};
 
 /// Largest block kept in the lists by size.

@@ -4,9 +4,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crossbeam::queue::SegQueue;
-use parking_lot::{Mutex, MutexGuard};
-
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
 use super::block::{Block, BlockRecord};
@@ -18,6 +15,7 @@ use super::stats::PoolStats;
 use super::tags::TagStat;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
+use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
 
 /// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.

@@ -1,7 +1,5 @@
 //! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
 
-use parking_lot::MutexGuard;
-
 use super::block::BlockRecord;
 use super::config::ReusePolicy;
 use super::fences::{Fence, is_free_to_wait};
@@ -10,6 +8,7 @@ use super::pool::{Shared, rounded};
 use super::state::{State, Wanted};
 use crate::driver::Stream;
 use crate::error::Result;
+use crate::sync::MutexGuard;
 
 /// Finds memory for `requested` bytes (not 0) on `stream`.
 pub(super) fn allocate(
