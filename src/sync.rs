@@ -10,10 +10,33 @@ pub(crate) use crossbeam::queue::SegQueue;
 #[cfg(not(loom))]
 pub(crate) use parking_lot::{Mutex, MutexGuard};
 #[cfg(not(loom))]
-pub(crate) use std::thread_local;
+pub(crate) use plain::UnsafeCell;
+#[cfg(not(loom))]
+pub(crate) use std::{hint, sync::atomic, thread, thread_local};
 
 #[cfg(loom)]
-pub(crate) use checked::{Mutex, MutexGuard, SegQueue, thread_local};
+pub(crate) use checked::{Mutex, MutexGuard, PerThread, SegQueue, UnsafeCell, thread_local};
+#[cfg(loom)]
+pub(crate) use loom::{hint, sync::atomic, thread};
+
+/// The standard library's, with loom's interface where that asks for more.
+#[cfg(not(loom))]
+mod plain {
+    /// A cell that hands out its address for the length of a call.
+    #[derive(Debug)]
+    pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+
+    impl<T> UnsafeCell<T> {
+        pub(crate) const fn new(value: T) -> Self {
+            Self(std::cell::UnsafeCell::new(value))
+        }
+
+        #[inline]
+        pub(crate) fn with_mut<R>(&self, with: impl FnOnce(*mut T) -> R) -> R {
+            with(self.0.get())
+        }
+    }
+}
 
 /// The same on top of loom.
 #[cfg(loom)]
@@ -98,6 +121,10 @@ mod checked {
         pub(crate) fn pop(&self) -> Option<T> {
             self.0.lock().pop_front()
         }
+
+        pub(crate) fn is_empty(&self) -> bool {
+            self.0.lock().is_empty()
+        }
     }
 
     impl<T> Default for SegQueue<T> {
@@ -106,12 +133,49 @@ mod checked {
         }
     }
 
-    /// `std::thread_local!` for a thread of the model.
+    /// A cell whose accesses loom orders.
+    #[derive(Debug)]
+    pub(crate) struct UnsafeCell<T>(loom::cell::UnsafeCell<T>);
+
+    impl<T> UnsafeCell<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(loom::cell::UnsafeCell::new(value))
+        }
+
+        #[track_caller]
+        pub(crate) fn with_mut<R>(&self, with: impl FnOnce(*mut T) -> R) -> R {
+            self.0.with_mut(with)
+        }
+    }
+
+    /// A value for each thread of the model.
+    #[derive(Debug)]
+    pub(crate) struct PerThread<T: 'static>(pub(crate) loom::thread::LocalKey<T>);
+
+    impl<T> PerThread<T> {
+        pub(crate) fn try_with<R>(
+            &'static self,
+            with: impl FnOnce(&T) -> R,
+        ) -> Result<R, loom::thread::AccessError> {
+            self.0.try_with(with)
+        }
+
+        /// For values without a destructor, which the standard library keeps to the thread's end: loom takes
+        /// them away before, and one as at the beginning stands in.
+        pub(crate) fn with<R>(&'static self, with: impl Fn(&T) -> R) -> R {
+            let outcome = self.0.try_with(&with);
+            outcome.unwrap_or_else(|_| with(&(self.0.init)()))
+        }
+    }
+
+    /// `std::thread_local!` for the threads of a model.
     macro_rules! local_to_thread {
-        (static $name:ident: $type:ty = const $init:block $(;)?) => {
-            loom::thread_local! {
-                static $name: $type = $init;
-            }
+        ($($(#[$doc:meta])* $vis:vis static $name:ident: $type:ty = const $init:block $(;)?)*) => {
+            $($(#[$doc])* $vis static $name: $crate::sync::PerThread<$type> =
+                $crate::sync::PerThread(loom::thread::LocalKey {
+                    init: || $init,
+                    _p: std::marker::PhantomData,
+                });)*
         };
     }
     pub(crate) use local_to_thread as thread_local;

@@ -48,12 +48,12 @@ impl Subject {
     }
 }
 
-/// Runs `model` in every order; at most with `preemptions` switches that no wait forces, where all orders are
+/// Runs `model` in every order with at most `preemptions` switches that no wait forces: all orders would be
 /// too many.
-fn check(preemptions: Option<usize>, model: impl Fn(&Subject) + Send + Sync + 'static) {
+fn check(preemptions: usize, model: impl Fn(&Subject) + Send + Sync + 'static) {
     let subject = Arc::new(Subject::new());
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = preemptions;
+    builder.preemption_bound = Some(preemptions);
     builder.max_branches = 10_000;
     let runs = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let (shared, counted) = (subject.clone(), runs.clone());
@@ -81,7 +81,7 @@ fn assert_live(pool: &Pool, blocks: &[&Block]) {
 
 #[test]
 fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
-    check(None, |subject| {
+    check(4, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         let block = pool.allocate(LARGE, &stream).unwrap();
@@ -106,7 +106,7 @@ fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
 
 #[test]
 fn threads_on_one_stream_never_get_the_same_block() {
-    check(None, |subject| {
+    check(4, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         // One block in the pool, one in the lane of this thread.
@@ -130,7 +130,7 @@ fn threads_on_one_stream_never_get_the_same_block() {
 
 #[test]
 fn flushing_the_lane_of_a_thread_that_ends_loses_nothing() {
-    check(None, |subject| {
+    check(4, |subject| {
         let pool = subject.pool();
         let streams = subject.streams.clone();
         let other = {
@@ -149,7 +149,7 @@ fn flushing_the_lane_of_a_thread_that_ends_loses_nothing() {
 
 #[test]
 fn the_last_handle_takes_the_memory_along_whoever_frees_the_last_block() {
-    check(None, |subject| {
+    check(4, |subject| {
         let pool = subject.pool();
         let stream = &subject.streams[0];
         let [first, second] = [(); 2].map(|()| pool.allocate(SMALL, stream).unwrap());
@@ -168,7 +168,7 @@ fn the_last_handle_takes_the_memory_along_whoever_frees_the_last_block() {
 
 #[test]
 fn statistics_read_beside_other_threads_count_each_block_once() {
-    check(None, |subject| {
+    check(4, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         let block = pool.allocate(SMALL, &stream).unwrap();

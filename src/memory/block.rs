@@ -6,8 +6,10 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::backing::Place;
+use super::lane::LaneKey;
 use super::pool::{self, Shared};
 use super::tags::TagId;
+use super::territory::Owner;
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
@@ -18,14 +20,25 @@ pub(super) struct BlockRecord {
     pub(super) requested: u64,
     pub(super) allocated: u64,
     pub(super) place: Place,
+    /// The number of `home` in the pool.
+    pub(super) owner: Owner,
     pub(super) tag: TagId,
+    /// The lane that may keep the block as it is.
+    pub(super) key: LaneKey,
     pub(super) home: Stream,
-    /// Other streams that used the block.
-    pub(super) users: SmallVec<[Stream; 1]>,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
-    /// The next block of this size in a lane.
+    /// The next record in the same list of a lane.
     pub(super) next: Option<Box<BlockRecord>>,
+    /// What few blocks have. None while a lane has the block.
+    pub(super) extras: Option<Box<Extras>>,
+}
+
+/// What a free has to look at only where it is there at all.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
+    /// Other streams that used the block.
+    pub(super) users: SmallVec<[Stream; 1]>,
 }
 
 impl BlockRecord {
@@ -78,14 +91,18 @@ impl Block {
         let Some(record) = &mut self.record else {
             return;
         };
-        let known = std::iter::once(&record.home).chain(&record.users);
-        if !known.into_iter().any(|known| known.id() == stream.id()) {
-            record.users.push(stream.clone());
+        if record.home.id() == stream.id() {
+            return;
+        }
+        let users = &mut record.extras.get_or_insert_default().users;
+        if !users.iter().any(|known| known.id() == stream.id()) {
+            users.push(stream.clone());
         }
     }
 }
 
 impl Drop for Block {
+    #[inline]
     fn drop(&mut self) {
         if let Some(record) = self.record.take() {
             pool::free(record);

@@ -90,6 +90,8 @@ pub(super) fn is_free_to_wait(stream: &Stream) -> bool {
 pub(super) struct Fences {
     clocks: Vec<Clock>,
     owners: BTreeMap<StreamId, Owner>,
+    /// The stream looked up last.
+    last: Option<(StreamId, Owner)>,
 }
 
 impl Clock {
@@ -111,11 +113,25 @@ impl Fences {
         Self {
             clocks: vec![Clock::new(None, 1)],
             owners: BTreeMap::new(),
+            last: None,
         }
     }
 
     /// The number of `stream`, which the pool keeps alive while it has memory of it.
+    #[inline]
     pub(super) fn owner(&mut self, stream: &Stream) -> Owner {
+        let id = stream.id();
+        match self.last {
+            Some((last, owner)) if last == id => owner,
+            _ => {
+                let owner = self.look_up(stream);
+                self.last = Some((id, owner));
+                owner
+            }
+        }
+    }
+
+    fn look_up(&mut self, stream: &Stream) -> Owner {
         *self.owners.entry(stream.id()).or_insert_with(|| {
             let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
             let Some(owner) = vacant else {
@@ -132,6 +148,7 @@ impl Fences {
     /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
     /// says.
     pub(super) fn retire(&mut self, is_unused: impl Fn(Owner) -> bool) {
+        self.last = None;
         let clocks = &mut self.clocks;
         self.owners.retain(|_, owner| {
             let clock = &mut clocks[*owner];

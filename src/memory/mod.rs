@@ -32,19 +32,23 @@
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock, `lane` what needs no lock of
-//! the pool.
+//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is
+//! in `cache`, made of `lane` and `biased`.
 //!
 //! Must not know: tensors, element types, metrics.
 
 mod arena;
 mod backing;
+mod biased;
 mod bins;
 mod block;
+mod cache;
 mod config;
+mod counts;
 mod fences;
 mod growth;
 mod lane;
+mod local;
 mod paged;
 mod pending;
 mod pool;

@@ -2,15 +2,16 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
 use super::block::{Block, BlockRecord};
+use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
-use super::lane::{self, Close, Kept, Lane};
+use super::lane::{LaneKey, PoolId};
 use super::reclaim;
-use super::state::{Counted, State};
+use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
 use crate::driver::{Device, Stream};
@@ -36,21 +37,21 @@ struct Handle {
 /// What all clones of a pool and all its blocks share.
 pub(super) struct Shared {
     /// Unique in the process.
-    id: u64,
+    id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
     state: Mutex<State>,
-    /// Every thread's lanes. Taken after `state` where both are needed, and before a lane's own lock.
-    lanes: Mutex<Lanes>,
+    /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
+    caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
 }
 
-/// The lanes of a pool.
+/// The threads' caches of a pool.
 #[derive(Default)]
-struct Lanes {
-    all: Vec<Arc<Lane>>,
-    /// Set with the last clone of the pool: lanes made later, for blocks still out, keep nothing.
+struct Caches {
+    all: Vec<Arc<ThreadCache>>,
+    /// Set with the last clone of the pool: caches made later, for blocks still out, keep nothing.
     is_closed: bool,
 }
 
@@ -61,15 +62,15 @@ impl Pool {
     /// [`Error::InvalidConfig`] for settings that cannot work on this device; [`Error::Driver`] if it has
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         config.validate(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
-            lanes: Mutex::default(),
+            caches: Mutex::default(),
             freed: SegQueue::new(),
         };
         Ok(Self {
@@ -101,7 +102,16 @@ impl Pool {
     /// # Errors
     /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
     /// stream of another device.
+    #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
+        match cache::take(LaneKey::new(self.shared().id, stream.id()), bytes) {
+            Some(record) => Ok(Block::new(Some(record))),
+            None => self.allocate_in_pool(bytes, stream),
+        }
+    }
+
+    #[inline(never)]
+    fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
         if !stream.device().is_same(&shared.device) {
             return Err(Error::argument(
@@ -109,18 +119,20 @@ impl Pool {
                 "the stream belongs to another device",
             ));
         }
-        if bytes == 0 {
+        if requested == 0 {
             return Ok(Block::new(None));
         }
-        let key = (shared.id, stream.id());
-        let take = |lane: &Lane, _: &Arc<Shared>| lane.take(bytes, rounded(bytes)?);
-        // A thread that is going down has no lanes; it allocates from the pool itself.
-        if let Ok(Some(record)) = lane::with_lane(key, shared, register, take) {
-            return Ok(Block::new(Some(record)));
+        let bytes = rounded(requested).unwrap_or(u64::MAX);
+        let key = LaneKey::new(shared.id, stream.id());
+        let missed = cache::take_or_miss(shared, key, (requested, bytes));
+        if missed.found.is_some() {
+            return Ok(Block::new(missed.found));
         }
-        lane::give_up_hot(key, bytes);
-        let mut record = reclaim::allocate(shared, bytes, stream)?;
-        record.shared = Some(shared.clone());
+        let mut hot = missed.hot;
+        let found = reclaim::allocate(shared, requested, stream, &mut hot);
+        // Whichever is left over is dropped outside the lock.
+        let blank = missed.blank.or(hot);
+        let record = record_of(found?, requested, stream, shared, blank);
         Ok(Block::new(Some(record)))
     }
 
@@ -161,60 +173,112 @@ impl Pool {
     /// If an invariant is broken: a bug of this crate.
     pub fn check_invariants(&self) {
         let mut state = self.shared().lock_and_fold();
-        self.shared().flush_lanes(&mut state, Close::No);
+        self.shared().empty_caches(&mut state, Close::No);
         state.check_invariants();
     }
 }
 
-fn register(shared: &&Arc<Shared>, lane: &Arc<Lane>) {
-    shared.register(lane);
+/// The record of a block that was found: `blank`, which is one of the same stream and pool, or a new one.
+fn record_of(
+    found: Found,
+    requested: u64,
+    stream: &Stream,
+    shared: &Arc<Shared>,
+    blank: Option<Box<BlockRecord>>,
+) -> Box<BlockRecord> {
+    let Found {
+        placed,
+        bytes,
+        owner,
+        tag,
+    } = found;
+    // A block that is to be overwritten when it is freed is kept as it is by no lane.
+    let key = if shared.config.poison {
+        LaneKey::NONE
+    } else {
+        LaneKey::new(shared.id, stream.id())
+    };
+    if let Some(mut record) = blank {
+        record.ptr = placed.ptr;
+        record.place = placed.place;
+        record.requested = requested;
+        record.allocated = bytes;
+        record.owner = owner;
+        record.tag = tag;
+        record.key = key;
+        return record;
+    }
+    Box::new(BlockRecord {
+        ptr: placed.ptr,
+        requested,
+        allocated: bytes,
+        place: placed.place,
+        owner,
+        tag,
+        key,
+        home: stream.clone(),
+        shared: Some(shared.clone()),
+        next: None,
+        extras: None,
+    })
 }
 
 /// Takes a block back without ever blocking on another thread's allocation: the calling thread's lane keeps
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
+#[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
-    let shared = record
-        .shared
-        .as_ref()
-        .expect("a block in a caller's hands knows its pool");
-    if !record.users.is_empty() {
+    if record.extras.is_some() {
         return free_in_pool(record, Counted::No);
     }
+    if let Some(record) = cache::keep(record) {
+        free_anywhere(record);
+    }
+}
+
+/// Takes a block back that the lane in front is not for.
+#[inline(never)]
+fn free_anywhere(record: Box<BlockRecord>) {
+    let shared = record
+        .shared
+        .clone()
+        .expect("a block in a caller's hands knows its pool");
     if shared.config.poison {
         poison(&shared.device, &record);
     }
-    let key = (shared.id, record.home.id());
-    #[expect(clippy::borrowed_box, reason = "the lane hands over what it was given")]
-    let register = |record: &Box<BlockRecord>, lane: &Arc<Lane>| {
-        let shared = record.shared.as_ref().expect("checked above");
-        shared.register(lane);
-    };
-    let kept = lane::with_lane(key, record, register, |lane, record| lane.keep(record));
-    match kept {
-        Ok(Kept::Yes) => {}
-        Ok(Kept::InPlaceOf(record) | Kept::Not(record)) => free_in_pool(record, Counted::Yes),
-        Ok(Kept::Full(record)) => {
-            lane::flush_thread_lane(key);
-            free_in_pool(record, Counted::Yes);
-        }
-        Err(record) => free_in_pool(record, Counted::No),
+    let key = LaneKey::new(shared.id, record.home.id());
+    if let Some(record) = cache::keep_anywhere(&shared, key, record) {
+        free_in_pool(record, Counted::No);
     }
 }
 
 /// Takes a block back into the pool itself.
-pub(super) fn free_in_pool(record: Box<BlockRecord>, counted: Counted) {
-    leave(record, counted).take_in_left();
-}
-
-/// Leaves a block for the next thread that has the pool's lock. Inside the pool a block must not keep the
-/// pool alive, so the caller gets that reference.
-pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) -> Arc<Shared> {
+pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
+    // Inside the pool a block must not keep the pool alive.
     let shared = record
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    shared.freed.push((record, counted));
-    shared
+    let Some(mut state) = shared.state.try_lock() else {
+        shared.freed.push((record, counted));
+        shared.take_in_left();
+        return;
+    };
+    cache::fold_of_thread(shared.id, &mut state);
+    shared.take_in_freed(&mut state);
+    let blank = state.free(record, counted);
+    drop(state);
+    if let Some(mut blank) = blank {
+        let key = LaneKey::new(shared.id, blank.home.id());
+        blank.shared = Some(shared);
+        cache::keep_blank(key, blank);
+    }
+}
+
+/// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
+pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
+    if let Some(shared) = record.shared.take() {
+        shared.freed.push((record, counted));
+    }
 }
 
 impl Shared {
@@ -225,68 +289,60 @@ impl Shared {
         state
     }
 
-    /// The state, with what every lane has counted.
+    /// The state, with what every cache has counted.
     fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        self.fold_lanes(&mut state);
+        self.fold_caches(&mut state);
         state
     }
 
-    fn register(&self, lane: &Arc<Lane>) {
-        let mut lanes = self.lanes.lock();
-        if lanes.is_closed {
-            lane.close();
+    #[inline]
+    pub(super) fn id(&self) -> PoolId {
+        self.id
+    }
+
+    pub(super) fn register(&self, cache: &Arc<ThreadCache>) {
+        let mut caches = self.caches.lock();
+        if caches.is_closed {
+            cache.close();
         }
-        lanes.all.push(lane.clone());
+        caches.all.push(cache.clone());
     }
 
-    fn fold_lanes(&self, state: &mut State) {
-        let held = state.bytes_held();
-        self.lanes.lock().all.retain_mut(|lane| {
+    fn fold_caches(&self, state: &mut State) {
+        self.caches.lock().all.retain_mut(|cache| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
-            let is_of_ended_thread = Arc::get_mut(lane).is_some();
-            lane.fold(&mut state.usage, &mut state.tags, held);
+            let is_of_ended_thread = Arc::get_mut(cache).is_some();
+            cache.fold(state);
             !is_of_ended_thread
-        });
-    }
-
-    /// Folds what the calling thread's lanes have counted, so that peaks are exact where one thread uses
-    /// the pool.
-    pub(super) fn fold_thread_lanes(&self, state: &mut State) {
-        let held = state.bytes_held();
-        lane::for_each_of_thread(self.id, |lane| {
-            lane.fold(&mut state.usage, &mut state.tags, held);
         });
     }
 
     /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
     pub(super) fn take_in_left(&self) {
         if let Some(mut state) = self.state.try_lock() {
-            self.fold_thread_lanes(&mut state);
+            cache::fold_of_thread(self.id, &mut state);
             self.take_in_freed(&mut state);
         }
     }
 
-    /// Takes in every block that a lane keeps, and every block that is on its way from one.
-    pub(super) fn flush_lanes(&self, state: &mut State, close: Close) {
-        let mut lanes = self.lanes.lock();
-        lanes.is_closed |= close == Close::Yes;
-        for lane in &lanes.all {
-            lane.flush(close, |mut record| {
-                // Inside the pool a block must not keep the pool alive. This is never the last reference:
-                // the caller holds one.
-                record.shared = None;
-                state.free(record, Counted::Yes);
-            });
+    /// Takes in every block that a cache keeps, and every block that is on its way from one.
+    pub(super) fn empty_caches(&self, state: &mut State, close: Close) {
+        let mut caches = self.caches.lock();
+        caches.is_closed |= close == Close::Yes;
+        for cache in &caches.all {
+            cache.empty(close, state);
         }
-        drop(lanes);
+        drop(caches);
         self.take_in_freed(state);
-        self.fold_lanes(state);
     }
 
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        while let Some((record, counted)) = self.freed.pop() {
-            state.free(record, counted);
+        // Looked at first: to find the queue empty by taking from it costs a fence.
+        while !self.freed.is_empty()
+            && let Some((record, counted)) = self.freed.pop()
+        {
+            drop(state.free(record, counted));
         }
     }
 
@@ -329,6 +385,7 @@ impl Shared {
 }
 
 /// Bytes that a request takes in the pool; `None` if it cannot be rounded in 64 bits.
+#[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }
@@ -350,9 +407,9 @@ pub(super) fn poison(device: &Device, record: &BlockRecord) {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // Blocks in lanes keep the pool alive: without this, its memory would stay until their threads end.
+        // Blocks in caches keep the pool alive: without this, its memory would stay until their threads end.
         let mut state = self.shared.lock();
-        self.shared.flush_lanes(&mut state, Close::Yes);
+        self.shared.empty_caches(&mut state, Close::Yes);
     }
 }
 

@@ -1,23 +1,28 @@
 //! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
 
 use super::block::BlockRecord;
+use super::cache::{self, Close};
 use super::config::ReusePolicy;
 use super::fences::{Fence, is_free_to_wait};
-use super::lane::Close;
 use super::pool::{Shared, rounded};
-use super::state::{State, Wanted};
+use super::state::{Counted, Found, State, Wanted};
 use crate::driver::Stream;
 use crate::error::Result;
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream`.
+/// Finds memory for `requested` bytes (not 0) on `stream`, after taking back the block `hot`, whose record
+/// is left there.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     stream: &Stream,
-) -> Result<Box<BlockRecord>> {
+    hot: &mut Option<Box<BlockRecord>>,
+) -> Result<Found> {
     let mut state = shared.lock();
-    shared.fold_thread_lanes(&mut state);
+    cache::fold_of_thread(shared.id(), &mut state);
+    if let Some(record) = hot.take() {
+        *hot = state.free(record, Counted::Yes);
+    }
     let Some(bytes) = rounded(requested) else {
         state.counters.ooms += 1;
         return Err(shared
@@ -29,9 +34,9 @@ pub(super) fn allocate(
         bytes,
         stream,
     };
-    if let Some(record) = state.place(wanted) {
+    if let Some(found) = state.place(wanted) {
         state.counters.cache_hits += 1;
-        return Ok(record);
+        return Ok(found);
     }
     let reuse = shared.config.reuse;
     // Blocks recorded on other streams come back to their own stream under any policy; what the policy
@@ -42,9 +47,9 @@ pub(super) fn allocate(
         ReusePolicy::OnlyComplete
     });
     let allocations = state.device_allocs();
-    if let Ok(record) = state.find(wanted) {
+    if let Ok(found) = state.find(wanted) {
         state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
-        return Ok(record);
+        return Ok(found);
     }
     allocate_when_short(shared, state, wanted)
 }
@@ -54,17 +59,17 @@ fn allocate_when_short(
     shared: &Shared,
     mut state: MutexGuard<'_, State>,
     wanted: Wanted<'_>,
-) -> Result<Box<BlockRecord>> {
+) -> Result<Found> {
     state.counters.alloc_retries += 1;
     state.counters.syncs += 1;
     wait_for_streams(shared, &mut state);
-    if let Ok(record) = state.find(wanted) {
-        return Ok(record);
+    if let Ok(found) = state.find(wanted) {
+        return Ok(found);
     }
     // What the driver does not take back stays in the pool; the next rung decides whether it fits.
     drop(state.release_idle());
     match state.find(wanted) {
-        Ok(record) => Ok(record),
+        Ok(found) => Ok(found),
         Err(refusal) => {
             state.counters.ooms += 1;
             let tried = vec![
@@ -90,7 +95,7 @@ fn allocate_when_short(
 pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
     // Blocks that came back from other streams are free for their own streams only; a second wait covers
     // those too.
-    shared.flush_lanes(state, Close::No);
+    shared.empty_caches(state, Close::No);
     for _ in 0..2 {
         let ends = state.fences.close_epochs();
         let passed: Vec<Fence> = MutexGuard::unlocked(state, || {

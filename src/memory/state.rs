@@ -15,6 +15,7 @@ use super::pending::Pending;
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
+use super::territory::Owner;
 use crate::driver::{Device, Stream};
 use crate::error::Result;
 
@@ -25,6 +26,17 @@ pub(super) struct Wanted<'a> {
     pub(super) requested: u64,
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
+}
+
+/// Memory for a block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    pub(super) placed: Placed,
+    /// As asked for, rounded.
+    pub(super) bytes: u64,
+    pub(super) owner: Owner,
+    /// What it is counted under.
+    pub(super) tag: TagId,
 }
 
 #[derive(Debug)]
@@ -83,43 +95,33 @@ impl State {
     }
 
     /// Places a block in memory that is free for its stream at once.
-    pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Box<BlockRecord>> {
+    pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Found> {
         let request = self.request(wanted, self.config.reuse);
         let placed = self.backing.place(request)?;
-        Some(self.hand_out(wanted, placed))
+        Some(self.hand_out(wanted, request.owner, placed))
     }
 
     /// Places a block by all means but waiting on the host.
-    pub(super) fn find(&mut self, wanted: Wanted<'_>) -> Result<Box<BlockRecord>, Refusal> {
+    pub(super) fn find(&mut self, wanted: Wanted<'_>) -> Result<Found, Refusal> {
         let request = self.request(wanted, self.config.reuse);
         let found = self.backing.find(request, &mut self.fences);
         // Even a request that failed may have taken memory on the way.
         self.count_driver();
-        Ok(self.hand_out(wanted, found?))
+        Ok(self.hand_out(wanted, request.owner, found?))
     }
 
-    fn hand_out(&mut self, wanted: Wanted<'_>, placed: Placed) -> Box<BlockRecord> {
-        let Wanted {
-            requested,
-            bytes,
-            stream,
-        } = wanted;
-        let record = BlockRecord {
-            ptr: placed.ptr,
-            requested,
-            allocated: bytes,
-            place: placed.place,
-            tag: TagId::current(),
-            home: stream.clone(),
-            users: SmallVec::new(),
-            shared: None,
-            next: None,
-        };
-        self.usage.allocate(&record);
+    fn hand_out(&mut self, wanted: Wanted<'_>, owner: Owner, placed: Placed) -> Found {
+        let tag = TagId::current();
+        self.usage.allocate(wanted.requested, wanted.bytes);
         self.usage.active_blocks.increase(1);
-        self.usage.active.increase(bytes);
-        self.tags.increase(record.tag, bytes);
-        Box::new(record)
+        self.usage.active.increase(wanted.bytes);
+        self.tags.increase(tag, wanted.bytes);
+        Found {
+            placed,
+            bytes: wanted.bytes,
+            owner,
+            tag,
+        }
     }
 
     fn count_driver(&mut self) {
@@ -138,27 +140,37 @@ impl State {
         self.backing.totals().reserved_bytes
     }
 
+    /// Takes over what a thread's lanes have counted.
+    pub(super) fn fold(&mut self, usage: &mut Usage, tags: &mut TagTable) {
+        self.usage.fold(usage);
+        self.tags.fold(tags);
+    }
+
     /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed their
-    /// present end.
-    pub(super) fn free(&mut self, mut record: Box<BlockRecord>, counted: Counted) {
+    /// present end. Gives the record back if it is of no more use here.
+    pub(super) fn free(
+        &mut self,
+        mut record: Box<BlockRecord>,
+        counted: Counted,
+    ) -> Option<Box<BlockRecord>> {
         if counted == Counted::No {
-            self.usage.free(&record);
+            self.usage.free(record.requested, record.allocated);
             self.tags.decrease(record.tag, record.allocated);
         }
-        let users = std::mem::take(&mut record.users);
-        if users.is_empty() {
+        let Some(extras) = record.extras.take() else {
             if counted == Counted::No {
-                self.count_inactive(&record);
+                self.count_inactive(record.allocated);
             }
             self.make_reusable(&record);
-            return;
-        }
+            return Some(record);
+        };
         let now = |stream: &Stream| {
             let owner = self.fences.owner(stream);
             self.fences.now(owner)
         };
-        let fences: SmallVec<[Fence; 1]> = users.iter().map(now).collect();
+        let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
         self.pending.push(record, fences);
+        None
     }
 
     /// Makes blocks reusable whose recorded streams are done with them, as far as `reuse` allows finding
@@ -171,20 +183,19 @@ impl State {
             if self.config.poison {
                 super::pool::poison(&self.device, &record);
             }
-            self.count_inactive(&record);
+            self.count_inactive(record.allocated);
             self.make_reusable(&record);
         }
     }
 
-    fn count_inactive(&mut self, record: &BlockRecord) {
+    fn count_inactive(&mut self, bytes: u64) {
         self.usage.active_blocks.decrease(1);
-        self.usage.active.decrease(record.allocated);
+        self.usage.active.decrease(bytes);
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let owner = self.fences.owner(&record.home);
-        self.backing
-            .free(record.place, record.allocated, self.fences.now(owner));
+        let fence = self.fences.now(record.owner);
+        self.backing.free(record.place, record.allocated, fence);
     }
 
     /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.
