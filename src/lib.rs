@@ -20,6 +20,8 @@ compile_error!("kitsune needs 64-bit addresses");
 pub mod error;
 pub mod units;
 
+mod sync;
+
 pub mod dtype;
 
 pub mod driver;

@@ -5,9 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
-use crossbeam::queue::SegQueue;
-use parking_lot::{Mutex, MutexGuard};
-
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
 use super::block::{self, Block, BlockRecord, Extras};
@@ -24,6 +21,7 @@ use super::stats::PoolStats;
 use super::tags::TagStat;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
+use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to

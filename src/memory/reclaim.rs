@@ -1,7 +1,5 @@
 //! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
 
-use parking_lot::MutexGuard;
-
 use super::backing::Refusal;
 use super::block::BlockRecord;
 use super::cache::{self, Close};
@@ -12,6 +10,7 @@ use super::pool::{Shared, rounded};
 use super::state::{Counted, Found, State, Wanted};
 use crate::driver::Stream;
 use crate::error::{Error, Result};
+use crate::sync::MutexGuard;
 
 /// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
 /// whose record is left there.
