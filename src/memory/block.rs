@@ -58,17 +58,23 @@ pub(super) struct User {
 
 impl BlockRecord {
     /// Notes a use by `stream`, which ends where `until` says, as [`User::until`]. Of two uses by one stream
-    /// the later end counts.
-    fn add_user(&mut self, stream: &Stream, until: Option<Fence>) {
+    /// the later end counts. Whether it is the stream's first.
+    fn add_user(&mut self, stream: &Stream, until: Option<Fence>) -> bool {
         let id = stream.id();
         let users = &mut self.extras.get_or_insert_default().users;
         match users.iter_mut().find(|user| user.stream.id() == id) {
             // Marks of one stream come in order, and a free comes after all of them.
-            Some(user) => user.until = user.until.and(until),
-            None => users.push(User {
-                stream: stream.clone(),
-                until,
-            }),
+            Some(user) => {
+                user.until = user.until.and(until);
+                false
+            }
+            None => {
+                users.push(User {
+                    stream: stream.clone(),
+                    until,
+                });
+                true
+            }
         }
     }
 
@@ -150,8 +156,9 @@ impl Block {
     /// `stream` is given between this call and the free delays the reuse as well. It costs nothing now; to
     /// be exact, at the price of an event, is what [`record_use`](Self::record_use) is for.
     pub fn record_stream(&mut self, stream: &Stream) {
-        if let Some(record) = self.record_for(stream) {
-            record.add_user(stream, None);
+        if let Some(record) = self.record_for(stream)
+            && record.add_user(stream, None)
+        {
             self.tell_recorded(stream);
         }
     }
@@ -168,8 +175,9 @@ impl Block {
     pub fn record_use(&mut self, stream: &Stream) {
         if let Some(record) = self.record_for(stream) {
             let until = record.shared.as_ref().and_then(|pool| pool.mark(stream));
-            record.add_user(stream, until);
-            self.tell_recorded(stream);
+            if record.add_user(stream, until) {
+                self.tell_recorded(stream);
+            }
         }
     }
 
