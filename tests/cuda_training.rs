@@ -80,7 +80,7 @@ impl Trainer {
         self.output.set_grad(above.weight)?;
         self.hidden.set_grad(below.weight)?;
         self.scaler.clip_grad_norm(&self.optimizer, 1.0)?;
-        self.scaler.step(&mut self.optimizer)?;
+        drop(self.scaler.step(&mut self.optimizer)?);
         self.scaler.update()?;
         self.optimizer.zero_grad();
         Ok(loss.value().clone())
