@@ -20,6 +20,8 @@ pub(super) struct Request {
     pub(super) reuse: ReusePolicy,
     /// Bytes of blocks that were freed and wait for other streams.
     pub(super) pending: u64,
+    /// Whether another stream may lend a block out of memory that it shares with nobody.
+    pub(super) may_borrow: bool,
 }
 
 /// Where a block lies, to be handed back when it is freed.
@@ -67,8 +69,20 @@ pub(super) struct Totals {
     pub(super) device_frees: u64,
 }
 
+impl Totals {
+    /// Counts a segment that was given back.
+    pub(super) fn returned(&mut self, bytes: u64) {
+        self.segments -= 1;
+        self.reserved_bytes -= bytes;
+        self.device_frees += 1;
+    }
+}
+
 /// Memory taken from a driver, placed in blocks.
 pub(super) trait Backing: Debug + Send {
+    /// Sets the most bytes it may hold from now on; what it holds already stays.
+    fn set_limit(&mut self, bytes: u64);
+
     /// Places a block in memory that is free for the stream at once. Calls no driver.
     fn place(&mut self, request: Request) -> Option<Placed>;
 
@@ -82,6 +96,9 @@ pub(super) trait Backing: Debug + Send {
     /// Makes free memory whose past is known to be complete anyone's.
     fn settle(&mut self, fences: &mut Fences);
 
+    /// Makes the free memory of `owner` anyone's, a stream that is gone and has run all it was given.
+    fn adopt(&mut self, owner: Owner);
+
     /// Whether no memory, free or in blocks, belongs to `owner`.
     fn holds_nothing_of(&self, owner: Owner) -> bool;
 
@@ -91,9 +108,6 @@ pub(super) trait Backing: Debug + Send {
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
-
-    /// Sets the most bytes to be held. What is held already stays.
-    fn set_limit(&mut self, limit: u64);
 
     /// Whether any free memory serves any request. Otherwise some does only after it went back to the
     /// driver.

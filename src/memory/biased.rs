@@ -16,14 +16,11 @@
 //!
 //! Must not know: blocks, pools.
 
-use std::cell::UnsafeCell;
 use std::fmt;
-use std::hint;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering, compiler_fence, fence};
-use std::thread;
+use std::sync::atomic::compiler_fence;
 
-use parking_lot::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering, fence};
+use crate::sync::{Mutex, UnsafeCell, hint, thread};
 
 /// Looks at the owner's mark before the waiting thread gives its processor away.
 const SPINS: u32 = 64;
@@ -77,8 +74,7 @@ impl<T> Biased<T> {
             return self.with_other(with);
         }
         // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
-        let value = unsafe { &mut *self.value.get() };
-        let outcome = with(value);
+        let outcome = self.value.with_mut(|value| with(unsafe { &mut *value }));
         drop(busy);
         outcome
     }
@@ -89,8 +85,7 @@ impl<T> Biased<T> {
     fn with_other<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         let _guard = self.others.lock();
         // SAFETY: the owner is here and not busy, and others need the lock that is held.
-        let value = unsafe { &mut *self.value.get() };
-        with(value)
+        self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 
     /// Enters as any thread but an owner that is inside. `with` must not enter again.
@@ -116,8 +111,7 @@ impl<T> Biased<T> {
         }
         // SAFETY: the owner was not busy after everyone could see the wish, and will not enter past it;
         // others need the lock that is held.
-        let value = unsafe { &mut *self.value.get() };
-        with(value)
+        self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 }
 
@@ -148,11 +142,13 @@ impl<T> fmt::Debug for Biased<T> {
 }
 
 /// The fence of who pays for both.
-#[cfg(all(target_os = "linux", not(miri)))]
+#[cfg(all(target_os = "linux", not(miri), not(loom)))]
 mod heavy {
+    use std::sync::OnceLock;
+
     use rustix::thread::{MembarrierCommand, membarrier, membarrier_query};
 
-    use super::{OnceLock, Ordering};
+    use super::Ordering;
 
     /// Whether [`fence`] reaches every thread. Asked before the first owner enters.
     pub(super) fn is_supported() -> bool {
@@ -176,7 +172,7 @@ mod heavy {
     }
 }
 
-#[cfg(not(all(target_os = "linux", not(miri))))]
+#[cfg(not(all(target_os = "linux", not(miri), not(loom))))]
 mod heavy {
     use super::Ordering;
 
@@ -189,7 +185,50 @@ mod heavy {
     }
 }
 
-#[cfg(test)]
+/// Every order of two or three threads, as loom sees memory: `.ci/run loom`.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// The cell panics if two are inside at once, or if one does not see what another did there before.
+    fn enter_from(others: usize, entries: u64) {
+        let biased = Arc::new(Biased::new(0_u64));
+        let others: Vec<_> = (0..others)
+            .map(|_| {
+                let biased = biased.clone();
+                thread::spawn(move || biased.with(|value| *value += 1))
+            })
+            .collect();
+        for _ in 0..entries {
+            #[expect(unsafe_code, reason = "the test is the owner")]
+            // SAFETY: only this thread enters as the owner.
+            unsafe {
+                biased.with_owner(|value| *value += 1);
+            }
+        }
+        let total = entries + others.len() as u64;
+        for other in others {
+            other.join().expect("no panic");
+        }
+        assert_eq!(biased.with(|value| *value), total);
+    }
+
+    #[test]
+    fn loom_nobody_meets_the_owner_inside() {
+        loom::model(|| enter_from(1, 2));
+    }
+
+    #[test]
+    fn loom_nobody_meets_another_inside() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(2);
+        builder.check(|| enter_from(2, 1));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicU64;

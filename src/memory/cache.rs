@@ -22,6 +22,7 @@ use super::lane::{Kept, Lane, LaneKey, PoolId, SMALL_MAX};
 use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
+use crate::sync::thread_local;
 use crate::units::MIB;
 
 /// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.

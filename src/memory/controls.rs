@@ -41,7 +41,7 @@ impl Pool {
     /// [`PoolConfig::fraction`] came to.
     #[must_use]
     pub fn limit(&self) -> Option<u64> {
-        self.shared().lock().limit()
+        self.shared().lock().memories.limit()
     }
 
     /// Sets the most bytes the pool may hold from now on, in place of [`PoolConfig::limit`] and
@@ -56,7 +56,7 @@ impl Pool {
         let shared = self.shared();
         PoolConfig::check_limit(limit, &shared.device)?;
         let mut state = shared.lock();
-        state.set_limit(limit);
+        state.memories.set_limit(limit);
         reclaim::trim(shared, &mut state, limit.unwrap_or(u64::MAX))
     }
 

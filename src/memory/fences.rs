@@ -192,6 +192,37 @@ impl Fences {
         })
     }
 
+    /// Whether `stream` has a number already.
+    #[inline]
+    pub(super) fn knows(&self, stream: &Stream) -> bool {
+        let id = stream.id();
+        self.last.is_some_and(|(last, _)| last == id) || self.owners.contains_key(&id)
+    }
+
+    /// The streams that have run all they were given and that nobody but the pool holds: they get no more
+    /// work. Takes no event to find out.
+    pub(super) fn look_at_gone(&mut self) -> Vec<Owner> {
+        let mut gone = Vec::new();
+        for owner in 1..self.clocks.len() {
+            let stream = self.clocks[owner].stream.as_ref();
+            let Some(stream) =
+                stream.filter(|stream| stream.is_last_handle() && is_free_to_wait(stream))
+            else {
+                continue;
+            };
+            let has_run = if self.is_deterministic {
+                stream.synchronize().is_ok()
+            } else {
+                matches!(stream.is_idle(), Ok(true))
+            };
+            if has_run && let Some((fence, _)) = self.close_epoch(owner) {
+                self.passed(fence);
+                gone.push(owner);
+            }
+        }
+        gone
+    }
+
     /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
     /// says.
     pub(super) fn retire(&mut self, is_unused: impl Fn(Owner) -> bool) {
@@ -216,6 +247,21 @@ impl Fences {
             owner,
             epoch: self.clocks[owner].epoch,
         }
+    }
+
+    /// Where every stream is now.
+    pub(super) fn ends(&self) -> Vec<Fence> {
+        let clocks = self.clocks.iter().enumerate();
+        let in_use = clocks.filter(|(_, clock)| clock.stream.is_some());
+        in_use.map(|(owner, _)| self.now(owner)).collect()
+    }
+
+    /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
+    /// is given from now on comes after it. `None` if no event can be recorded.
+    pub(super) fn mark(&mut self, stream: &Stream) -> Option<Fence> {
+        let owner = self.owner(stream);
+        let fence = self.now(owner);
+        self.clocks[owner].cover(fence.epoch).then_some(fence)
     }
 
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that

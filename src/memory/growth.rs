@@ -40,7 +40,16 @@ impl Pages {
     /// [`Error::Driver`] if the driver has no range that large.
     pub(super) fn new(device: &Device, limit: Option<u64>) -> Result<Self> {
         let total = device.properties().total_memory;
-        let homes = (total / PAGE).max(1) * HOMES;
+        Self::with_homes(device, limit, (total / PAGE).max(1) * HOMES)
+    }
+
+    /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one home.
+    pub(super) fn lasting(device: &Device) -> Result<Self> {
+        let total = device.properties().total_memory;
+        Self::with_homes(device, None, (total / PAGE).max(1))
+    }
+
+    fn with_homes(device: &Device, limit: Option<u64>, homes: u64) -> Result<Self> {
         let base = device.driver().reserve(homes * PAGE)?;
         let driver = device.driver().clone();
         let limit = limit.unwrap_or(u64::MAX);
@@ -60,8 +69,8 @@ impl Pages {
         self.base.offset(offset)
     }
 
-    pub(super) fn set_limit(&mut self, limit: u64) {
-        self.limit = limit;
+    pub(super) fn set_limit(&mut self, bytes: u64) {
+        self.limit = bytes;
     }
 
     pub(super) fn bytes_held(&self) -> u64 {

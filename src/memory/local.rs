@@ -6,6 +6,7 @@ use std::ptr;
 
 use super::cache::ThreadCache;
 use super::tags::TagId;
+use crate::sync::thread_local;
 
 /// A thread's part in the pools it uses.
 pub(super) struct Local {

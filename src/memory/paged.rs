@@ -33,6 +33,8 @@ pub(super) struct PagedMemory {
     pub(super) pages: Pages,
     pub(super) territory: Territory,
     pub(super) ranges: Ranges,
+    /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
+    stitches: bool,
     small: BTreeMap<Owner, SmallBlocks>,
     /// Bytes in blocks.
     in_use: u64,
@@ -47,15 +49,26 @@ impl PagedMemory {
             pages,
             territory: Territory::new(),
             ranges: Ranges::default(),
+            stitches: true,
             small: BTreeMap::new(),
             in_use: 0,
             live_peak: 0,
         }
     }
 
+    /// Memory whose addresses hold for as long as its pages: it maps none a second time.
+    pub(super) fn unstitched(pages: Pages) -> Self {
+        Self {
+            stitches: false,
+            ..Self::new(pages)
+        }
+    }
+
     fn count(&mut self, placed: Placed, request: Request) -> Placed {
         self.in_use += request.bytes;
-        self.live_peak = self.live_peak.max(self.in_use - request.pending);
+        self.live_peak = self
+            .live_peak
+            .max(self.in_use.saturating_sub(request.pending));
         placed
     }
 
@@ -195,9 +208,11 @@ impl PagedMemory {
         }
         let missing = self.missing_pages(units, request.owner) as u64;
         // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
-        let most = self
-            .live_peak
-            .max((self.in_use - request.pending).saturating_add(request.bytes));
+        let most = self.live_peak.max(
+            self.in_use
+                .saturating_sub(request.pending)
+                .saturating_add(request.bytes),
+        );
         let held = missing
             .saturating_mul(PAGE)
             .saturating_add(self.pages.bytes_held());
@@ -205,7 +220,9 @@ impl PagedMemory {
         {
             return Ok(self.place_large(request).expect("a hole was grown to fit"));
         }
-        if let Some(placed) = self.stitch(request, fences) {
+        if self.stitches
+            && let Some(placed) = self.stitch(request, fences)
+        {
             return Ok(placed);
         }
         match self.grow_hole(units, request.owner) {
@@ -243,6 +260,9 @@ impl PagedMemory {
     /// Places a block among the small blocks of another stream. It is lent: freed, it goes back there, and
     /// that stream waits for the borrower.
     fn borrow_small(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        if !request.may_borrow {
+            return None;
+        }
         let fits = |small: &SmallBlocks| small.largest_free() >= request.bytes;
         let others = self
             .small
@@ -310,6 +330,10 @@ impl PagedMemory {
 }
 
 impl Backing for PagedMemory {
+    fn set_limit(&mut self, bytes: u64) {
+        self.pages.set_limit(bytes);
+    }
+
     fn place(&mut self, request: Request) -> Option<Placed> {
         let placed = if request.bytes <= SMALL_MAX {
             self.place_small(request)
@@ -360,13 +384,18 @@ impl Backing for PagedMemory {
         self.small.retain(|_, small| !small.is_empty());
     }
 
+    fn adopt(&mut self, owner: Owner) {
+        if let Some((lease, epoch)) = self.small.get_mut(&owner).and_then(SmallBlocks::take_spare) {
+            self.territory.free(lease.block, owner, epoch);
+        }
+        self.small
+            .retain(|small_owner, small| *small_owner != owner || !small.is_empty());
+        self.territory.settle(|fence| fence.owner == owner);
+    }
+
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.settle(fences);
         self.release_pages(keep, fences)
-    }
-
-    fn set_limit(&mut self, limit: u64) {
-        self.pages.set_limit(limit);
     }
 
     fn shares_free_memory(&self) -> bool {

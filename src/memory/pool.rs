@@ -3,29 +3,28 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-
-use crossbeam::queue::SegQueue;
-use parking_lot::{Mutex, MutexGuard};
+use std::thread;
 
 use super::arena::GRANULARITY;
-use super::backing::Refusal;
-use super::block::{self, Block, BlockRecord};
+use super::backing::{Place, Refusal};
+use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
+use super::fences::Fence;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
+use super::memories::MemoryIndex;
+use super::poison;
 use super::reclaim;
 use super::report::report;
+use super::routes::Routes;
 use super::state::{Counted, Found, State, Wanted};
 use super::stats::PoolStats;
 use super::tags::TagStat;
-use super::waits::wait_for_streams;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, Result};
+use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
-
-/// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
-const POISON: u8 = 0xff;
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to
 /// the driver with the last clone and the last block.
@@ -45,11 +44,14 @@ pub(super) struct Shared {
     id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
+    pub(super) routes: Routes,
     state: Mutex<State>,
     /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    /// Private memories whose last holder went, in the same way.
+    released: SegQueue<MemoryIndex>,
     pub(super) hooks: Arc<Hooks>,
 }
 
@@ -76,8 +78,10 @@ impl Pool {
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
+            routes: Routes::default(),
             caches: Mutex::default(),
             freed: SegQueue::new(),
+            released: SegQueue::new(),
             hooks: Arc::default(),
         };
         Ok(Self {
@@ -105,17 +109,22 @@ impl Pool {
     }
 
     /// Memory for `bytes` bytes, for use on `stream` from now on; its contents are undefined. Zero bytes
-    /// give a block without memory.
+    /// give a block without memory. During a capture or a pass of a [`PrivatePool`](super::PrivatePool) of
+    /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with a report after every way of finding memory failed; [`Error::InvalidArgument`] for a
-    /// stream of another device.
+    /// [`Error::OutOfMemory`] with a report after every way of finding memory failed;
+    /// [`Error::InvalidArgument`] for a stream of another device; during a capture, [`Error::Driver`] if the
+    /// driver cannot tell whether the stream is part of it.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        match cache::take(LaneKey::new(self.shared().id, stream.id()), bytes) {
-            Some(record) => Ok(Block::new(Some(record))),
-            None => self.allocate_in_pool(bytes, stream),
+        let shared = self.shared();
+        if shared.routes.are_none()
+            && let Some(record) = cache::take(LaneKey::new(shared.id, stream.id()), bytes)
+        {
+            return Ok(Block::new(Some(record)));
         }
+        self.allocate_in_pool(bytes, stream)
     }
 
     #[inline(never)]
@@ -125,6 +134,12 @@ impl Pool {
         if requested == 0 {
             return Ok(Block::new(None));
         }
+        let memory = shared.routes.find(shared.id, stream)?;
+        if memory != MemoryIndex::ORDINARY {
+            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let record = record_of(found, requested, stream, shared, None);
+            return Ok(Block::new(Some(record)));
+        }
         let bytes = rounded(requested).unwrap_or(u64::MAX);
         let key = LaneKey::new(shared.id, stream.id());
         let missed = cache::take_or_miss(shared, key, (requested, bytes));
@@ -132,7 +147,7 @@ impl Pool {
             return Ok(Block::new(missed.found));
         }
         let mut hot = missed.hot;
-        let found = reclaim::allocate(shared, requested, stream, &mut hot);
+        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
         // Whichever is left over is dropped outside the lock.
         let blank = missed.blank.or(hot);
         let record = record_of(found?, requested, stream, shared, blank);
@@ -147,13 +162,13 @@ impl Pool {
             return error;
         }
         let mut state = shared.lock_and_fold();
-        let refusal = Some(Refusal::Limit);
         let wanted = Wanted {
             requested: bytes,
             bytes,
             stream,
+            memory: MemoryIndex::ORDINARY,
         };
-        let mut report = report(shared, &mut state, wanted, refusal, Vec::new());
+        let mut report = report(shared, &mut state, wanted, Refusal::Limit, Vec::new());
         report.limit = Some(limit);
         report.limit_used = Some(used);
         report.into()
@@ -199,12 +214,22 @@ fn record_of(
 ) -> Box<BlockRecord> {
     let Found {
         placed,
+        memory,
         bytes,
         owner,
         tag,
     } = found;
-    // A block that is to be overwritten when it is freed is kept as it is by no lane.
-    let key = if shared.config.poison {
+    let is_private = memory != MemoryIndex::ORDINARY;
+    let extras = is_private.then(|| {
+        Box::new(Extras {
+            memory,
+            ..Extras::default()
+        })
+    });
+    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private or a
+    // lent one.
+    let is_lent = matches!(placed.place, Place::Lent { .. });
+    let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
     } else {
         LaneKey::new(shared.id, stream.id())
@@ -217,6 +242,7 @@ fn record_of(
         record.owner = owner;
         record.tag = tag;
         record.key = key;
+        record.extras = extras;
         return record;
     }
     Box::new(BlockRecord {
@@ -230,7 +256,7 @@ fn record_of(
         home: stream.clone(),
         shared: Some(shared.clone()),
         next: None,
-        extras: None,
+        extras,
     })
 }
 
@@ -251,11 +277,13 @@ pub(super) fn free(record: Box<BlockRecord>) {
 fn free_with_extras(record: Box<BlockRecord>) {
     // Before the memory can be handed out again: nobody is told of two live blocks at one address.
     let record = block::tell_freed(record);
-    if record.extras.is_some() {
-        free_in_pool(record, Counted::No);
-    } else {
-        free(record);
+    let Some(extras) = &record.extras else {
+        return free(record);
+    };
+    if extras.users.is_empty() {
+        poison::private(&record);
     }
+    free_in_pool(record, Counted::No);
 }
 
 /// Takes a block back that the lane in front is not for.
@@ -265,8 +293,12 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .shared
         .clone()
         .expect("a block in a caller's hands knows its pool");
+    // What is lent goes back to its lender, who waits for the borrower.
+    if matches!(record.place, Place::Lent { .. }) {
+        return free_in_pool(record, Counted::No);
+    }
     if shared.config.poison {
-        poison(&shared.device, &record);
+        poison::ordinary(&shared.device, &record);
     }
     let key = LaneKey::new(shared.id, record.home.id());
     if let Some(record) = cache::keep_anywhere(&shared, key, record) {
@@ -378,6 +410,23 @@ impl Shared {
         {
             drop(state.free(record, counted));
         }
+        while !self.released.is_empty()
+            && let Some(memory) = self.released.pop()
+        {
+            state.release_memory(memory);
+        }
+    }
+
+    /// The present end of `stream`, marked with an event, if one can be recorded.
+    pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
+        self.lock().fences.mark(stream)
+    }
+
+    /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
+    /// that runs work.
+    pub(super) fn release_memory(&self, memory: MemoryIndex) {
+        self.released.push(memory);
+        self.take_in_left();
     }
 }
 
@@ -385,21 +434,6 @@ impl Shared {
 #[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
-}
-
-/// Overwrites a block that is about to become reusable, in order with its home stream.
-#[expect(unsafe_code, reason = "the pool owns the memory it overwrites")]
-pub(super) fn poison(device: &Device, record: &BlockRecord) {
-    let raw = record.home.raw();
-    // SAFETY: the block was freed by its owner and is in no free list yet, so nothing touches it until the
-    // home stream has passed this fill; its segment is returned only after that stream has passed.
-    let filled = unsafe {
-        device
-            .driver()
-            .fill(record.ptr, POISON, record.allocated, raw)
-    };
-    // A refused fill leaves the block unpoisoned, which only a test could notice.
-    drop(filled);
 }
 
 impl Drop for Handle {
@@ -412,10 +446,15 @@ impl Drop for Handle {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let mut state = self.lock();
-        wait_for_streams(self, &mut state);
-        // What the driver does not take back now is lost with the pool.
-        drop(state.release_idle(0));
+        let mut state = self.lock().take();
+        reclaim::close(&mut state);
+        if state.bytes_held() > 0 {
+            // A kernel that owned the last block may not wait, least of all for its own stream. What another
+            // thread does not get returned, or where there is none, is lost with the pool.
+            let close = move || reclaim::close(&mut state);
+            let thread = thread::Builder::new().name("kitsune-pool".to_owned());
+            drop(thread.spawn(close));
+        }
     }
 }
 

@@ -5,46 +5,59 @@
 //! other streams' memory, new pages  events, waits on the device, driver allocations
 //! the threads' caches               emptied into the pool
 //! the program's callbacks           without the lock
-//! returning idle memory             where only that makes it another stream's
+//! returning idle memory             where only that makes it another's
 //! waiting on the host               stream by stream, while that can help
 //! everything once more              in one go, under the lock: nothing fails beside a block that fits
 //! ```
 //!
 //! A request that the device or the limit could never hold is refused before anyone is asked or waited for.
+//! In a capture nothing may wait, be unmapped or be called back: its private memory has the first two rungs.
 
 use std::time::Instant;
-
-use parking_lot::MutexGuard;
 
 use super::backing::Refusal;
 use super::block::BlockRecord;
 use super::cache::{self, Close};
 use super::hooks;
+use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
 use super::report::report;
 use super::state::{Counted, Found, State, Wanted};
-use super::waits::{wait_for_room, wait_for_streams};
+use super::waits::{self, Patience};
 use crate::driver::Stream;
 use crate::error::{OutOfMemory, Result};
+use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream`, after taking back the block `hot`, whose record
-/// is left there. A failure is told to the program's observers.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
+/// whose record is left there. A failure is told to the program's observers.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
-    stream: &Stream,
+    (memory, stream): (MemoryIndex, &Stream),
     hot: &mut Option<Box<BlockRecord>>,
 ) -> Result<Found> {
-    climb(shared, requested, stream, hot).map_err(|report| {
-        shared.hooks.tell_failure(&report);
+    let wanted = Wanted {
+        requested,
+        bytes: rounded(requested).unwrap_or(u64::MAX),
+        stream,
+        memory,
+    };
+    climb(shared, wanted, hot).map_err(|report| {
+        if !is_captured(shared, wanted) {
+            shared.hooks.tell_failure(&report);
+        }
         report.into()
     })
 }
 
+/// Whether the memory is for a graph that is being captured.
+fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
+    wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
+}
+
 fn climb(
     shared: &Shared,
-    requested: u64,
-    stream: &Stream,
+    wanted: Wanted<'_>,
     hot: &mut Option<Box<BlockRecord>>,
 ) -> Result<Found, Box<OutOfMemory>> {
     let mut state = shared.lock();
@@ -52,29 +65,34 @@ fn climb(
     if let Some(record) = hot.take() {
         *hot = state.free(record, Counted::Yes);
     }
-    let bytes = rounded(requested).unwrap_or(u64::MAX);
-    let wanted = Wanted {
-        requested,
-        bytes,
-        stream,
-    };
-    if state.decay.is_on() && state.decay.is_due(Instant::now()) {
+    if !state.fences.knows(wanted.stream) && !shared.routes.is_capturing() {
+        state.let_go();
+    }
+    if state.decay.is_on() && state.decay.is_due(Instant::now()) && !shared.routes.is_capturing() {
         decay(shared, &mut state);
     }
     if let Some(found) = state.place(wanted) {
         state.counters.cache_hits += 1;
         return Ok(found);
     }
-    if let Some(refusal) = state.never_holds(bytes) {
-        return Err(fail(shared, &mut state, wanted, Some(refusal), Vec::new()));
+    if let Some(refusal) = state.never_holds(wanted.bytes) {
+        return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
     }
-    state.poll_pending();
+    if wanted.memory == MemoryIndex::ORDINARY {
+        state.poll_pending();
+    }
     let allocations = state.device_allocs();
-    if let Ok(found) = state.find(wanted) {
-        state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
-        return Ok(found);
+    match state.find(wanted) {
+        Ok(found) => {
+            state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
+            Ok(found)
+        }
+        Err(refusal) if is_captured(shared, wanted) => {
+            let tried = vec!["the private pool's blocks", "the driver"];
+            Err(fail(shared, &mut state, wanted, refusal, tried))
+        }
+        Err(_) => climb_when_short(shared, state, wanted),
     }
-    climb_when_short(shared, state, wanted)
 }
 
 /// The rungs above: neither the cache nor the driver had room at once.
@@ -90,10 +108,11 @@ fn climb_when_short(
         Ok(found) => return Ok(found),
         Err(refusal) => refusal,
     };
-    for callback in shared.hooks.on_shortage() {
-        if tried.len() == 3 {
-            tried.push("the program's callbacks");
-        }
+    let callbacks = shared.hooks.on_shortage();
+    if !callbacks.is_empty() {
+        tried.push("the program's callbacks");
+    }
+    for callback in callbacks {
         MutexGuard::unlocked(&mut state, || hooks::call(|| callback(wanted.bytes)));
         // What was freed may lie in this thread's cache.
         shared.empty_caches(&mut state, Close::No);
@@ -103,27 +122,26 @@ fn climb_when_short(
         }
     }
     tried.extend(["waiting for streams", "returning idle memory"]);
-    state.counters.syncs += 1;
-    let found = wait_for_room(shared, &mut state, wanted, |state| {
-        search(state, wanted).ok()
-    });
-    if let Some(found) = found {
-        return Ok(found);
-    }
+    let mut patience = Patience::new(&shared.config);
+    let mut found = waits::wait_for_room(shared, &mut state, wanted, &mut patience, search);
     // The driver may lack something else than memory (addresses, mappings), which only idle memory that is
     // known to be complete can give back.
-    if matches!(refusal, Refusal::Driver(_)) && shared.config.wait_deadline.is_none() {
-        wait_for_streams(shared, &mut state);
+    if found.is_none() && matches!(refusal, Refusal::Driver(_)) {
+        waits::wait_for_idle(shared, &mut state, &mut patience);
     }
-    shared.empty_caches(&mut state, Close::No);
-    if let Ok(found) = search(&mut state, wanted) {
+    state.counters.syncs += u64::from(patience.has_waited());
+    found = found.or_else(|| {
+        shared.empty_caches(&mut state, Close::No);
+        search(&mut state, wanted).ok()
+    });
+    if let Some(found) = found {
         return Ok(found);
     }
     // What the driver does not take back stays in the pool.
     drop(state.release_idle(0));
     state
         .find(wanted)
-        .map_err(|refusal| fail(shared, &mut state, wanted, Some(refusal), tried))
+        .map_err(|refusal| fail(shared, &mut state, wanted, refusal, tried))
 }
 
 /// Looks everywhere without waiting on the host, and returns idle memory where that may help.
@@ -134,7 +152,7 @@ fn search(state: &mut State, wanted: Wanted<'_>) -> Result<Found, Refusal> {
         Ok(found) => return Ok(found),
         Err(refusal) => refusal,
     };
-    if !state.returning_helps() {
+    if !state.returning_helps(wanted.memory) {
         return Err(refusal);
     }
     // What the driver does not take back stays in the pool.
@@ -146,7 +164,7 @@ fn fail(
     shared: &Shared,
     state: &mut State,
     wanted: Wanted<'_>,
-    refusal: Option<Refusal>,
+    refusal: Refusal,
     tried: Vec<&'static str>,
 ) -> Box<OutOfMemory> {
     state.counters.ooms += 1;
@@ -156,6 +174,7 @@ fn fail(
 /// Returns what was idle for a whole period, as far as it is known to be complete; the period ends.
 pub(super) fn decay(shared: &Shared, state: &mut State) {
     shared.empty_caches(state, Close::No);
+    state.let_go();
     state.poll_pending();
     let keep = state.decay.end_period(Instant::now());
     // What the driver does not take back now is offered again after the next period.
@@ -174,6 +193,19 @@ pub(super) fn trim(shared: &Shared, state: &mut MutexGuard<'_, State>, target: u
     if state.bytes_held() <= target {
         return Ok(());
     }
-    wait_for_streams(shared, state);
+    waits::wait_for_streams(shared, state);
     state.release_idle(target)
+}
+
+/// Returns what a pool held whose last handle and last block are gone, as far as its streams can be waited for.
+pub(super) fn close(state: &mut State) {
+    for _ in 0..waits::WAITS_MAX {
+        let passed = waits::reached(state.fences.close_epochs());
+        if !state.take_in_passed(&passed) {
+            break;
+        }
+    }
+    state.settle();
+    // What the driver refuses stays, and the caller sees it.
+    drop(state.release_idle(0));
 }

@@ -13,7 +13,7 @@ pub(super) fn report(
     shared: &Shared,
     state: &mut State,
     wanted: Wanted<'_>,
-    refusal: Option<Refusal>,
+    refusal: Refusal,
     tried: Vec<&'static str>,
 ) -> OutOfMemory {
     shared.fold_caches(state);
@@ -34,15 +34,15 @@ pub(super) fn report(
         pending_by_stream: state.pending_by_stream(),
         reserved,
         split: state.split_bytes(),
-        largest_free: state.largest_free(),
+        largest_free: state.largest_free(wanted.memory),
         device_free,
         device_total,
         held_by_others: device.map(|info| info.total.saturating_sub(info.free + reserved)),
-        limit: state.limit(),
+        limit: state.memories.limit(),
         limit_used: None,
-        limited: matches!(refusal, Some(Refusal::Limit)),
+        limited: matches!(refusal, Refusal::Limit),
         driver_error: match refusal {
-            Some(Refusal::Driver(error)) => Some(error.to_string()),
+            Refusal::Driver(error) => Some(error.to_string()),
             _ => None,
         },
         tried,

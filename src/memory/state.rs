@@ -9,11 +9,12 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::backing::{Backing, Place, Placed, Refusal, Request};
-use super::block::BlockRecord;
+use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
-use super::fences::{Fence, Fences};
+use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
+use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
@@ -32,12 +33,14 @@ pub(super) struct Wanted<'a> {
     pub(super) requested: u64,
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
+    pub(super) memory: MemoryIndex,
 }
 
 /// Memory for a block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) placed: Placed,
+    pub(super) memory: MemoryIndex,
     /// As asked for, rounded.
     pub(super) bytes: u64,
     pub(super) owner: Owner,
@@ -49,8 +52,7 @@ pub(super) struct Found {
 pub(super) struct State {
     device: Device,
     config: PoolConfig,
-    limit: Option<u64>,
-    backing: Box<dyn Backing>,
+    pub(super) memories: Memories,
     pub(super) fences: Fences,
     pub(super) pending: Pending,
     pub(super) decay: Decay,
@@ -73,20 +75,27 @@ pub(super) struct Counters {
 
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
-        let properties = device.properties();
-        let page = super::territory::PAGE;
-        let can_map = properties.virtual_memory && page.is_multiple_of(properties.page_granularity);
         let limit = config.byte_limit(device);
-        let backing: Box<dyn Backing> = if can_map && !config.contiguous {
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
             Box::new(PagedMemory::new(Pages::new(device, limit)?))
         } else {
             Box::new(SegmentedMemory::new(device, limit))
         };
-        Ok(Self {
+        let memories = Memories::new(backing, limit);
+        Ok(Self::with(device, config, memories))
+    }
+
+    /// Takes everything out, and leaves a state of which nothing may be asked.
+    pub(super) fn take(&mut self) -> Self {
+        let nothing = Self::with(&self.device, &self.config, Memories::none());
+        std::mem::replace(self, nothing)
+    }
+
+    fn with(device: &Device, config: &PoolConfig, memories: Memories) -> Self {
+        Self {
             device: device.clone(),
             config: config.clone(),
-            limit,
-            backing,
+            memories,
             fences: Fences::new(config.deterministic),
             pending: Pending::default(),
             decay: Decay::new(config.decay, Instant::now()),
@@ -96,29 +105,57 @@ impl State {
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
-        })
+        }
     }
 
-    fn request(&mut self, wanted: Wanted<'_>, reuse: ReusePolicy) -> Request {
+    /// Adds a memory that is set aside.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
+        let (device, config) = (&self.device, &self.config);
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
+            Box::new(PagedMemory::unstitched(Pages::lasting(device)?))
+        } else {
+            // What the limit leaves is said with each request.
+            Box::new(SegmentedMemory::new(device, None))
+        };
+        Ok(self.memories.add(backing))
+    }
+
+    /// Lets go of a memory that was set aside.
+    pub(super) fn release_memory(&mut self, memory: MemoryIndex) {
+        self.memories.release(memory, self.fences.ends());
+    }
+
+    fn request(&mut self, wanted: Wanted<'_>) -> Request {
+        // In a capture no event can be recorded; the pass before it is to need as much memory.
+        let is_ordinary = wanted.memory == MemoryIndex::ORDINARY;
+        let reuse = if is_ordinary {
+            self.config.reuse
+        } else {
+            ReusePolicy::Never
+        };
         Request {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
             pending: self.pending.bytes(),
+            may_borrow: is_ordinary,
         }
     }
 
     /// Places a block in memory that is free for its stream at once.
     pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Found> {
-        let request = self.request(wanted, self.config.reuse);
-        let placed = self.backing.place(request)?;
+        let request = self.request(wanted);
+        let placed = self.memories.get_mut(wanted.memory).place(request)?;
         Some(self.hand_out(wanted, request.owner, placed))
     }
 
     /// Places a block by all means but waiting on the host.
     pub(super) fn find(&mut self, wanted: Wanted<'_>) -> Result<Found, Refusal> {
-        let request = self.request(wanted, self.config.reuse);
-        let found = self.backing.find(request, &mut self.fences);
+        let request = self.request(wanted);
+        let found = self.memories.find(wanted.memory, request, &mut self.fences);
         // Even a request that failed may have taken memory on the way.
         self.count_driver();
         Ok(self.hand_out(wanted, request.owner, found?))
@@ -133,6 +170,7 @@ impl State {
         self.decay.take(wanted.bytes);
         Found {
             placed,
+            memory: wanted.memory,
             bytes: wanted.bytes,
             owner,
             tag,
@@ -140,19 +178,19 @@ impl State {
     }
 
     fn count_driver(&mut self) {
-        let totals = self.backing.totals();
+        let totals = self.memories.totals();
         self.segments.set(totals.segments);
         self.reserved.set(totals.reserved_bytes);
     }
 
     /// Driver allocations so far.
     pub(super) fn device_allocs(&self) -> u64 {
-        self.backing.totals().device_allocs
+        self.memories.totals().device_allocs
     }
 
     /// Bytes held from the driver.
     pub(super) fn bytes_held(&self) -> u64 {
-        self.backing.totals().reserved_bytes
+        self.memories.totals().reserved_bytes
     }
 
     /// Takes over what a thread's lanes have counted.
@@ -161,8 +199,8 @@ impl State {
         self.tags.fold(tags);
     }
 
-    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed their
-    /// present end. Gives the record back if it is of no more use here.
+    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
+    /// of their uses, which are their present ends where none was marked. Gives the record back if it is of no more use here.
     pub(super) fn free(
         &mut self,
         mut record: Box<BlockRecord>,
@@ -173,41 +211,54 @@ impl State {
             self.tags.decrease(record.tag, record.allocated);
         }
         if let Place::Lent { lender, .. } = record.place {
-            self.send_home(&mut record, lender, counted);
+            self.send_home(&mut record, lender);
         }
-        let Some(extras) = record.extras.take() else {
+        let users = match &mut record.extras {
+            Some(extras) => std::mem::take(&mut extras.users),
+            None => SmallVec::new(),
+        };
+        if users.is_empty() {
             if counted == Counted::No {
                 self.count_inactive(record.allocated);
             }
             self.make_reusable(&record);
+            record.extras = None;
             return Some(record);
+        }
+        let is_private = record.memory() != MemoryIndex::ORDINARY;
+        let end = |user: &User| {
+            user.until.unwrap_or_else(|| {
+                let owner = self.fences.owner(&user.stream);
+                if is_private {
+                    self.fences.now(owner)
+                } else {
+                    self.fences.stamp_for_others(owner)
+                }
+            })
         };
-        let now = |stream: &Stream| {
-            let owner = self.fences.owner(stream);
-            self.fences.stamp_for_others(owner)
+        let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
+        let freed_at = if is_private {
+            self.fences.now(record.owner)
+        } else {
+            self.fences.stamp_for_others(record.owner)
         };
-        let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
-        let freed_at = self.fences.stamp_for_others(record.owner);
         self.pending.push(record, fences, freed_at);
         None
     }
 
     /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
     /// stream it was lent to.
-    fn send_home(&mut self, record: &mut BlockRecord, lender: Owner, counted: Counted) {
-        let Some(home) = self.fences.stream(lender) else {
-            unreachable!("a stream with memory is known");
-        };
-        let borrower = std::mem::replace(&mut record.home, home.clone());
+    fn send_home(&mut self, record: &mut BlockRecord, lender: Owner) {
+        let home = self.fences.stream(lender);
+        let home = home.expect("a stream with memory is known").clone();
+        let stream = std::mem::replace(&mut record.home, home);
         record.owner = lender;
         let users = &mut record.extras.get_or_insert_default().users;
-        users.retain(|user| user.id() != record.home.id());
-        users.push(borrower);
-        if counted == Counted::Yes {
-            // What a lane counts as freed it counts as no longer active, which this block still is.
-            self.usage.active_blocks.increase(1);
-            self.usage.active.increase(record.allocated);
-        }
+        users.retain(|user| user.stream.id() != record.home.id());
+        users.push(User {
+            stream,
+            until: None,
+        });
     }
 
     /// Makes blocks reusable whose recorded streams are done with them. They come back to their own stream
@@ -225,15 +276,14 @@ impl State {
         for passed in self.pending.take_passed(&mut self.fences, reuse) {
             let Passed { record, fence } = passed;
             if self.config.poison {
-                super::pool::poison(&self.device, &record);
+                super::poison::ordinary(&self.device, &record);
             }
             self.count_inactive(record.allocated);
             // Small blocks keep no epochs of their own; a poisoned one was written just now.
-            let keeps_none = matches!(record.place, Place::Small { .. } | Place::Lent { .. });
-            match fence.filter(|_| !self.config.poison && !keeps_none) {
-                Some(fence) => self.put_back(&record, fence),
-                None => self.make_reusable(&record),
-            }
+            let keeps_none = self.config.poison
+                || matches!(record.place, Place::Small { .. } | Place::Lent { .. });
+            let fence = fence.filter(|_| !keeps_none);
+            self.make_reusable_after(&record, fence);
         }
     }
 
@@ -243,13 +293,25 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let fence = self.fences.stamp(record.owner);
-        self.put_back(record, fence);
+        self.make_reusable_after(record, None);
     }
 
-    fn put_back(&mut self, record: &BlockRecord, fence: Fence) {
+    /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
+    /// given so far.
+    fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
+        let owner = record.owner;
+        let memory = record.memory();
+        let fence = fence.unwrap_or_else(|| {
+            // Captured streams can record no events, and no other stream asks for private memory.
+            if memory == MemoryIndex::ORDINARY {
+                self.fences.stamp(owner)
+            } else {
+                self.fences.now(owner)
+            }
+        });
         self.decay.give(record.allocated);
-        self.backing.free(record.place, record.allocated, fence);
+        let backing = self.memories.get_mut(memory);
+        backing.free(record.place, record.allocated, fence);
     }
 
     /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.
@@ -265,35 +327,69 @@ impl State {
 
     /// Makes memory whose past is complete anyone's, and lets go of streams that nobody else holds.
     pub(super) fn settle(&mut self) {
-        self.backing.settle(&mut self.fences);
-        self.fences
-            .retire(|owner| self.backing.holds_nothing_of(owner) && !self.pending.is_behind(owner));
+        self.memories.settle(&mut self.fences);
+        self.retire();
+    }
+
+    fn retire(&mut self) {
+        self.fences.retire(|owner| {
+            self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
+        });
+    }
+
+    /// Lets go of streams that nobody else holds and that have run all they were given: what they left free
+    /// becomes anyone's. Other streams are not touched.
+    pub(super) fn let_go(&mut self) {
+        let gone = self.fences.look_at_gone();
+        if gone.is_empty() {
+            return;
+        }
+        self.poll_pending();
+        for owner in gone {
+            self.memories.adopt(owner);
+        }
+        self.retire();
     }
 
     /// Gives the driver what is idle as a whole and known to be complete, until `keep` bytes are left.
     pub(super) fn release_idle(&mut self, keep: u64) -> Result<()> {
-        let outcome = self.backing.release_idle(keep, &mut self.fences);
+        let outcome = self.memories.release_idle(keep, &mut self.fences);
         self.count_driver();
         outcome
     }
 
     /// Whether a request may find memory only after idle memory went back to the driver.
-    pub(super) fn returning_helps(&self) -> bool {
-        !self.backing.shares_free_memory()
+    pub(super) fn returning_helps(&self, memory: MemoryIndex) -> bool {
+        self.memories.returning_helps(memory)
     }
 
     /// Bytes that are free or pending behind the present end of each stream whose passing would help.
     pub(super) fn bytes_behind(&mut self, wanted: Wanted<'_>) -> BTreeMap<Owner, u64> {
         let owner = self.fences.owner(wanted.stream);
-        let mut behind = self.backing.bytes_behind(owner, &self.fences);
+        let mut behind = self
+            .memories
+            .bytes_behind(wanted.memory, owner, &self.fences);
         self.pending.add_bytes_behind(&mut behind);
         behind
+    }
+
+    /// Closes the present epoch of every stream that idle or pending memory is behind, as
+    /// [`Fences::close_epoch`].
+    pub(super) fn ends_behind(&mut self) -> Vec<(Fence, Stream)> {
+        let ordinary = MemoryIndex::ORDINARY;
+        let mut behind = self.memories.bytes_behind(ordinary, COMMON, &self.fences);
+        self.pending.add_bytes_behind(&mut behind);
+        let owners = behind.into_keys();
+        owners
+            .filter_map(|owner| self.fences.close_epoch(owner))
+            .collect()
     }
 
     /// Bytes that a request lacks beside what is free for it.
     pub(super) fn missing(&mut self, wanted: Wanted<'_>) -> u64 {
         let owner = self.fences.owner(wanted.stream);
-        let free = self.backing.bytes_free_for(owner, &self.fences);
+        let memory = self.memories.get(wanted.memory);
+        let free = memory.bytes_free_for(owner, &self.fences);
         wanted.bytes.saturating_sub(free)
     }
 
@@ -314,35 +410,27 @@ impl State {
         let total = self.device.properties().total_memory;
         // What is held already may be more than a limit that was lowered.
         let held = self.bytes_held();
-        if self.limit.is_some_and(|limit| bytes > limit.max(held)) {
+        let limit = self.memories.limit();
+        if limit.is_some_and(|limit| bytes > limit.max(held)) {
             return Some(Refusal::Limit);
         }
         (bytes > total).then_some(Refusal::Size)
     }
 
-    pub(super) fn limit(&self) -> Option<u64> {
-        self.limit
-    }
-
-    pub(super) fn set_limit(&mut self, limit: Option<u64>) {
-        self.limit = limit;
-        self.backing.set_limit(limit.unwrap_or(u64::MAX));
-    }
-
-    /// Bytes of the largest free block of any stream.
-    pub(super) fn largest_free(&self) -> u64 {
-        self.backing.largest_free()
-    }
-
     /// Bytes that are free, but in parts of segments.
     pub(super) fn split_bytes(&self) -> u64 {
-        self.backing.inactive_split().0
+        self.memories.inactive_split().0
+    }
+
+    /// Bytes of the largest free block of `memory`, whichever stream's.
+    pub(super) fn largest_free(&self, memory: MemoryIndex) -> u64 {
+        self.memories.get(memory).largest_free()
     }
 
     /// The statistics now. The lanes' counters must have been folded in.
     pub(super) fn stats(&self) -> PoolStats {
-        let totals = self.backing.totals();
-        let (inactive_split_bytes, inactive_split) = self.backing.inactive_split();
+        let totals = self.memories.totals();
+        let (inactive_split_bytes, inactive_split) = self.memories.inactive_split();
         let counters = self.counters;
         let usage = self.peaks.completed(&self.usage);
         PoolStats {
@@ -353,6 +441,7 @@ impl State {
             allocated_bytes: usage.allocated.stat(),
             active_bytes: usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
+            private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
             cache_hits: counters.cache_hits + usage.lane_hits,
@@ -376,7 +465,7 @@ impl State {
     /// Asserts that every structure is sound and that the counters equal what a walk sums. The lanes must
     /// be empty and their counters folded in.
     pub(super) fn check_invariants(&self) {
-        let in_blocks = self.backing.check_invariants();
+        let in_blocks = self.memories.check_invariants();
         let stats = self.stats();
         assert_eq!(stats.active_bytes.current, in_blocks, "active bytes");
         let pending = self.pending.bytes();
@@ -389,7 +478,7 @@ impl State {
         assert_eq!(stats.active.current, blocks, "active blocks");
         assert_eq!(
             stats.reserved_bytes.current,
-            self.backing.totals().reserved_bytes
+            self.memories.totals().reserved_bytes
         );
         assert!(stats.requested_bytes.current <= stats.allocated_bytes.current);
         assert!(
@@ -404,6 +493,13 @@ impl State {
             .sum();
         assert_eq!(tagged, stats.allocated_bytes.current, "bytes by tag");
     }
+}
+
+/// Whether memory is to be taken as pages.
+fn maps_pages(device: &Device, config: &PoolConfig) -> bool {
+    let properties = device.properties();
+    let is_whole = super::territory::PAGE.is_multiple_of(properties.page_granularity);
+    properties.virtual_memory && is_whole && !config.contiguous
 }
 
 /// Whether a free has gone into some counters already.

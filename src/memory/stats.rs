@@ -181,6 +181,8 @@ pub struct PoolStats {
     pub active_bytes: Stat,
     /// Bytes held from the driver.
     pub reserved_bytes: Stat,
+    /// How many of the reserved bytes are those of private pools now.
+    pub private_reserved_bytes: u64,
     /// Free blocks in segments that are partly in use.
     pub inactive_split: u64,
     /// Bytes of those blocks: free, but not returnable to the driver.
