@@ -175,7 +175,6 @@ fn fail(
 pub(super) fn decay(shared: &Shared, state: &mut State) {
     shared.empty_caches(state, Close::No);
     state.let_go();
-    state.poll_pending();
     let keep = state.decay.end_period(Instant::now());
     // What the driver does not take back now is offered again after the next period.
     drop(state.release_idle(keep));

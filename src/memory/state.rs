@@ -340,11 +340,12 @@ impl State {
     /// Lets go of streams that nobody else holds and that have run all they were given: what they left free
     /// becomes anyone's. Other streams are not touched.
     pub(super) fn let_go(&mut self) {
+        // Blocks that wait for other streams hold on to their own.
+        self.poll_pending();
         let gone = self.fences.look_at_gone();
         if gone.is_empty() {
             return;
         }
-        self.poll_pending();
         for owner in gone {
             self.memories.adopt(owner);
         }
