@@ -1,30 +1,24 @@
 //! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
 
 use super::backing::Refusal;
-use super::block::BlockRecord;
 use super::cache::{self, Close};
 use super::config::ReusePolicy;
 use super::fences::{Fence, is_free_to_wait};
 use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
-use super::state::{Counted, Found, State, Wanted};
+use super::state::{Found, State, Wanted};
 use crate::driver::Stream;
 use crate::error::{Error, Result};
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
-/// whose record is left there.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     (memory, stream): (MemoryIndex, &Stream),
-    hot: &mut Option<Box<BlockRecord>>,
 ) -> Result<Found> {
     let mut state = shared.lock();
     cache::fold_of_thread(shared.id(), &mut state);
-    if let Some(record) = hot.take() {
-        *hot = state.free(record, Counted::Yes);
-    }
     let Some(bytes) = rounded(requested) else {
         state.counters.ooms += 1;
         return Err(shared
@@ -43,6 +37,12 @@ pub(super) fn allocate(
     }
     let is_private = memory != MemoryIndex::ORDINARY;
     if !is_private {
+        if cache::give_hot(shared.id(), &mut state)
+            && let Some(found) = state.place(wanted)
+        {
+            state.counters.cache_hits += 1;
+            return Ok(found);
+        }
         poll_pending(shared, &mut state);
     }
     let allocations = state.device_allocs();

@@ -49,6 +49,8 @@ pub(super) struct State {
     config: PoolConfig,
     pub(super) memories: Memories,
     pub(super) fences: Fences,
+    /// Bytes that the cache of the thread at work keeps in the lane in front.
+    pub(super) kept: u64,
     pub(super) pending: Pending,
     pub(super) usage: Usage,
     pub(super) peaks: Peaks,
@@ -90,6 +92,7 @@ impl State {
             config: config.clone(),
             memories,
             fences: Fences::new(),
+            kept: 0,
             pending: Pending::default(),
             usage: Usage::default(),
             peaks: Peaks::default(),
@@ -130,7 +133,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
-            pending: self.pending.bytes(),
+            pending: self.pending.bytes() + self.kept,
         }
     }
 
