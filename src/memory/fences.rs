@@ -23,6 +23,9 @@ use crate::units::StreamId;
 /// The owner of holes that anyone may have: memory without a past, or whose past is known to be complete.
 pub(super) const COMMON: Owner = 0;
 
+/// What a free stamps before any event was recorded. Epoch 0 is the past before the pool.
+pub(super) const FIRST_EPOCH: u64 = 1;
+
 /// Frees between two events of a stream whose memory others ask for in vain.
 const FREES_PER_EVENT: u32 = 8;
 /// Events that are recorded ahead after each time.
@@ -42,7 +45,7 @@ const UNSEEN_MAX: usize = 32;
 struct Clock {
     /// `None` for [`COMMON`] and for numbers whose stream is gone.
     stream: Option<Stream>,
-    /// What a free stamps now; moves on with each recorded event. Epoch 0 is the past before the pool.
+    /// What a free stamps now; moves on with each recorded event.
     epoch: u64,
     /// Recorded events not yet seen complete, with the epochs they cover, oldest first.
     events: VecDeque<(u64, Event)>,
@@ -150,7 +153,7 @@ impl Clock {
 impl Fences {
     pub(super) fn new(is_deterministic: bool) -> Self {
         Self {
-            clocks: vec![Clock::new(None, 1, is_deterministic)],
+            clocks: vec![Clock::new(None, FIRST_EPOCH, is_deterministic)],
             owners: BTreeMap::new(),
             last: None,
             is_deterministic,
@@ -181,8 +184,11 @@ impl Fences {
         *self.owners.entry(stream.id()).or_insert_with(|| {
             let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
             let Some(owner) = vacant else {
-                self.clocks
-                    .push(Clock::new(Some(stream.clone()), 1, is_deterministic));
+                self.clocks.push(Clock::new(
+                    Some(stream.clone()),
+                    FIRST_EPOCH,
+                    is_deterministic,
+                ));
                 return self.clocks.len() - 1;
             };
             // Epochs of a number go on counting, so that stamps of the stream before stay in the past.
@@ -262,6 +268,11 @@ impl Fences {
         let owner = self.owner(stream);
         let fence = self.now(owner);
         self.clocks[owner].cover(fence.epoch).then_some(fence)
+    }
+
+    /// Whether some stream's memory is asked for by others that cannot wait.
+    pub(super) fn are_asked(&self) -> bool {
+        self.clocks.iter().any(|clock| clock.ahead > 0)
     }
 
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that

@@ -136,7 +136,7 @@ impl Pool {
         }
         let memory = shared.routes.find(shared.id, stream)?;
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let found = reclaim::allocate(shared, requested, (memory, stream))?;
             let record = record_of(found, requested, stream, shared, None);
             return Ok(Block::new(Some(record)));
         }
@@ -146,11 +146,8 @@ impl Pool {
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
-        let mut hot = missed.hot;
-        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
-        // Whichever is left over is dropped outside the lock.
-        let blank = missed.blank.or(hot);
-        let record = record_of(found?, requested, stream, shared, blank);
+        let found = reclaim::allocate(shared, requested, (memory, stream))?;
+        let record = record_of(found, requested, stream, shared, missed.blank);
         Ok(Block::new(Some(record)))
     }
 

@@ -16,25 +16,23 @@
 use std::time::Instant;
 
 use super::backing::Refusal;
-use super::block::BlockRecord;
 use super::cache::{self, Close};
 use super::hooks;
 use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
 use super::report::report;
-use super::state::{Counted, Found, State, Wanted};
+use super::state::{Found, State, Wanted};
 use super::waits::{self, Patience};
 use crate::driver::Stream;
 use crate::error::{OutOfMemory, Result};
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
-/// whose record is left there. A failure is told to the program's observers.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`. A failure is told to the program's
+/// observers.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     (memory, stream): (MemoryIndex, &Stream),
-    hot: &mut Option<Box<BlockRecord>>,
 ) -> Result<Found> {
     let wanted = Wanted {
         requested,
@@ -42,7 +40,7 @@ pub(super) fn allocate(
         stream,
         memory,
     };
-    climb(shared, wanted, hot).map_err(|report| {
+    climb(shared, wanted).map_err(|report| {
         if !is_captured(shared, wanted) {
             shared.hooks.tell_failure(&report);
         }
@@ -55,16 +53,9 @@ fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
     wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
 }
 
-fn climb(
-    shared: &Shared,
-    wanted: Wanted<'_>,
-    hot: &mut Option<Box<BlockRecord>>,
-) -> Result<Found, Box<OutOfMemory>> {
+fn climb(shared: &Shared, wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>> {
     let mut state = shared.lock();
     cache::fold_of_thread(shared.id(), &mut state);
-    if let Some(record) = hot.take() {
-        *hot = state.free(record, Counted::Yes);
-    }
     if !state.fences.knows(wanted.stream) && !shared.routes.is_capturing() {
         state.let_go();
     }
@@ -79,6 +70,12 @@ fn climb(
         return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
     }
     if wanted.memory == MemoryIndex::ORDINARY {
+        if cache::give_hot(shared.id(), &mut state)
+            && let Some(found) = state.place(wanted)
+        {
+            state.counters.cache_hits += 1;
+            return Ok(found);
+        }
         state.poll_pending();
     }
     let allocations = state.device_allocs();

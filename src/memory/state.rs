@@ -54,6 +54,8 @@ pub(super) struct State {
     config: PoolConfig,
     pub(super) memories: Memories,
     pub(super) fences: Fences,
+    /// Bytes that the cache of the thread at work keeps in the lane in front.
+    pub(super) kept: u64,
     pub(super) pending: Pending,
     pub(super) decay: Decay,
     pub(super) usage: Usage,
@@ -97,6 +99,7 @@ impl State {
             config: config.clone(),
             memories,
             fences: Fences::new(config.deterministic),
+            kept: 0,
             pending: Pending::default(),
             decay: Decay::new(config.decay, Instant::now()),
             usage: Usage::default(),
@@ -140,7 +143,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
-            pending: self.pending.bytes(),
+            pending: self.pending.bytes() + self.kept,
             may_borrow: is_ordinary,
         }
     }
