@@ -22,6 +22,7 @@ use super::lane::{Kept, LARGE_MAX, Lane, LaneKey, Limits, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
+use super::tags::TagId;
 use crate::sync::thread_local;
 use crate::units::MIB;
 
@@ -64,6 +65,8 @@ pub(super) struct Missed {
     pub(super) found: Option<Box<BlockRecord>>,
     /// A record to reuse.
     pub(super) blank: Option<Box<BlockRecord>>,
+    /// Bytes that the lane keeps.
+    pub(super) kept: u64,
 }
 
 thread_local! {
@@ -137,6 +140,7 @@ pub(super) fn take_or_miss(
         Missed {
             found: None,
             blank: contents.front.take_blank(),
+            kept: contents.front.kept_bytes(),
         }
     });
     // A thread that is going down has no lanes; it allocates from the pool itself.
@@ -158,36 +162,29 @@ pub(super) fn keep_anywhere(
         None => record,
         Some(Ok(Kept::Yes)) => None,
         Some(Ok(Kept::InPlaceOf(other) | Kept::Full(other))) => {
-            pool::free_in_pool(other, Counted::Yes);
+            drop(pool::free_in_pool(other, Counted::Yes));
             None
         }
         Some(Err(record)) => Some(record),
     }
 }
 
-/// Keeps the record of a block that is gone, or drops it.
-pub(super) fn keep_blank(key: LaneKey, blank: Box<BlockRecord>) {
-    let refused = match current() {
-        None => Some(blank),
-        Some(cache) => cache.with_owner(|contents| {
-            if contents.front.key == key {
-                contents.front.keep_blank(blank)
-            } else {
-                Some(blank)
-            }
-        }),
+/// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
+pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Counted) {
+    let tag = TagId::current();
+    let Some(cache) = current().filter(|cache| cache.pool == pool) else {
+        return (tag, Counted::No);
     };
-    // Outside the cache, because it may hold the pool's last reference.
-    drop(refused);
+    cache.with_owner(|contents| contents.counts.allocate(tag, requested, allocated));
+    (tag, Counted::Yes)
 }
 
-/// Gives the pool the large blocks that the calling thread keeps; whether there were any.
-pub(super) fn give_hot(pool: PoolId, state: &mut State) -> bool {
-    let Some(cache) = current().filter(|cache| cache.pool == pool) else {
-        return false;
-    };
-    let mut given = false;
+/// Gives the pool the large blocks that the calling thread keeps. If there were any: the bytes that the lane
+/// in front still keeps.
+pub(super) fn give_hot(pool: PoolId, state: &mut State) -> Option<u64> {
+    let cache = current().filter(|cache| cache.pool == pool)?;
     cache.with_owner(|contents| {
+        let mut given = false;
         let lanes = contents.others.iter_mut().chain([&mut contents.front]);
         for lane in lanes {
             lane.drain_hot(|mut record| {
@@ -197,12 +194,12 @@ pub(super) fn give_hot(pool: PoolId, state: &mut State) -> bool {
                 state.free(record, Counted::Yes);
             });
         }
-        state.kept = contents.front.kept_bytes();
-    });
-    given
+        contents.learn(state);
+        given.then(|| contents.front.kept_bytes())
+    })
 }
 
-/// Folds what the calling thread has counted, so that peaks are exact where one thread uses the pool.
+/// Folds what the calling thread has counted.
 pub(super) fn fold_of_thread(pool: PoolId, state: &mut State) {
     let mut fold = |cache: &ThreadCache| {
         cache.with_owner(|contents| contents.fold(state));
@@ -226,8 +223,10 @@ fn enter<R>(
     key: LaneKey,
     with: impl FnOnce(&mut Contents) -> R,
 ) -> Option<R> {
-    let is_current = current().is_some_and(|cache| cache.pool == shared.id());
-    let cache = if is_current { current() } else { find(shared) }?;
+    let cache = match current() {
+        Some(cache) if cache.pool == shared.id() => cache,
+        _ => find(shared)?,
+    };
     if !cache.with_owner(|contents| contents.bring_to_front(key)) {
         // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
         // now does not stay for ever.
@@ -257,6 +256,7 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
         all.push(cache);
     });
     found.ok()?;
+    shared.fold_if_free();
     current()
 }
 
@@ -295,7 +295,14 @@ impl ThreadCache {
     fn make_room(&self, kept: Kept) {
         match kept {
             Kept::Yes => {}
-            Kept::InPlaceOf(other) => pool::free_in_pool(other, Counted::Yes),
+            Kept::InPlaceOf(other) => {
+                let Some(blank) = pool::free_in_pool(other, Counted::Yes) else {
+                    return;
+                };
+                let refused = self.with_owner(|contents| contents.keep_blank(blank));
+                // Outside the cache, because it may hold the pool's last reference.
+                drop(refused);
+            }
             Kept::Full(record) => {
                 let shared = record.shared.clone();
                 let shared = shared.expect("a block outside the pool knows its pool");
@@ -425,8 +432,22 @@ impl Contents {
         Ok(self.front.keep(record, self.limits))
     }
 
-    /// Folds the counters into the pool's, and learns how much may be kept.
+    /// Keeps the record of a block that is gone, or gives it back.
+    fn keep_blank(&mut self, blank: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+        if self.front.key != blank.key {
+            return Some(blank);
+        }
+        self.front.keep_blank(blank)
+    }
+
+    /// Folds the counters into the pool's.
     fn fold(&mut self, state: &mut State) {
+        self.learn(state);
+        self.counts.fold(state);
+    }
+
+    /// Learns how much may be kept.
+    fn learn(&mut self, state: &State) {
         self.limits = Limits {
             small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
             // What others ask for is not to wait here.
@@ -436,7 +457,5 @@ impl Contents {
                 LARGE_MAX
             },
         };
-        state.kept = self.front.kept_bytes();
-        self.counts.fold(state);
     }
 }
