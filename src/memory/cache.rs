@@ -18,7 +18,7 @@ use std::sync::Arc;
 use super::biased::Biased;
 use super::block::BlockRecord;
 use super::counts::Counts;
-use super::lane::{Kept, LARGE_MAX, Lane, LaneKey, Limits, PoolId};
+use super::lane::{Kept, Lane, LaneKey, Limits, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
@@ -104,7 +104,7 @@ fn set_current(cache: *const ThreadCache) {
 #[inline]
 pub(super) fn take(key: LaneKey, requested: u64) -> Option<Box<BlockRecord>> {
     let bytes = rounded(requested)?;
-    current()?.with_owner(move |contents| contents.take_in_front(key, requested, bytes))
+    current()?.if_alone(move |contents| contents.take_in_front(key, requested, bytes))?
 }
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
@@ -113,13 +113,22 @@ pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
     let Some(cache) = current() else {
         return Some(record);
     };
-    match cache.with_owner(move |contents| contents.keep_in_front(record.key, record)) {
-        Ok(Kept::Yes) => None,
-        Ok(kept) => {
+    // In a place of its own, so that it is still here if another thread is inside.
+    let mut record = Some(record);
+    let kept = cache.if_alone(|contents| match record.take() {
+        Some(record) => contents.keep_in_front(record.key, record),
+        None => Kept::Yes,
+    });
+    let Some(kept) = kept else {
+        return record;
+    };
+    match kept {
+        Kept::Yes => None,
+        Kept::Not(record) => Some(record),
+        kept => {
             cache.make_room(kept);
             None
         }
-        Err(record) => Some(record),
     }
 }
 
@@ -160,12 +169,12 @@ pub(super) fn keep_anywhere(
     });
     match kept {
         None => record,
-        Some(Ok(Kept::Yes)) => None,
-        Some(Ok(Kept::InPlaceOf(other) | Kept::Full(other))) => {
+        Some(Kept::Yes) => None,
+        Some(Kept::InPlaceOf(other) | Kept::Full(other)) => {
             drop(pool::free_in_pool(other, Counted::Yes));
             None
         }
-        Some(Err(record)) => Some(record),
+        Some(Kept::Not(record)) => Some(record),
     }
 }
 
@@ -270,7 +279,7 @@ impl ThreadCache {
                 others: Vec::new(),
                 limits: Limits {
                     small_bytes: SMALL_BYTES_MIN,
-                    large: LARGE_MAX,
+                    is_asked: false,
                 },
                 is_closed: false,
                 counts: Counts::default(),
@@ -289,12 +298,23 @@ impl ThreadCache {
         unsafe { self.contents.with_owner(with) }
     }
 
+    /// As [`with_owner`](Self::with_owner), unless another thread wants in.
+    #[inline]
+    #[expect(
+        unsafe_code,
+        reason = "who owns a cache is known by where it was found"
+    )]
+    fn if_alone<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> Option<R> {
+        // SAFETY: as in `with_owner`.
+        unsafe { self.contents.try_with_owner(with) }.ok()
+    }
+
     /// Gives the pool what the lane in front had no room for.
     #[cold]
     #[inline(never)]
     fn make_room(&self, kept: Kept) {
         match kept {
-            Kept::Yes => {}
+            Kept::Yes | Kept::Not(_) => {}
             Kept::InPlaceOf(other) => {
                 let Some(blank) = pool::free_in_pool(other, Counted::Yes) else {
                     return;
@@ -417,19 +437,15 @@ impl Contents {
         Some(record)
     }
 
-    /// Counts a free and keeps the block, or gives it back uncounted.
+    /// Counts a free and keeps the block, unless the lane is not for it.
     #[inline]
-    fn keep_in_front(
-        &mut self,
-        key: LaneKey,
-        record: Box<BlockRecord>,
-    ) -> Result<Kept, Box<BlockRecord>> {
+    fn keep_in_front(&mut self, key: LaneKey, record: Box<BlockRecord>) -> Kept {
         if self.front.key != key {
-            return Err(record);
+            return Kept::Not(record);
         }
         self.counts
             .free(record.tag, record.requested, record.allocated);
-        Ok(self.front.keep(record, self.limits))
+        self.front.keep(record, self.limits)
     }
 
     /// Keeps the record of a block that is gone, or gives it back.
@@ -450,12 +466,7 @@ impl Contents {
     fn learn(&mut self, state: &State) {
         self.limits = Limits {
             small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
-            // What others ask for is not to wait here.
-            large: if state.fences.are_asked() {
-                1
-            } else {
-                LARGE_MAX
-            },
+            is_asked: state.fences.are_asked(),
         };
     }
 }

@@ -217,17 +217,16 @@ impl State {
             self.send_home(&mut record, lender);
         }
         let users = match &mut record.extras {
-            Some(extras) => std::mem::take(&mut extras.users),
-            None => SmallVec::new(),
-        };
-        if users.is_empty() {
-            if counted == Counted::No {
-                self.count_inactive(record.allocated);
+            Some(extras) if !extras.users.is_empty() => std::mem::take(&mut extras.users),
+            _ => {
+                if counted == Counted::No {
+                    self.count_inactive(record.allocated);
+                }
+                self.make_reusable(&record);
+                record.extras = None;
+                return Some(record);
             }
-            self.make_reusable(&record);
-            record.extras = None;
-            return Some(record);
-        }
+        };
         let is_private = record.memory() != MemoryIndex::ORDINARY;
         let end = |user: &User| {
             user.until.unwrap_or_else(|| {
