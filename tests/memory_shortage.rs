@@ -396,6 +396,42 @@ fn the_own_stream_is_not_waited_for_where_another_suffices() {
     }
 }
 
+#[test]
+fn in_a_capture_nobody_is_asked_or_told_and_in_a_pass_they_are() {
+    for contiguous in [false, true] {
+        let device = device();
+        let config = PoolConfig {
+            contiguous,
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let private = pool.private().unwrap();
+        let spare = Mutex::new(Some(pool.allocate(40 * MIB, &stream).unwrap()));
+        let calls = Arc::new(AtomicU64::new(0));
+        let (asked, told) = (Arc::clone(&calls), Arc::clone(&calls));
+        let _asking = pool.on_shortage(move |_| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            drop(spare.lock().take());
+        });
+        let _telling = pool.on_out_of_memory(move |_| {
+            told.fetch_add(100, Ordering::Relaxed);
+        });
+        let work = || pool.allocate(40 * MIB, &stream).map(drop);
+        let captured = private.capture(&stream, work);
+        assert!(matches!(captured, Err(Error::OutOfMemory(_))));
+        assert_eq!(calls.load(Ordering::Relaxed), 0);
+        private.prime(work).unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
+        assert!(private.capture(&stream, work).is_ok());
+        let _held = pool.allocate(4 * MIB, &stream).unwrap();
+        let more = || pool.allocate(63 * MIB, &stream).map(drop);
+        assert!(private.prime(more).is_err());
+        assert_eq!(calls.load(Ordering::Relaxed), 102, "once more, and told");
+        pool.check_invariants();
+    }
+}
+
 /// A program at the brink, with a second thread whose lanes keep blocks. Whatever fails would fail as well
 /// after everything idle went back to the driver.
 fn nothing_fails_beside_room(seed: u64, reuse: ReusePolicy, contiguous: bool, lends: bool) {
