@@ -56,7 +56,7 @@ pub(super) struct Shared {
     /// Whether either queue may hold something.
     is_left: AtomicBool,
     /// Whether several threads have had a cache.
-    has_threads: AtomicBool,
+    has_threads: std::sync::atomic::AtomicBool,
     pub(super) hooks: Arc<Hooks>,
 }
 
@@ -88,7 +88,7 @@ impl Pool {
             freed: SegQueue::new(),
             released: SegQueue::new(),
             is_left: AtomicBool::new(false),
-            has_threads: AtomicBool::new(false),
+            has_threads: std::sync::atomic::AtomicBool::new(false),
             hooks: Arc::default(),
         };
         Ok(Self {
