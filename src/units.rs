@@ -17,6 +17,7 @@ pub const GIB: u64 = 1 << 30;
 /// # Panics
 /// If `alignment` is not a power of two.
 #[must_use]
+#[inline]
 pub const fn align_up(bytes: u64, alignment: u64) -> Option<u64> {
     assert!(
         alignment.is_power_of_two(),

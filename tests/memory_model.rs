@@ -3,11 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod device_support;
 mod support;
 
 use std::collections::BTreeMap;
 
-use kitsune::{Block, Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
 
 /// Device memory: small, so that every rung of the ladder is reached.
 const CAPACITY: u64 = 64 << 20;
@@ -31,7 +32,7 @@ impl Model {
             schedule,
             ..HostConfig::default()
         };
-        let device = Device::host(config).unwrap();
+        let device = device_support::device(config);
         let mut random = fastrand::Rng::with_seed(seed);
         let limit = random.bool().then_some(LIMIT);
         let policies = [

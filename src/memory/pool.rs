@@ -2,26 +2,27 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use crossbeam::queue::SegQueue;
-use parking_lot::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
-use super::block::{Block, BlockRecord};
+use super::block::{self, Block, BlockRecord, Extras};
+use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
-use super::lane::{self, Close, Kept, Lane};
+use super::fences::Fence;
+use super::lane::{LaneKey, PoolId};
+use super::memories::MemoryIndex;
+use super::poison;
 use super::reclaim;
-use super::state::{Counted, State};
+use super::routes::Routes;
+use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
 use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
+use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
-
-/// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
-const POISON: u8 = 0xff;
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to
 /// the driver with the last clone and the last block.
@@ -38,21 +39,24 @@ struct Handle {
 /// What all clones of a pool and all its blocks share.
 pub(super) struct Shared {
     /// Unique in the process.
-    id: u64,
+    id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
+    pub(super) routes: Routes,
     state: Mutex<State>,
-    /// Every thread's lanes. Taken after `state` where both are needed, and before a lane's own lock.
-    lanes: Mutex<Lanes>,
+    /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
+    caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    /// Private memories whose last holder went, in the same way.
+    released: SegQueue<MemoryIndex>,
 }
 
-/// The lanes of a pool.
+/// The threads' caches of a pool.
 #[derive(Default)]
-struct Lanes {
-    all: Vec<Arc<Lane>>,
-    /// Set with the last clone of the pool: lanes made later, for blocks still out, keep nothing.
+struct Caches {
+    all: Vec<Arc<ThreadCache>>,
+    /// Set with the last clone of the pool: caches made later, for blocks still out, keep nothing.
     is_closed: bool,
 }
 
@@ -63,16 +67,18 @@ impl Pool {
     /// [`Error::InvalidConfig`] for settings that cannot work on this device; [`Error::Driver`] if it has
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         config.validate(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
-            lanes: Mutex::default(),
+            routes: Routes::default(),
+            caches: Mutex::default(),
             freed: SegQueue::new(),
+            released: SegQueue::new(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -81,7 +87,7 @@ impl Pool {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -98,32 +104,70 @@ impl Pool {
     }
 
     /// Memory for `bytes` bytes, for use on `stream` from now on; its contents are undefined. Zero bytes
-    /// give a block without memory.
+    /// give a block without memory. During a capture or a pass of a [`PrivatePool`](super::PrivatePool) of
+    /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
-    /// stream of another device.
+    /// stream of another device; during a capture, [`Error::Driver`] if the driver cannot tell whether the
+    /// stream is part of it.
+    #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
-        if !stream.device().is_same(&shared.device) {
-            return Err(Error::argument(
-                "allocate",
-                "the stream belongs to another device",
-            ));
-        }
-        if bytes == 0 {
-            return Ok(Block::new(None));
-        }
-        let key = (shared.id, stream.id());
-        let take = |lane: &Lane, _: &Arc<Shared>| lane.take(bytes, rounded(bytes)?);
-        // A thread that is going down has no lanes; it allocates from the pool itself.
-        if let Ok(Some(record)) = lane::with_lane(key, shared, register, take) {
+        if shared.routes.are_none()
+            && let Some(record) = cache::take(LaneKey::new(shared.id, stream.id()), bytes)
+        {
             return Ok(Block::new(Some(record)));
         }
-        lane::give_up_hot(key, bytes);
-        let mut record = reclaim::allocate(shared, bytes, stream)?;
-        record.shared = Some(shared.clone());
+        self.allocate_in_pool(bytes, stream)
+    }
+
+    #[inline(never)]
+    fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
+        let shared = self.shared();
+        shared.check_device(stream)?;
+        if requested == 0 {
+            return Ok(Block::new(None));
+        }
+        let memory = shared.routes.find(shared.id, stream)?;
+        if memory != MemoryIndex::ORDINARY {
+            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let record = record_of(found, requested, stream, shared, None);
+            return Ok(Block::new(Some(record)));
+        }
+        let bytes = rounded(requested).unwrap_or(u64::MAX);
+        let key = LaneKey::new(shared.id, stream.id());
+        let missed = cache::take_or_miss(shared, key, (requested, bytes));
+        if missed.found.is_some() {
+            return Ok(Block::new(missed.found));
+        }
+        let mut hot = missed.hot;
+        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
+        // Whichever is left over is dropped outside the lock.
+        let blank = missed.blank.or(hot);
+        let record = record_of(found?, requested, stream, shared, blank);
         Ok(Block::new(Some(record)))
+    }
+
+    /// Why a wrapper with a limit, of which it says (used, limit), refuses `bytes` on `stream`.
+    #[cold]
+    pub(super) fn refuse(&self, bytes: u64, stream: &Stream, (used, limit): (u64, u64)) -> Error {
+        let shared = self.shared();
+        if let Err(error) = shared.check_device(stream) {
+            return error;
+        }
+        let mut state = shared.lock_and_fold();
+        let refusal = Some(Refusal::Limit);
+        let mut report = shared.report(
+            &mut state,
+            bytes,
+            (MemoryIndex::ORDINARY, stream),
+            refusal,
+            Vec::new(),
+        );
+        report.limit = Some(limit);
+        report.limit_used = Some(used);
+        report.into()
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -163,63 +207,149 @@ impl Pool {
     /// If an invariant is broken: a bug of this crate.
     pub fn check_invariants(&self) {
         let mut state = self.shared().lock_and_fold();
-        self.shared().flush_lanes(&mut state, Close::No);
+        self.shared().empty_caches(&mut state, Close::No);
         state.check_invariants();
     }
 }
 
-fn register(shared: &&Arc<Shared>, lane: &Arc<Lane>) {
-    shared.register(lane);
+/// The record of a block that was found: `blank`, which is one of the same stream and pool, or a new one.
+fn record_of(
+    found: Found,
+    requested: u64,
+    stream: &Stream,
+    shared: &Arc<Shared>,
+    blank: Option<Box<BlockRecord>>,
+) -> Box<BlockRecord> {
+    let Found {
+        placed,
+        memory,
+        bytes,
+        owner,
+        tag,
+    } = found;
+    let is_private = memory != MemoryIndex::ORDINARY;
+    let extras = is_private.then(|| {
+        Box::new(Extras {
+            memory,
+            ..Extras::default()
+        })
+    });
+    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private one.
+    let key = if shared.config.poison || is_private {
+        LaneKey::NONE
+    } else {
+        LaneKey::new(shared.id, stream.id())
+    };
+    if let Some(mut record) = blank {
+        record.ptr = placed.ptr;
+        record.place = placed.place;
+        record.requested = requested;
+        record.allocated = bytes;
+        record.owner = owner;
+        record.tag = tag;
+        record.key = key;
+        record.extras = extras;
+        return record;
+    }
+    Box::new(BlockRecord {
+        ptr: placed.ptr,
+        requested,
+        allocated: bytes,
+        place: placed.place,
+        owner,
+        tag,
+        key,
+        home: stream.clone(),
+        shared: Some(shared.clone()),
+        next: None,
+        extras,
+    })
 }
 
 /// Takes a block back without ever blocking on another thread's allocation: the calling thread's lane keeps
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
+#[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
+    if record.extras.is_some() {
+        return free_with_extras(record);
+    }
+    if let Some(record) = cache::keep(record) {
+        free_anywhere(record);
+    }
+}
+
+/// Takes a block back that others are to be told of, or that other streams used.
+#[inline(never)]
+fn free_with_extras(record: Box<BlockRecord>) {
+    // Before the memory can be handed out again: nobody is told of two live blocks at one address.
+    let record = block::tell_freed(record);
+    let Some(extras) = &record.extras else {
+        return free(record);
+    };
+    if extras.users.is_empty() {
+        poison::private(&record);
+    }
+    free_in_pool(record, Counted::No);
+}
+
+/// Takes a block back that the lane in front is not for.
+#[inline(never)]
+fn free_anywhere(record: Box<BlockRecord>) {
     let shared = record
         .shared
-        .as_ref()
+        .clone()
         .expect("a block in a caller's hands knows its pool");
-    if !record.users.is_empty() {
-        return free_in_pool(record, Counted::No);
-    }
     if shared.config.poison {
-        poison(&shared.device, &record);
+        poison::ordinary(&shared.device, &record);
     }
-    let key = (shared.id, record.home.id());
-    #[expect(clippy::borrowed_box, reason = "the lane hands over what it was given")]
-    let register = |record: &Box<BlockRecord>, lane: &Arc<Lane>| {
-        let shared = record.shared.as_ref().expect("checked above");
-        shared.register(lane);
-    };
-    let kept = lane::with_lane(key, record, register, |lane, record| lane.keep(record));
-    match kept {
-        Ok(Kept::Yes) => {}
-        Ok(Kept::InPlaceOf(record) | Kept::Not(record)) => free_in_pool(record, Counted::Yes),
-        Ok(Kept::Full(record)) => {
-            lane::flush_thread_lane(key);
-            free_in_pool(record, Counted::Yes);
-        }
-        Err(record) => free_in_pool(record, Counted::No),
+    let key = LaneKey::new(shared.id, record.home.id());
+    if let Some(record) = cache::keep_anywhere(&shared, key, record) {
+        free_in_pool(record, Counted::No);
     }
 }
 
 /// Takes a block back into the pool itself.
-pub(super) fn free_in_pool(record: Box<BlockRecord>, counted: Counted) {
-    leave(record, counted).take_in_left();
-}
-
-/// Leaves a block for the next thread that has the pool's lock. Inside the pool a block must not keep the
-/// pool alive, so the caller gets that reference.
-pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) -> Arc<Shared> {
+pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
+    // Inside the pool a block must not keep the pool alive.
     let shared = record
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    shared.freed.push((record, counted));
-    shared
+    let Some(mut state) = shared.state.try_lock() else {
+        shared.freed.push((record, counted));
+        shared.take_in_left();
+        return;
+    };
+    cache::fold_of_thread(shared.id, &mut state);
+    shared.take_in_freed(&mut state);
+    let blank = state.free(record, counted);
+    drop(state);
+    if let Some(mut blank) = blank {
+        let key = LaneKey::new(shared.id, blank.home.id());
+        blank.shared = Some(shared);
+        cache::keep_blank(key, blank);
+    }
+}
+
+/// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
+pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
+    if let Some(shared) = record.shared.take() {
+        shared.freed.push((record, counted));
+    }
 }
 
 impl Shared {
+    #[inline]
+    fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -227,69 +357,78 @@ impl Shared {
         state
     }
 
-    /// The state, with what every lane has counted.
-    fn lock_and_fold(&self) -> MutexGuard<'_, State> {
+    /// The state, with what every cache has counted.
+    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        self.fold_lanes(&mut state);
+        self.fold_caches(&mut state);
         state
     }
 
-    fn register(&self, lane: &Arc<Lane>) {
-        let mut lanes = self.lanes.lock();
-        if lanes.is_closed {
-            lane.close();
+    #[inline]
+    pub(super) fn id(&self) -> PoolId {
+        self.id
+    }
+
+    pub(super) fn register(&self, cache: &Arc<ThreadCache>) {
+        let mut caches = self.caches.lock();
+        if caches.is_closed {
+            cache.close();
         }
-        lanes.all.push(lane.clone());
+        caches.all.push(cache.clone());
     }
 
-    fn fold_lanes(&self, state: &mut State) {
-        let held = state.bytes_held();
-        self.lanes.lock().all.retain_mut(|lane| {
+    fn fold_caches(&self, state: &mut State) {
+        self.caches.lock().all.retain_mut(|cache| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
-            let is_of_ended_thread = Arc::get_mut(lane).is_some();
-            lane.fold(&mut state.usage, &mut state.tags, held);
+            let is_of_ended_thread = Arc::get_mut(cache).is_some();
+            cache.fold(state);
             !is_of_ended_thread
-        });
-    }
-
-    /// Folds what the calling thread's lanes have counted, so that peaks are exact where one thread uses
-    /// the pool.
-    pub(super) fn fold_thread_lanes(&self, state: &mut State) {
-        let held = state.bytes_held();
-        lane::for_each_of_thread(self.id, |lane| {
-            lane.fold(&mut state.usage, &mut state.tags, held);
         });
     }
 
     /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
     pub(super) fn take_in_left(&self) {
         if let Some(mut state) = self.state.try_lock() {
-            self.fold_thread_lanes(&mut state);
+            cache::fold_of_thread(self.id, &mut state);
             self.take_in_freed(&mut state);
         }
     }
 
-    /// Takes in every block that a lane keeps, and every block that is on its way from one.
-    pub(super) fn flush_lanes(&self, state: &mut State, close: Close) {
-        let mut lanes = self.lanes.lock();
-        lanes.is_closed |= close == Close::Yes;
-        for lane in &lanes.all {
-            lane.flush(close, |mut record| {
-                // Inside the pool a block must not keep the pool alive. This is never the last reference:
-                // the caller holds one.
-                record.shared = None;
-                state.free(record, Counted::Yes);
-            });
+    /// Takes in every block that a cache keeps, and every block that is on its way from one.
+    pub(super) fn empty_caches(&self, state: &mut State, close: Close) {
+        let mut caches = self.caches.lock();
+        caches.is_closed |= close == Close::Yes;
+        for cache in &caches.all {
+            cache.empty(close, state);
         }
-        drop(lanes);
+        drop(caches);
         self.take_in_freed(state);
-        self.fold_lanes(state);
     }
 
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        while let Some((record, counted)) = self.freed.pop() {
-            state.free(record, counted);
+        // Looked at first: to find the queue empty by taking from it costs a fence.
+        while !self.freed.is_empty()
+            && let Some((record, counted)) = self.freed.pop()
+        {
+            drop(state.free(record, counted));
         }
+        while !self.released.is_empty()
+            && let Some(memory) = self.released.pop()
+        {
+            state.release_memory(memory);
+        }
+    }
+
+    /// The present end of `stream`, marked with an event, if one can be recorded.
+    pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
+        self.lock().fences.mark(stream)
+    }
+
+    /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
+    /// that runs work.
+    pub(super) fn release_memory(&self, memory: MemoryIndex) {
+        self.released.push(memory);
+        self.take_in_left();
     }
 
     /// The report of an allocation that failed.
@@ -297,7 +436,7 @@ impl Shared {
         &self,
         state: &mut State,
         requested: u64,
-        stream: &Stream,
+        (memory, stream): (MemoryIndex, &Stream),
         refusal: Option<Refusal>,
         tried: Vec<&'static str>,
     ) -> OutOfMemory {
@@ -313,10 +452,11 @@ impl Shared {
             allocated: state.usage.allocated.stat().current,
             pending: state.pending.bytes(),
             reserved: state.bytes_held(),
-            largest_free: state.largest_free(stream),
+            largest_free: state.largest_free(memory, stream),
             device_free: device.map_or(0, |info| info.free),
             device_total: self.device.properties().total_memory,
             limit: self.config.limit,
+            limit_used: None,
             limited: matches!(refusal, Some(Refusal::Limit)),
             driver_error: match refusal {
                 Some(Refusal::Driver(error)) => Some(error.to_string()),
@@ -331,39 +471,30 @@ impl Shared {
 }
 
 /// Bytes that a request takes in the pool; `None` if it cannot be rounded in 64 bits.
+#[inline]
 pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }
 
-/// Overwrites a block that is about to become reusable, in order with its home stream.
-#[expect(unsafe_code, reason = "the pool owns the memory it overwrites")]
-pub(super) fn poison(device: &Device, record: &BlockRecord) {
-    let raw = record.home.raw();
-    // SAFETY: the block was freed by its owner and is in no free list yet, so nothing touches it until the
-    // home stream has passed this fill; its segment is returned only after that stream has passed.
-    let filled = unsafe {
-        device
-            .driver()
-            .fill(record.ptr, POISON, record.allocated, raw)
-    };
-    // A refused fill leaves the block unpoisoned, which only a test could notice.
-    drop(filled);
-}
-
 impl Drop for Handle {
     fn drop(&mut self) {
-        // Blocks in lanes keep the pool alive: without this, its memory would stay until their threads end.
+        // Blocks in caches keep the pool alive: without this, its memory would stay until their threads end.
         let mut state = self.shared.lock();
-        self.shared.flush_lanes(&mut state, Close::Yes);
+        self.shared.empty_caches(&mut state, Close::Yes);
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let mut state = self.lock();
-        reclaim::wait_for_streams(self, &mut state);
-        // What the driver does not take back now is lost with the pool.
-        drop(state.release_idle());
+        let mut state = self.lock().take();
+        reclaim::close(&mut state);
+        if state.bytes_held() > 0 {
+            // A kernel that owned the last block may not wait, least of all for its own stream. What another
+            // thread does not get returned, or where there is none, is lost with the pool.
+            let close = move || reclaim::close(&mut state);
+            let thread = thread::Builder::new().name("kitsune-pool".to_owned());
+            drop(thread.spawn(close));
+        }
     }
 }
 

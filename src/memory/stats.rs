@@ -3,8 +3,6 @@
 //! Every quantity is a [`Stat`]. The pool updates plain numbers under its lock; exporting them is another
 //! layer's work.
 
-use super::block::BlockRecord;
-
 /// One quantity over time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Stat {
@@ -22,29 +20,41 @@ pub struct Stat {
 /// have seen more frees than allocations: the value is signed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Gauge {
-    current: i64,
-    peak: i64,
     increases: u64,
     decreases: u64,
+    /// What `increases` was or would have been at the peak, had all decreases come before: peak plus
+    /// decreases. A new peak is then one comparison away.
+    at_peak: u64,
 }
 
 impl Gauge {
     #[inline]
+    pub(super) fn current(&self) -> i64 {
+        self.increases.wrapping_sub(self.decreases).cast_signed()
+    }
+
+    #[inline]
+    fn peak(&self) -> i64 {
+        self.at_peak.wrapping_sub(self.decreases).cast_signed()
+    }
+
+    #[inline]
     pub(super) fn increase(&mut self, amount: u64) {
-        self.current += amount.cast_signed();
         self.increases += amount;
-        self.peak = self.peak.max(self.current);
+        if self.increases > self.at_peak {
+            self.at_peak = self.increases;
+        }
     }
 
     #[inline]
     pub(super) fn decrease(&mut self, amount: u64) {
-        self.current -= amount.cast_signed();
         self.decreases += amount;
+        self.at_peak += amount;
     }
 
     /// Moves the value to `value`, as one increase or decrease.
     pub(super) fn set(&mut self, value: u64) {
-        let now = self.current.cast_unsigned();
+        let now = self.current().cast_unsigned();
         if value >= now {
             self.increase(value - now)
         } else {
@@ -55,22 +65,38 @@ impl Gauge {
     /// Takes over what `part` has counted since it was folded last. The peak of the sum is exact if nothing
     /// else changed meanwhile, and otherwise not more than the parts' own peaks apart.
     pub(super) fn fold(&mut self, part: &Self) {
-        self.peak = self.peak.max(self.current + part.peak);
-        self.current += part.current;
+        let peak = self.peak().max(self.current() + part.peak());
         self.increases += part.increases;
         self.decreases += part.decreases;
+        self.at_peak = self.decreases.wrapping_add_signed(peak);
     }
 
     pub(super) fn reset_peak(&mut self) {
-        self.peak = self.current;
+        self.at_peak = self.increases;
+    }
+
+    /// The peak, which starts anew from the present value.
+    pub(super) fn take_peak(&mut self) -> i64 {
+        let peak = self.peak();
+        self.reset_peak();
+        peak
+    }
+
+    pub(super) fn raise_peak(&mut self, peak: i64) {
+        let peak = self.peak().max(peak);
+        self.at_peak = self.decreases.wrapping_add_signed(peak);
+    }
+
+    pub(super) fn increases(&self) -> u64 {
+        self.increases
     }
 
     /// As the public sees it.
     pub(super) fn stat(&self) -> Stat {
         let clamp = |value: i64| value.max(0).cast_unsigned();
         Stat {
-            current: clamp(self.current),
-            peak: clamp(self.peak),
+            current: clamp(self.current()),
+            peak: clamp(self.peak()),
             allocated: self.increases,
             freed: self.decreases,
         }
@@ -87,23 +113,23 @@ pub(super) struct Usage {
     /// it counts as allocated or freed is folded into them too.
     pub(super) active_blocks: Gauge,
     pub(super) active: Gauge,
-    /// Allocations served from the lane.
+    /// Allocations that lanes served: all that they count.
     pub(super) lane_hits: u64,
 }
 
 impl Usage {
     #[inline]
-    pub(super) fn allocate(&mut self, record: &BlockRecord) {
+    pub(super) fn allocate(&mut self, requested: u64, allocated: u64) {
         self.blocks.increase(1);
-        self.requested.increase(record.requested);
-        self.allocated.increase(record.allocated);
+        self.requested.increase(requested);
+        self.allocated.increase(allocated);
     }
 
     #[inline]
-    pub(super) fn free(&mut self, record: &BlockRecord) {
+    pub(super) fn free(&mut self, requested: u64, allocated: u64) {
         self.blocks.decrease(1);
-        self.requested.decrease(record.requested);
-        self.allocated.decrease(record.allocated);
+        self.requested.decrease(requested);
+        self.allocated.decrease(allocated);
     }
 
     pub(super) fn reset_peaks(&mut self) {
@@ -120,13 +146,19 @@ impl Usage {
         }
     }
 
+    /// Whether nothing was counted.
+    pub(super) fn is_empty(&self) -> bool {
+        self.blocks.increases | self.blocks.decreases == 0
+    }
+
+    /// Takes over what a thread's lanes have counted since they were folded last.
     pub(super) fn fold(&mut self, part: &mut Self) {
         self.blocks.fold(&part.blocks);
         self.requested.fold(&part.requested);
         self.allocated.fold(&part.allocated);
         self.active_blocks.fold(&part.blocks);
         self.active.fold(&part.allocated);
-        self.lane_hits += part.lane_hits;
+        self.lane_hits += part.blocks.increases;
         *part = Self::default();
     }
 }
@@ -149,6 +181,8 @@ pub struct PoolStats {
     pub active_bytes: Stat,
     /// Bytes held from the driver.
     pub reserved_bytes: Stat,
+    /// How many of the reserved bytes are those of private pools now.
+    pub private_reserved_bytes: u64,
     /// Free blocks in segments that are partly in use.
     pub inactive_split: u64,
     /// Bytes of those blocks: free, but not returnable to the driver.

@@ -3,31 +3,30 @@
 //! A *tag* names a component (`amp`, `activations`). While a [`TagScope`] lives, blocks allocated by its
 //! thread count under its tag until they are freed, wherever that happens.
 
-use std::cell::Cell;
 use std::marker::PhantomData;
 
 use parking_lot::RwLock;
 
+use super::local::LOCAL;
 use super::stats::{Gauge, Stat};
 
 /// Number of a tag, the same in every pool of the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TagId(u16);
 
 /// Names of all tags used so far; number 0 is "untagged".
 static NAMES: RwLock<Vec<&'static str>> = RwLock::new(Vec::new());
 
-thread_local! {
-    static CURRENT: Cell<TagId> = const { Cell::new(TagId(0)) };
-}
-
 impl TagId {
     const UNTAGGED: &'static str = "untagged";
+
+    /// Of blocks allocated outside any scope.
+    pub(super) const NONE: Self = Self(0);
 
     /// The tag of the calling thread's innermost scope.
     #[inline]
     pub(super) fn current() -> Self {
-        CURRENT.get()
+        LOCAL.with(|local| local.tag.get())
     }
 
     fn named(name: &'static str) -> Self {
@@ -47,7 +46,7 @@ impl TagId {
         Self(u16::try_from(index).unwrap_or(0))
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         NAMES
             .read()
             .get(usize::from(self.0))
@@ -68,7 +67,7 @@ pub struct TagScope {
 /// Counts blocks that the calling thread allocates from now on under `name`, until the scope is dropped.
 /// Scopes nest; the innermost counts.
 pub fn tag(name: &'static str) -> TagScope {
-    let outer = CURRENT.replace(TagId::named(name));
+    let outer = LOCAL.with(|local| local.tag.replace(TagId::named(name)));
     TagScope {
         outer,
         not_send: PhantomData,
@@ -77,7 +76,7 @@ pub fn tag(name: &'static str) -> TagScope {
 
 impl Drop for TagScope {
     fn drop(&mut self) {
-        CURRENT.set(self.outer);
+        LOCAL.with(|local| local.tag.set(self.outer));
     }
 }
 
@@ -110,9 +109,20 @@ impl TagTable {
     #[inline]
     fn gauge(&mut self, index: usize) -> &mut Gauge {
         if index >= self.gauges.len() {
-            self.gauges.resize(index + 1, Gauge::default());
+            self.grow(index);
         }
         &mut self.gauges[index]
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn grow(&mut self, index: usize) {
+        self.gauges.resize(index + 1, Gauge::default());
+    }
+
+    /// Takes over what `part` has counted for one tag.
+    pub(super) fn fold_one(&mut self, tag: TagId, part: &Gauge) {
+        self.gauge(usize::from(tag.0)).fold(part);
     }
 
     /// Takes over what `part` has counted since it was folded last.

@@ -2,6 +2,8 @@
 //!
 //! `KITSUNE_TEST_DEVICE=shim` chooses the second: each launch then packs the kernel's arguments as a driver
 //! of a GPU does, and runs the text of `kernels/` that `kitsune-shim` compiled for the host.
+//! `KITSUNE_TEST_DEVICE=simcuda` chooses the CUDA device over a simulated driver, which runs the same text. That
+//! driver is one for the whole process: the suites then need cargo-nextest, which gives each test its own.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(unsafe_code, reason = "drivers work on plain addresses")]
 
@@ -22,12 +24,34 @@ pub const PTX: [&str; 2] = [
 
 /// The device that the environment names.
 pub fn device(config: HostConfig) -> Device {
-    let host = Device::host(config).expect("the machine has memory");
+    let host = Device::host(config.clone()).expect("the machine has memory");
     match std::env::var("KITSUNE_TEST_DEVICE").as_deref() {
         Err(_) | Ok("host") => host,
         Ok("shim") => over_shim(&host),
-        Ok(other) => panic!("KITSUNE_TEST_DEVICE is `{other}`, not `host` or `shim`"),
+        Ok("simcuda") => over_simcuda(&config),
+        Ok(other) => panic!("KITSUNE_TEST_DEVICE is `{other}`, not `host`, `shim` or `simcuda`"),
     }
+}
+
+/// The first device of the simulated CUDA driver, with the capacity that `config` gives.
+#[cfg(all(target_os = "linux", feature = "cuda"))]
+fn over_simcuda(config: &HostConfig) -> Device {
+    static LOADED: OnceLock<libloading::Library> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let settings = format!("memory={},shim={}", config.capacity, kitsune_shim::LIBRARY);
+        // SAFETY: the only test of this process, and its first step.
+        unsafe { std::env::set_var("SIMCUDA", settings) };
+        let test = std::env::current_exe().expect("a test knows its file");
+        // SAFETY: our own library, without initializers. It has the name of the driver's.
+        let library = unsafe { libloading::Library::new(test.with_file_name("libsimcuda.so")) };
+        library.expect("cargo builds the library beside the tests")
+    });
+    Device::cuda(0).expect("the simulated driver works")
+}
+
+#[cfg(not(all(target_os = "linux", feature = "cuda")))]
+fn over_simcuda(_: &HostConfig) -> Device {
+    panic!("the simulated driver needs Linux and the feature `cuda`")
 }
 
 /// `host` with device kernels in place of twins.

@@ -1,0 +1,274 @@
+//! A lock that costs its owner no atomic read-modify-write and no fence.
+//!
+//! One thread, the *owner*, enters all the time; others hardly ever. The owner marks itself busy, looks
+//! whether anyone else wants in, and goes on: two plain stores and a load. Another thread says that it wants
+//! in, makes every running thread pass a memory barrier, and waits until the owner is not busy.
+//!
+//! ```text
+//! owner:  busy = true;    (light fence)  if wanted: busy = false, take the slow lock
+//! other:  wanted = true;  (heavy fence)  wait until not busy
+//! ```
+//!
+//! This is Dekker's entry protocol: with a fence between store and load on both sides, one of the two sees
+//! the other. The *heavy* fence is the kernel's `membarrier`, which runs a fence on every processor that runs
+//! a thread of this process, so that the *light* one need only keep the compiler from reordering. Where the
+//! system has no such call, both are ordinary sequentially consistent fences.
+//!
+//! Must not know: blocks, pools.
+
+use std::fmt;
+use std::sync::atomic::compiler_fence;
+
+use crate::sync::atomic::{AtomicBool, Ordering, fence};
+use crate::sync::{Mutex, UnsafeCell, hint, thread};
+
+/// Looks at the owner's mark before the waiting thread gives its processor away.
+const SPINS: u32 = 64;
+
+/// A value that its owner enters cheaply and everybody else at the price of a system call.
+pub(super) struct Biased<T> {
+    is_busy: AtomicBool,
+    is_wanted: AtomicBool,
+    /// Whether the owner's fence may be light.
+    is_light: bool,
+    /// Held by whoever is inside and is not the owner in a hurry.
+    others: Mutex<()>,
+    value: UnsafeCell<T>,
+}
+
+#[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+// SAFETY: `value` is reached by the owner while it is busy and nobody wants in, or under `others` while the
+// owner is not busy: by one thread at a time.
+unsafe impl<T: Send> Sync for Biased<T> {}
+
+impl<T> Biased<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self {
+            is_busy: AtomicBool::new(false),
+            is_wanted: AtomicBool::new(false),
+            is_light: heavy::is_supported(),
+            others: Mutex::new(()),
+            value: UnsafeCell::new(value),
+        }
+    }
+
+    /// Enters as the owner. `with` must not enter again.
+    ///
+    /// # Safety
+    /// All calls for this value come from one thread.
+    #[inline]
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    pub(super) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+        debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
+        self.is_busy.store(true, Ordering::Relaxed);
+        // Left on unwinding too, so that nobody waits for a thread that panicked.
+        let busy = Busy(&self.is_busy);
+        if self.is_light {
+            compiler_fence(Ordering::SeqCst);
+        } else {
+            fence(Ordering::SeqCst);
+        }
+        // Acquire: what another thread did inside is seen once it has taken its wish back.
+        if self.is_wanted.load(Ordering::Acquire) {
+            drop(busy);
+            return self.with_other(with);
+        }
+        // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
+        let outcome = self.value.with_mut(|value| with(unsafe { &mut *value }));
+        drop(busy);
+        outcome
+    }
+
+    #[cold]
+    #[inline(never)]
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    fn with_other<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+        let _guard = self.others.lock();
+        // SAFETY: the owner is here and not busy, and others need the lock that is held.
+        self.value.with_mut(|value| with(unsafe { &mut *value }))
+    }
+
+    /// Enters as any thread but an owner that is inside. `with` must not enter again.
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    pub(super) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+        let _guard = self.others.lock();
+        self.is_wanted.store(true, Ordering::Relaxed);
+        let _wanted = Wanted(&self.is_wanted);
+        if self.is_light {
+            heavy::fence();
+        } else {
+            fence(Ordering::SeqCst);
+        }
+        let mut looks = 0;
+        // Acquire: what the owner did inside is seen.
+        while self.is_busy.load(Ordering::Acquire) {
+            looks += 1;
+            if looks < SPINS {
+                hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+        // SAFETY: the owner was not busy after everyone could see the wish, and will not enter past it;
+        // others need the lock that is held.
+        self.value.with_mut(|value| with(unsafe { &mut *value }))
+    }
+}
+
+/// Resets the owner's mark.
+struct Busy<'a>(&'a AtomicBool);
+
+impl Drop for Busy<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // Release: what was done inside is seen by whoever finds the mark gone.
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// Takes back the wish to enter.
+struct Wanted<'a>(&'a AtomicBool);
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+impl<T> fmt::Debug for Biased<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Biased").finish_non_exhaustive()
+    }
+}
+
+/// The fence of who pays for both.
+#[cfg(all(target_os = "linux", not(miri), not(loom)))]
+mod heavy {
+    use std::sync::OnceLock;
+
+    use rustix::thread::{MembarrierCommand, membarrier, membarrier_query};
+
+    use super::Ordering;
+
+    /// Whether [`fence`] reaches every thread. Asked before the first owner enters.
+    pub(super) fn is_supported() -> bool {
+        static IS_SUPPORTED: OnceLock<bool> = OnceLock::new();
+        *IS_SUPPORTED.get_or_init(|| {
+            membarrier_query().contains_command(MembarrierCommand::PrivateExpedited) && register()
+        })
+    }
+
+    fn register() -> bool {
+        membarrier(MembarrierCommand::RegisterPrivateExpedited).is_ok()
+    }
+
+    pub(super) fn fence() {
+        // Only a process forked from the one that registered is refused. It has one thread, so that an
+        // ordinary fence does until it has registered, too.
+        if membarrier(MembarrierCommand::PrivateExpedited).is_err() {
+            register();
+            std::sync::atomic::fence(Ordering::SeqCst);
+        }
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(miri), not(loom))))]
+mod heavy {
+    use super::Ordering;
+
+    pub(super) fn is_supported() -> bool {
+        false
+    }
+
+    pub(super) fn fence() {
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+}
+
+/// Every order of two or three threads, as loom sees memory: `.ci/run loom`.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// The cell panics if two are inside at once, or if one does not see what another did there before.
+    fn enter_from(others: usize, entries: u64) {
+        let biased = Arc::new(Biased::new(0_u64));
+        let others: Vec<_> = (0..others)
+            .map(|_| {
+                let biased = biased.clone();
+                thread::spawn(move || biased.with(|value| *value += 1))
+            })
+            .collect();
+        for _ in 0..entries {
+            #[expect(unsafe_code, reason = "the test is the owner")]
+            // SAFETY: only this thread enters as the owner.
+            unsafe {
+                biased.with_owner(|value| *value += 1);
+            }
+        }
+        let total = entries + others.len() as u64;
+        for other in others {
+            other.join().expect("no panic");
+        }
+        assert_eq!(biased.with(|value| *value), total);
+    }
+
+    #[test]
+    fn loom_nobody_meets_the_owner_inside() {
+        loom::model(|| enter_from(1, 2));
+    }
+
+    #[test]
+    fn loom_nobody_meets_another_inside() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(2);
+        builder.check(|| enter_from(2, 1));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    #[test]
+    #[expect(unsafe_code, reason = "the test is the owner")]
+    fn nobody_meets_another_inside() {
+        const ROUNDS: u64 = 20_000;
+        let shared = Arc::new((Biased::new(0_u64), AtomicU64::new(0)));
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let shared = shared.clone();
+                thread::spawn(move || {
+                    for _ in 0..ROUNDS / 10 {
+                        shared.0.with(|value| *value += 1);
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..ROUNDS {
+            // SAFETY: only this thread enters as the owner.
+            unsafe { shared.0.with_owner(|value| *value += 1) };
+        }
+        for other in others {
+            other.join().expect("no panic");
+        }
+        assert_eq!(shared.0.with(|value| *value), ROUNDS + 2 * (ROUNDS / 10));
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "the test is the owner")]
+    fn an_owner_that_panics_locks_nobody_out() {
+        let biased = Biased::new(0);
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            // SAFETY: only this thread enters as the owner.
+            unsafe { biased.with_owner(|_| panic!("inside")) }
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(biased.with(|value| *value), 0);
+    }
+}

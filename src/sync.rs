@@ -1,0 +1,182 @@
+//! The locks, queues and thread locals by which threads share a pool: the one place that chooses them.
+//!
+//! A build with `--cfg loom` exchanges them for those of loom, which runs a test once for every order in
+//! which threads may reach them (`tests/loom_lanes.rs`). Both have the same interface, that of
+//! `parking_lot` and `crossbeam`. Code below the pool keeps its own locks: none is held where loom may
+//! switch threads.
+
+#[cfg(not(loom))]
+pub(crate) use crossbeam::queue::SegQueue;
+#[cfg(not(loom))]
+pub(crate) use parking_lot::{Mutex, MutexGuard};
+#[cfg(not(loom))]
+pub(crate) use plain::UnsafeCell;
+#[cfg(not(loom))]
+pub(crate) use std::{hint, sync::atomic, thread, thread_local};
+
+#[cfg(loom)]
+pub(crate) use checked::{Mutex, MutexGuard, PerThread, SegQueue, UnsafeCell, thread_local};
+#[cfg(loom)]
+pub(crate) use loom::{hint, sync::atomic, thread};
+
+/// The standard library's, with loom's interface where that asks for more.
+#[cfg(not(loom))]
+mod plain {
+    /// A cell that hands out its address for the length of a call.
+    #[derive(Debug)]
+    pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+
+    impl<T> UnsafeCell<T> {
+        pub(crate) const fn new(value: T) -> Self {
+            Self(std::cell::UnsafeCell::new(value))
+        }
+
+        #[inline]
+        pub(crate) fn with_mut<R>(&self, with: impl FnOnce(*mut T) -> R) -> R {
+            with(self.0.get())
+        }
+    }
+}
+
+/// The same on top of loom.
+#[cfg(loom)]
+mod checked {
+    use std::collections::VecDeque;
+    use std::ops::{Deref, DerefMut};
+
+    #[derive(Debug)]
+    pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
+
+    #[derive(Debug)]
+    pub(crate) struct MutexGuard<'a, T> {
+        mutex: &'a Mutex<T>,
+        /// `None` only inside [`unlocked`](Self::unlocked).
+        guard: Option<loom::sync::MutexGuard<'a, T>>,
+    }
+
+    impl<T> Mutex<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(loom::sync::Mutex::new(value))
+        }
+
+        pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+            let guard = self.0.lock().expect("no model goes on after a panic");
+            MutexGuard {
+                mutex: self,
+                guard: Some(guard),
+            }
+        }
+
+        pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            let guard = self.0.try_lock().ok()?;
+            Some(MutexGuard {
+                mutex: self,
+                guard: Some(guard),
+            })
+        }
+    }
+
+    impl<T: Default> Default for Mutex<T> {
+        fn default() -> Self {
+            Self::new(T::default())
+        }
+    }
+
+    impl<T> MutexGuard<'_, T> {
+        pub(crate) fn unlocked<R>(guard: &mut Self, with: impl FnOnce() -> R) -> R {
+            guard.guard = None;
+            let result = with();
+            guard.guard = guard.mutex.lock().guard;
+            result
+        }
+    }
+
+    impl<T> Deref for MutexGuard<'_, T> {
+        type Target = T;
+
+        fn deref(&self) -> &T {
+            self.guard.as_ref().expect("the mutex is locked")
+        }
+    }
+
+    impl<T> DerefMut for MutexGuard<'_, T> {
+        fn deref_mut(&mut self) -> &mut T {
+            self.guard.as_mut().expect("the mutex is locked")
+        }
+    }
+
+    /// A queue that many threads push to and pop from.
+    #[derive(Debug)]
+    pub(crate) struct SegQueue<T>(Mutex<VecDeque<T>>);
+
+    impl<T> SegQueue<T> {
+        pub(crate) fn new() -> Self {
+            Self(Mutex::default())
+        }
+
+        pub(crate) fn push(&self, value: T) {
+            self.0.lock().push_back(value);
+        }
+
+        pub(crate) fn pop(&self) -> Option<T> {
+            self.0.lock().pop_front()
+        }
+
+        pub(crate) fn is_empty(&self) -> bool {
+            self.0.lock().is_empty()
+        }
+    }
+
+    impl<T> Default for SegQueue<T> {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
+    /// A cell whose accesses loom orders.
+    #[derive(Debug)]
+    pub(crate) struct UnsafeCell<T>(loom::cell::UnsafeCell<T>);
+
+    impl<T> UnsafeCell<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(loom::cell::UnsafeCell::new(value))
+        }
+
+        #[track_caller]
+        pub(crate) fn with_mut<R>(&self, with: impl FnOnce(*mut T) -> R) -> R {
+            self.0.with_mut(with)
+        }
+    }
+
+    /// A value for each thread of the model.
+    #[derive(Debug)]
+    pub(crate) struct PerThread<T: 'static>(pub(crate) loom::thread::LocalKey<T>);
+
+    impl<T> PerThread<T> {
+        pub(crate) fn try_with<R>(
+            &'static self,
+            with: impl FnOnce(&T) -> R,
+        ) -> Result<R, loom::thread::AccessError> {
+            self.0.try_with(with)
+        }
+
+        /// For values without a destructor, which the standard library keeps to the thread's end: loom takes
+        /// them away before, and one as at the beginning stands in.
+        pub(crate) fn with<R>(&'static self, with: impl Fn(&T) -> R) -> R {
+            let outcome = self.0.try_with(&with);
+            outcome.unwrap_or_else(|_| with(&(self.0.init)()))
+        }
+    }
+
+    /// `std::thread_local!` for the threads of a model.
+    macro_rules! local_to_thread {
+        ($($(#[$doc:meta])* $vis:vis static $name:ident: $type:ty = const $init:block $(;)?)*) => {
+            $($(#[$doc])* $vis static $name: $crate::sync::PerThread<$type> =
+                $crate::sync::PerThread(loom::thread::LocalKey {
+                    init: || $init,
+                    _p: std::marker::PhantomData,
+                });)*
+        };
+    }
+    pub(crate) use local_to_thread as thread_local;
+}
