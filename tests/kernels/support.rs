@@ -1,4 +1,4 @@
-//! The same launches on two devices: twins on one, device kernels on the other.
+//! The same launches on two devices: twins on one, device kernels on the other, which is the shim or a GPU.
 #![allow(unsafe_code, reason = "spans are made of plain addresses")]
 
 use std::cell::RefCell;
@@ -8,7 +8,7 @@ use kitsune::driver::DevicePtr;
 use kitsune::launch::Span;
 use kitsune::{DType, Device, Element, HostConfig, Stream, bf16, f16};
 
-use crate::device_support::over_shim;
+use crate::device_support::{on_gpu, with_kernels};
 
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
@@ -96,8 +96,17 @@ fn devices() -> &'static [Device; 2] {
     static DEVICES: OnceLock<[Device; 2]> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let host = Device::host(HostConfig::default()).unwrap();
-        [host.clone(), over_shim(&host)]
+        [host.clone(), with_kernels(&host)]
     })
+}
+
+/// How near results of formulas with the library's `exp` must be: on a GPU that is another one in f64.
+pub(crate) fn of_library(dtypes: [DType; 2]) -> Nearness {
+    if on_gpu() && dtypes.contains(&DType::F64) {
+        Nearness::Ulps(8.0, 1e-13)
+    } else {
+        Nearness::Bits
+    }
 }
 
 /// How near two results must be.
@@ -109,8 +118,8 @@ pub(crate) enum Nearness {
     Ulps(f64, f64),
 }
 
-/// Launches on twins, on device kernels, and on device kernels in reverse order, and compares: the last two
-/// to the bit, the first two as `nearness` says. `launch` returns the arrays to compare.
+/// Launches on twins, on device kernels, and on device kernels in reverse order (on a GPU: once more), and compares: the
+/// last two to the bit, the first two as `nearness` says. `launch` returns the arrays to compare.
 #[track_caller]
 pub(crate) fn compare(what: &str, nearness: Nearness, launch: impl Fn(&Side) -> Vec<Span>) {
     let sides = devices().each_ref().map(Side::new);
