@@ -196,7 +196,7 @@ fn adamw_steps() {
 fn a_tensor_of_many_chunks() {
     const LEN: usize = 40 * 65_536 + 3;
     let both = on_both(|context| {
-        let parameter = Parameter::new("w", tensor(context, DType::F16, &[1.0; LEN])).unwrap();
+        let parameter = Parameter::new("w", tensor(context, DType::F16, &vec![1.0; LEN])).unwrap();
         let mut gradient = numbers(1, LEN, 0.01);
         for place in [5, 65_536 + 7, 32 * 65_536, LEN - 1] {
             gradient[place] = f64::NAN;
