@@ -13,6 +13,17 @@ use crate::device_support::{on_gpu, with_kernels};
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
 
+/// Ten million elements where they take seconds: in a release build, or where `KITSUNE_TEST_LARGE=1` asks for them.
+/// Elsewhere enough for several blocks, warps and chunks.
+pub(crate) fn large() -> usize {
+    let asked = std::env::var("KITSUNE_TEST_LARGE").is_ok_and(|value| value == "1");
+    if asked || !cfg!(debug_assertions) {
+        10_000_007
+    } else {
+        200_007
+    }
+}
+
 /// Elements before the first, by which arrays miss the alignment of packs.
 pub(crate) const LEADS: [usize; 4] = [0, 1, 3, 8];
 
@@ -147,6 +158,17 @@ pub(crate) fn compare(what: &str, nearness: Nearness, launch: impl Fn(&Side) -> 
         );
         assert_near(&what, nearness, twin, kernel);
     }
+}
+
+/// What each of the two devices makes of a launch, as numbers.
+pub(crate) fn on_each(launch: impl Fn(&Side) -> Vec<Span>) -> [Vec<Vec<f64>>; 2] {
+    devices().each_ref().map(|device| {
+        let side = Side::new(device);
+        let outputs = launch(&side);
+        side.stream.synchronize().unwrap();
+        let values = |span: &Span| to_values(span.dtype(), &side.read(span));
+        outputs.iter().map(values).collect()
+    })
 }
 
 #[track_caller]

@@ -6,7 +6,7 @@ use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Device, Element, HostConfig, Tensor, bf16, f16};
 
 use crate::device_support::{on_gpu, with_kernels};
-use crate::support::numbers;
+use crate::support::{large, numbers};
 
 /// Sizes of parameters: none, one, odd, around a chunk of 65536, several chunks.
 const SIZES: [usize; 7] = [0, 1, 33, 257, 65_536, 65_537, 150_001];
@@ -189,6 +189,20 @@ fn adamw_steps() {
     // On a GPU the bias corrections come from another `pow`.
     let ulps = if on_gpu() { 4.0 } else { 0.0 };
     assert_same("adamw", &both, 0.0, ulps);
+}
+
+#[test]
+fn ten_million_weights() {
+    let both = on_both(|context| {
+        let weights = [DType::F32, DType::F16].map(|dtype| {
+            let value = tensor(context, dtype, &numbers(1, large(), 1.0));
+            Parameter::new(format!("{dtype}"), value).unwrap()
+        });
+        let optimizer = AdamW::new(weights.to_vec(), AdamWConfig::default()).unwrap();
+        steps(context, &weights, optimizer)
+    });
+    let ulps = if on_gpu() { 4.0 } else { 0.0 };
+    assert_same("ten million", &both, 0.0, ulps);
 }
 
 /// More chunks than a warp has lanes, so that a lane adds up several.
