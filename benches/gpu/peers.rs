@@ -22,6 +22,9 @@ pub(crate) trait Peer {
 
     /// Gives the block back in order with its stream.
     fn free(&self, block: Self::Block) -> Result<()>;
+
+    /// Waits for all of its streams.
+    fn synchronize(&self) -> Result<()>;
 }
 
 /// The pool.
@@ -56,6 +59,10 @@ impl Peer for Kitsune {
         drop(block);
         Ok(())
     }
+
+    fn synchronize(&self) -> Result<()> {
+        self.streams.iter().try_for_each(Stream::synchronize)
+    }
 }
 
 /// `cuMemAllocAsync` and `cuMemFreeAsync`, whose pool keeps all memory. Knows no uses on other streams: a program
@@ -80,10 +87,6 @@ impl<'a> MallocAsync<'a> {
             streams,
         })
     }
-
-    pub(crate) fn synchronize(&self) -> Result<()> {
-        self.streams.iter().try_for_each(Stream::synchronize)
-    }
 }
 
 impl Peer for MallocAsync<'_> {
@@ -106,6 +109,10 @@ impl Peer for MallocAsync<'_> {
     fn free(&self, (address, stream): (u64, usize)) -> Result<()> {
         // SAFETY: the memory is ours, and no work was enqueued on it.
         unsafe { call!(self.cuda, cuMemFreeAsync(address, self.handles[stream])) }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.streams.iter().try_for_each(Stream::synchronize)
     }
 }
 
@@ -139,6 +146,11 @@ impl Peer for Malloc<'_> {
         // SAFETY: the memory is ours, and no work was enqueued on it.
         unsafe { call!(self.0, cuMemFree_v2(address)) }
     }
+
+    /// Its calls wait by themselves.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// cudarc's slices, which are allocated in stream order and carry two events each.
@@ -153,11 +165,6 @@ impl Cudarc {
         Ok(Self {
             streams: streams.collect::<Result<_>>()?,
         })
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<()> {
-        let mut streams = self.streams.iter();
-        streams.try_for_each(|stream| stream.synchronize().map_err(refused))
     }
 }
 
@@ -181,5 +188,10 @@ impl Peer for Cudarc {
     fn free(&self, block: CudaSlice<u8>) -> Result<()> {
         drop(block);
         Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let mut streams = self.streams.iter();
+        streams.try_for_each(|stream| stream.synchronize().map_err(refused))
     }
 }

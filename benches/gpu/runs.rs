@@ -21,20 +21,31 @@ pub(crate) fn run(setting: &Setting) -> Result<()> {
         let kitsune = Kitsune::new(&setting.device, streams)?;
         play(setting, &format!("kitsune/{stem}"), &program, &kitsune)?;
         drop(kitsune);
-        let cudarc = Cudarc::new(streams)?;
-        attempt(setting, &format!("cudarc/{stem}"), &program, &cudarc);
-        cudarc.synchronize()?;
-        let malloc_async = MallocAsync::new(&setting.cuda, &setting.device, streams)?;
-        let name = format!("cudaMallocAsync/{stem}");
-        attempt(setting, &name, &program, &malloc_async);
-        malloc_async.synchronize()?;
+        attempt(setting, &format!("cudarc/{stem}"), &program, || {
+            Cudarc::new(streams)
+        });
+        attempt(
+            setting,
+            &format!("cudaMallocAsync/{stem}"),
+            &program,
+            || MallocAsync::new(&setting.cuda, &setting.device, streams),
+        );
     }
     Ok(())
 }
 
 /// Another allocator may have no room for a run that ours has room for: that is told, and no failure of this program.
-fn attempt<P: Peer>(setting: &Setting, name: &str, program: &Program, peer: &P) {
-    if let Err(error) = play(setting, name, program, peer) {
+fn attempt<P: Peer>(
+    setting: &Setting,
+    name: &str,
+    program: &Program,
+    open: impl FnOnce() -> Result<P>,
+) {
+    let outcome = open().and_then(|peer| {
+        play(setting, name, program, &peer)?;
+        peer.synchronize()
+    });
+    if let Err(error) = outcome {
         setting.tell("runs", name, json!({ "failed": error.to_string() }));
     }
 }

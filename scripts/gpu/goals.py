@@ -22,7 +22,13 @@ def ratio(value, base):
 
 
 def goals(found):
-    """(goal, bound, measured, reached) one by one; measured and reached are None if not measured."""
+    """(goal, word, bound, measured) one by one; measured is None if it was not.
+
+    >>> figures = {"copies/copy/1GiB": {"gb_per_s": 4000.0}, "kernels/adamw/f32": {"gb_per_s": 3000.0}}
+    >>> figures.update({"pairs/kitsune/512B": {"ns": 20.0}, "pairs/torch/512B": {"ns": 800.0}})
+    >>> [(word, bound, value) for _, word, bound, value in goals({"figures": figures}) if value is not None]
+    [('at least', 0.9, 0.75), ('at most', 0.1, 0.025)]
+    """
     figures = found.get("figures", {})
     copy = number(figures, CEILING, "gb_per_s")
     for kernel in BANDWIDTH:
@@ -42,6 +48,11 @@ def goals(found):
 
 
 def verdict(word, bound, value):
+    """Whether a bound holds.
+
+    >>> verdict("at least", 0.9, 0.9), verdict("at most", 0.1, 0.11), verdict("at most", 0, None)
+    ('reached', '**missed**', 'not measured')
+    """
     if value is None:
         return "not measured"
     return "reached" if (value >= bound if word == "at least" else value <= bound) else "**missed**"

@@ -271,4 +271,5 @@ def main():
         runs(label, peer, [word for word in words if word.endswith(".at")])
 
 
-main()
+if __name__ == "__main__":
+    main()

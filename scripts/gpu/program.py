@@ -5,7 +5,20 @@ ALLOCATE, FREE, RECORD = 0, 1, 2
 
 
 class Program:
-    """`operations` are (kind, slot, bytes, stream)."""
+    """`operations` are (kind, slot, bytes, stream).
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w") as trace:
+    ...     trace.write("#alloctrace v1 streams=2 name=a\\na 7 10 0\\nk 0\\na 9 20 1\\nf 7 1\\na 3 5 0\\n") and trace.flush()
+    ...     program = Program(trace.name)
+    >>> program.operations == [
+    ...     (ALLOCATE, 0, 10, 0), (ALLOCATE, 1, 20, 1), (RECORD, 0, 0, 1), (FREE, 0, 0, 0),
+    ...     (ALLOCATE, 0, 5, 0), (FREE, 0, 0, 0), (FREE, 1, 0, 1),
+    ... ]
+    True
+    >>> program.slots, program.streams, program.allocations, program.peak_bytes
+    (2, 2, 3, 30)
+    """
 
     def __init__(self, path):
         self.operations, self.slots, self.allocations, self.peak_bytes = [], 0, 0, 0

@@ -13,15 +13,15 @@ use crate::device_support::{on_gpu, with_kernels};
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
 
-/// Ten million elements where they take seconds: in a release build, or where `KITSUNE_TEST_LARGE=1` asks for them.
-/// Elsewhere enough for several blocks, warps and chunks.
+/// Ten million elements where they take seconds, in a release build; elsewhere enough for several blocks, warps and
+/// chunks. `KITSUNE_TEST_LARGE` decides otherwise, by 1 or 0.
 pub(crate) fn large() -> usize {
-    let asked = std::env::var("KITSUNE_TEST_LARGE").is_ok_and(|value| value == "1");
-    if asked || !cfg!(debug_assertions) {
-        10_000_007
-    } else {
-        200_007
-    }
+    let is_large = match std::env::var("KITSUNE_TEST_LARGE").as_deref() {
+        Ok("1") => true,
+        Ok("0") => false,
+        _ => !cfg!(debug_assertions),
+    };
+    if is_large { 10_000_007 } else { 200_007 }
 }
 
 /// Elements before the first, by which arrays miss the alignment of packs.
