@@ -1,11 +1,18 @@
 //! Time: of the device between events in a stream, of the host by its clock. Medians, since other programs and the
 //! first runs only ever add to a figure.
+//!
+//! A trainer's device is busy when a step is enqueued. So before each timed piece of work the stream gets a *runway*, work
+//! that lasts until the host has enqueued the piece: gaps that only an idle device would have are not in the figure, and
+//! caches are cold.
 
 use std::time::{Duration, Instant};
 
+use kitsune::driver::DevicePtr;
+use kitsune::units::{GIB, MIB, to_usize};
 use kitsune::{Result, Stream};
 
-use crate::cuda::{Cuda, Handle};
+use crate::cuda::Handle;
+use crate::setting::Setting;
 
 /// Repeats that are not counted: code is loaded, caches and pools fill.
 const WARM_UP: usize = 3;
@@ -37,12 +44,13 @@ pub(crate) fn repeat<T>(mut pass: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
 
 /// Median microseconds that the device takes for what `work` enqueues on `stream`.
 pub(crate) fn device_time(
-    cuda: &Cuda,
+    setting: &Setting,
     stream: &Stream,
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<f64> {
-    let laps = Laps::new(cuda, stream, 1)?;
+    let laps = Laps::new(setting, stream, 1)?;
     let times = repeat(|| {
+        laps.runway(1)?;
         laps.mark(0)?;
         work()?;
         laps.mark(1)?;
@@ -72,38 +80,55 @@ pub(crate) fn host_time(
 
 /// Marks in a stream with laps between them.
 pub(crate) struct Laps<'a> {
-    cuda: &'a Cuda,
+    setting: &'a Setting,
     stream: &'a Stream,
     events: Vec<Handle>,
+    runway: DevicePtr,
+    runway_bytes: u64,
 }
 
 impl<'a> Laps<'a> {
-    pub(crate) fn new(cuda: &'a Cuda, stream: &'a Stream, laps: usize) -> Result<Self> {
-        let events = (0..=laps).map(|_| cuda.event()).collect::<Result<_>>()?;
+    pub(crate) fn new(setting: &'a Setting, stream: &'a Stream, laps: usize) -> Result<Self> {
+        let events = (0..=laps).map(|_| setting.cuda.event());
+        let runway_bytes = setting.size(to_usize(2 * GIB), to_usize(MIB)) as u64;
         Ok(Self {
-            cuda,
+            events: events.collect::<Result<_>>()?,
+            runway: stream.driver().allocate(runway_bytes)?,
+            runway_bytes,
+            setting,
             stream,
-            events,
+        })
+    }
+
+    /// Keeps the device busy for a while: each turn writes 2 GiB.
+    pub(crate) fn runway(&self, turns: usize) -> Result<()> {
+        let (driver, raw) = (self.stream.driver(), self.stream.raw());
+        (0..turns).try_for_each(|_| {
+            // SAFETY: the memory is ours, and freed when the stream has passed.
+            unsafe { driver.fill(self.runway, 0, self.runway_bytes, raw) }
         })
     }
 
     /// Puts mark `number` at the end of the stream.
     pub(crate) fn mark(&self, number: usize) -> Result<()> {
-        self.cuda.record(self.events[number], self.stream)
+        self.setting.cuda.record(self.events[number], self.stream)
     }
 
     /// Microseconds from mark `number` to the next, once the stream was waited for.
     pub(crate) fn lap(&self, number: usize) -> Result<f64> {
-        self.cuda
-            .microseconds(self.events[number], self.events[number + 1])
+        let (start, end) = (self.events[number], self.events[number + 1]);
+        self.setting.cuda.microseconds(start, end)
     }
 }
 
 impl Drop for Laps<'_> {
     fn drop(&mut self) {
+        // What fails here is left to the end of the process.
+        let _ = self.stream.synchronize();
+        // SAFETY: the stream was waited for, and nobody else knows the memory.
+        let _ = unsafe { self.stream.driver().free(self.runway) };
         for event in &self.events {
-            // What is left of it goes with the process.
-            let _ = self.cuda.destroy(*event);
+            let _ = self.setting.cuda.destroy(*event);
         }
     }
 }

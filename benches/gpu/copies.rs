@@ -19,12 +19,12 @@ pub(crate) fn run(setting: &Setting) -> Result<()> {
             pool.allocate(bytes, &stream)?,
         );
         fill(&stream, from.ptr(), bytes)?;
-        let time = device_time(&setting.cuda, &stream, || {
+        let time = device_time(setting, &stream, || {
             // SAFETY: both blocks are alive until the stream was waited for, and different.
             unsafe { driver.copy(to.ptr(), from.ptr(), bytes, stream.raw()) }
         })?;
         tell(setting, &format!("copy/{name}"), 2 * bytes, time);
-        let time = device_time(&setting.cuda, &stream, || fill(&stream, to.ptr(), bytes))?;
+        let time = device_time(setting, &stream, || fill(&stream, to.ptr(), bytes))?;
         tell(setting, &format!("fill/{name}"), bytes, time);
     }
     let bytes = setting.size(to_usize(256 * MIB), to_usize(MIB)) as u64;
@@ -34,7 +34,7 @@ pub(crate) fn run(setting: &Setting) -> Result<()> {
         ("upload_pinned", block.ptr(), pinned),
         ("download_pinned", pinned, block.ptr()),
     ] {
-        let time = device_time(&setting.cuda, &stream, || {
+        let time = device_time(setting, &stream, || {
             // SAFETY: both ranges are alive until the stream was waited for, and different.
             unsafe { driver.copy(to, from, bytes, stream.raw()) }
         })?;

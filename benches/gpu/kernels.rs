@@ -61,7 +61,7 @@ fn checks(setting: &Setting, dtype: DType) -> Result<()> {
     let parameter = parameter(setting, &context, dtype)?;
     let optimizer = Sgd::new(vec![parameter], SgdConfig::default())?;
     let mut scaler = scaler(&context)?;
-    let time = device_time(&setting.cuda, context.stream(), || {
+    let time = device_time(setting, context.stream(), || {
         scaler.clip_grad_norm(&optimizer, 1.0).map(drop)
     })?;
     tell(
@@ -79,8 +79,9 @@ fn unscaling(setting: &Setting, dtype: DType) -> Result<()> {
     let parameter = parameter(setting, &context, dtype)?;
     let optimizer = Sgd::new(vec![parameter], SgdConfig::default())?;
     let mut scaler = scaler(&context)?;
-    let laps = Laps::new(&setting.cuda, context.stream(), 1)?;
+    let laps = Laps::new(setting, context.stream(), 1)?;
     let times = repeat(|| {
+        laps.runway(1)?;
         laps.mark(0)?;
         scaler.unscale(&optimizer)?;
         laps.mark(1)?;
@@ -147,9 +148,7 @@ fn step(
     context: &Context,
     mut optimizer: impl Optimizer,
 ) -> Result<()> {
-    let time = device_time(&setting.cuda, context.stream(), || {
-        optimizer.step_unscaled()
-    })?;
+    let time = device_time(setting, context.stream(), || optimizer.step_unscaled())?;
     tell(setting, name, bytes, time);
     Ok(())
 }
@@ -159,9 +158,7 @@ fn casts(setting: &Setting) -> Result<()> {
         let context = setting.context()?;
         let shape = [elements(setting)];
         let source = Tensor::full(&context, shape, from, 1.0)?;
-        let time = device_time(&setting.cuda, context.stream(), || {
-            source.cast(to).map(drop)
-        })?;
+        let time = device_time(setting, context.stream(), || source.cast(to).map(drop))?;
         tell(
             setting,
             &format!("cast/{from}_{to}"),
@@ -180,9 +177,7 @@ fn products(setting: &Setting) -> Result<()> {
         let context = setting.context()?;
         let [a, b] = [1.0, 1e-3].map(|value| Tensor::full(&context, [width, width], dtype, value));
         let (a, b) = (a?, b?);
-        let time = device_time(&setting.cuda, context.stream(), || {
-            ops::matmul(&a, &b).map(drop)
-        })?;
+        let time = device_time(setting, context.stream(), || ops::matmul(&a, &b).map(drop))?;
         let operations = 2.0 * (width as f64).powi(3);
         let name = format!("matmul/{dtype}");
         let rate = operations / time / 1e6;

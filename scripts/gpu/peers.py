@@ -24,6 +24,8 @@ import warnings
 from program import ALLOCATE, FREE, Program
 
 SIZES = (("512B", 512), ("64KiB", 64 << 10), ("4MiB", 4 << 20))
+# As in benches/gpu: what keeps the device busy while a step is enqueued.
+RUNWAY_TURNS, RUNWAY_BYTES = 16, 2 << 30
 # Names, width and layers, as in benches/gpu/steps.rs.
 NETWORKS = (("1e8", 1024, 8), ("1e9", 2048, 20))
 WARM_UP, REPEATS_MIN, REPEATS_MAX, SECONDS = 3, 5, 30, 1.5
@@ -213,6 +215,7 @@ class Trainer:
         # The gradients stay from step to step, so they must not be scaled down.
         self.scaler = torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=2**31 - 1)
         self.scaler.scale(torch.ones((), device="cuda"))
+        self.runway = torch.empty(RUNWAY_BYTES, dtype=torch.uint8, device="cuda")
 
     def step(self):
         self.scaler.unscale_(self.optimizer)
@@ -220,16 +223,24 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def time(self):
-        """Microseconds of the device and of the host."""
+    def device_time(self):
+        """Microseconds of the device, which is busy until the host has enqueued the step."""
         events = [self.torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        for _ in range(RUNWAY_TURNS):
+            self.runway.zero_()
         events[0].record()
+        self.step()
+        events[1].record()
+        self.torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) * 1e3
+
+    def host_time(self):
+        """Microseconds of the host, whose device has nothing else to do."""
         start = time.perf_counter_ns()
         self.step()
         host = (time.perf_counter_ns() - start) / 1e3
-        events[1].record()
         self.torch.cuda.synchronize()
-        return events[0].elapsed_time(events[1]) * 1e3, host
+        return host
 
     def synchronisations(self):
         """Times that one step makes the host wait, by PyTorch's own count."""
@@ -252,8 +263,7 @@ def steps(label, peer):
                 tell("steps", f"{label}-{way}/{name}", passed_over="too little free memory")
                 continue
             trainer = Trainer(torch, sizes, way)
-            times = repeat(trainer.time)
-            device, host = (statistics.median(column) for column in zip(*times))
+            device, host = (statistics.median(repeat(once)) for once in (trainer.device_time, trainer.host_time))
             waits = trainer.synchronisations()
             tell("steps", f"{label}-{way}/{name}", us=device, host_us=host, elements=elements, host_synchronisations=waits)
             del trainer
