@@ -3,6 +3,8 @@
 use std::fmt;
 
 use crate::amp::OverflowReport;
+use crate::error::ScalerAlarm;
+use crate::units::Bytes;
 
 /// One change of the scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +31,10 @@ pub struct ScalerStats {
     pub skipped: u64,
     /// Steps that were skipped since the last one that was not.
     pub skipped_in_a_row: u64,
+    /// Skipped steps that had a NaN among their gradients.
+    pub nan_steps: u64,
+    /// The scale of the last step that was applied.
+    pub last_good_scale: Option<f64>,
     /// Calls of `update`.
     pub updates: u64,
     /// Updates that made the scale larger after a clean interval.
@@ -39,6 +45,13 @@ pub struct ScalerStats {
     pub scale_history: Vec<ScaleChange>,
     /// The last 16 skipped steps, oldest first.
     pub overflows: Vec<OverflowReport>,
+    /// What there is to be alarmed about.
+    pub alarm: Option<ScalerAlarm>,
+    /// Bytes of the pool that scaling, checking and clipping hold, under the tag `amp`: those of all scalers
+    /// and optimizers of the pool.
+    pub scratch_bytes: u64,
+    /// The most they held.
+    pub scratch_peak_bytes: u64,
 }
 
 impl ScalerStats {
@@ -57,7 +70,7 @@ impl fmt::Display for ScalerStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "scale {}, {} steps: {} applied, {} skipped ({:.1} %); {} growths, {} backoffs",
+            "scale {}, {} steps: {} applied, {} skipped ({:.1} %); {} growths, {} backoffs; {} of scratch",
             self.scale,
             self.steps,
             self.applied,
@@ -65,7 +78,11 @@ impl fmt::Display for ScalerStats {
             self.skip_rate() * 100.0,
             self.growths,
             self.backoffs,
+            Bytes(self.scratch_bytes),
         )?;
+        if let Some(alarm) = &self.alarm {
+            write!(f, "\n  {alarm}")?;
+        }
         for overflow in &self.overflows {
             write!(f, "\n  {overflow}")?;
         }

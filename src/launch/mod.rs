@@ -47,8 +47,8 @@ pub use fill::fill;
 pub use gradient_check::NormKind;
 pub use matmul::{Accumulate, Matrix, matmul};
 pub use reduce::{argmax_rows, mean, sum};
-pub(crate) use scale_update::{ScaleOperands, scale_update};
-pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub(crate) use scale_update::{Change, ScaleOperands, scale_update};
+pub use scale_update::{Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};
 pub use span::Span;
 pub use strided::{RANK_MAX, StridedCopy, copy_strided};
 

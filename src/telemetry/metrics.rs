@@ -198,6 +198,31 @@ const SCALER: &[Metric<ScalerStats>] = &[
         "Steps skipped because a gradient was infinite or NaN.",
         |amp| amp.skipped,
     ),
+    Metric::gauge(
+        "kitsune.amp.last_good_scale",
+        "Scale of the last step that was applied, 0 before.",
+        |amp| amp.last_good_scale.unwrap_or(0.0),
+    ),
+    Metric::gauge(
+        "kitsune.amp.alarm",
+        "1 while steps go on being skipped, else 0.",
+        |amp| f64::from(u8::from(amp.alarm.is_some())),
+    ),
+    Metric::bytes(
+        "kitsune.amp.scratch_bytes",
+        "Bytes of the pool that scaling, checking and clipping hold.",
+        |amp| real(amp.scratch_bytes),
+    ),
+    Metric::bytes(
+        "kitsune.amp.scratch_peak_bytes",
+        "Most bytes that they held.",
+        |amp| real(amp.scratch_peak_bytes),
+    ),
+    Metric::counter(
+        "kitsune.amp.nan_steps",
+        "Steps skipped with a NaN among the gradients.",
+        |amp| amp.nan_steps,
+    ),
     Metric::counter(
         "kitsune.amp.scale_growths",
         "Times the scale grew after an interval without overflow.",
