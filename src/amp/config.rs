@@ -51,6 +51,8 @@ pub struct AmpConfig {
     /// counters copied to the host without waiting for them. 0 for none: then only
     /// [`alarm`](crate::amp::GradScaler::alarm) looks. Default 64.
     pub alarm_interval: u32,
+    /// Whether the device times checks, clipping and steps, with six more kernels a step. Default no.
+    pub timing: bool,
 }
 
 /// The smallest scale whose inverse, and the largest whose inverse, is a normal f32.
@@ -76,6 +78,7 @@ impl Default for AmpConfig {
             storm_skips: 16,
             floor_alarm: true,
             alarm_interval: 64,
+            timing: false,
         }
     }
 }

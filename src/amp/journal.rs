@@ -57,6 +57,11 @@ impl Journal {
         &self.words
     }
 
+    /// A view of word `index`.
+    pub(super) fn word(&self, index: usize) -> Result<Tensor> {
+        self.words.narrow(0, index, 1)
+    }
+
     /// Steps recorded under `optimizer` concern parameters of these names.
     pub(super) fn name(&self, optimizer: u64, names: Arc<[String]>) {
         self.names.lock().known.insert(optimizer, names);
@@ -80,7 +85,7 @@ impl Journal {
     /// The scale was set: steps skipped until the next that is applied are expected.
     pub(super) fn recalibrate(&self) -> Result<()> {
         for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
-            self.words.narrow(0, word, 1)?.copy_from_slice(&[0f64])?;
+            self.word(word)?.copy_from_slice(&[0f64])?;
         }
         Ok(())
     }
@@ -179,5 +184,25 @@ fn report(entry: &[f64], names: &HashMap<u64, Arc<[String]>>) -> OverflowReport 
             .map(tensor)
             .collect(),
         tensor_count: tensor_count as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{Device, HostConfig};
+
+    #[test]
+    fn names_are_forgotten_in_time() {
+        let device = Device::host(HostConfig::default()).expect("the machine has memory");
+        let journal = Journal::new(&Context::new(&device).expect("a context")).expect("memory");
+        for number in 0..10_000 {
+            journal.name(number, Arc::from([format!("w{number}")]));
+            journal.retire(number);
+        }
+        journal.name(10_000, Arc::from(["living".to_owned()]));
+        let names = journal.names.lock();
+        assert_eq!(names.known.len(), RETIRED_NAMES + 1);
+        assert!(names.known.contains_key(&9_999) && !names.known.contains_key(&0));
     }
 }

@@ -10,6 +10,8 @@ use crate::amp::config::narrow;
 use crate::amp::journal::Journal;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::launch::journal::CLOCK;
+use crate::launch::stopwatch::stopwatch;
 use crate::launch::{ScaleOperands, inverse_scale};
 use crate::memory;
 use crate::optim::Parameter;
@@ -27,6 +29,7 @@ pub(super) struct ScaleMemory {
     flags: Tensor,
     pub(super) journal: Arc<Journal>,
     names: AtomicU64,
+    timing: bool,
 }
 
 /// How the trackers stand.
@@ -39,7 +42,7 @@ pub(super) struct Trackers {
 }
 
 impl ScaleMemory {
-    pub(super) fn new(context: &Context, scale: f64) -> Result<Self> {
+    pub(super) fn new(context: &Context, scale: f64, timing: bool) -> Result<Self> {
         let _tag = memory::tag("amp");
         let memory = Self {
             scale: Tensor::uninit(context, [], DType::F32)?,
@@ -48,6 +51,7 @@ impl ScaleMemory {
             flags: Tensor::zeros(context, [OPTIMIZERS], DType::F32)?,
             journal: Arc::new(Journal::new(context)?),
             names: AtomicU64::new(0),
+            timing,
         };
         memory.set(scale, Trackers::default())?;
         Ok(memory)
@@ -72,6 +76,19 @@ impl ScaleMemory {
             growth: words[0],
             overflows: words[1],
         })
+    }
+
+    /// Enqueues `work`; if steps are timed, the device adds what it takes to word `total` of the journal.
+    pub(super) fn timed<R>(&self, total: usize, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if !self.timing {
+            return work();
+        }
+        let stream = self.context().stream();
+        let clock = self.journal.word(CLOCK)?.span()?;
+        stopwatch(stream, &clock, None)?;
+        let result = work()?;
+        stopwatch(stream, &clock, Some(&self.journal.word(total)?.span()?))?;
+        Ok(result)
     }
 
     /// A zero-dimensional view of flag `index`.

@@ -73,6 +73,7 @@
 mod alarm;
 mod config;
 mod journal;
+mod magnitudes;
 mod memory;
 mod outcome;
 mod policy;
@@ -84,12 +85,13 @@ mod state;
 mod stats;
 
 pub use config::AmpConfig;
+pub use magnitudes::Magnitudes;
 pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow};
 pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;
 pub use scaler::GradScaler;
 pub use state::ScalerState;
-pub use stats::{ScaleChange, ScalerStats};
+pub use stats::{ScaleChange, ScalerStats, StepTimes};
 
 pub use crate::ops::autocast::{AutocastGuard, autocast};
 

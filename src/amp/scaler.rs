@@ -10,6 +10,7 @@ use crate::amp::memory::{OPTIMIZERS, ScaleMemory, Trackers};
 use crate::amp::slot::{Slot, Stage};
 use crate::amp::{
     AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
+    StepTimes,
 };
 use crate::error::{Error, Result, ScalerAlarm, ScalerMisuse};
 use crate::launch::journal::{
@@ -67,8 +68,10 @@ impl GradScaler {
         config.validate()?;
         let memory = match config.effective_mode() {
             ScalingMode::Off => None,
-            ScalingMode::CheckOnly => Some(ScaleMemory::new(context, 1.0)?),
-            ScalingMode::Scale => Some(ScaleMemory::new(context, config.init_scale)?),
+            ScalingMode::CheckOnly => Some(ScaleMemory::new(context, 1.0, config.timing)?),
+            ScalingMode::Scale => {
+                Some(ScaleMemory::new(context, config.init_scale, config.timing)?)
+            }
         };
         Ok(Self {
             // Relaxed: the number only has to be unique.
@@ -478,6 +481,7 @@ impl GradScaler {
             scale_history: scale_changes(&words),
             overflows: memory.journal.overflows(&words),
             alarm: alarm(&words, &self.config, scale),
+            times: self.config.timing.then(|| StepTimes::read(&words)),
             scratch_bytes: scratch.current,
             scratch_peak_bytes: scratch.peak,
         })

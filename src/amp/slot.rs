@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::amp::memory::ScaleMemory;
 use crate::error::{Error, Result, ScalerMisuse};
 use crate::launch::NormKind;
-use crate::launch::journal::{RecordOperands, record_step};
+use crate::launch::journal::{CHECK_TIME, CLIP_TIME, RecordOperands, STEP_TIME, record_step};
 use crate::optim::{
     Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs, UnscaleMark,
 };
@@ -159,13 +159,16 @@ impl Slot {
             self.stage = Stage::Checked;
         }
         let flag = self.found_inf.span()?;
-        let (norm, coefficient) =
-            self.gradients
-                .coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+        let gradients = &mut self.gradients;
+        let (norm, coefficient) = memory.timed(CLIP_TIME, || {
+            let numbers = gradients.coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+            if in_place {
+                gradients.multiply(parameters, &numbers.1)?;
+            }
+            Ok(numbers)
+        })?;
         self.norm_taken = true;
-        if in_place {
-            self.gradients.multiply(parameters, &coefficient)?;
-        } else {
+        if !in_place {
             self.clip = Some(coefficient);
         }
         // The slot's own norm is overwritten in the next iteration; the caller gets one to keep.
@@ -194,7 +197,7 @@ impl Slot {
             inv_scale,
             clip: self.clip.clone(),
         };
-        optimizer.step(&inputs)?;
+        memory.timed(STEP_TIME, || optimizer.step(&inputs))?;
         self.stage = Stage::Stepped;
         let counts = self.gradients.counts().expect("a pass came before");
         let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
@@ -226,10 +229,8 @@ impl Slot {
             let (number, names) = memory.name(parameters, self.recorded_as);
             (self.recorded_as, self.names) = (Some(number), names);
         }
-        if self
-            .gradients
-            .pass(parameters, pass, &self.found_inf.span()?)?
-        {
+        let (gradients, flag) = (&mut self.gradients, self.found_inf.span()?);
+        if memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag))? {
             return Ok(());
         }
         Err(ScalerMisuse::NothingChecked.into())

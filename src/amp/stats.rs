@@ -1,9 +1,11 @@
 //! What a scaler did so far.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::amp::OverflowReport;
 use crate::error::ScalerAlarm;
+use crate::launch::journal::{CHECK_TIME, CLIP_TIME, STEP_TIME, counter};
 use crate::units::Bytes;
 
 /// One change of the scale.
@@ -13,6 +15,28 @@ pub struct ScaleChange {
     pub update: u64,
     /// The scale after it.
     pub scale: f64,
+}
+
+/// What the device spent, replays included, as its own clock shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// In checking and unscaling gradients, norms included.
+    pub check: Duration,
+    /// In clipping beyond that: the coefficient, and multiplying in place.
+    pub clip: Duration,
+    /// In optimizer steps.
+    pub step: Duration,
+}
+
+impl StepTimes {
+    pub(super) fn read(journal: &[f64]) -> Self {
+        let time = |word| Duration::from_nanos(counter(journal, word) as u64);
+        Self {
+            check: time(CHECK_TIME),
+            clip: time(CLIP_TIME),
+            step: time(STEP_TIME),
+        }
+    }
 }
 
 /// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
@@ -47,6 +71,8 @@ pub struct ScalerStats {
     pub overflows: Vec<OverflowReport>,
     /// What there is to be alarmed about.
     pub alarm: Option<ScalerAlarm>,
+    /// Times, if [`AmpConfig::timing`](crate::amp::AmpConfig::timing) is on.
+    pub times: Option<StepTimes>,
     /// Bytes of the pool that scaling, checking and clipping hold, under the tag `amp`: those of all scalers
     /// and optimizers of the pool.
     pub scratch_bytes: u64,
@@ -80,6 +106,9 @@ impl fmt::Display for ScalerStats {
             self.backoffs,
             Bytes(self.scratch_bytes),
         )?;
+        if let Some(StepTimes { check, clip, step }) = &self.times {
+            write!(f, "\n  check {check:.1?}, clip {clip:.1?}, step {step:.1?}")?;
+        }
         if let Some(alarm) = &self.alarm {
             write!(f, "\n  {alarm}")?;
         }

@@ -48,7 +48,15 @@ pub(crate) const FLOOR_HITS: usize = 12;
 pub(crate) const NAN_STEPS_SINCE_UPDATE: usize = 13;
 /// Steps skipped since the last update with an infinity, or with a norm too large.
 pub(crate) const INF_STEPS_SINCE_UPDATE: usize = 14;
-const HEAD_WORDS: usize = 16;
+/// Nanoseconds in checks of gradients, if steps are timed.
+pub(crate) const CHECK_TIME: usize = 15;
+/// Nanoseconds in clipping, beyond the check.
+pub(crate) const CLIP_TIME: usize = 16;
+/// Nanoseconds in optimizer steps.
+pub(crate) const STEP_TIME: usize = 17;
+/// The running clock.
+pub(crate) const CLOCK: usize = 18;
+const HEAD_WORDS: usize = 24;
 
 /// Steps that [`RECENT_SKIPS`] tells of.
 pub(crate) const RECENT_STEPS: u32 = 32;

@@ -30,6 +30,7 @@ mod scale_update;
 pub(crate) mod sgd;
 mod span;
 mod special;
+pub(crate) mod stopwatch;
 mod strided;
 #[cfg(test)]
 mod testing;

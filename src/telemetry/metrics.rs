@@ -46,6 +46,16 @@ impl<S> Metric<S> {
         }
     }
 
+    const fn seconds(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
+        let (unit, value) = (Unit::Seconds, Value::Gauge(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
     const fn counter(name: &'static str, help: &'static str, read: fn(&S) -> u64) -> Self {
         let (unit, value) = (Unit::Count, Value::Counter(read));
         Self {
@@ -202,6 +212,21 @@ const SCALER: &[Metric<ScalerStats>] = &[
         "kitsune.amp.last_good_scale",
         "Scale of the last step that was applied, 0 before.",
         |amp| amp.last_good_scale.unwrap_or(0.0),
+    ),
+    Metric::seconds(
+        "kitsune.amp.check_seconds",
+        "Device time in checks of gradients, if timed.",
+        |amp| amp.times.unwrap_or_default().check.as_secs_f64(),
+    ),
+    Metric::seconds(
+        "kitsune.amp.clip_seconds",
+        "Device time in clipping, if timed.",
+        |amp| amp.times.unwrap_or_default().clip.as_secs_f64(),
+    ),
+    Metric::seconds(
+        "kitsune.amp.step_seconds",
+        "Device time in optimizer steps, if timed.",
+        |amp| amp.times.unwrap_or_default().step.as_secs_f64(),
     ),
     Metric::gauge(
         "kitsune.amp.alarm",

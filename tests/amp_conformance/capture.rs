@@ -1,6 +1,6 @@
 //! Case 65: a step in a graph.
 
-use kitsune::amp::{Outcome, StepOutcome};
+use kitsune::amp::{AmpConfig, Outcome, StepOutcome};
 use kitsune::optim::{AdamW, AdamWConfig};
 use kitsune::{DType, Tensor, f16};
 
@@ -16,7 +16,11 @@ fn case_65_graph_capture() {
         let slot = Tensor::zeros(&context, [5], DType::F16).unwrap();
         weight.set_grad(slot.clone()).unwrap();
         let mut optimizer = AdamW::new(vec![weight.clone()], AdamWConfig::default()).unwrap();
-        let mut scaler = scaler_with(&context, config(16.0, 2));
+        let config = AmpConfig {
+            timing: true,
+            ..config(16.0, 2)
+        };
+        let mut scaler = scaler_with(&context, config);
         let mut norms = Vec::new();
         let mut step = || -> kitsune::Result<()> {
             if unscale {
