@@ -45,13 +45,12 @@ fn weight(context: &Context, name: &str, shape: [usize; 2]) -> Parameter {
 }
 
 impl Trainer {
-    fn new(context: Context) -> Self {
+    fn new(context: Context, config: AmpConfig) -> Self {
         let (hidden, output) = (
             weight(&context, "hidden", [32, 16]),
             weight(&context, "output", [10, 32]),
         );
         let parameters = vec![hidden.clone(), output.clone()];
-        let config = AmpConfig::default();
         Self {
             optimizer: AdamW::new(parameters, AdamWConfig::default()).unwrap(),
             scaler: GradScaler::new(&context, config.clone()).unwrap(),
@@ -91,7 +90,7 @@ impl Trainer {
 fn a_training_step_makes_nobody_wait() {
     let (sim, device) = Sim::device();
     sim.set("shim", kitsune_shim::LIBRARY);
-    let mut trainer = Trainer::new(Context::new(&device).unwrap());
+    let mut trainer = Trainer::new(Context::new(&device).unwrap(), AmpConfig::default());
     for number in 0..5 {
         trainer.step(number).unwrap();
     }
@@ -118,6 +117,36 @@ fn a_training_step_makes_nobody_wait() {
     let log = sim.log();
     let failed = |line: &&str| !line.ends_with(" 0") && !line.starts_with("cuPointerGetAttribute");
     assert_eq!(log.lines().find(failed), None);
+}
+
+#[test]
+fn watching_for_alarms_makes_nobody_wait() {
+    let (sim, device) = Sim::device();
+    sim.set("shim", kitsune_shim::LIBRARY);
+    let config = AmpConfig {
+        alarm_interval: 1,
+        timing: true,
+        ..AmpConfig::default()
+    };
+    let mut trainer = Trainer::new(Context::new(&device).unwrap(), config);
+    for number in 0..5 {
+        trainer.step(number).unwrap();
+    }
+    let log = sim.log();
+    for number in 5..15 {
+        trainer.step(number).unwrap();
+    }
+    let names = sim.names_since(&log);
+    // Counters are copied in the stream's order, and an event tells when they are there.
+    assert!(names.iter().any(|name| name == "cuEventQuery"), "{names:?}");
+    for waiting in WAITS {
+        assert!(
+            !names.iter().any(|name| name == waiting),
+            "{waiting} in {names:?}"
+        );
+    }
+    let times = trainer.scaler.stats().unwrap().times.unwrap();
+    assert!(times.check.as_nanos() > 0 && times.clip.as_nanos() > 0 && times.step.as_nanos() > 0);
 }
 
 #[cfg(feature = "cli")]

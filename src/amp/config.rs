@@ -1,7 +1,7 @@
 //! Settings of mixed precision.
 
 use crate::amp::{NanPolicy, ScalingMode, SkipPolicy};
-use crate::driver::{Device, DeviceKind};
+use crate::driver::{Device, DeviceKind, DeviceProperties};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::journal::RECENT_STEPS;
@@ -88,7 +88,10 @@ impl AmpConfig {
     /// f16 with scaling. The host computes neither natively, and gets bf16: its range makes scaling needless.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
-        let properties = device.properties();
+        Self::for_properties(device.properties())
+    }
+
+    fn for_properties(properties: &DeviceProperties) -> Self {
         let is_native =
             properties.kind == DeviceKind::Host || properties.compute_capability >= Some((8, 0));
         if is_native {
@@ -236,6 +239,24 @@ mod tests {
             Err(Error::InvalidConfig { key, .. }) => key,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn devices_get_the_type_they_compute_in() {
+        let device = Device::host(crate::HostConfig::default()).unwrap();
+        let mut properties = device.properties().clone();
+        let mut chosen = |kind, compute_capability| {
+            (properties.kind, properties.compute_capability) = (kind, compute_capability);
+            let config = AmpConfig::for_properties(&properties);
+            config.validate().unwrap();
+            (config.dtype, config.mode)
+        };
+        let bf16 = (DType::Bf16, ScalingMode::CheckOnly);
+        let f16 = (DType::F16, ScalingMode::Scale);
+        assert_eq!(chosen(DeviceKind::Host, None), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((9, 0))), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((8, 0))), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((7, 5))), f16);
     }
 
     #[test]

@@ -99,7 +99,12 @@ fn case_60_ds_bf16_check_ignore() {
     );
     // A scale does not move it, and its floor is no alarm.
     check.scaler.update_to(8.0).unwrap();
+    let f16 = scaler_with(&context, config(256.0, 2000))
+        .state_dict()
+        .unwrap();
+    check.scaler.load_state_dict(&f16).unwrap();
     assert_eq!(check.scaler.get_scale().unwrap(), 1.0);
+    check.step(INF);
     assert_eq!(check.scaler.alarm().unwrap(), None);
 
     let ignore = AmpConfig {
