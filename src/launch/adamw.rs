@@ -4,9 +4,11 @@
 //! k = k + 1                                     per tensor, on the device
 //! w = w · (1 − rate · decay)
 //! m = m + (g − m) · (1 − β₁)
-//! v = β₂ · v + (1 − β₂) · g²
+//! v = β₂ · v + (1 − β₂) · g · g
 //! w = w − rate / (1 − β₁ᵏ) · m / (√v / √(1 − β₂ᵏ) + ε)
 //! ```
+//!
+//! Products and quotients are taken from the left, as in PyTorch: (1 − β₂) · g · g is finite for larger g.
 //!
 //! A skipped step leaves w, m, v and k as they are. Two launches: [`Advance`] counts the step and derives
 //! the bias corrections in f64, [`AdamW`] moves the weights; both decide by the same flag.
@@ -216,9 +218,9 @@ vectorized! {
         for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradients).zip(moments)
         {
             *first = *first + (*gradient - *first) * by.first_share;
-            *second = by.second_keep * *second + by.second_share * (*gradient * *gradient);
+            *second = by.second_keep * *second + by.second_share * *gradient * *gradient;
             let denominator = second.root() / by.correction + by.epsilon;
-            *weight = *weight * by.keep - by.rate * (*first / denominator);
+            *weight = *weight * by.keep - by.rate * *first / denominator;
         }
     }
 }
