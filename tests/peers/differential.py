@@ -9,9 +9,9 @@ crate had, so that every step is compared by itself. A distance is the number of
 results; of sums, which may cancel, it is counted in spacings of the largest number involved.
 
 What must agree to the bit: the overflow flag, scale, growth tracker and step counts; gradients, unscaled and clipped
-(PyTorch is given the norm in f64, rounded once, which is how this crate takes it); what a skipped step leaves; and
-weights from equal moments, by PyTorch's operations but for the root. What may be off: moments by one, as PyTorch's
-kernels contract a product with a sum (the first by two for a beta1 below 0.5, where PyTorch interpolates from the other
+(PyTorch is given the norm in f64, rounded once, which is how this crate takes it); what a skipped step leaves. What may
+be off: weights from equal moments by one, by PyTorch's operations but for the root; moments by one, as its kernels
+contract a product with a sum (the first by two for a beta1 below 0.5, where PyTorch interpolates from the other
 end). Weights are also compared with all these taken together, for information: a moment that cancels carries what it
 is off by into the weight, and PyTorch's root is not rounded to nearest on every processor.
 """
@@ -35,7 +35,8 @@ TYPES = {"f16": (torch.float16, np.uint16), "bf16": (torch.bfloat16, np.uint16),
 SIGNED = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 # How far a result may be from PyTorch's; 0 if not named.
-LIMITS = {"first moments": 1, "first moments, beta1 below 0.5": 2, "second moments": 1, "weights, all taken together": math.inf}
+LIMITS = {"first moments": 1, "first moments, beta1 below 0.5": 2, "second moments": 1, "weights from equal moments": 1,
+          "weights, all taken together": math.inf}
 
 
 def to_bits(tensor):
