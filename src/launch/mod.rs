@@ -37,6 +37,7 @@ mod testing;
 #[cfg(test)]
 mod tolerance;
 pub(crate) mod update_pass;
+mod vector;
 
 pub use activation::{Activation, activation, activation_backward};
 pub use bias::{add_bias, sum_rows};

@@ -89,6 +89,8 @@ impl Parameter {
                 "the value is a view with gaps or out of order",
             ));
         }
+        // So that casts of the weight that are kept can be known to be stale.
+        value.keep_version();
         Ok(Self {
             inner: Arc::new(Inner {
                 name: name.into(),

@@ -1,10 +1,14 @@
 //! Cases 71 to 74: autocast, and the documents' examples.
 
-use kitsune::amp::{AmpConfig, GradScaler, autocast};
-use kitsune::ops::autocast::{autocast_dtype, autocast_state};
-use kitsune::optim::Parameter;
-use kitsune::{DType, Tensor, ops};
+use std::sync::Arc;
 
+use kitsune::amp::{AmpConfig, GradScaler, autocast};
+use kitsune::driver::fault::FaultDriver;
+use kitsune::ops::autocast::{Autocast, autocast_dtype, autocast_state};
+use kitsune::optim::{Optimizer, Parameter};
+use kitsune::{Context, DType, Device, HostConfig, Tensor, f16, ops};
+
+use crate::amp_support::device_support::device;
 use crate::amp_support::{context, ones, sgd, tensor};
 use crate::shaped;
 
@@ -56,36 +60,55 @@ fn case_71_autocast_types_nesting_unwind_threads() {
     assert_eq!(gradients.weight.dtype(), DType::F32);
 }
 
+/// Kernels that three products with `weight` take under this scope.
+fn launches(faults: &FaultDriver, x: &Tensor, weight: &Tensor, scope: Autocast) -> u64 {
+    let _scope = scope.enter();
+    faults.reset_calls();
+    for _ in 0..3 {
+        ops::matmul(x, weight).unwrap();
+    }
+    faults.calls("launch")
+}
+
 #[test]
 fn case_72_autocast_cache() {
-    // PyTorch keeps a cast until the scope ends, even of a weight that was written since. A cast may be kept
-    // only while the weight is what it was.
-    let context = context();
-    let weight = Parameter::new("w", shaped(&context, &[1, 1], &[1.0])).unwrap();
-    let x = shaped(&context, &[1, 1], &[1.0]);
-    let _scope = autocast(true, DType::F16);
+    let device = device(HostConfig::default());
+    let faults = Arc::new(FaultDriver::new(device.driver().clone()));
+    let context = Context::new(&Device::from_driver(faults.clone())).unwrap();
+    let leaf = Parameter::new("w", shaped(&context, &[2, 2], &[1.0; 4])).unwrap();
+    let other = shaped(&context, &[2, 2], &[1.0; 4]);
+    let half = other.cast(DType::F16).unwrap();
+    let scope = || Autocast::new(DType::F16);
+    let count = |weight: &Tensor, scope| launches(&faults, &half, weight, scope);
+    let without_casts = count(&half, scope());
+    assert_eq!(count(leaf.value(), scope()), without_casts + 1);
+    let uncached = scope().caches_weights(false);
+    assert_eq!(count(leaf.value(), uncached), without_casts + 3);
+    assert_eq!(count(&other, scope()), without_casts + 3, "not a parameter");
+
+    // PyTorch keeps a cast until the scope ends, even of a weight that was written since. Ours goes with the
+    // weight's version.
+    let _scope = scope().enter();
     let product = || {
-        let product = ops::linear(&x, weight.value(), None).unwrap();
-        product
-            .output()
-            .cast(DType::F32)
+        ops::matmul(&half, leaf.value())
             .unwrap()
-            .item::<f32>()
-            .unwrap()
+            .to_vec::<f16>()
+            .unwrap()[0]
+            .to_f32()
     };
-    assert_eq!([product(), product(), product()], [1.0; 3]);
-    weight.value().fill(2.0).unwrap();
-    assert_eq!(product(), 2.0);
-    weight.set_grad(shaped(&context, &[1, 1], &[-3.0])).unwrap();
-    let mut optimizer = sgd(&[&weight], 1.0);
-    kitsune::optim::Optimizer::step_unscaled(&mut optimizer).unwrap();
-    assert_eq!(product(), 5.0);
+    assert_eq!([product(), product()], [2.0; 2]);
+    leaf.value().fill(2.0).unwrap();
+    assert_eq!(product(), 4.0);
+    leaf.set_grad(shaped(&context, &[2, 2], &[-3.0; 4]))
+        .unwrap();
+    sgd(&[&leaf], 1.0).step_unscaled().unwrap();
+    assert_eq!(product(), 10.0);
 }
 
 #[test]
 fn case_73_autocast_nograd_cache() {
-    // There is no tape that a kept cast could be missing from: a product used for its output alone is
-    // followed by one whose gradient is taken.
+    // There is no tape that a kept cast could be missing from: a product used for its output alone leaves a
+    // cast behind, and the gradient of the next one is whole.
     let context = context();
     let weight = Parameter::new("w", shaped(&context, &[1, 2], &[1.0, 2.0])).unwrap();
     let x = shaped(&context, &[1, 2], &[3.0, 4.0]);
