@@ -30,12 +30,14 @@ mod scale_update;
 pub(crate) mod sgd;
 mod span;
 mod special;
+pub(crate) mod stopwatch;
 mod strided;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tolerance;
 pub(crate) mod update_pass;
+mod vector;
 
 pub use activation::{Activation, activation, activation_backward};
 pub use bias::{add_bias, sum_rows};
@@ -47,8 +49,8 @@ pub use fill::fill;
 pub use gradient_check::NormKind;
 pub use matmul::{Accumulate, Matrix, matmul};
 pub use reduce::{argmax_rows, mean, sum};
-pub(crate) use scale_update::{ScaleOperands, scale_update};
-pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub(crate) use scale_update::{Change, ScaleOperands, scale_update};
+pub use scale_update::{Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};
 pub use span::Span;
 pub use strided::{RANK_MAX, StridedCopy, copy_strided};
 

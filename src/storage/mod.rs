@@ -17,6 +17,7 @@ mod convert;
 mod layout;
 mod tensor;
 mod transfer;
+mod version;
 
 pub use buffer::Buffer;
 pub use context::Context;

@@ -6,7 +6,7 @@ mod network;
 
 use std::time::Instant;
 
-use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, autocast};
+use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, ScalingMode, autocast};
 use kitsune::ops::{self, Loss};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, telemetry};
@@ -239,9 +239,7 @@ fn scaler_config(dtype: DType) -> AmpConfig {
         return AmpConfig::default();
     }
     AmpConfig {
-        init_scale: 1.0,
-        min_scale: 1.0,
-        max_scale: 1.0,
+        mode: ScalingMode::CheckOnly,
         ..AmpConfig::default()
     }
 }
