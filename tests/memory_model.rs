@@ -13,6 +13,7 @@ use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule,
 /// Device memory: small, so that every rung of the ladder is reached.
 const CAPACITY: u64 = 64 << 20;
 const LIMIT: u64 = 48 << 20;
+const LIMIT_MIN: u64 = 2 << 20;
 
 /// The pool under test with what a naive observer knows of it.
 struct Model {
@@ -45,6 +46,8 @@ impl Model {
             reuse: policies[random.usize(0..policies.len())],
             contiguous: random.u32(0..4) == 0,
             poison: random.bool(),
+            deterministic: random.u32(0..4) == 0,
+            ..PoolConfig::default()
         };
         let pool = Pool::new(&device, config).unwrap();
         let streams = (0..3).map(|_| device.create_stream().unwrap()).collect();
@@ -92,7 +95,7 @@ impl Model {
             Err(Error::OutOfMemory(report)) => {
                 let stats = self.pool.stats();
                 assert_eq!(report.requested, bytes);
-                assert!(report.reserved <= LIMIT.max(CAPACITY));
+                assert_eq!(report.limit, self.pool.limit());
                 assert_eq!(report.allocated, stats.allocated_bytes.current);
                 assert!(
                     report.largest_free < bytes.next_multiple_of(512),
@@ -127,6 +130,20 @@ impl Model {
         self.streams[index] = self.pool.device().create_stream().unwrap();
     }
 
+    fn shrink(&mut self) {
+        let bytes = self.random.u64(0..CAPACITY);
+        match self.random.u32(0..4) {
+            0 => self.pool.trim(bytes).unwrap(),
+            1 => self.pool.decay_now(),
+            2 => {
+                let limit = bytes.max(LIMIT_MIN);
+                self.pool.set_limit(Some(limit)).unwrap();
+                assert_eq!(self.pool.limit(), Some(limit));
+            }
+            _ => self.pool.set_limit(None).unwrap(),
+        }
+    }
+
     fn step(&mut self) {
         match self.random.u32(0..100) {
             0..45 => self.allocate(),
@@ -136,6 +153,7 @@ impl Model {
             94..96 => self.pool.empty_cache().unwrap(),
             96..97 => self.pool.reset_peaks(),
             97..98 => self.replace_stream(),
+            98..99 => self.shrink(),
             _ => self.blocks.truncate(self.blocks.len() / 2),
         }
         self.live
@@ -151,8 +169,7 @@ impl Model {
         assert_eq!(stats.allocated_bytes.current, allocated);
         assert!(allocated <= stats.active_bytes.current);
         assert!(stats.active_bytes.current <= stats.reserved_bytes.current);
-        let limit = self.pool.config().limit.unwrap_or(CAPACITY);
-        assert!(stats.reserved_bytes.peak <= limit);
+        assert!(stats.reserved_bytes.peak <= CAPACITY);
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use super::biased::Biased;
 use super::block::BlockRecord;
 use super::counts::Counts;
-use super::lane::{Kept, Lane, LaneKey, PoolId, SMALL_MAX};
+use super::lane::{Kept, LARGE_MAX, Lane, LaneKey, Limits, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
@@ -45,7 +45,7 @@ struct Contents {
     /// The lane used last; one without a key if there is none.
     front: Box<Lane>,
     others: Vec<Box<Lane>>,
-    small_bytes_max: u64,
+    limits: Limits,
     is_closed: bool,
     counts: Counts,
 }
@@ -64,8 +64,6 @@ pub(super) struct Missed {
     pub(super) found: Option<Box<BlockRecord>>,
     /// A record to reuse.
     pub(super) blank: Option<Box<BlockRecord>>,
-    /// A block for the pool to take back first.
-    pub(super) hot: Option<Box<BlockRecord>>,
 }
 
 thread_local! {
@@ -136,12 +134,9 @@ pub(super) fn take_or_miss(
                 ..Missed::default()
             };
         }
-        let lane = &mut contents.front;
-        let hot = (bytes > SMALL_MAX).then(|| lane.take_hot());
         Missed {
             found: None,
-            blank: lane.take_blank(),
-            hot: hot.flatten(),
+            blank: contents.front.take_blank(),
         }
     });
     // A thread that is going down has no lanes; it allocates from the pool itself.
@@ -184,6 +179,27 @@ pub(super) fn keep_blank(key: LaneKey, blank: Box<BlockRecord>) {
     };
     // Outside the cache, because it may hold the pool's last reference.
     drop(refused);
+}
+
+/// Gives the pool the large blocks that the calling thread keeps; whether there were any.
+pub(super) fn give_hot(pool: PoolId, state: &mut State) -> bool {
+    let Some(cache) = current().filter(|cache| cache.pool == pool) else {
+        return false;
+    };
+    let mut given = false;
+    cache.with_owner(|contents| {
+        let lanes = contents.others.iter_mut().chain([&mut contents.front]);
+        for lane in lanes {
+            lane.drain_hot(|mut record| {
+                given = true;
+                // Inside the pool a block must not keep the pool alive.
+                record.shared = None;
+                state.free(record, Counted::Yes);
+            });
+        }
+        state.kept = contents.front.kept_bytes();
+    });
+    given
 }
 
 /// Folds what the calling thread has counted, so that peaks are exact where one thread uses the pool.
@@ -252,7 +268,10 @@ impl ThreadCache {
             contents: Biased::new(Contents {
                 front: Lane::new(LaneKey::VACANT),
                 others: Vec::new(),
-                small_bytes_max: SMALL_BYTES_MIN,
+                limits: Limits {
+                    small_bytes: SMALL_BYTES_MIN,
+                    large: LARGE_MAX,
+                },
                 is_closed: false,
                 counts: Counts::default(),
             }),
@@ -403,12 +422,21 @@ impl Contents {
         }
         self.counts
             .free(record.tag, record.requested, record.allocated);
-        Ok(self.front.keep(record, self.small_bytes_max))
+        Ok(self.front.keep(record, self.limits))
     }
 
-    /// Folds the counters into the pool's, and learns how many bytes the pool holds.
+    /// Folds the counters into the pool's, and learns how much may be kept.
     fn fold(&mut self, state: &mut State) {
-        self.small_bytes_max = SMALL_BYTES_MIN.max(state.bytes_held() / SHARE);
+        self.limits = Limits {
+            small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
+            // What others ask for is not to wait here.
+            large: if state.fences.are_asked() {
+                1
+            } else {
+                LARGE_MAX
+            },
+        };
+        state.kept = self.front.kept_bytes();
         self.counts.fold(state);
     }
 }

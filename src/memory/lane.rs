@@ -35,6 +35,9 @@ pub(super) struct PoolId(pub(super) u32);
 pub(super) const SMALL_MAX: u64 = 256 * KIB;
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
+/// Most large blocks a lane keeps.
+pub(super) const LARGE_MAX: usize = 2;
+
 /// Most blanks a lane keeps.
 const BLANKS_MAX: u32 = 256;
 
@@ -47,10 +50,71 @@ pub(super) struct Lane {
     pub(super) key: LaneKey,
     /// By size in units: the block freed last, which links to the one before.
     small: [List; SIZES],
-    hot: Option<Box<BlockRecord>>,
+    hot: Hot,
     small_bytes: u64,
     blanks: List,
     blanks_len: u32,
+}
+
+/// How much a lane may keep.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Bytes of small blocks.
+    pub(super) small_bytes: u64,
+    /// Large blocks: from 1 to [`LARGE_MAX`].
+    pub(super) large: usize,
+}
+
+/// The large blocks freed last, oldest first.
+#[derive(Debug, Default)]
+struct Hot {
+    /// Sizes apart from the records: a search touches one line of memory.
+    bytes: [u64; LARGE_MAX],
+    records: [Option<Box<BlockRecord>>; LARGE_MAX],
+    len: usize,
+}
+
+impl Hot {
+    /// The block of exactly `bytes` that was freed last.
+    #[inline]
+    fn take(&mut self, bytes: u64) -> Option<Box<BlockRecord>> {
+        let at = self.bytes[..self.len]
+            .iter()
+            .rposition(|size| *size == bytes)?;
+        let record = self.records[at].take();
+        self.len -= 1;
+        if at < self.len {
+            self.close_gap(at);
+        }
+        record
+    }
+
+    /// Keeps a block; gives up the oldest if there are more than `most`.
+    #[inline]
+    fn keep(&mut self, record: Box<BlockRecord>, most: usize) -> Option<Box<BlockRecord>> {
+        let mut oldest = None;
+        if self.len >= most {
+            oldest = self.records[0].take();
+            self.len -= 1;
+            self.close_gap(0);
+        }
+        self.bytes[self.len] = record.allocated;
+        self.records[self.len] = Some(record);
+        self.len += 1;
+        oldest
+    }
+
+    /// Moves what lies behind the vacant place `at` up; `len` counts the rest.
+    fn close_gap(&mut self, at: usize) {
+        self.bytes.copy_within(at + 1..=self.len, at);
+        self.records[at..=self.len].rotate_left(1);
+    }
+
+    fn drain(&mut self, mut give: impl FnMut(Box<BlockRecord>)) {
+        let all = self.records[..self.len].iter_mut();
+        all.filter_map(Option::take).for_each(&mut give);
+        self.len = 0;
+    }
 }
 
 /// What became of a block that a lane was to keep. What comes back goes to the pool.
@@ -69,7 +133,7 @@ impl Lane {
         Box::new(Self {
             key,
             small: [const { None }; SIZES],
-            hot: None,
+            hot: Hot::default(),
             small_bytes: 0,
             blanks: None,
             blanks_len: 0,
@@ -80,7 +144,7 @@ impl Lane {
     #[inline]
     pub(super) fn take(&mut self, bytes: u64) -> Option<Box<BlockRecord>> {
         if bytes > SMALL_MAX {
-            return self.hot.take_if(|record| record.allocated == bytes);
+            return self.hot.take(bytes);
         }
         let list = &mut self.small[to_usize(bytes / GRANULARITY)];
         let record = pop(list)?;
@@ -88,17 +152,17 @@ impl Lane {
         Some(record)
     }
 
-    /// Keeps a block unless that makes more than `small_bytes_max` bytes of small ones.
+    /// Keeps a block, within the limits.
     #[inline]
-    pub(super) fn keep(&mut self, record: Box<BlockRecord>, small_bytes_max: u64) -> Kept {
+    pub(super) fn keep(&mut self, record: Box<BlockRecord>, limits: Limits) -> Kept {
         let bytes = record.allocated;
         if bytes > SMALL_MAX {
-            return match self.hot.replace(record) {
+            return match self.hot.keep(record, limits.large) {
                 None => Kept::Yes,
                 Some(other) => Kept::InPlaceOf(other),
             };
         }
-        if self.small_bytes + bytes > small_bytes_max {
+        if self.small_bytes + bytes > limits.small_bytes {
             return Kept::Full(record);
         }
         self.small_bytes += bytes;
@@ -106,14 +170,19 @@ impl Lane {
         Kept::Yes
     }
 
-    /// Gives up the large block: a request that it does not fit might be met by what it merges to.
-    pub(super) fn take_hot(&mut self) -> Option<Box<BlockRecord>> {
-        self.hot.take()
+    /// Bytes of the blocks here.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        self.small_bytes + self.hot.bytes[..self.hot.len].iter().sum::<u64>()
+    }
+
+    /// Gives up the large blocks, each to `give`: a request that none fits might be met by what they merge to.
+    pub(super) fn drain_hot(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+        self.hot.drain(give);
     }
 
     /// Empties the lane, each block to `give`.
     pub(super) fn drain(&mut self, mut give: impl FnMut(Box<BlockRecord>)) {
-        self.hot.take().into_iter().for_each(&mut give);
+        self.hot.drain(&mut give);
         if self.small_bytes == 0 {
             return;
         }

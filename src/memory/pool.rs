@@ -6,21 +6,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use super::arena::GRANULARITY;
-use super::backing::Refusal;
+use super::backing::{Place, Refusal};
 use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::fences::Fence;
+use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::memories::MemoryIndex;
 use super::poison;
 use super::reclaim;
+use super::report::report;
 use super::routes::Routes;
-use super::state::{Counted, Found, State};
+use super::state::{Counted, Found, State, Wanted};
 use super::stats::PoolStats;
 use super::tags::TagStat;
 use crate::driver::{Device, Stream};
-use crate::error::{Error, OutOfMemory, Result};
+use crate::error::{Error, Result};
 use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
 
@@ -50,6 +52,7 @@ pub(super) struct Shared {
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
     /// Private memories whose last holder went, in the same way.
     released: SegQueue<MemoryIndex>,
+    pub(super) hooks: Arc<Hooks>,
 }
 
 /// The threads' caches of a pool.
@@ -68,7 +71,7 @@ impl Pool {
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        config.validate(device)?;
+        let config = config.checked(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
             id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
@@ -79,6 +82,7 @@ impl Pool {
             caches: Mutex::default(),
             freed: SegQueue::new(),
             released: SegQueue::new(),
+            hooks: Arc::default(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -97,7 +101,8 @@ impl Pool {
         &self.shared().device
     }
 
-    /// The settings the pool was made with.
+    /// The settings the pool works with: those it was made with, and in deterministic mode a policy that does
+    /// not depend on the device's pace.
     #[must_use]
     pub fn config(&self) -> &PoolConfig {
         &self.shared().config
@@ -108,9 +113,9 @@ impl Pool {
     /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
-    /// stream of another device; during a capture, [`Error::Driver`] if the driver cannot tell whether the
-    /// stream is part of it.
+    /// [`Error::OutOfMemory`] with a report after every way of finding memory failed;
+    /// [`Error::InvalidArgument`] for a stream of another device; during a capture, [`Error::Driver`] if the
+    /// driver cannot tell whether the stream is part of it.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
@@ -131,7 +136,7 @@ impl Pool {
         }
         let memory = shared.routes.find(shared.id, stream)?;
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let found = reclaim::allocate(shared, requested, (memory, stream))?;
             let record = record_of(found, requested, stream, shared, None);
             return Ok(Block::new(Some(record)));
         }
@@ -141,11 +146,8 @@ impl Pool {
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
-        let mut hot = missed.hot;
-        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
-        // Whichever is left over is dropped outside the lock.
-        let blank = missed.blank.or(hot);
-        let record = record_of(found?, requested, stream, shared, blank);
+        let found = reclaim::allocate(shared, requested, (memory, stream))?;
+        let record = record_of(found, requested, stream, shared, missed.blank);
         Ok(Block::new(Some(record)))
     }
 
@@ -157,14 +159,13 @@ impl Pool {
             return error;
         }
         let mut state = shared.lock_and_fold();
-        let refusal = Some(Refusal::Limit);
-        let mut report = shared.report(
-            &mut state,
+        let wanted = Wanted {
+            requested: bytes,
             bytes,
-            (MemoryIndex::ORDINARY, stream),
-            refusal,
-            Vec::new(),
-        );
+            stream,
+            memory: MemoryIndex::ORDINARY,
+        };
+        let mut report = report(shared, &mut state, wanted, Refusal::Limit, Vec::new());
         report.limit = Some(limit);
         report.limit_used = Some(used);
         report.into()
@@ -186,18 +187,6 @@ impl Pool {
     /// Sets every peak to the present value.
     pub fn reset_peaks(&self) {
         self.shared().lock_and_fold().reset_peaks();
-    }
-
-    /// Returns all memory without a block in use to the driver. Blocks the host until every stream that the
-    /// pool has served has passed its last use; other threads go on meanwhile.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
-    pub fn empty_cache(&self) -> Result<()> {
-        let shared = self.shared();
-        let mut state = shared.lock();
-        reclaim::wait_for_streams(shared, &mut state);
-        state.release_idle()
     }
 
     /// Flushes every thread's cache and walks every structure. For a moment when no other thread uses the
@@ -234,8 +223,10 @@ fn record_of(
             ..Extras::default()
         })
     });
-    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private one.
-    let key = if shared.config.poison || is_private {
+    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private or a
+    // lent one.
+    let is_lent = matches!(placed.place, Place::Lent { .. });
+    let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
     } else {
         LaneKey::new(shared.id, stream.id())
@@ -299,6 +290,10 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .shared
         .clone()
         .expect("a block in a caller's hands knows its pool");
+    // What is lent goes back to its lender, who waits for the borrower.
+    if matches!(record.place, Place::Lent { .. }) {
+        return free_in_pool(record, Counted::No);
+    }
     if shared.config.poison {
         poison::ordinary(&shared.device, &record);
     }
@@ -377,7 +372,7 @@ impl Shared {
         caches.all.push(cache.clone());
     }
 
-    fn fold_caches(&self, state: &mut State) {
+    pub(super) fn fold_caches(&self, state: &mut State) {
         self.caches.lock().all.retain_mut(|cache| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
             let is_of_ended_thread = Arc::get_mut(cache).is_some();
@@ -429,44 +424,6 @@ impl Shared {
     pub(super) fn release_memory(&self, memory: MemoryIndex) {
         self.released.push(memory);
         self.take_in_left();
-    }
-
-    /// The report of an allocation that failed.
-    pub(super) fn report(
-        &self,
-        state: &mut State,
-        requested: u64,
-        (memory, stream): (MemoryIndex, &Stream),
-        refusal: Option<Refusal>,
-        tried: Vec<&'static str>,
-    ) -> OutOfMemory {
-        let device = self.device.memory_info().ok();
-        let mut tags = state.tags.snapshot();
-        tags.sort_by_key(|tag| std::cmp::Reverse(tag.allocated_bytes.current));
-        let largest = tags
-            .iter()
-            .filter(|tag| tag.allocated_bytes.current > 0)
-            .take(3);
-        OutOfMemory {
-            requested,
-            allocated: state.usage.allocated.stat().current,
-            pending: state.pending.bytes(),
-            reserved: state.bytes_held(),
-            largest_free: state.largest_free(memory, stream),
-            device_free: device.map_or(0, |info| info.free),
-            device_total: self.device.properties().total_memory,
-            limit: self.config.limit,
-            limit_used: None,
-            limited: matches!(refusal, Some(Refusal::Limit)),
-            driver_error: match refusal {
-                Some(Refusal::Driver(error)) => Some(error.to_string()),
-                _ => None,
-            },
-            tried,
-            largest_tags: largest
-                .map(|tag| (tag.tag.to_owned(), tag.allocated_bytes.current))
-                .collect(),
-        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Kitsune's pool behind the eight functions by which the harness drives an allocator.
 //!
 //! What a trainer does, the plug-in does: one pool, owned blocks, statistics on, a free by dropping the
-//! block. Between the calls the harness keeps a block as a number of eight bytes. A free on another stream is
+//! block. Between the calls the harness keeps a block as a pointer. A free on another stream is
 //! [`Block::record_stream`], then a drop.
 //!
 //! The options are words separated by commas: a reuse policy (`never`, `only-complete`, `wait`) and
@@ -9,8 +9,9 @@
 
 mod stub;
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::{ManuallyDrop, transmute};
+use std::ptr;
 use std::sync::OnceLock;
 
 use kitsune::{Block, Pool, PoolConfig, Result, Stream};
@@ -20,7 +21,7 @@ use kitsune::{Block, Pool, PoolConfig, Result, Stream};
 #[derive(Clone, Copy, Debug)]
 pub struct Handle {
     is_live: u64,
-    block: u64,
+    block: *mut c_void,
 }
 
 /// What the harness asks about an allocator. Bytes, but for the last.
@@ -67,10 +68,11 @@ impl Peer {
     }
 }
 
-/// A block as a number, which [`block`] takes back. The two types must have one size.
-fn number(block: Block) -> u64 {
-    // SAFETY: any eight initialized bytes are a number.
-    unsafe { transmute::<Block, u64>(block) }
+/// A block as a pointer, which [`block`] takes back: what it is but for its type. The compiler sees to it that
+/// both have one size.
+fn pointer(block: Block) -> *mut c_void {
+    // SAFETY: any initialized bytes of that size are a raw pointer.
+    unsafe { transmute::<Block, *mut c_void>(block) }
 }
 
 /// The block of a handle.
@@ -79,7 +81,7 @@ fn number(block: Block) -> u64 {
 /// The handle came from [`peer_alloc`], and no other value that owns its block is dropped.
 unsafe fn block(handle: Handle) -> Block {
     // SAFETY: the bits are those of a block, and the caller promises that it is owned once.
-    unsafe { transmute::<u64, Block>(handle.block) }
+    unsafe { transmute::<*mut c_void, Block>(handle.block) }
 }
 
 /// Makes the pool. 0 if that went well.
@@ -118,11 +120,11 @@ pub extern "C" fn peer_alloc(bytes: usize, stream: u32) -> Handle {
     match peer.pool.allocate(bytes as u64, peer.stream(stream)) {
         Ok(block) => Handle {
             is_live: 1,
-            block: number(block),
+            block: pointer(block),
         },
         Err(_) => Handle {
             is_live: 0,
-            block: 0,
+            block: ptr::null_mut(),
         },
     }
 }
@@ -150,7 +152,7 @@ pub unsafe extern "C" fn peer_record(handle: Handle, _bytes: usize, stream: u32)
     let mut block = ManuallyDrop::new(unsafe { block(handle) });
     block.record_stream(peer().stream(stream));
     // The harness keeps the bits it has: a block must not move what it points to.
-    debug_assert_eq!(number(ManuallyDrop::into_inner(block)), handle.block);
+    debug_assert_eq!(pointer(ManuallyDrop::into_inner(block)), handle.block);
 }
 
 /// Waits for the device.
