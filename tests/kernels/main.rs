@@ -12,3 +12,4 @@ mod shim;
 mod support;
 mod tables;
 mod training;
+mod transformer;
