@@ -13,6 +13,7 @@
 
 mod activation;
 pub(crate) mod adamw;
+mod attention;
 mod bias;
 mod cast;
 pub(crate) mod chunk_table;
@@ -21,9 +22,11 @@ mod compute;
 mod cross_entropy;
 mod device;
 mod elementwise;
+mod embedding;
 mod fill;
 pub(crate) mod gradient_check;
 pub(crate) mod journal;
+mod layer_norm;
 mod matmul;
 mod reduce;
 mod scale_update;
@@ -40,13 +43,16 @@ pub(crate) mod update_pass;
 mod vector;
 
 pub use activation::{Activation, activation, activation_backward};
+pub use attention::{causal_softmax, causal_softmax_backward};
 pub use bias::{add_bias, sum_rows};
 pub use cast::cast;
 pub use compute::sum_dtype;
 pub use cross_entropy::{cross_entropy, cross_entropy_backward};
 pub use elementwise::{add, add_scaled, mul, scale};
+pub use embedding::{embedding, embedding_backward};
 pub use fill::fill;
 pub use gradient_check::NormKind;
+pub use layer_norm::{LayerNorm, LayerNormBackward, layer_norm, layer_norm_backward};
 pub use matmul::{Accumulate, Matrix, matmul};
 pub use reduce::{argmax_rows, mean, sum};
 pub(crate) use scale_update::{Change, ScaleOperands, scale_update};

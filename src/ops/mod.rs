@@ -16,14 +16,20 @@
 pub mod autocast;
 
 mod activation;
+mod attention;
 mod elementwise;
+mod embedding;
+mod layer_norm;
 mod linear;
 mod loss;
 mod matmul;
 mod reduce;
 
 pub use activation::{gelu, gelu_backward, relu, relu_backward};
+pub use attention::{Attention, causal_attention};
 pub use elementwise::{add, mul};
+pub use embedding::{embedding, embedding_backward};
+pub use layer_norm::{LayerNorm, LayerNormGradients, layer_norm};
 pub use linear::{Linear, LinearGradients, linear};
 pub use loss::{Loss, softmax_cross_entropy};
 pub use matmul::matmul;
