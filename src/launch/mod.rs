@@ -33,6 +33,7 @@ mod scale_update;
 pub(crate) mod sgd;
 mod span;
 mod special;
+pub(crate) mod stopwatch;
 mod strided;
 #[cfg(test)]
 mod testing;
@@ -54,8 +55,8 @@ pub use gradient_check::NormKind;
 pub use layer_norm::{LayerNorm, LayerNormBackward, layer_norm, layer_norm_backward};
 pub use matmul::{Accumulate, Matrix, matmul};
 pub use reduce::{argmax_rows, mean, sum};
-pub(crate) use scale_update::{ScaleOperands, scale_update};
-pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub(crate) use scale_update::{Change, ScaleOperands, scale_update};
+pub use scale_update::{Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};
 pub use span::Span;
 pub use strided::{RANK_MAX, StridedCopy, copy_strided};
 

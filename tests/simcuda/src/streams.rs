@@ -1,8 +1,8 @@
 //! Streams, events, and the work they hold.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use crate::capture::Clock;
 use crate::memory::pointer;
@@ -25,7 +25,7 @@ pub(crate) struct Stream {
 /// A point that a stream passes once.
 pub(crate) struct Mark {
     stream: usize,
-    is_passed: AtomicBool,
+    passed_at: OnceLock<Instant>,
 }
 
 #[derive(Default)]
@@ -94,7 +94,7 @@ impl Sim {
             None => {
                 let mark = Arc::new(Mark {
                     stream: handle,
-                    is_passed: AtomicBool::new(false),
+                    passed_at: OnceLock::new(),
                 });
                 self.stream(handle)?
                     .queue
@@ -228,7 +228,8 @@ impl Sim {
             }
             Op::Launch(launch) => self.run_kernel(launch)?,
             Op::Free(address) => self.memory.free(*address)?,
-            Op::Record(mark) => mark.is_passed.store(true, Ordering::Relaxed),
+            // A mark is passed once: captures keep no records.
+            Op::Record(mark) => drop(mark.passed_at.set(Instant::now())),
             Op::Wait(_) => {}
             Op::Graph(parts) => parts.iter().try_for_each(|part| self.run(part))?,
         }
@@ -260,7 +261,12 @@ impl Stream {
 
 impl Mark {
     pub(crate) fn is_passed(&self) -> bool {
-        self.is_passed.load(Ordering::Relaxed)
+        self.passed_at.get().is_some()
+    }
+
+    /// When the stream passed here, by the host's clock.
+    pub(crate) fn passed_at(&self) -> Option<Instant> {
+        self.passed_at.get().copied()
     }
 
     pub(crate) fn stream(&self) -> usize {

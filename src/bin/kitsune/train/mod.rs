@@ -9,7 +9,7 @@ mod task;
 
 use std::time::Instant;
 
-use kitsune::amp::{AmpConfig, GradScaler, OverflowReport};
+use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, ScalingMode};
 use kitsune::ops;
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, telemetry};
@@ -246,9 +246,7 @@ fn scaler_config(dtype: DType) -> AmpConfig {
         return AmpConfig::default();
     }
     AmpConfig {
-        init_scale: 1.0,
-        min_scale: 1.0,
-        max_scale: 1.0,
+        mode: ScalingMode::CheckOnly,
         ..AmpConfig::default()
     }
 }
