@@ -104,3 +104,6 @@ impl Task for GptTask {
         Ok(right.round() / f64::from(u32::try_from(count).unwrap_or(u32::MAX)))
     }
 }
+
+#[cfg(test)]
+mod tests;
