@@ -81,6 +81,12 @@ impl Buffer {
         self.block.lock().record_stream(stream);
     }
 
+    /// As [`record_stream`](Self::record_stream), but what `stream` is given from now on does not hold the
+    /// memory back. Records an event.
+    pub fn record_use(&self, stream: &Stream) {
+        self.block.lock().record_use(stream);
+    }
+
     /// Enqueues setting every byte to `value`.
     pub(super) fn fill_bytes(&self, value: u8) -> Result<()> {
         if self.bytes == 0 {
