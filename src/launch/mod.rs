@@ -19,6 +19,8 @@ pub(crate) mod chunk_table;
 pub(crate) mod clip;
 mod compute;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cublaslt;
 mod device;
 mod elementwise;
 mod fill;
@@ -42,10 +44,12 @@ pub use bias::{add_bias, sum_rows};
 pub use cast::cast;
 pub use compute::sum_dtype;
 pub use cross_entropy::{cross_entropy, cross_entropy_backward};
+#[cfg(feature = "cuda")]
+pub use cublaslt::why_not_cublaslt;
 pub use elementwise::{add, add_scaled, mul, scale};
 pub use fill::fill;
 pub use gradient_check::NormKind;
-pub use matmul::{Accumulate, Matrix, matmul};
+pub use matmul::{Accumulate, Matrix, matmul, matmul_with, matmul_workspace};
 pub use reduce::{argmax_rows, mean, sum};
 pub(crate) use scale_update::{ScaleOperands, scale_update};
 pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
