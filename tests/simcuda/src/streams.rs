@@ -1,6 +1,7 @@
 //! Streams, events, and the work they hold.
 
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -56,6 +57,9 @@ pub(crate) enum EventMark {
     Captured { capture: usize, clock: Clock },
 }
 
+/// A function that a stream calls.
+pub(crate) type HostFunction = extern "C" fn(*mut c_void);
+
 /// One entry of a queue.
 #[derive(Clone)]
 pub(crate) enum Op {
@@ -74,6 +78,8 @@ pub(crate) enum Op {
         bytes: usize,
     },
     Launch(Launch),
+    /// A function of the host's, with what it is called with.
+    Call(HostFunction, usize),
     Free(usize),
     Record(Arc<Mark>),
     Wait(Arc<Mark>),
@@ -276,6 +282,7 @@ impl Sim {
                 unsafe { pointer(*dst).cast::<u8>().write_bytes(*value, *bytes) };
             }
             Op::Launch(launch) => self.run_kernel(launch)?,
+            Op::Call(function, data) => function(pointer(*data)),
             Op::Free(address) => self.memory.free(*address)?,
             Op::Record(mark) => mark.is_passed.store(true, Ordering::Relaxed),
             Op::Wait(_) => {}

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use super::{exports, put};
 use crate::modules::{Launch, check_ptx, find_entry, gather};
 use crate::sim::code;
-use crate::streams::{Op, queue};
+use crate::streams::{HostFunction, Op, queue};
 
 /// Threads of a block at most.
 const THREADS_MAX: c_uint = 1024;
@@ -72,6 +72,12 @@ exports! {
             return Err(code::INVALID_VALUE);
         }
         sim.push(queue(stream), Op::Fill { dst, value, bytes })
+    }
+
+    // On whichever thread makes the stream move on. Must not call the library, as with the real one.
+    fn cuLaunchHostFunc(sim, stream: usize, function: HostFunction, data: usize) {
+        sim.device()?;
+        sim.push(queue(stream), Op::Call(function, data))
     }
 
     fn cuModuleLoadDataEx(
