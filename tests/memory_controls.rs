@@ -130,6 +130,36 @@ fn limits_can_be_changed_and_read_back() {
 }
 
 #[test]
+fn limits_count_private_memory_and_leave_it_alone() {
+    for contiguous in [false, true] {
+        let device = device(Schedule::Threads);
+        let config = PoolConfig {
+            contiguous,
+            limit: Some(4 * MIB),
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let private = pool.private().unwrap();
+        let allocate = |mib| pool.allocate(mib * MIB, &stream);
+        assert!(private.prime(|| allocate(20)).is_err());
+        pool.set_limit(Some(24 * MIB)).unwrap();
+        drop(private.prime(|| allocate(20)).unwrap());
+        assert_eq!(private.reserved_bytes(), 20 * MIB);
+        // Free, but set aside.
+        pool.set_limit(Some(8 * MIB)).unwrap();
+        assert_eq!(held(&pool), 20 * MIB);
+        pool.check_invariants();
+        assert!(allocate(2).is_err());
+        drop(private.prime(|| allocate(20)).unwrap());
+        drop(private);
+        assert!(allocate(8).is_ok(), "released memory goes back");
+        assert!(held(&pool) <= 8 * MIB);
+        pool.check_invariants();
+    }
+}
+
+#[test]
 fn what_was_idle_for_a_period_goes_back_at_the_next_slow_call() {
     for contiguous in [false, true] {
         let device = device(Schedule::Threads);

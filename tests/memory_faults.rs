@@ -14,11 +14,14 @@ mod device_support;
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kitsune::driver::fault::{Fault, FaultDriver, FaultKind};
+use kitsune::memory::Registration;
 use kitsune::{
     Block, Device, Error, HostConfig, Pool, PoolConfig, Result, ReusePolicy, Schedule, Stream,
 };
+use parking_lot::Mutex;
 
 const CAPACITY: u64 = 64 << 20;
 const OPERATIONS: usize = 1000;
@@ -31,6 +34,11 @@ struct Program {
     pool: Pool,
     streams: Vec<Stream>,
     blocks: Vec<Block>,
+    /// Blocks that a callback gives up when memory is short.
+    spare: Arc<Mutex<Vec<Block>>>,
+    /// Failures that an observer was told of.
+    told: Arc<AtomicU64>,
+    registrations: Vec<Registration>,
     random: fastrand::Rng,
 }
 
@@ -56,11 +64,23 @@ impl Program {
         }
         let pool = insist(|| Pool::new(&device, config.clone()));
         let streams = (0..3).map(|_| insist(|| device.create_stream())).collect();
+        let spare: Arc<Mutex<Vec<Block>>> = Arc::default();
+        let told = Arc::new(AtomicU64::new(0));
+        let (given_up, count) = (Arc::clone(&spare), Arc::clone(&told));
+        let registrations = vec![
+            pool.on_shortage(move |_| drop(given_up.lock().pop())),
+            pool.on_out_of_memory(move |_| {
+                count.fetch_add(1, Ordering::Relaxed);
+            }),
+        ];
         Self {
             faults,
             pool,
             streams,
             blocks: Vec::new(),
+            spare,
+            told,
+            registrations,
             random: fastrand::Rng::with_seed(5),
         }
     }
@@ -93,7 +113,11 @@ impl Program {
     fn step(&mut self) {
         match self.random.u32(0..100) {
             0..48 => self.allocate(),
-            48..80 if !self.blocks.is_empty() => {
+            48..50 if !self.blocks.is_empty() => {
+                let index = self.random.usize(0..self.blocks.len());
+                self.spare.lock().push(self.blocks.swap_remove(index));
+            }
+            50..80 if !self.blocks.is_empty() => {
                 let index = self.random.usize(0..self.blocks.len());
                 drop(self.blocks.swap_remove(index));
             }
@@ -108,7 +132,14 @@ impl Program {
             94..95 => drop(self.pool.empty_cache()),
             95..96 => drop(self.pool.trim(self.random.u64(0..CAPACITY))),
             96..97 => self.pool.decay_now(),
-            97..99 => {
+            97..98 => {
+                let bytes = self.random.u64(CAPACITY / 2..=CAPACITY);
+                // Fails where the driver does not take memory back; the limit holds all the same.
+                let limit = self.random.bool().then_some(bytes);
+                let _ = self.pool.set_limit(limit);
+                assert_eq!(self.pool.limit(), limit);
+            }
+            98..99 => {
                 let index = self.random.usize(0..self.streams.len());
                 let device = self.pool.device().clone();
                 self.streams[index] = insist(|| device.create_stream());
@@ -122,6 +153,13 @@ impl Program {
     fn end(mut self, nth: u64) -> usize {
         let left = self.faults.disarm();
         self.pool.check_invariants();
+        assert_eq!(
+            self.pool.stats().num_ooms,
+            self.told.load(Ordering::Relaxed)
+        );
+        self.registrations.clear();
+        self.pool.set_limit(None).unwrap();
+        self.spare.lock().clear();
         self.blocks.clear();
         let stream = self.stream();
         let large = self.pool.allocate(CAPACITY / 2, &stream).unwrap();

@@ -7,6 +7,7 @@
 )]
 
 mod driver_support;
+mod support;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -14,7 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use driver_support::Gate;
-use kitsune::{Block, Device, Error, HostConfig, OutOfMemory, Pool, PoolConfig, ReusePolicy};
+use kitsune::driver::fault::FaultDriver;
+use kitsune::{
+    Block, Device, Error, HostConfig, OutOfMemory, Pool, PoolConfig, ReusePolicy, Schedule, Stream,
+};
 use parking_lot::Mutex;
 
 const MIB: u64 = 1 << 20;
@@ -269,11 +273,11 @@ fn another_threads_cache_is_found_before_anything_fails() {
 /// All memory is in small blocks of one stream, most of them free; another stream is lent some.
 #[test]
 fn small_blocks_of_other_streams_are_lent_when_nothing_else_is_left() {
-    for contiguous in [false, true] {
+    for (contiguous, poison) in [(false, false), (false, true), (true, false), (true, true)] {
         let device = device();
         let config = PoolConfig {
             contiguous,
-            poison: true,
+            poison,
             ..PoolConfig::default()
         };
         let pool = Pool::new(&device, config).unwrap();
@@ -289,16 +293,20 @@ fn small_blocks_of_other_streams_are_lent_when_nothing_else_is_left() {
             index += 1;
             index % pages == 0
         });
+        pool.check_invariants();
+        pool.reset_peaks();
         let lent = pool.allocate(small, &borrower).unwrap();
         let gate = Gate::close(&borrower);
-        let before = pool.stats().active_bytes.current;
+        let before = pool.stats();
         drop(lent);
+        let after = pool.stats();
+        let freed = before.allocated_bytes.current - after.allocated_bytes.current;
+        assert_eq!(freed, small, "the caller has it no more");
+        // The lender waits for the borrower: no lane keeps it, and nothing counts it twice.
+        assert_eq!(after.active_bytes.current, before.active_bytes.current);
+        assert_eq!(after.active_bytes.peak, before.active_bytes.peak);
+        assert_eq!(after.active.peak, before.active.peak);
         pool.check_invariants();
-        assert_eq!(
-            pool.stats().active_bytes.current,
-            before,
-            "the lender waits for the borrower"
-        );
         gate.open();
         borrower.synchronize().unwrap();
         drop(blocks);
@@ -309,5 +317,202 @@ fn small_blocks_of_other_streams_are_lent_when_nothing_else_is_left() {
             (stats.active_bytes.current, stats.reserved_bytes.current),
             (0, 0)
         );
+    }
+}
+
+/// A device of a schedule of its own and a pool that looks before it waits.
+fn counted(seed: u64, config: PoolConfig) -> (Arc<FaultDriver>, Pool, [Stream; 2]) {
+    let host = HostConfig {
+        capacity: CAPACITY,
+        schedule: Schedule::Seeded(seed),
+        ..HostConfig::default()
+    };
+    let calls = Arc::new(FaultDriver::new(
+        Device::host(host).unwrap().driver().clone(),
+    ));
+    let device = Device::from_driver(calls.clone());
+    let pool = Pool::new(&device, config).unwrap();
+    let streams = [(); 2].map(|()| device.create_stream().unwrap());
+    (calls, pool, streams)
+}
+
+#[test]
+fn waits_are_counted_where_there_was_something_to_wait_for() {
+    let config = |contiguous, wait_deadline| PoolConfig {
+        contiguous,
+        wait_deadline,
+        ..PoolConfig::default()
+    };
+    for contiguous in [false, true] {
+        let mut waits = 0;
+        for seed in 0..20 {
+            let (calls, pool, [busy, other]) = counted(seed, config(contiguous, None));
+            let held = pool.allocate(40 * MIB, &busy).unwrap();
+            report(pool.allocate(40 * MIB, &other));
+            assert_eq!(calls.calls("synchronize_stream"), 0, "all is in use");
+            driver_support::fill(&busy, held.ptr(), 1, 4096);
+            drop(held);
+            // The device may have passed the end of the stream by now, or it has to be waited for.
+            assert!(pool.allocate(40 * MIB, &other).is_ok());
+            let stats = pool.stats();
+            let waited = calls.calls("synchronize_stream").min(1);
+            assert_eq!(stats.num_sync_all_streams, waited, "seed {seed}");
+            waits += waited;
+        }
+        assert!((1..20).contains(&waits), "{waits} of 20 waited");
+        let (_, pool, [busy, other]) = counted(0, config(contiguous, Some(Duration::ZERO)));
+        let held = pool.allocate(40 * MIB, &busy).unwrap();
+        for _ in 0..100 {
+            driver_support::fill(&busy, held.ptr(), 1, 4096);
+        }
+        drop(held);
+        report(pool.allocate(40 * MIB, &other));
+        assert_eq!(pool.stats().num_sync_all_streams, 0, "without patience");
+    }
+}
+
+#[test]
+fn the_own_stream_is_not_waited_for_where_another_suffices() {
+    for contiguous in [false, true] {
+        let device = device();
+        let config = PoolConfig {
+            contiguous,
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let [own, other] = [(); 2].map(|()| device.create_stream().unwrap());
+        let held = [
+            pool.allocate(21 * MIB, &own).unwrap(),
+            pool.allocate(40 * MIB, &other).unwrap(),
+        ];
+        // Waiting for the own stream would hang.
+        let gate = Gate::close(&own);
+        drop(held);
+        let block = pool.allocate(36 * MIB, &own).unwrap();
+        gate.open();
+        drop(block);
+        pool.empty_cache().unwrap();
+        pool.check_invariants();
+    }
+}
+
+#[test]
+fn in_a_capture_nobody_is_asked_or_told_and_in_a_pass_they_are() {
+    for contiguous in [false, true] {
+        let device = device();
+        let config = PoolConfig {
+            contiguous,
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let private = pool.private().unwrap();
+        let spare = Mutex::new(Some(pool.allocate(40 * MIB, &stream).unwrap()));
+        let calls = Arc::new(AtomicU64::new(0));
+        let (asked, told) = (Arc::clone(&calls), Arc::clone(&calls));
+        let _asking = pool.on_shortage(move |_| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            drop(spare.lock().take());
+        });
+        let _telling = pool.on_out_of_memory(move |_| {
+            told.fetch_add(100, Ordering::Relaxed);
+        });
+        let work = || pool.allocate(40 * MIB, &stream).map(drop);
+        let captured = private.capture(&stream, work);
+        assert!(matches!(captured, Err(Error::OutOfMemory(_))));
+        assert_eq!(calls.load(Ordering::Relaxed), 0);
+        private.prime(work).unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
+        assert!(private.capture(&stream, work).is_ok());
+        let _held = pool.allocate(4 * MIB, &stream).unwrap();
+        let more = || pool.allocate(63 * MIB, &stream).map(drop);
+        assert!(private.prime(more).is_err());
+        assert_eq!(calls.load(Ordering::Relaxed), 102, "once more, and told");
+        pool.check_invariants();
+    }
+}
+
+/// A program at the brink, with a second thread whose lanes keep blocks. Whatever fails would fail as well
+/// after everything idle went back to the driver.
+fn nothing_fails_beside_room(seed: u64, reuse: ReusePolicy, contiguous: bool, lends: bool) {
+    let device = Device::host(HostConfig {
+        capacity: CAPACITY,
+        schedule: Schedule::Seeded(seed),
+        ..HostConfig::default()
+    })
+    .unwrap();
+    let config = PoolConfig {
+        reuse,
+        contiguous,
+        ..PoolConfig::default()
+    };
+    let pool = Pool::new(&device, config).unwrap();
+    let streams = [(); 3].map(|()| device.create_stream().unwrap());
+    let (order, orders) = std::sync::mpsc::channel::<(u64, Stream)>();
+    let (done, is_done) = std::sync::mpsc::channel();
+    let of_thread = pool.clone();
+    let thread = std::thread::spawn(move || {
+        for (bytes, stream) in orders {
+            // Into the lane of this thread, if there is room at all.
+            drop(of_thread.allocate(bytes, &stream));
+            done.send(()).unwrap();
+        }
+    });
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut blocks = Vec::new();
+    let mut failures = 0;
+    for _ in 0..250 {
+        let bytes = match random.u32(0..10) {
+            0..5 if lends => random.u64(1..600 << 10),
+            0..5 => random.u64(1..3 * MIB),
+            5..8 => random.u64(1..6 * MIB),
+            _ => random.u64(1..24 * MIB),
+        };
+        let stream = random.choice(&streams).unwrap().clone();
+        match random.u32(0..10) {
+            0..2 => {
+                order.send((bytes, stream)).unwrap();
+                is_done.recv().unwrap();
+            }
+            2..7 => match pool.allocate(bytes, &stream) {
+                Ok(block) => blocks.push(block),
+                Err(Error::OutOfMemory(report)) => {
+                    failures += 1;
+                    assert!(report.largest_free < bytes, "{report}");
+                    assert_eq!(report.pending, 0, "{report}");
+                    pool.empty_cache().unwrap();
+                    assert!(pool.allocate(bytes, &stream).is_err(), "{report}");
+                }
+                Err(error) => panic!("{error}"),
+            },
+            7 => {
+                if let Some(block) = random.choice(blocks.iter_mut()) {
+                    block.record_stream(&stream);
+                }
+            }
+            _ if !blocks.is_empty() => drop(blocks.swap_remove(random.usize(0..blocks.len()))),
+            _ => {}
+        }
+    }
+    assert!(failures > 0, "memory was never short");
+    drop(order);
+    thread.join().unwrap();
+    pool.check_invariants();
+}
+
+#[test]
+fn nothing_fails_beside_a_free_block_that_fits() {
+    for seed in support::seeds(30) {
+        support::with_seed(seed, |seed| {
+            for reuse in [
+                ReusePolicy::Never,
+                ReusePolicy::OnlyComplete,
+                ReusePolicy::Wait,
+            ] {
+                for contiguous in [false, true] {
+                    nothing_fails_beside_room(seed, reuse, contiguous, seed % 2 == 0);
+                }
+            }
+        });
     }
 }

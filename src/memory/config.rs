@@ -87,8 +87,8 @@ pub struct PoolConfig {
     /// Gives the same addresses and the same peak on every run of a program that makes the same calls from
     /// one thread: nothing depends on how far the device is. Streams have each other's memory by waiting on
     /// the device ([`ReusePolicy::Wait`], also in place of [`ReusePolicy::OnlyComplete`]) or not at all, and
-    /// where the pool must know that work is complete, because memory has run out or is returned, the host
-    /// waits for it. Addresses are the same up to where the driver puts the pool's ranges. Excludes
+    /// where the pool must know that work is complete, because memory has run out or is returned, or because a
+    /// stream was dropped and a new one is met, the host waits for it. Addresses are the same up to where the driver puts the pool's ranges. Excludes
     /// `wait_deadline` and `decay`, which go by the clock.
     pub deterministic: bool,
     /// Overwrites blocks with `0xFF` bytes (NaN in every float type) when they become reusable, in stream

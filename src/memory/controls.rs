@@ -31,7 +31,9 @@ impl Pool {
     }
 
     /// Ends a period of [`PoolConfig::decay`] now, whether one is set or not: returns to the driver what was
-    /// not needed since the last period's end, as far as it is known to be complete. Never waits on the host.
+    /// not needed since the last period's end, as far as it is known to be complete, and lets go of streams that
+    /// nobody else holds. Empties all threads' caches for that. Never waits on the host, except in
+    /// [deterministic](PoolConfig::deterministic) mode.
     pub fn decay_now(&self) {
         let shared = self.shared();
         reclaim::decay(shared, &mut shared.lock());
@@ -67,7 +69,7 @@ impl Pool {
     /// A callback runs on the allocating thread, without any lock of the pool: it may free blocks, allocate,
     /// and drop handles of the pool. A shortage inside a callback asks nobody. If it panics, so does the
     /// allocation, and the pool goes on. What it owns lives until the registration is dropped; if that is a
-    /// handle of this pool, so does the pool.
+    /// handle of this pool, so does the pool. An allocation within a capture, for its graph, asks nobody.
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};
@@ -89,7 +91,7 @@ impl Pool {
 
     /// Tells `observer` of every allocation that fails for lack of memory, before the error is returned. As
     /// with [`on_shortage`](Self::on_shortage), it runs without any lock of the pool; failures inside a
-    /// callback or observer are told to nobody.
+    /// callback or observer are told to nobody, nor are those within a capture for its graph.
     pub fn on_out_of_memory(
         &self,
         observer: impl Fn(&OutOfMemory) + Send + Sync + 'static,

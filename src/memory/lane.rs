@@ -1,7 +1,7 @@
 //! Lanes: freed blocks kept by the thread that freed them, for its next allocation on the same stream.
 //!
-//! A lane keeps blocks of up to [`SMALL_MAX`] in one list a size, last in, first out, and the large block
-//! freed last in the *hot slot*: one large allocation in six is undone by the very next event. What it
+//! A lane keeps blocks of up to [`SMALL_MAX`] in one list a size, last in, first out, and the two large
+//! blocks freed last, the *hot* ones: one large allocation in four is of the size of one of these. What it
 //! holds counts as reserved, not as allocated. It also keeps *blanks*, the records of blocks that went back
 //! to the pool, so that the next allocation touches no reference count.
 //!
@@ -35,9 +35,6 @@ pub(super) struct PoolId(pub(super) u32);
 pub(super) const SMALL_MAX: u64 = 256 * KIB;
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
-/// Most large blocks a lane keeps.
-pub(super) const LARGE_MAX: usize = 2;
-
 /// Most blanks a lane keeps.
 const BLANKS_MAX: u32 = 256;
 
@@ -61,59 +58,45 @@ pub(super) struct Lane {
 pub(super) struct Limits {
     /// Bytes of small blocks.
     pub(super) small_bytes: u64,
-    /// Large blocks: from 1 to [`LARGE_MAX`].
-    pub(super) large: usize,
+    /// Whether other streams ask for memory: then one large block is enough.
+    pub(super) is_asked: bool,
 }
 
-/// The large blocks freed last, oldest first.
+/// The large blocks freed last.
 #[derive(Debug, Default)]
 struct Hot {
-    /// Sizes apart from the records: a search touches one line of memory.
-    bytes: [u64; LARGE_MAX],
-    records: [Option<Box<BlockRecord>>; LARGE_MAX],
-    len: usize,
+    newest: List,
+    older: List,
 }
 
 impl Hot {
     /// The block of exactly `bytes` that was freed last.
     #[inline]
-    fn take(&mut self, bytes: u64) -> Option<Box<BlockRecord>> {
-        let at = self.bytes[..self.len]
-            .iter()
-            .rposition(|size| *size == bytes)?;
-        let record = self.records[at].take();
-        self.len -= 1;
-        if at < self.len {
-            self.close_gap(at);
-        }
-        record
+    fn take(&mut self, bytes: u64) -> List {
+        let fits = |record: &mut Box<BlockRecord>| record.allocated == bytes;
+        self.newest
+            .take_if(fits)
+            .or_else(|| self.older.take_if(fits))
     }
 
-    /// Keeps a block; gives up the oldest if there are more than `most`.
+    /// Keeps a block, and no other if it `is_alone`; gives up what has no room.
     #[inline]
-    fn keep(&mut self, record: Box<BlockRecord>, most: usize) -> Option<Box<BlockRecord>> {
-        let mut oldest = None;
-        if self.len >= most {
-            oldest = self.records[0].take();
-            self.len -= 1;
-            self.close_gap(0);
+    fn keep(&mut self, record: Box<BlockRecord>, is_alone: bool) -> List {
+        let before = self.newest.replace(record)?;
+        if is_alone {
+            return Some(before);
         }
-        self.bytes[self.len] = record.allocated;
-        self.records[self.len] = Some(record);
-        self.len += 1;
-        oldest
+        self.older.replace(before)
     }
 
-    /// Moves what lies behind the vacant place `at` up; `len` counts the rest.
-    fn close_gap(&mut self, at: usize) {
-        self.bytes.copy_within(at + 1..=self.len, at);
-        self.records[at..=self.len].rotate_left(1);
+    fn drain(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+        let all = [self.older.take(), self.newest.take()];
+        all.into_iter().flatten().for_each(give);
     }
 
-    fn drain(&mut self, mut give: impl FnMut(Box<BlockRecord>)) {
-        let all = self.records[..self.len].iter_mut();
-        all.filter_map(Option::take).for_each(&mut give);
-        self.len = 0;
+    fn bytes(&self) -> u64 {
+        let all = [&self.older, &self.newest].into_iter().flatten();
+        all.map(|record| record.allocated).sum()
     }
 }
 
@@ -126,6 +109,8 @@ pub(super) enum Kept {
     InPlaceOf(Box<BlockRecord>),
     /// The lane is full. It should be emptied: what it holds is not what is asked for.
     Full(Box<BlockRecord>),
+    /// The lane is not for such blocks.
+    Not(Box<BlockRecord>),
 }
 
 impl Lane {
@@ -157,7 +142,7 @@ impl Lane {
     pub(super) fn keep(&mut self, record: Box<BlockRecord>, limits: Limits) -> Kept {
         let bytes = record.allocated;
         if bytes > SMALL_MAX {
-            return match self.hot.keep(record, limits.large) {
+            return match self.hot.keep(record, limits.is_asked) {
                 None => Kept::Yes,
                 Some(other) => Kept::InPlaceOf(other),
             };
@@ -172,7 +157,7 @@ impl Lane {
 
     /// Bytes of the blocks here.
     pub(super) fn kept_bytes(&self) -> u64 {
-        self.small_bytes + self.hot.bytes[..self.hot.len].iter().sum::<u64>()
+        self.small_bytes + self.hot.bytes()
     }
 
     /// Gives up the large blocks, each to `give`: a request that none fits might be met by what they merge to.

@@ -24,6 +24,9 @@
 //! find out (an event recorded when the memory is wanted, and asked) or bring it about (a wait on the
 //! device). The host waits only when memory has run out.
 //!
+//! A stream that nobody but the pool holds gets no more work. Once it has run what it was given, the pool lets go
+//! of it, and its holes become anyone's: looked at whenever a new stream is met.
+//!
 //! A captured graph needs memory that is nobody else's: a [`PrivatePool`], a *memory* of its own under the same
 //! lock, to which allocations for captured streams are *routed*.
 //!

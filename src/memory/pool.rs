@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::thread;
 
 use super::arena::GRANULARITY;
@@ -20,9 +20,10 @@ use super::report::report;
 use super::routes::Routes;
 use super::state::{Counted, Found, State, Wanted};
 use super::stats::PoolStats;
-use super::tags::TagStat;
+use super::tags::{TagId, TagStat};
 use crate::driver::{Device, Stream};
 use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
 
@@ -52,6 +53,10 @@ pub(super) struct Shared {
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
     /// Private memories whose last holder went, in the same way.
     released: SegQueue<MemoryIndex>,
+    /// Whether either queue may hold something.
+    is_left: AtomicBool,
+    /// Whether several threads have had a cache.
+    has_threads: std::sync::atomic::AtomicBool,
     pub(super) hooks: Arc<Hooks>,
 }
 
@@ -82,6 +87,8 @@ impl Pool {
             caches: Mutex::default(),
             freed: SegQueue::new(),
             released: SegQueue::new(),
+            is_left: AtomicBool::new(false),
+            has_threads: std::sync::atomic::AtomicBool::new(false),
             hooks: Arc::default(),
         };
         Ok(Self {
@@ -136,7 +143,7 @@ impl Pool {
         }
         let memory = shared.routes.find(shared.id, stream)?;
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, requested, (memory, stream))?;
+            let found = reclaim::allocate(shared, requested, (memory, stream), 0)?;
             let record = record_of(found, requested, stream, shared, None);
             return Ok(Block::new(Some(record)));
         }
@@ -146,7 +153,7 @@ impl Pool {
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
-        let found = reclaim::allocate(shared, requested, (memory, stream))?;
+        let found = reclaim::allocate(shared, requested, (memory, stream), missed.kept)?;
         let record = record_of(found, requested, stream, shared, missed.blank);
         Ok(Block::new(Some(record)))
     }
@@ -164,6 +171,7 @@ impl Pool {
             bytes,
             stream,
             memory: MemoryIndex::ORDINARY,
+            kept: 0,
         };
         let mut report = report(shared, &mut state, wanted, Refusal::Limit, Vec::new());
         report.limit = Some(limit);
@@ -214,8 +222,8 @@ fn record_of(
         memory,
         bytes,
         owner,
-        tag,
     } = found;
+    let tag = shared.count(requested, bytes);
     let is_private = memory != MemoryIndex::ORDINARY;
     let extras = is_private.then(|| {
         Box::new(Extras {
@@ -280,7 +288,7 @@ fn free_with_extras(record: Box<BlockRecord>) {
     if extras.users.is_empty() {
         poison::private(&record);
     }
-    free_in_pool(record, Counted::No);
+    drop(free_in_pool(record, Counted::No));
 }
 
 /// Takes a block back that the lane in front is not for.
@@ -292,44 +300,47 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .expect("a block in a caller's hands knows its pool");
     // What is lent goes back to its lender, who waits for the borrower.
     if matches!(record.place, Place::Lent { .. }) {
-        return free_in_pool(record, Counted::No);
+        return drop(free_in_pool(record, Counted::No));
     }
     if shared.config.poison {
         poison::ordinary(&shared.device, &record);
     }
     let key = LaneKey::new(shared.id, record.home.id());
     if let Some(record) = cache::keep_anywhere(&shared, key, record) {
-        free_in_pool(record, Counted::No);
+        drop(free_in_pool(record, Counted::No));
     }
 }
 
-/// Takes a block back into the pool itself.
-pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
+/// Takes a block back into the pool itself. What is left of it is its record, to be reused.
+#[must_use]
+pub(super) fn free_in_pool(
+    mut record: Box<BlockRecord>,
+    counted: Counted,
+) -> Option<Box<BlockRecord>> {
     // Inside the pool a block must not keep the pool alive.
     let shared = record
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
     let Some(mut state) = shared.state.try_lock() else {
-        shared.freed.push((record, counted));
+        shared.leave(record, counted);
         shared.take_in_left();
-        return;
+        return None;
     };
-    cache::fold_of_thread(shared.id, &mut state);
-    shared.take_in_freed(&mut state);
-    let blank = state.free(record, counted);
-    drop(state);
-    if let Some(mut blank) = blank {
-        let key = LaneKey::new(shared.id, blank.home.id());
-        blank.shared = Some(shared);
-        cache::keep_blank(key, blank);
+    if counted == Counted::No || shared.has_threads.load(Ordering::Relaxed) {
+        cache::fold_of_thread(shared.id, &mut state);
     }
+    shared.take_in_freed(&mut state);
+    let mut blank = state.free(record, counted)?;
+    drop(state);
+    blank.shared = Some(shared);
+    Some(blank)
 }
 
 /// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
 pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
     if let Some(shared) = record.shared.take() {
-        shared.freed.push((record, counted));
+        shared.leave(record, counted);
     }
 }
 
@@ -370,6 +381,34 @@ impl Shared {
             cache.close();
         }
         caches.all.push(cache.clone());
+        if caches.all.len() > 1 {
+            // Relaxed: it only decides how soon counters are folded.
+            self.has_threads.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts an allocation that no lane served; its tag.
+    fn count(&self, requested: u64, allocated: u64) -> TagId {
+        let (tag, counted) = cache::count(self.id, requested, allocated);
+        if counted == Counted::No {
+            self.lock().count(tag, requested, allocated);
+        }
+        tag
+    }
+
+    /// Folds the calling thread's counters where other threads count as well: a peak is the more exact the
+    /// sooner it is folded. Those of a thread that is alone are exact whenever that happens.
+    pub(super) fn fold_among_threads(&self, state: &mut State) {
+        if self.has_threads.load(Ordering::Relaxed) {
+            cache::fold_of_thread(self.id, state);
+        }
+    }
+
+    /// Folds every thread's counters, unless another thread has the lock.
+    pub(super) fn fold_if_free(&self) {
+        if let Some(mut state) = self.state.try_lock() {
+            self.fold_caches(&mut state);
+        }
     }
 
     pub(super) fn fold_caches(&self, state: &mut State) {
@@ -384,7 +423,6 @@ impl Shared {
     /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
     pub(super) fn take_in_left(&self) {
         if let Some(mut state) = self.state.try_lock() {
-            cache::fold_of_thread(self.id, &mut state);
             self.take_in_freed(&mut state);
         }
     }
@@ -400,18 +438,33 @@ impl Shared {
         self.take_in_freed(state);
     }
 
+    /// Takes in what was left while another thread had the lock. Not from inside a cache.
+    #[inline]
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        // Looked at first: to find the queue empty by taking from it costs a fence.
-        while !self.freed.is_empty()
-            && let Some((record, counted)) = self.freed.pop()
-        {
+        // Relaxed: what is not seen yet is taken in by the next.
+        if self.is_left.load(Ordering::Relaxed) {
+            self.take_in_queues(state);
+        }
+    }
+
+    #[inline(never)]
+    fn take_in_queues(&self, state: &mut State) {
+        // Acquire: whoever marked the queues before has filled them before. Marked anew by whoever comes later.
+        self.is_left.swap(false, Ordering::AcqRel);
+        // What was not counted yet is counted in order with what this thread has counted.
+        cache::fold_of_thread(self.id, state);
+        while let Some((record, counted)) = self.freed.pop() {
             drop(state.free(record, counted));
         }
-        while !self.released.is_empty()
-            && let Some(memory) = self.released.pop()
-        {
+        while let Some(memory) = self.released.pop() {
             state.release_memory(memory);
         }
+    }
+
+    /// Leaves a block for the next thread that has the lock.
+    fn leave(&self, record: Box<BlockRecord>, counted: Counted) {
+        self.freed.push((record, counted));
+        self.is_left.store(true, Ordering::Release);
     }
 
     /// The present end of `stream`, marked with an event, if one can be recorded.
@@ -423,6 +476,7 @@ impl Shared {
     /// that runs work.
     pub(super) fn release_memory(&self, memory: MemoryIndex) {
         self.released.push(memory);
+        self.is_left.store(true, Ordering::Release);
         self.take_in_left();
     }
 }

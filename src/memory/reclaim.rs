@@ -27,18 +27,21 @@ use crate::driver::Stream;
 use crate::error::{OutOfMemory, Result};
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`. A failure is told to the program's
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`; the thread keeps `kept` bytes for that
+/// stream. A failure is told to the program's
 /// observers.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     (memory, stream): (MemoryIndex, &Stream),
+    kept: u64,
 ) -> Result<Found> {
     let wanted = Wanted {
         requested,
         bytes: rounded(requested).unwrap_or(u64::MAX),
         stream,
         memory,
+        kept,
     };
     climb(shared, wanted).map_err(|report| {
         if !is_captured(shared, wanted) {
@@ -53,9 +56,9 @@ fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
     wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
 }
 
-fn climb(shared: &Shared, wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>> {
+fn climb(shared: &Shared, mut wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>> {
     let mut state = shared.lock();
-    cache::fold_of_thread(shared.id(), &mut state);
+    shared.fold_among_threads(&mut state);
     if !state.fences.knows(wanted.stream) && !shared.routes.is_capturing() {
         state.let_go();
     }
@@ -63,45 +66,48 @@ fn climb(shared: &Shared, wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>>
         decay(shared, &mut state);
     }
     if let Some(found) = state.place(wanted) {
-        state.counters.cache_hits += 1;
         return Ok(found);
     }
     if let Some(refusal) = state.never_holds(wanted.bytes) {
         return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
     }
     if wanted.memory == MemoryIndex::ORDINARY {
-        if cache::give_hot(shared.id(), &mut state)
-            && let Some(found) = state.place(wanted)
-        {
-            state.counters.cache_hits += 1;
-            return Ok(found);
+        if let Some(kept) = cache::give_hot(shared.id(), &mut state) {
+            wanted.kept = kept;
+            if let Some(found) = state.place(wanted) {
+                return Ok(found);
+            }
         }
         state.poll_pending();
     }
     let allocations = state.device_allocs();
     match state.find(wanted) {
         Ok(found) => {
-            state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
+            state.counters.misses += u64::from(state.device_allocs() != allocations);
             Ok(found)
         }
         Err(refusal) if is_captured(shared, wanted) => {
             let tried = vec!["the private pool's blocks", "the driver"];
             Err(fail(shared, &mut state, wanted, refusal, tried))
         }
-        Err(_) => climb_when_short(shared, state, wanted),
+        Err(_) => {
+            let outcome = climb_when_short(shared, &mut state, wanted);
+            state.counters.misses += u64::from(outcome.is_ok());
+            outcome
+        }
     }
 }
 
 /// The rungs above: neither the cache nor the driver had room at once.
 fn climb_when_short(
     shared: &Shared,
-    mut state: MutexGuard<'_, State>,
+    state: &mut MutexGuard<'_, State>,
     wanted: Wanted<'_>,
 ) -> Result<Found, Box<OutOfMemory>> {
     state.counters.alloc_retries += 1;
     let mut tried = vec!["cached blocks", "other streams' blocks", "the driver"];
-    shared.empty_caches(&mut state, Close::No);
-    let mut refusal = match search(&mut state, wanted) {
+    shared.empty_caches(state, Close::No);
+    let mut refusal = match search(state, wanted) {
         Ok(found) => return Ok(found),
         Err(refusal) => refusal,
     };
@@ -110,26 +116,26 @@ fn climb_when_short(
         tried.push("the program's callbacks");
     }
     for callback in callbacks {
-        MutexGuard::unlocked(&mut state, || hooks::call(|| callback(wanted.bytes)));
+        MutexGuard::unlocked(state, || hooks::call(|| callback(wanted.bytes)));
         // What was freed may lie in this thread's cache.
-        shared.empty_caches(&mut state, Close::No);
-        match search(&mut state, wanted) {
+        shared.empty_caches(state, Close::No);
+        match search(state, wanted) {
             Ok(found) => return Ok(found),
             Err(again) => refusal = again,
         }
     }
     tried.extend(["waiting for streams", "returning idle memory"]);
     let mut patience = Patience::new(&shared.config);
-    let mut found = waits::wait_for_room(shared, &mut state, wanted, &mut patience, search);
+    let mut found = waits::wait_for_room(shared, state, wanted, &mut patience, search);
     // The driver may lack something else than memory (addresses, mappings), which only idle memory that is
     // known to be complete can give back.
     if found.is_none() && matches!(refusal, Refusal::Driver(_)) {
-        waits::wait_for_idle(shared, &mut state, &mut patience);
+        waits::wait_for_idle(shared, state, &mut patience);
     }
     state.counters.syncs += u64::from(patience.has_waited());
     found = found.or_else(|| {
-        shared.empty_caches(&mut state, Close::No);
-        search(&mut state, wanted).ok()
+        shared.empty_caches(state, Close::No);
+        search(state, wanted).ok()
     });
     if let Some(found) = found {
         return Ok(found);
@@ -138,7 +144,7 @@ fn climb_when_short(
     drop(state.release_idle(0));
     state
         .find(wanted)
-        .map_err(|refusal| fail(shared, &mut state, wanted, refusal, tried))
+        .map_err(|refusal| fail(shared, state, wanted, refusal, tried))
 }
 
 /// Looks everywhere without waiting on the host, and returns idle memory where that may help.
@@ -172,7 +178,6 @@ fn fail(
 pub(super) fn decay(shared: &Shared, state: &mut State) {
     shared.empty_caches(state, Close::No);
     state.let_go();
-    state.poll_pending();
     let keep = state.decay.end_period(Instant::now());
     // What the driver does not take back now is offered again after the next period.
     drop(state.release_idle(keep));

@@ -60,6 +60,14 @@ impl StreamArena {
         Fence { owner, epoch }
     }
 
+    fn remove_if_free(&mut self, segment: SegmentIndex) -> bool {
+        let was_free = self.arena.remove_segment_if_free(segment);
+        if was_free {
+            self.freed_at.remove(&segment);
+        }
+        was_free
+    }
+
     fn free_bytes(&self) -> u64 {
         self.arena.free_blocks().0
     }
@@ -255,7 +263,9 @@ impl Backing for SegmentedMemory {
             .expect("an arena outlives its blocks");
         let segment = arena.arena.segment_of(index);
         arena.arena.free(index);
-        arena.freed_at.insert(segment, fence.epoch);
+        // What waited for other streams comes back with an epoch that may lie before that of later frees.
+        let freed_at = arena.freed_at.entry(segment).or_default();
+        *freed_at = fence.epoch.max(*freed_at);
     }
 
     fn settle(&mut self, _: &mut Fences) {}
@@ -267,7 +277,7 @@ impl Backing for SegmentedMemory {
             };
             // A segment with a block in it that is lent stays until that is back.
             for (segment, memory) in std::mem::take(&mut arena.segments) {
-                if arena.arena.remove_segment_if_free(segment) {
+                if arena.remove_if_free(segment) {
                     self.left.push(memory);
                 } else {
                     arena.segments.insert(segment, memory);
@@ -301,7 +311,7 @@ impl Backing for SegmentedMemory {
                     Ok(false)
                 };
                 if matches!(returned, Ok(true)) {
-                    arena.arena.remove_segment_if_free(segment);
+                    arena.remove_if_free(segment);
                     self.totals.returned(bytes);
                 } else {
                     arena.segments.insert(segment, (ptr, bytes));

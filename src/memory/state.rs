@@ -34,6 +34,8 @@ pub(super) struct Wanted<'a> {
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
     pub(super) memory: MemoryIndex,
+    /// Bytes that the thread keeps for this stream: free, though the memory does not know.
+    pub(super) kept: u64,
 }
 
 /// Memory for a block.
@@ -44,8 +46,6 @@ pub(super) struct Found {
     /// As asked for, rounded.
     pub(super) bytes: u64,
     pub(super) owner: Owner,
-    /// What it is counted under.
-    pub(super) tag: TagId,
 }
 
 #[derive(Debug)]
@@ -54,8 +54,6 @@ pub(super) struct State {
     config: PoolConfig,
     pub(super) memories: Memories,
     pub(super) fences: Fences,
-    /// Bytes that the cache of the thread at work keeps in the lane in front.
-    pub(super) kept: u64,
     pub(super) pending: Pending,
     pub(super) decay: Decay,
     pub(super) usage: Usage,
@@ -69,7 +67,8 @@ pub(super) struct State {
 /// What the ladder counts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counters {
-    pub(super) cache_hits: u64,
+    /// Allocations that needed the driver's memory, or a second try.
+    pub(super) misses: u64,
     pub(super) alloc_retries: u64,
     pub(super) ooms: u64,
     pub(super) syncs: u64,
@@ -99,7 +98,6 @@ impl State {
             config: config.clone(),
             memories,
             fences: Fences::new(config.deterministic),
-            kept: 0,
             pending: Pending::default(),
             decay: Decay::new(config.decay, Instant::now()),
             usage: Usage::default(),
@@ -143,7 +141,7 @@ impl State {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
-            pending: self.pending.bytes() + self.kept,
+            pending: self.pending.bytes() + wanted.kept,
             may_borrow: is_ordinary,
         }
     }
@@ -165,19 +163,21 @@ impl State {
     }
 
     fn hand_out(&mut self, wanted: Wanted<'_>, owner: Owner, placed: Placed) -> Found {
-        let tag = TagId::current();
-        self.usage.allocate(wanted.requested, wanted.bytes);
-        self.usage.active_blocks.increase(1);
-        self.usage.active.increase(wanted.bytes);
-        self.tags.increase(tag, wanted.bytes);
         self.decay.take(wanted.bytes);
         Found {
             placed,
             memory: wanted.memory,
             bytes: wanted.bytes,
             owner,
-            tag,
         }
+    }
+
+    /// Counts an allocation by a thread that has no cache.
+    pub(super) fn count(&mut self, tag: TagId, requested: u64, allocated: u64) {
+        self.usage.allocate(requested, allocated);
+        self.usage.active_blocks.increase(1);
+        self.usage.active.increase(allocated);
+        self.tags.increase(tag, allocated);
     }
 
     fn count_driver(&mut self) {
@@ -217,17 +217,16 @@ impl State {
             self.send_home(&mut record, lender);
         }
         let users = match &mut record.extras {
-            Some(extras) => std::mem::take(&mut extras.users),
-            None => SmallVec::new(),
-        };
-        if users.is_empty() {
-            if counted == Counted::No {
-                self.count_inactive(record.allocated);
+            Some(extras) if !extras.users.is_empty() => std::mem::take(&mut extras.users),
+            _ => {
+                if counted == Counted::No {
+                    self.count_inactive(record.allocated);
+                }
+                self.make_reusable(&record);
+                record.extras = None;
+                return Some(record);
             }
-            self.make_reusable(&record);
-            record.extras = None;
-            return Some(record);
-        }
+        };
         let is_private = record.memory() != MemoryIndex::ORDINARY;
         let end = |user: &User| {
             user.until.unwrap_or_else(|| {
@@ -343,11 +342,12 @@ impl State {
     /// Lets go of streams that nobody else holds and that have run all they were given: what they left free
     /// becomes anyone's. Other streams are not touched.
     pub(super) fn let_go(&mut self) {
+        // Blocks that wait for other streams hold on to their own.
+        self.poll_pending();
         let gone = self.fences.look_at_gone();
         if gone.is_empty() {
             return;
         }
-        self.poll_pending();
         for owner in gone {
             self.memories.adopt(owner);
         }
@@ -447,7 +447,7 @@ impl State {
             private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + usage.lane_hits,
+            cache_hits: usage.blocks.increases().saturating_sub(counters.misses),
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,

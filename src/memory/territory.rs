@@ -323,6 +323,9 @@ impl Territory {
     /// Notes block `index` as the one at the first byte of every page that begins in `from..to`.
     fn claim_pages(&mut self, index: Index, from: u64, to: u64) {
         let (first, end) = (from.div_ceil(PAGE_UNITS), to.div_ceil(PAGE_UNITS));
+        if first == end {
+            return;
+        }
         self.at_page[page_index(first)..page_index(end)].fill(index);
     }
 

@@ -6,7 +6,9 @@
 mod device_support;
 mod elementwise;
 mod entries;
+mod large;
 mod layouts;
+mod places;
 mod rows;
 mod shim;
 mod support;

@@ -12,7 +12,7 @@ mod stub;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::{ManuallyDrop, transmute};
 use std::ptr;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use kitsune::{Block, Pool, PoolConfig, Result, Stream};
 
@@ -40,10 +40,13 @@ struct Peer {
     streams: Vec<Stream>,
 }
 
-static PEER: OnceLock<Peer> = OnceLock::new();
+/// Null until [`peer_init`].
+static PEER: AtomicPtr<Peer> = AtomicPtr::new(ptr::null_mut());
 
 fn peer() -> &'static Peer {
-    PEER.get().expect("the harness calls peer_init first")
+    // SAFETY: null, or from a box that is never dropped.
+    let peer = unsafe { PEER.load(Ordering::Relaxed).as_ref() };
+    peer.expect("the harness calls peer_init first")
 }
 
 impl Peer {
@@ -97,9 +100,11 @@ pub unsafe extern "C" fn peer_init(
     // SAFETY: the harness gives a string.
     let options = unsafe { CStr::from_ptr(options) };
     let made = Peer::new(device_bytes, streams, &options.to_string_lossy());
-    match made.map(|peer| PEER.set(peer)) {
-        Ok(Ok(())) => 0,
-        Ok(Err(_)) => 1,
+    match made {
+        Ok(peer) => {
+            PEER.store(Box::leak(Box::new(peer)), Ordering::Relaxed);
+            0
+        }
         Err(error) => {
             eprintln!("kitsune: {error}");
             1
@@ -136,10 +141,17 @@ pub extern "C" fn peer_alloc(bytes: usize, stream: u32) -> Handle {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peer_free(handle: Handle, _bytes: usize, home: u32, on: u32) {
     // SAFETY: the harness gives each handle up once.
-    let mut block = unsafe { block(handle) };
-    if on != home {
-        block.record_stream(peer().stream(on));
+    let block = unsafe { block(handle) };
+    if on == home {
+        drop(block);
+    } else {
+        free_on(block, on);
     }
+}
+
+#[inline(never)]
+fn free_on(mut block: Block, stream: u32) {
+    block.record_stream(peer().stream(stream));
 }
 
 /// Says that `stream` uses a block as well.

@@ -5,6 +5,7 @@ use std::io::{Cursor, Write};
 
 use flate2::write::GzEncoder;
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 use super::open::decompressed;
@@ -94,40 +95,68 @@ fn changed(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, Change)]) -> Vec
     bytes
 }
 
-proptest! {
-    #[test]
-    fn arbitrary_bytes_behind_any_head_are_answered(
-        head in prop::sample::select(vec![
-            &b""[..],
-            b"\x1f\x8b",
-            b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03",
-            b"\x28\xb5\x2f\xfd",
-            b"\x28\xb5\x2f\xfd\x04\x58",
-            b"#alloctrace v1 streams=2 name=x\n",
-        ]),
-        rest in prop::collection::vec(any::<u8>(), 0..400),
-    ) {
+/// Runs `test` on values of `strategy`, always the same ones, or those of the seed that `KITSUNE_SEED` names;
+/// a failure names the seed and the smallest value that fails.
+fn fuzz<S: Strategy>(strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
+    const CASES: u32 = 512;
+    let seed = std::env::var("KITSUNE_SEED").map_or(0, |seed| {
+        seed.parse::<u64>().expect("KITSUNE_SEED is a number")
+    });
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = ProptestConfig {
+        cases: CASES,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let outcome = TestRunner::new_with_rng(config, rng).run(strategy, test);
+    outcome.unwrap_or_else(|error| panic!("KITSUNE_SEED={seed}: {error}"));
+}
+
+#[test]
+fn arbitrary_bytes_behind_any_head_are_answered() {
+    let heads = prop::sample::select(vec![
+        &b""[..],
+        b"\x1f\x8b",
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03",
+        b"\x28\xb5\x2f\xfd",
+        b"\x28\xb5\x2f\xfd\x04\x58",
+        b"#alloctrace v1 streams=2 name=x\n",
+    ]);
+    let rest = prop::collection::vec(any::<u8>(), 0..400);
+    fuzz(&(heads, rest), |(head, rest)| {
         let outcome = read([head, &rest].concat());
         // Compressed lines can be many more than the file has.
-        check(outcome, if head.starts_with(b"#") { rest.len() + 1 } else { usize::MAX - 1 })?;
-    }
+        let is_plain = head.starts_with(b"#");
+        check(
+            outcome,
+            if is_plain {
+                rest.len() + 1
+            } else {
+                usize::MAX - 1
+            },
+        )
+    });
+}
 
-    #[test]
-    fn changed_traces_are_answered(blocks in 1..40_u64, changes in changes()) {
+#[test]
+fn changed_traces_are_answered() {
+    fuzz(&(1..40_u64, changes()), |(blocks, changes)| {
         let text = changed(valid(blocks), &changes);
         let lines = text.iter().filter(|byte| **byte == b'\n').count();
-        check(read(text), lines)?;
-    }
+        check(read(text), lines)
+    });
+}
 
-    #[test]
-    fn changed_compressed_traces_are_answered(
-        blocks in 1..40_u64,
-        changes in changes(),
-        is_gzip in any::<bool>(),
-    ) {
+#[test]
+fn changed_compressed_traces_are_answered() {
+    let strategy = (1..40_u64, changes(), any::<bool>());
+    fuzz(&strategy, |(blocks, changes, is_gzip)| {
         let compress = if is_gzip { gzip } else { zstandard };
-        check(read(changed(compress(&valid(blocks)), &changes)), usize::MAX - 1)?;
-    }
+        let file = changed(compress(&valid(blocks)), &changes);
+        check(read(file), usize::MAX - 1)
+    });
 }
 
 #[test]

@@ -180,11 +180,11 @@ exports! {
     ) {
         let description = see(description);
         let layouts = [a_layout, b_layout, c_layout];
-        let Some([m, n, k]) = product::sizes(description.transposed, layouts.map(|layout| see(layout))) else {
+        let Some([m, n, k]) = product::sizes(description.transposed, layouts.map(see)) else {
             return INVALID_VALUE;
         };
         let algorithm = see(algorithm);
-        let aligned = [a, b, c, d].iter().zip(&algorithm[1..]).all(|(at, unit)| *at as u64 % unit == 0);
+        let aligned = [a, b, c, d].iter().zip(&algorithm[1..]).all(|(at, unit)| (*at as u64).is_multiple_of(*unit));
         let wanted = if m * n * k > 4096 { WORKSPACE } else { 0 };
         let has_room = wanted == 0 || workspace != 0 && workspace_bytes >= wanted;
         let is_right = handle == HANDLE && algorithm[0] == ALGORITHM && c == d && c_layout == d_layout;

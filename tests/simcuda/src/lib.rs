@@ -17,7 +17,8 @@
 //!
 //! - The legacy default stream runs in order with blocking streams; each thread has a default stream of its own.
 //!
-//! What it does not have: time, threads that run by themselves, memory pools with attributes, peer access.
+//! What it does not have: time of its own, threads that run by themselves, memory pools with attributes that mean
+//! anything, peer access.
 
 #![cfg(target_os = "linux")]
 

@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use crate::capture::Clock;
 use crate::memory::pointer;
@@ -43,7 +44,7 @@ pub(crate) struct Stream {
 /// A point that a stream passes once.
 pub(crate) struct Mark {
     stream: usize,
-    is_passed: AtomicBool,
+    passed_at: OnceLock<Instant>,
 }
 
 #[derive(Default)]
@@ -130,7 +131,7 @@ impl Sim {
             };
             let mark = Arc::new(Mark {
                 stream: other,
-                is_passed: AtomicBool::new(false),
+                passed_at: OnceLock::new(),
             });
             other_stream.queue.push_back(Op::Record(Arc::clone(&mark)));
             if let Some(stream) = self.streams.get_mut(&handle) {
@@ -149,7 +150,7 @@ impl Sim {
             None => {
                 let mark = Arc::new(Mark {
                     stream: handle,
-                    is_passed: AtomicBool::new(false),
+                    passed_at: OnceLock::new(),
                 });
                 self.stream(handle)?
                     .queue
@@ -284,7 +285,8 @@ impl Sim {
             Op::Launch(launch) => self.run_kernel(launch)?,
             Op::Call(function, data) => function(pointer(*data)),
             Op::Free(address) => self.memory.free(*address)?,
-            Op::Record(mark) => mark.is_passed.store(true, Ordering::Relaxed),
+            // A mark is passed once: captures keep no records.
+            Op::Record(mark) => drop(mark.passed_at.set(Instant::now())),
             Op::Wait(_) => {}
             Op::Graph(parts) => parts.iter().try_for_each(|part| self.run(part))?,
         }
@@ -323,7 +325,12 @@ impl Stream {
 
 impl Mark {
     pub(crate) fn is_passed(&self) -> bool {
-        self.is_passed.load(Ordering::Relaxed)
+        self.passed_at.get().is_some()
+    }
+
+    /// When the stream passed here, by the host's clock.
+    pub(crate) fn passed_at(&self) -> Option<Instant> {
+        self.passed_at.get().copied()
     }
 
     pub(crate) fn stream(&self) -> usize {

@@ -32,6 +32,9 @@ pub struct AccessDesc {
     flags: c_int,
 }
 
+/// The handle of every device's own pool. Its attributes can be set and change nothing.
+const DEFAULT_POOL: usize = 0x9001;
+
 const KIND_PINNED: c_int = 1;
 const LOCATION_DEVICE: c_int = 1;
 const READ_WRITE: c_int = 3;
@@ -103,6 +106,17 @@ exports! {
             return Err(code::INVALID_VALUE);
         }
         sim.push(queue(stream), Op::Free(ptr))
+    }
+
+    fn cuDeviceGetDefaultMemPool(sim, pool: *mut usize, _device: c_int) {
+        if sim.config.pools == 0 {
+            return Err(code::NOT_SUPPORTED);
+        }
+        put(pool, DEFAULT_POOL)
+    }
+
+    fn cuMemPoolSetAttribute(_sim, pool: usize, _attribute: c_int, _value: *const c_ulonglong) {
+        if pool == DEFAULT_POOL { Ok(()) } else { Err(code::INVALID_VALUE) }
     }
 
     fn cuMemHostAlloc(sim, ptr: *mut usize, bytes: usize, _flags: c_uint) {

@@ -96,6 +96,16 @@ exports! {
         }
     }
 
+    // In milliseconds of the host's clock.
+    fn cuEventElapsedTime(sim, milliseconds: *mut f32, start: usize, end: usize) {
+        let mut passed_at = |event| {
+            let mark = sim.askable(event)?.ok_or(code::INVALID_HANDLE)?;
+            mark.passed_at().ok_or(code::NOT_READY)
+        };
+        let (start, end) = (passed_at(start)?, passed_at(end)?);
+        put(milliseconds, (end - start).as_secs_f32() * 1e3)
+    }
+
     fn cuGraphInstantiateWithFlags(sim, executable: *mut usize, graph: usize, _flags: c_ulonglong) {
         let ops = sim.graphs.get(&graph).map(Arc::clone).ok_or(code::INVALID_HANDLE)?;
         let handle = sim.handle();
