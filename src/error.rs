@@ -67,6 +67,10 @@ pub enum Error {
     #[error("{0}")]
     Scaler(#[from] ScalerMisuse),
 
+    /// Steps go on being skipped, and a smaller scale will not help.
+    #[error("{0}")]
+    ScalerAlarm(Box<ScalerAlarm>),
+
     /// A saved state cannot be restored. Nothing was changed.
     #[error("invalid saved state: {key}: {reason}")]
     InvalidState {
@@ -107,6 +111,78 @@ pub enum ScalerMisuse {
     /// The state was read between `step` and `update`.
     #[error("the state of a scaler must be taken after update(), and one is due: call it first")]
     MidIteration,
+    /// Another scaler that is still there has been used with the optimizer.
+    #[error("another gradient scaler drives this optimizer; drop that one first")]
+    OtherScaler,
+    /// All steps are to be skipped or none, and some were enqueued before this optimizer was checked.
+    #[error(
+        "{call}() is being called after another optimizer's step(); to skip all steps or none, check all \
+         optimizers first, or use step_all()"
+    )]
+    CheckedTooLate {
+        /// The call that came too late.
+        call: &'static str,
+    },
+}
+
+/// Steps go on being skipped. What to look at, and where it was well last.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ScalerAlarm {
+    /// What was noticed.
+    pub kind: AlarmKind,
+    /// The scale when it was noticed.
+    pub scale: f64,
+    /// The scale of the last step that was applied, if any was.
+    pub last_good_scale: Option<f64>,
+    /// Optimizer steps so far, skipped or not.
+    pub steps: u64,
+    /// Steps skipped since the last one that was applied.
+    pub skipped_in_a_row: u64,
+}
+
+/// What a [`ScalerAlarm`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AlarmKind {
+    /// Gradients overflow although the scale is at its floor.
+    AtFloor,
+    /// So many of the last steps were skipped.
+    SkipStorm {
+        /// Skipped steps.
+        skipped: u32,
+        /// Among the last so many.
+        of: u32,
+    },
+    /// Gradients of so many steps in a row had NaN.
+    NaN {
+        /// Steps.
+        in_a_row: u64,
+    },
+}
+
+impl fmt::Display for ScalerAlarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            AlarmKind::AtFloor => write!(
+                f,
+                "gradients overflow at the smallest scale, {}",
+                self.scale
+            )?,
+            AlarmKind::SkipStorm { skipped, of } => write!(
+                f,
+                "{skipped} of the last {of} steps were skipped, at scale {}",
+                self.scale
+            )?,
+            AlarmKind::NaN { in_a_row } => {
+                write!(f, "gradients have NaN for {in_a_row} steps in a row")?;
+            }
+        }
+        match self.last_good_scale {
+            Some(scale) => write!(f, "; the last applied step had scale {scale}"),
+            None => write!(f, "; none of {} steps was applied", self.steps),
+        }
+    }
 }
 
 /// Why an allocation failed, and where the memory is.

@@ -50,13 +50,12 @@ fn weight(context: &Context, name: &str, shape: [usize; 2]) -> Parameter {
 }
 
 impl Trainer {
-    fn new(context: Context) -> Self {
+    fn new(context: Context, config: AmpConfig) -> Self {
         let (hidden, output) = (
             weight(&context, "hidden", [32, 16]),
             weight(&context, "output", [10, 32]),
         );
         let parameters = vec![hidden.clone(), output.clone()];
-        let config = AmpConfig::default();
         Self {
             optimizer: AdamW::new(parameters, AdamWConfig::default()).unwrap(),
             scaler: GradScaler::new(&context, config.clone()).unwrap(),
@@ -97,10 +96,10 @@ impl Trainer {
     }
 }
 
-fn trainer() -> (Sim, Trainer) {
+fn trainer(config: AmpConfig) -> (Sim, Trainer) {
     let (sim, device) = Sim::device();
     sim.set("shim", kitsune_shim::LIBRARY);
-    let trainer = Trainer::new(Context::new(&device).unwrap());
+    let trainer = Trainer::new(Context::new(&device).unwrap(), config);
     (sim, trainer)
 }
 
@@ -115,7 +114,7 @@ fn assert_no_failure(sim: &Sim) {
 
 #[test]
 fn a_training_step_makes_nobody_wait() {
-    let (sim, mut trainer) = trainer();
+    let (sim, mut trainer) = trainer(AmpConfig::default());
     let mut losses = Vec::new();
     let mut log = String::new();
     for number in 0..15 {
@@ -137,7 +136,7 @@ fn a_training_step_makes_nobody_wait() {
 /// gives it back, it allows to careful programs, and a primed capture needs none.
 #[test]
 fn a_captured_training_step_asks_for_nothing_that_a_capture_forbids() {
-    let (sim, mut trainer) = trainer();
+    let (sim, mut trainer) = trainer(AmpConfig::default());
     let batch = trainer.batch(0).unwrap();
     let first: f32 = trainer.step(&batch).unwrap().item().unwrap();
     let stream = trainer.context.stream().clone();
@@ -166,6 +165,31 @@ fn a_captured_training_step_asks_for_nothing_that_a_capture_forbids() {
     let last: f32 = loss.unwrap().item().unwrap();
     assert!(last < first, "{first} at first, {last} in the end");
     assert_no_failure(&sim);
+}
+
+#[test]
+fn watching_for_alarms_makes_nobody_wait() {
+    let (sim, mut trainer) = trainer(AmpConfig {
+        alarm_interval: 1,
+        timing: true,
+        ..AmpConfig::default()
+    });
+    let batch = trainer.batch(0).unwrap();
+    for _ in 0..5 {
+        trainer.step(&batch).unwrap();
+    }
+    let log = sim.log();
+    for _ in 0..10 {
+        trainer.step(&batch).unwrap();
+    }
+    let names = sim.names_since(&log);
+    // Counters are copied in the stream's order, and an event tells when they are there.
+    let watches = BTreeSet::from(["cuEventQuery", "cuEventRecord", "cuMemcpyDtoHAsync_v2"]);
+    let beyond = beyond_enqueuing(&names);
+    assert!(beyond.contains("cuEventQuery"), "{beyond:?}");
+    assert!(beyond.is_subset(&watches), "{beyond:?}");
+    let times = trainer.scaler.stats().unwrap().times.unwrap();
+    assert!(times.check.as_nanos() > 0 && times.clip.as_nanos() > 0 && times.step.as_nanos() > 0);
 }
 
 #[cfg(feature = "cli")]

@@ -1,6 +1,7 @@
 //! The product of two matrices.
 
-use super::{autocast_operand, check_same_dtype, matrix_shape};
+use super::autocast::operand;
+use super::{check_same_dtype, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, Matrix};
@@ -22,7 +23,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             format!("{} · {} does not fit", a.shape(), b.shape()),
         ));
     }
-    let (a, b) = (autocast_operand(OP, a)?, autocast_operand(OP, b)?);
+    let (a, b) = (operand(OP, a)?, operand(OP, b)?);
     check_same_dtype(OP, &a, &b)?;
     let out = Tensor::uninit(a.context(), [m, n], a.dtype())?;
     multiply_into(&view(&a)?, &view(&b)?, &out, Accumulate::Overwrite)?;

@@ -22,6 +22,7 @@ mod device_buffer;
 mod layout;
 mod tensor;
 mod transfer;
+mod version;
 
 pub use buffer::Buffer;
 pub use context::Context;

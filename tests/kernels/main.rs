@@ -14,3 +14,4 @@ mod shim;
 mod support;
 mod tables;
 mod training;
+mod transformer;
