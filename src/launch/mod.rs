@@ -20,6 +20,8 @@ pub(crate) mod chunk_table;
 pub(crate) mod clip;
 mod compute;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cublaslt;
 mod device;
 mod elementwise;
 mod embedding;
@@ -48,12 +50,14 @@ pub use bias::{add_bias, sum_rows};
 pub use cast::cast;
 pub use compute::sum_dtype;
 pub use cross_entropy::{cross_entropy, cross_entropy_backward};
+#[cfg(feature = "cuda")]
+pub use cublaslt::why_not_cublaslt;
 pub use elementwise::{add, add_scaled, mul, scale};
 pub use embedding::{embedding, embedding_backward};
 pub use fill::fill;
 pub use gradient_check::NormKind;
 pub use layer_norm::{LayerNorm, LayerNormBackward, layer_norm, layer_norm_backward};
-pub use matmul::{Accumulate, Matrix, matmul};
+pub use matmul::{Accumulate, Matrix, matmul, matmul_with, matmul_workspace};
 pub use reduce::{argmax_rows, mean, sum};
 pub(crate) use scale_update::{Change, ScaleOperands, scale_update};
 pub use scale_update::{Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};

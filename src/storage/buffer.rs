@@ -84,6 +84,12 @@ impl Buffer {
         self.block.lock().record_stream(stream);
     }
 
+    /// As [`record_stream`](Self::record_stream), but what `stream` is given from now on does not hold the
+    /// memory back. Records an event.
+    pub fn record_use(&self, stream: &Stream) {
+        self.block.lock().record_use(stream);
+    }
+
     /// Changes with every write, if it is kept.
     pub(super) fn version(&self) -> &Version {
         &self.version
