@@ -129,9 +129,11 @@ pub struct OutOfMemory {
     pub device_free: u64,
     /// Total device memory as the driver reports it.
     pub device_total: u64,
-    /// The pool's byte limit, if one is set.
+    /// The byte limit of the pool or of the wrapper that refused, if one is set.
     pub limit: Option<u64>,
-    /// Whether the pool's limit, and not the device, refused.
+    /// Bytes that count against a wrapper's limit. What counts against a pool's is what it reserved.
+    pub limit_used: Option<u64>,
+    /// Whether the limit, and not the device, refused.
     pub limited: bool,
     /// What the driver said when it was asked last, if it refused.
     pub driver_error: Option<String>,
@@ -159,7 +161,11 @@ impl fmt::Display for OutOfMemory {
         )?;
         if let Some(limit) = self.limit {
             let verdict = if self.limited { ", which refused" } else { "" };
-            write!(f, ", limit {}{verdict}", Bytes(limit))?;
+            write!(f, ", limit {}", Bytes(limit))?;
+            if let Some(used) = self.limit_used {
+                write!(f, " with {} in use", Bytes(used))?;
+            }
+            f.write_str(verdict)?;
         }
         if let Some(error) = &self.driver_error {
             write!(f, "; {error}")?;

@@ -43,7 +43,7 @@ pub mod telemetry;
 pub use driver::{Device, Event, Graph, HostConfig, Schedule, Stream};
 pub use dtype::{DType, Element, bf16, f16};
 pub use error::{Error, OutOfMemory, Result};
-pub use memory::{Block, Pool, PoolConfig, PoolStats, ReusePolicy};
+pub use memory::{Block, CapturedGraph, Pool, PoolConfig, PoolStats, PrivatePool, ReusePolicy};
 pub use storage::{Buffer, Context, Shape, Tensor};
 
 /// The code in README.md and in docs/, run as tests.

@@ -6,6 +6,8 @@
     reason = "replaying a graph is unsafe, and a test fails by panicking"
 )]
 
+mod device_support;
+
 use std::sync::Arc;
 
 use kitsune::amp::{AmpConfig, GradScaler, Outcome};
@@ -14,7 +16,7 @@ use kitsune::optim::{Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInpu
 use kitsune::{Context, DType, Device, HostConfig, Result, Tensor};
 
 fn new_context() -> Context {
-    Context::new(&Device::host(HostConfig::default()).unwrap()).unwrap()
+    Context::new(&device_support::device(HostConfig::default())).unwrap()
 }
 
 fn parameter(context: &Context, name: &str) -> Parameter {

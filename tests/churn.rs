@@ -6,13 +6,16 @@ mod command_support;
 
 use command_support::{json, refusal};
 
-const WORKLOADS: [&str; 6] = [
+const WORKLOADS: [&str; 9] = [
     "random",
     "multi-stream",
     "lifo",
     "producer-consumer",
     "hot",
     "varying-length",
+    "priming",
+    "vectors",
+    "fuzz",
 ];
 
 #[test]
@@ -96,6 +99,23 @@ fn a_hot_pair_asks_the_driver_once() {
         (&0.into(), &0.into())
     );
     assert_eq!(report["peak_requested_bytes"], 512);
+}
+
+#[test]
+fn priming_takes_nine_tenths_of_the_device_in_a_hundred_blocks() {
+    for threads in ["1", "3"] {
+        let line = ["churn", "--workload", "priming", "--allocs", "200"];
+        let flags = ["--device-bytes", "1GiB", "--threads", threads];
+        let rest = ["--repeats", "1", "--json"];
+        let report = json(&[line.as_slice(), &flags, &rest].concat());
+        let peak = report["peak_requested_bytes"].as_u64();
+        // Threads need not be at their peaks at once.
+        let least = if threads == "1" { 0.899 } else { 0.2 };
+        let whole = f64::from(1 << 30);
+        let share = peak.map(|peak| peak as f64 / whole);
+        assert!(share >= Some(least) && share <= Some(0.9), "{report}");
+        assert_eq!(report["ooms"], 0, "{report}");
+    }
 }
 
 #[test]

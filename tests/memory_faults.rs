@@ -6,6 +6,7 @@
     reason = "the test enqueues work of its own, and fails by panicking"
 )]
 
+mod device_support;
 mod support;
 
 use std::sync::Arc;
@@ -40,7 +41,7 @@ impl Program {
             schedule: Schedule::Seeded(7),
             ..HostConfig::default()
         };
-        let inner = Device::host(host).unwrap();
+        let inner = device_support::device(host);
         let faults = Arc::new(FaultDriver::new(inner.driver().clone()));
         let device = Device::from_driver(faults.clone());
         faults.fail_nth(None, nth);

@@ -14,6 +14,7 @@
 )]
 #![allow(dead_code, reason = "shared helpers that other test files use")]
 
+mod device_support;
 mod driver_support;
 mod support;
 
@@ -23,7 +24,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use driver_support::{fill, read};
-use kitsune::{Block, Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
 
 /// Steps between two walks over all structures.
 const WALK: usize = 64;
@@ -133,7 +134,7 @@ impl Model {
             schedule: Schedule::Seeded(seed),
             ..HostConfig::default()
         };
-        let device = Device::host(config).unwrap();
+        let device = device_support::device(config);
         let mut random = fastrand::Rng::with_seed(seed);
         let limit = random.bool().then_some(size.limit);
         let policies = [
@@ -270,7 +271,7 @@ impl Model {
             fill(&user, live.block.ptr(), value, SHOWN as u64);
             live.value = value;
             // Half of the users leave the home stream behind: only the record holds the memory back.
-            if value % 2 == 0 {
+            if value.is_multiple_of(2) {
                 live.home.wait_for(&user).unwrap();
             } else {
                 live.home = user.clone();

@@ -1,12 +1,14 @@
 //! Which types ops compute in, and give, inside and outside autocast scopes.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
+mod device_support;
+
 use kitsune::ops;
 use kitsune::ops::autocast::autocast;
-use kitsune::{Context, DType, Device, HostConfig, Tensor};
+use kitsune::{Context, DType, HostConfig, Tensor};
 
 fn context() -> Context {
-    Context::new(&Device::host(HostConfig::default()).unwrap()).unwrap()
+    Context::new(&device_support::device(HostConfig::default())).unwrap()
 }
 
 fn full(context: &Context, shape: [usize; 2], dtype: DType, value: f64) -> Tensor {

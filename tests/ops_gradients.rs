@@ -1,13 +1,15 @@
 //! Gradients of the ops against finite differences, in f64.
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
+mod device_support;
+
 use kitsune::ops::{self, Linear};
-use kitsune::{Context, DType, Device, HostConfig, Tensor};
+use kitsune::{Context, DType, HostConfig, Tensor};
 
 const STEP: f64 = 1e-5;
 
 fn context() -> Context {
-    Context::new(&Device::host(HostConfig::default()).unwrap()).unwrap()
+    Context::new(&device_support::device(HostConfig::default())).unwrap()
 }
 
 /// `len` numbers in (-1, 1), without zeros: activations have a kink there.

@@ -5,12 +5,14 @@
     reason = "spans are made by hand to test what launchers refuse"
 )]
 
+mod device_support;
+
 use kitsune::launch::{self, Accumulate, Matrix, Span};
 use kitsune::ops;
-use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor, f16};
+use kitsune::{Context, DType, Error, HostConfig, Result, Tensor, f16};
 
 fn context() -> Context {
-    Context::new(&Device::host(HostConfig::default()).unwrap()).unwrap()
+    Context::new(&device_support::device(HostConfig::default())).unwrap()
 }
 
 fn tensor<const N: usize>(context: &Context, shape: [usize; N], values: &[f32]) -> Tensor {

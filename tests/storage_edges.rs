@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod device_support;
+
 use std::sync::Arc;
 
 use kitsune::amp::{AmpConfig, GradScaler};
@@ -10,7 +12,7 @@ use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Device, HostConfig, Tensor};
 
 fn context() -> Context {
-    Context::new(&Device::host(HostConfig::default()).unwrap()).unwrap()
+    Context::new(&device_support::device(HostConfig::default())).unwrap()
 }
 
 #[test]

@@ -13,12 +13,40 @@ pub struct Device {
 }
 
 impl Device {
-    /// The best device of this machine. Today that is the host device with its default settings.
+    /// The best device of this machine: the first CUDA device, or where none can be opened the host device
+    /// with its default settings. [`why_not_cuda`](Self::why_not_cuda) tells why that is.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
     pub fn auto() -> Result<Self> {
+        if let Ok(device) = Self::cuda(0) {
+            return Ok(device);
+        }
         Self::host(HostConfig::default())
+    }
+
+    /// The CUDA device with this number. Opening a device again gives another handle of the same one.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no CUDA driver, if it is too old
+    /// (before CUDA 12.0), damaged or cannot be initialized, if it has no such device, and if the crate was
+    /// built without the feature `cuda`.
+    pub fn cuda(ordinal: u32) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        let device = super::cuda::CudaDriver::get(ordinal).map(|driver| Self::from_driver(driver));
+        #[cfg(not(feature = "cuda"))]
+        let device = Err(crate::error::Error::Driver {
+            call: "open",
+            code: 0,
+            reason: format!("no CUDA device {ordinal}: built without the feature `cuda`"),
+        });
+        device
+    }
+
+    /// Why the first CUDA device cannot be opened; `None` if it can.
+    #[must_use]
+    pub fn why_not_cuda() -> Option<String> {
+        Self::cuda(0).err().map(|error| error.to_string())
     }
 
     /// A host device: the processor and its memory, with real streams, events and page mapping.

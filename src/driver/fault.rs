@@ -146,10 +146,12 @@ impl FaultDriver {
 }
 
 /// The fallible methods of [`Driver`].
-const FALLIBLE: [&str; 31] = [
+const FALLIBLE: [&str; 33] = [
     "memory_info",
     "allocate",
     "free",
+    "allocate_on",
+    "free_on",
     "allocate_pinned",
     "free_pinned",
     "reserve",
@@ -208,6 +210,16 @@ impl Driver for FaultDriver {
         let inner = self.pass("free")?;
         // SAFETY: the caller's promise is the same, as in every method below.
         unsafe { inner.free(ptr) }
+    }
+
+    fn allocate_on(&self, bytes: u64, stream: RawStream) -> Result<DevicePtr> {
+        self.pass("allocate_on")?.allocate_on(bytes, stream)
+    }
+
+    unsafe fn free_on(&self, ptr: DevicePtr, stream: RawStream) -> Result<()> {
+        let inner = self.pass("free_on")?;
+        // SAFETY: as in `free`.
+        unsafe { inner.free_on(ptr, stream) }
     }
 
     fn allocate_pinned(&self, bytes: u64) -> Result<DevicePtr> {

@@ -18,6 +18,8 @@
     reason = "device addresses are plain numbers; their users promise what they stand for"
 )]
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod event;
 pub mod fault;
@@ -32,7 +34,7 @@ pub use device::Device;
 pub use event::Event;
 pub use graph::Graph;
 pub use host::{HostConfig, Schedule};
-pub use kernel::Kernel;
+pub use kernel::{Arguments, Grid, Kernel};
 pub use stream::Stream;
 
 use crate::error::Result;
@@ -124,7 +126,8 @@ pub struct MemoryInfo {
 /// # Errors
 /// Every fallible method returns [`Error::Driver`](crate::Error::Driver) with the name of the method when
 /// the device refuses. After a kernel failed, its stream reports that failure from every later call that
-/// waits for it. Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
+/// waits for it. Kernels, and what is dropped with them, must not wait: calls that block are refused to them.
+/// Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
 pub trait Driver: Debug + Send + Sync {
     /// What the device is and can do.
     fn properties(&self) -> &DeviceProperties;
@@ -154,6 +157,30 @@ pub trait Driver: Debug + Send + Sync {
     /// # Safety
     /// No enqueued work may still touch the memory: whether this waits for work in flight is up to the driver.
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()>;
+
+    /// Takes `bytes` (not 0) of device memory in stream order: the address is there at once, for work enqueued
+    /// on `stream` behind this call. A driver without an allocator of its own gives plain memory.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    fn allocate_on(&self, bytes: u64, stream: RawStream) -> Result<DevicePtr> {
+        let _ = stream;
+        self.allocate(bytes)
+    }
+
+    /// Gives back what [`allocate_on`](Self::allocate_on) returned, when `stream` has passed here. A driver
+    /// without an allocator of its own waits for the stream.
+    ///
+    /// # Errors
+    /// As [`free`](Self::free).
+    ///
+    /// # Safety
+    /// Work that touches the memory is enqueued on `stream` before this call, or is waited for by it.
+    unsafe fn free_on(&self, ptr: DevicePtr, stream: RawStream) -> Result<()> {
+        self.synchronize_stream(stream)?;
+        // SAFETY: all work that touches the memory has run.
+        unsafe { self.free(ptr) }
+    }
 
     /// Takes `bytes` (not 0) of pinned host memory, readable by the host and by the device at one address.
     ///
@@ -333,6 +360,9 @@ pub trait Driver: Debug + Send + Sync {
 
     /// Begins to record work enqueued on `stream` instead of running it. A stream that waits for an event
     /// recorded in the capture joins it.
+    ///
+    /// Only what would wait for a captured stream, or for an event recorded on one, is forbidden meanwhile.
+    /// Taking and mapping memory is no work of a stream: any thread may do it.
     ///
     /// # Errors
     /// As [`Driver`] says; also when `stream` is already being captured.

@@ -23,17 +23,21 @@ struct Inner {
 
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Self> {
+        Ok(Self::from_raw(device, device.driver().create_stream()?))
+    }
+
+    /// The owner of a stream of the device's driver.
+    pub(super) fn from_raw(device: &Device, raw: RawStream) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let raw = device.driver().create_stream()?;
         // Relaxed: the number only has to be unique.
         let id = StreamId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Ok(Self {
+        Self {
             inner: Arc::new(Inner {
                 device: device.clone(),
                 raw,
                 id,
             }),
-        })
+        }
     }
 
     /// The device whose work this stream holds.

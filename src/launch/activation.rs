@@ -10,9 +10,10 @@
 use std::f64::consts::PI;
 
 use super::Span;
-use super::compute::{check_floats, check_streams, entry_name, map, map2, with_compute};
+use super::compute::{check_floats, check_streams, map, map2, with_compute};
+use super::device::{entry_by_types, push_spans, push_types};
 use super::special::Special;
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::error::Result;
 
 /// An activation function.
@@ -103,13 +104,20 @@ struct Forward {
 impl Kernel for Forward {
     fn entry(&self) -> &'static str {
         match self.f {
-            Activation::Relu => entry_name!("relu", self.out.dtype()),
-            Activation::Gelu => entry_name!("gelu", self.out.dtype()),
+            Activation::Relu => entry_by_types!("relu", [self.x, self.out]),
+            Activation::Gelu => entry_by_types!("gelu", [self.x, self.out]),
         }
     }
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let spans = [&self.x, &self.out];
+        push_spans(into, &spans);
+        into.u64(self.elements());
+        push_types(into, &spans);
     }
 
     unsafe fn run(&self) {
@@ -133,14 +141,27 @@ struct Backward {
 
 impl Kernel for Backward {
     fn entry(&self) -> &'static str {
-        match self.f {
-            Activation::Relu => entry_name!("relu_backward", self.grad_in.dtype()),
-            Activation::Gelu => entry_name!("gelu_backward", self.grad_in.dtype()),
+        let Self {
+            f,
+            x,
+            grad_out,
+            grad_in,
+        } = self;
+        match f {
+            Activation::Relu => entry_by_types!("relu_backward", [x, grad_out, grad_in]),
+            Activation::Gelu => entry_by_types!("gelu_backward", [x, grad_out, grad_in]),
         }
     }
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let spans = [&self.x, &self.grad_out, &self.grad_in];
+        push_spans(into, &spans);
+        into.u64(self.elements());
+        push_types(into, &spans);
     }
 
     unsafe fn run(&self) {

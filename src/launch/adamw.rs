@@ -13,11 +13,12 @@
 //!
 //! Twins: [`Advance`], [`AdamW`].
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::Compute;
+use crate::launch::device::push_spans;
 use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row};
 use crate::launch::{Span, enqueue};
 
@@ -106,6 +107,19 @@ impl Kernel for Advance {
         self.table.tensors() as u64
     }
 
+    fn arguments(&self, into: &mut Arguments) {
+        self.table.push_to(into);
+        self.scalars.push_to(into);
+        push_spans(into, &[&self.steps.steps, &self.steps.corrections]);
+        into.f64(self.betas.0);
+        into.f64(self.betas.1);
+    }
+
+    fn grid(&self) -> Grid {
+        // A thread takes a chunk.
+        Grid::over(4 * self.table.chunks_len() as u64)
+    }
+
     unsafe fn run(&self) {
         // SAFETY: the caller's promise.
         if unsafe { self.scalars.factors() }.is_none() {
@@ -187,6 +201,21 @@ impl Kernel for AdamW {
 
     fn elements(&self) -> u64 {
         self.table.elements()
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        self.table.push_to(into);
+        self.scalars.push_to(into);
+        push_spans(into, &[&self.corrections]);
+        into.f64(self.numbers.learning_rate);
+        into.f64(self.numbers.betas.0);
+        into.f64(self.numbers.betas.1);
+        into.f64(self.numbers.epsilon);
+        into.f64(self.numbers.weight_decay);
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_blocks(self.table.chunks_len() as u64)
     }
 
     unsafe fn run(&self) {

@@ -11,8 +11,9 @@ use rayon::prelude::*;
 use super::compute::{
     CHUNK, Compute, check_floats, check_streams, entry_name, for_chunks, load, store, with_compute,
 };
+use super::device::{entry_by_types, push_sizes, push_spans, push_types};
 use super::{PARALLEL_MIN, Span};
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::error::{Error, Result};
 
 /// Rows that one task of `sum_rows` adds up.
@@ -119,11 +120,18 @@ fn for_row_parts<C>(
 
 impl Kernel for AddBias {
     fn entry(&self) -> &'static str {
-        entry_name!("add_bias", self.out.dtype())
+        entry_by_types!("add_bias", [self.x, self.bias, self.out])
     }
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let spans = [&self.x, &self.bias, &self.out];
+        push_spans(into, &spans);
+        push_sizes(into, &[self.x.len(), self.bias.len()]);
+        push_types(into, &spans);
     }
 
     unsafe fn run(&self) {
@@ -147,6 +155,18 @@ impl Kernel for SumRows {
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let columns = self.out.len();
+        push_spans(into, &[&self.x, &self.out]);
+        push_sizes(into, &[self.x.len() / columns, columns]);
+        push_types(into, &[&self.out]);
+    }
+
+    fn grid(&self) -> Grid {
+        // A block takes as many columns as a warp has lanes.
+        Grid::of_blocks((self.out.len() as u64).div_ceil(32))
     }
 
     unsafe fn run(&self) {

@@ -7,7 +7,8 @@ use super::Span;
 use super::compute::{
     check_floats, check_streams, entry_name, for_chunks, map, with_compute, with_element,
 };
-use crate::driver::{Kernel, Stream};
+use super::device::push_spans;
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -56,6 +57,11 @@ impl Kernel for Cast {
 
     fn elements(&self) -> u64 {
         self.src.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.src, &self.dst]);
+        into.u64(self.elements());
     }
 
     unsafe fn run(&self) {

@@ -8,15 +8,18 @@
 //!
 //! Layout, in 64-bit words: length; offset of the chunk in its tensor, in elements; tensor index in the
 //! upper half and one 4-bit type code a column in the lower; then one address a column, 0 where the row
-//! has none.
+//! has none. Behind the chunks, for each tensor the number of its first chunk, and the number of chunks.
+//! Behind that scratch, in which the blocks of a device meet: a word that is 0 between kernels, then four
+//! words a chunk.
 //!
 //! Invariants: the chunks of a list share no bytes (a kernel may write any of them), all lie on one stream,
-//! and none is empty.
+//! none is empty, and those of a tensor follow each other, tensors in their order.
 
-use crate::driver::{DevicePtr, Stream};
+use crate::driver::{Arguments, DevicePtr, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::Span;
+use crate::launch::device::{push_sizes, push_spans, type_code};
 use crate::units::{StreamId, to_usize};
 
 /// Most places in which one row can name its elements.
@@ -29,10 +32,8 @@ pub(crate) const CHUNK_ELEMENTS: usize = 64 * 1024;
 const HEAD_WORDS: usize = 3;
 const TYPE_BITS: usize = 4;
 
-fn type_code(dtype: DType) -> u64 {
-    let place = DType::ALL.iter().position(|known| *known == dtype);
-    place.expect("ALL lists every element type") as u64
-}
+/// Scratch words of one chunk.
+const SCRATCH_WORDS: usize = 4;
 
 /// The host side of a table: its rows cut into chunks.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct ChunkList {
     tensors: usize,
     elements: u64,
     words: Vec<u64>,
+    /// First chunk of every tensor up to the last that has a row.
+    firsts: Vec<u64>,
     spans: Vec<Span>,
 }
 
@@ -55,6 +58,7 @@ impl ChunkList {
             tensors: 0,
             elements: 0,
             words: Vec::new(),
+            firsts: Vec::new(),
             spans: Vec::new(),
         }
     }
@@ -64,15 +68,21 @@ impl ChunkList {
         self.tensors = tensors;
         self.elements = 0;
         self.words.clear();
+        self.firsts.clear();
         self.spans.clear();
     }
 
     /// 64-bit words that the uploaded table takes.
     pub(crate) fn device_words(&self) -> usize {
-        self.words.len()
+        let index = self.tensors + 1;
+        self.words.len() + index + 1 + self.chunks() * SCRATCH_WORDS
     }
 
-    /// Adds all elements of tensor `tensor`, which lie in one run in each column.
+    fn chunks(&self) -> usize {
+        self.words.len() / (HEAD_WORDS + self.columns)
+    }
+
+    /// Adds all elements of tensor `tensor`, which lie in one run in each column. Tensors come in their order.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the columns differ in length.
@@ -135,13 +145,20 @@ impl ChunkList {
     fn push_run(&mut self, tensor: usize, offset: usize, row: &[Option<Span>]) -> Result<()> {
         assert_eq!(row.len(), self.columns, "a row has one entry a column");
         assert!(tensor < self.tensors, "tensor {tensor} of {}", self.tensors);
+        assert!(
+            tensor + 1 >= self.firsts.len(),
+            "tensor {tensor} comes late"
+        );
+        self.firsts.resize(tensor + 1, self.chunks() as u64);
         let mut present = row.iter().flatten();
         let Some(len) = present.next().map(Span::len) else {
             return Ok(());
         };
         present.try_for_each(|span| span.check_len(self.op, len))?;
         let types = row.iter().enumerate().map(|(column, span)| {
-            span.map_or(0, |span| type_code(span.dtype()) << (column * TYPE_BITS))
+            span.map_or(0, |span| {
+                u64::from(type_code(span.dtype())) << (column * TYPE_BITS)
+            })
         });
         let types = types.fold((tensor as u64) << 32, |word, code| word | code);
         for start in (0..len).step_by(CHUNK_ELEMENTS) {
@@ -173,23 +190,28 @@ impl ChunkList {
             span.check_stream(self.op, stream)?;
         }
         self.check_disjoint()?;
-        if !self.words.is_empty() {
-            let words = words.sub(0, self.device_words());
-            let bytes = bytemuck::cast_slice(&self.words);
-            // SAFETY: `words` is live on `stream` and as long as `bytes` (`sub` above); kernels that read
-            // an earlier table run before the copy, in stream order.
-            unsafe {
-                stream
-                    .driver()
-                    .copy_from_host(words.ptr(), bytes, stream.raw())
-            }?;
-        }
-        Ok(self.table(words, stream.id()))
+        let (rows, chunks) = (self.words.len(), self.chunks() as u64);
+        self.words.extend(&self.firsts);
+        // Tensors after the last with a row have none; then the word that is 0 between kernels.
+        self.words.resize(rows + self.tensors + 1, chunks);
+        self.words.push(0);
+        let destination = words.sub(0, self.words.len());
+        let bytes = bytemuck::cast_slice(&self.words);
+        // SAFETY: the destination is live on `stream` and as long as `bytes` (`sub` above); kernels that
+        // read an earlier table run before the copy, in stream order.
+        let copied = unsafe {
+            stream
+                .driver()
+                .copy_from_host(destination.ptr(), bytes, stream.raw())
+        };
+        self.words.truncate(rows);
+        copied?;
+        Ok(self.table(&words.sub(0, self.device_words()), stream.id()))
     }
 
     fn table(&self, words: &Span, stream: StreamId) -> ChunkTable {
         ChunkTable {
-            words: words.sub(0, self.device_words()),
+            words: words.sub(0, self.words.len()),
             stream,
             columns: self.columns,
             tensors: self.tensors,
@@ -210,7 +232,7 @@ impl ChunkList {
     /// The table in host memory, for tests that run a twin without a device.
     #[cfg(test)]
     pub(crate) fn host_table(&self) -> ChunkTable {
-        let len = self.device_words();
+        let len = self.words.len();
         let ptr = DevicePtr(self.words.as_ptr() as u64);
         // SAFETY: the words live in this list, which the test keeps unchanged while it uses the table.
         let words = unsafe { Span::new(ptr, len, DType::F64, StreamId(0)) };
@@ -258,6 +280,17 @@ impl ChunkTable {
     /// Elements of all rows.
     pub(crate) fn elements(&self) -> u64 {
         self.elements
+    }
+
+    /// Chunks of all rows.
+    pub(crate) fn chunks_len(&self) -> usize {
+        self.words.len() / (HEAD_WORDS + self.columns)
+    }
+
+    /// Adds the struct by which device code finds the table.
+    pub(crate) fn push_to(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.words]);
+        push_sizes(into, &[self.columns, self.chunks_len(), self.tensors]);
     }
 
     /// Refuses a table of another stream, or with another number of columns.

@@ -18,11 +18,12 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::chunk_table::{Chunk, ChunkTable};
 use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::device::{push_optional, push_sizes, push_spans};
 use crate::launch::gradient_check::NormKind;
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
 
@@ -143,6 +144,25 @@ impl Kernel for ClipCoefficient {
         self.operands.norms.len() as u64
     }
 
+    fn arguments(&self, into: &mut Arguments) {
+        let ClipOperands {
+            norms,
+            total_norm,
+            coefficient,
+            found_inf,
+        } = &self.operands;
+        push_spans(into, &[norms]);
+        push_sizes(into, &[norms.len()]);
+        push_spans(into, &[total_norm, coefficient]);
+        push_optional(into, found_inf.as_ref());
+        into.f64(self.max_norm);
+        into.u32(self.kind.code());
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_blocks(1)
+    }
+
     unsafe fn run(&self) {
         // SAFETY: the check that wrote the norms ran before, in stream order.
         let norms = unsafe { self.operands.norms.slice::<f64>() };
@@ -203,6 +223,15 @@ impl Kernel for Multiply {
 
     fn elements(&self) -> u64 {
         self.table.elements()
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        self.table.push_to(into);
+        push_spans(into, &[&self.factor]);
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_blocks(self.table.chunks_len() as u64)
     }
 
     unsafe fn run(&self) {

@@ -1,10 +1,11 @@
 //! Softmax and cross entropy in one: the loss of a classifier and its gradient.
 //!
 //! With `p[r, c] = e^(x[r, c] - m) / Σ e^(x[r, ·] - m)` and `m` the largest logit of the row:
-//! - forward: `loss[0]` = the mean over the rows of `-ln p[r, label[r]]`, and `p` itself;
+//! - forward: `losses[r] = -ln p[r, label[r]]`, `loss[0]` their mean, and `p` itself;
 //! - backward: `grad[r, c] = (p[r, c] - [c = label[r]]) · seed[0] / rows`.
 //!
-//! Logits of any float type; `loss` and `p` are f32, or f64 for f64 logits, and so is the computation.
+//! Logits of any float type; `loss` and `p` are f32, or f64 for f64 logits, and so is the computation;
+//! `losses` are f64.
 //! `seed` is the gradient that arrives at the loss, read on the device: a loss scale multiplies it. The
 //! gradient is rounded once into its own type, where it may overflow: that is what a loss scaler watches
 //! for, so nothing is clamped.
@@ -19,47 +20,59 @@ use super::Span;
 use super::compute::{
     check_floats, check_streams, entry_name, load, load_scalar, store, sum_dtype, with_compute,
 };
-use super::reduce::sum_in_lanes;
+use super::device::{entry_by_types, push_sizes, push_spans, push_types};
+use super::reduce::{Total, sum_in_lanes};
 use super::special::Special;
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
 
-/// Enqueues the loss and the probabilities of `logits`, whose rows are as many as there are `labels`.
+/// Enqueues the loss of each row, their mean, and the probabilities of `logits`, whose rows are as many as
+/// there are `labels`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for lengths or types that do not fit (`labels` are u32, `loss` and
-/// `probabilities` what [`sum_dtype`] gives), for operands of another stream, or that overlap
+/// [`Error::InvalidArgument`] for lengths or types that do not fit (`labels` are u32, `losses` f64, `loss`
+/// and `probabilities` what [`sum_dtype`] gives), for operands of another stream, or that overlap
 /// (`probabilities` may be `logits`); [`Error::UnsupportedDtype`] for logits of u32.
 pub fn cross_entropy(
     stream: &Stream,
     logits: &Span,
     labels: &Span,
+    losses: &Span,
     loss: &Span,
     probabilities: &Span,
 ) -> Result<()> {
     const OP: &str = "cross_entropy";
-    check_streams(OP, stream, &[logits, labels, loss, probabilities])?;
+    check_streams(OP, stream, &[logits, labels, losses, loss, probabilities])?;
     check_floats(OP, &[logits])?;
     let columns = check_rows(OP, logits, labels)?;
     loss.check_len(OP, 1)?;
+    losses.check_len(OP, labels.len())?;
+    losses.check_dtype(OP, DType::F64)?;
     probabilities.check_len(OP, logits.len())?;
     probabilities.check_in_place_or_disjoint(OP, logits)?;
     for out in [loss, probabilities] {
         out.check_dtype(OP, sum_dtype(logits.dtype()))?;
         out.check_disjoint(OP, labels)?;
     }
-    loss.check_disjoint(OP, logits)?;
-    loss.check_disjoint(OP, probabilities)?;
-    let kernel = CrossEntropy {
-        logits: *logits,
-        labels: *labels,
-        loss: *loss,
-        probabilities: *probabilities,
-        columns,
-    };
-    super::enqueue(stream, kernel)
+    for read in [logits, probabilities] {
+        loss.check_disjoint(OP, read)?;
+        losses.check_disjoint(OP, read)?;
+    }
+    losses.check_disjoint(OP, labels)?;
+    loss.check_disjoint(OP, losses)?;
+    if !labels.is_empty() {
+        let kernel = CrossEntropy {
+            logits: *logits,
+            labels: *labels,
+            losses: *losses,
+            probabilities: *probabilities,
+            columns,
+        };
+        super::enqueue(stream, kernel)?;
+    }
+    super::enqueue(stream, Total::mean_of(losses, loss))
 }
 
 /// Enqueues the gradient of the loss by its logits, from the probabilities that the forward pass gave and
@@ -118,7 +131,7 @@ fn check_rows(op: &'static str, x: &Span, labels: &Span) -> Result<usize> {
 struct CrossEntropy {
     logits: Span,
     labels: Span,
-    loss: Span,
+    losses: Span,
     probabilities: Span,
     columns: usize,
 }
@@ -129,27 +142,24 @@ impl CrossEntropy {
     unsafe fn run_in<C: Special>(&self) {
         // SAFETY: the caller promises that nothing writes the labels.
         let labels = unsafe { self.labels.slice::<u32>() };
-        let losses: Vec<f64> = labels
+        // SAFETY: the caller promises exclusive access to the losses.
+        let losses = unsafe { self.losses.slice_mut::<f64>() };
+        labels
             .par_iter()
+            .zip(losses)
             .with_min_len(rows_at_once(self.columns))
             .enumerate()
-            .map_init(
+            .for_each_init(
                 || vec![C::default(); self.columns],
-                |row_values, (row, label)| {
+                |row_values, (row, (label, loss))| {
                     let start = row * self.columns;
                     // SAFETY: the caller keeps others away, and rows are disjoint.
                     unsafe { load(&self.logits, start, row_values) };
-                    let loss = softmax(row_values, to_usize(u64::from(*label)));
+                    *loss = softmax(row_values, to_usize(u64::from(*label)));
                     // SAFETY: as above.
                     unsafe { store(&self.probabilities, start, row_values) };
-                    loss
                 },
-            )
-            .collect();
-        #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
-        let mean = sum_in_lanes(&losses) / losses.len() as f64;
-        // SAFETY: the caller promises exclusive access to the loss.
-        unsafe { store(&self.loss, 0, &[mean]) };
+            );
     }
 }
 
@@ -185,6 +195,23 @@ impl Kernel for CrossEntropy {
 
     fn elements(&self) -> u64 {
         self.logits.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(
+            into,
+            &[
+                &self.logits,
+                &self.labels,
+                &self.losses,
+                &self.probabilities,
+            ],
+        );
+        push_sizes(into, &[self.labels.len(), self.columns]);
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_warps(self.labels.len() as u64)
     }
 
     unsafe fn run(&self) {
@@ -238,11 +265,24 @@ impl Backward {
 
 impl Kernel for Backward {
     fn entry(&self) -> &'static str {
-        entry_name!("cross_entropy_backward", self.grad_logits.dtype())
+        entry_by_types!(
+            "cross_entropy_backward",
+            [self.probabilities, self.grad_logits]
+        )
     }
 
     fn elements(&self) -> u64 {
         self.grad_logits.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let (probabilities, grad_logits) = (&self.probabilities, &self.grad_logits);
+        push_spans(
+            into,
+            &[probabilities, &self.labels, &self.seed, grad_logits],
+        );
+        push_sizes(into, &[self.labels.len(), self.columns]);
+        push_types(into, &[probabilities, grad_logits]);
     }
 
     unsafe fn run(&self) {

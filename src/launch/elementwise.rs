@@ -13,7 +13,8 @@ use super::Span;
 use super::compute::{
     Compute, check_floats, check_streams, entry_name, load_scalar, map, map2, with_compute,
 };
-use crate::driver::{Kernel, Stream};
+use super::device::{entry_by_types, push_spans, push_types};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -131,13 +132,20 @@ impl Binary {
 impl Kernel for Binary {
     fn entry(&self) -> &'static str {
         match self.op {
-            BinaryOp::Add => entry_name!("add", self.out.dtype()),
-            BinaryOp::Mul => entry_name!("mul", self.out.dtype()),
+            BinaryOp::Add => entry_by_types!("add", [self.a, self.b, self.out]),
+            BinaryOp::Mul => entry_by_types!("mul", [self.a, self.b, self.out]),
         }
     }
 
     fn elements(&self) -> u64 {
         self.out.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let spans = [&self.a, &self.b, &self.out];
+        push_spans(into, &spans);
+        into.u64(self.elements());
+        push_types(into, &spans);
     }
 
     unsafe fn run(&self) {
@@ -184,6 +192,12 @@ impl Kernel for Scale {
         self.out.len() as u64
     }
 
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.x, &self.factor, &self.out]);
+        into.u64(self.elements());
+        push_types(into, &[&self.factor]);
+    }
+
     unsafe fn run(&self) {
         if self.out.dtype().is_half() {
             // SAFETY: the caller promises the same.
@@ -205,11 +219,19 @@ struct AddScaled {
 
 impl Kernel for AddScaled {
     fn entry(&self) -> &'static str {
-        entry_name!("add_scaled", self.out.dtype())
+        entry_by_types!("add_scaled", [self.x, self.out])
     }
 
     fn elements(&self) -> u64 {
         self.out.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let spans = [&self.x, &self.out];
+        push_spans(into, &spans);
+        into.u64(self.elements());
+        into.f64(self.factor);
+        push_types(into, &spans);
     }
 
     unsafe fn run(&self) {

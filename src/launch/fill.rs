@@ -4,7 +4,7 @@
 
 use super::Span;
 use super::compute::{entry_name, for_chunks, with_element};
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::Element;
 use crate::error::Result;
 
@@ -33,6 +33,12 @@ impl Kernel for Fill {
 
     fn elements(&self) -> u64 {
         self.dst.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        into.ptr(self.dst.ptr());
+        into.u64(self.elements());
+        into.f64(self.value);
     }
 
     unsafe fn run(&self) {

@@ -20,11 +20,12 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable};
 use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::device::{push_optional, push_spans};
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
 
 /// 32-bit words of one tensor's counts.
@@ -42,6 +43,17 @@ pub enum NormKind {
     L2,
     /// Largest magnitude.
     Max,
+}
+
+impl NormKind {
+    /// The number that stands for this norm on the device.
+    pub(crate) fn code(self) -> u32 {
+        match self {
+            Self::L1 => 0,
+            Self::L2 => 1,
+            Self::Max => 2,
+        }
+    }
 }
 
 /// Where a check writes what it found about each tensor.
@@ -264,6 +276,20 @@ impl Kernel for GradientCheck {
     fn elements(&self) -> u64 {
         // At least the statistics of tensors without elements must be written.
         self.table.elements().max(self.table.tensors() as u64)
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        self.table.push_to(into);
+        push_optional(into, self.inv_scale.as_ref());
+        push_spans(
+            into,
+            &[&self.found_inf, &self.stats.norms, &self.stats.counts],
+        );
+        into.u32(self.kind.code());
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_blocks(self.table.chunks_len() as u64)
     }
 
     unsafe fn run(&self) {

@@ -11,9 +11,10 @@
 //!
 //! Twin: [`StepRecord`].
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::launch::device::{push_optional, push_sizes, push_spans};
 use crate::launch::gradient_check::{COUNT_WORDS, NO_INDEX};
 use crate::launch::{Span, enqueue};
 
@@ -145,6 +146,23 @@ impl Kernel for StepRecord {
 
     fn elements(&self) -> u64 {
         1
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let operands = &self.operands;
+        push_spans(
+            into,
+            &[
+                &operands.journal,
+                &operands.found_inf,
+                &operands.scale,
+                &operands.counts,
+            ],
+        );
+        push_sizes(into, &[operands.counts.len() / COUNT_WORDS]);
+        push_optional(into, operands.total_norm.as_ref());
+        into.u64(operands.optimizer);
+        into.u64(operands.step);
     }
 
     unsafe fn run(&self) {

@@ -13,14 +13,18 @@
 use rayon::prelude::*;
 
 use super::compute::{CHUNK, Compute, check_floats, check_streams, entry_name, load, store};
+use super::device::{push_sizes, push_spans};
 use super::{PARALLEL_MIN, Span};
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
 
 /// Rows of `out` that are worth a task of their own: the GEMM below packs `b` anew for each.
 const BLOCK_ROWS: usize = 64;
+
+/// Rows and columns of `out` that a block computes at once on a device.
+const DEVICE_TILE: u64 = 64;
 
 /// A matrix in memory: element (row, column) is at `row · row_stride + column · column_stride`.
 #[derive(Clone, Copy, Debug)]
@@ -184,6 +188,25 @@ impl Kernel for Matmul {
 
     fn elements(&self) -> u64 {
         self.out.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let Self {
+            a,
+            b,
+            out,
+            accumulate,
+        } = self;
+        push_spans(into, &[&a.span, &b.span, out]);
+        push_sizes(into, &[a.rows, a.columns, b.columns]);
+        push_sizes(into, &[a.row_stride, a.column_stride]);
+        push_sizes(into, &[b.row_stride, b.column_stride]);
+        into.u32(u32::from(*accumulate == Accumulate::Add));
+    }
+
+    fn grid(&self) -> Grid {
+        let tiles = |extent: usize| (extent as u64).div_ceil(DEVICE_TILE);
+        Grid::of_blocks(tiles(self.a.rows).saturating_mul(tiles(self.b.columns)))
     }
 
     unsafe fn run(&self) {

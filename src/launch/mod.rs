@@ -19,6 +19,7 @@ pub(crate) mod chunk_table;
 pub(crate) mod clip;
 mod compute;
 mod cross_entropy;
+mod device;
 mod elementwise;
 mod fill;
 pub(crate) mod gradient_check;

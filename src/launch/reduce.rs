@@ -13,8 +13,9 @@ use rayon::prelude::*;
 use super::compute::{
     CHUNK, Compute, check_floats, check_streams, entry_name, load, store, sum_dtype, with_compute,
 };
+use super::device::{push_sizes, push_spans, push_types};
 use super::{PARALLEL_MIN, Span};
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -41,15 +42,7 @@ pub fn sum(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
 /// # Errors
 /// As [`sum`].
 pub fn mean(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
-    enqueue_total(
-        "mean",
-        stream,
-        Total {
-            x: *x,
-            out: *out,
-            divisor: x.len() as u64,
-        },
-    )
+    enqueue_total("mean", stream, Total::mean_of(x, out))
 }
 
 fn enqueue_total(op: &'static str, stream: &Stream, total: Total) -> Result<()> {
@@ -104,10 +97,21 @@ pub fn argmax_rows(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
 }
 
 #[derive(Debug)]
-struct Total {
+pub(super) struct Total {
     x: Span,
     out: Span,
     divisor: u64,
+}
+
+impl Total {
+    /// The mean of `x`, into one element of any float type.
+    pub(super) fn mean_of(x: &Span, out: &Span) -> Self {
+        Self {
+            x: *x,
+            out: *out,
+            divisor: x.len() as u64,
+        }
+    }
 }
 
 impl Kernel for Total {
@@ -117,6 +121,21 @@ impl Kernel for Total {
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.x, &self.out]);
+        into.u64(self.elements());
+        into.u64(self.divisor);
+        push_types(into, &[&self.out]);
+    }
+
+    fn grid(&self) -> Grid {
+        // One block: there is no memory in which several could meet.
+        Grid {
+            threads: 1024,
+            ..Grid::of_blocks(1)
+        }
     }
 
     unsafe fn run(&self) {
@@ -215,6 +234,15 @@ impl Kernel for ArgmaxRows {
 
     fn elements(&self) -> u64 {
         self.x.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.x, &self.out]);
+        push_sizes(into, &[self.out.len(), self.columns]);
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_warps(self.out.len() as u64)
     }
 
     unsafe fn run(&self) {

@@ -15,9 +15,10 @@
 //!
 //! Twin: [`ScaleUpdate`]. [`next_scale`] is the rule by itself.
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::launch::device::{push_sizes, push_spans};
 use crate::launch::journal::{
     BACKOFFS, CHANGES, GROWTHS, JOURNAL_WORDS, UPDATES, change_words, counter,
 };
@@ -161,6 +162,26 @@ impl Kernel for ScaleUpdate {
 
     fn elements(&self) -> u64 {
         1
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let ScaleOperands {
+            scale,
+            inv_scale,
+            growth_tracker,
+            flags,
+            journal,
+        } = &self.operands;
+        push_spans(into, &[scale, inv_scale, growth_tracker, flags]);
+        push_sizes(into, &[flags.len()]);
+        push_spans(into, &[journal]);
+        into.f64(self.policy.growth_factor);
+        into.f64(self.policy.backoff_factor);
+        into.u32(self.policy.growth_interval);
+        into.f32(self.policy.min_scale);
+        into.f32(self.policy.max_scale);
+        into.u32(u32::from(self.forced.is_some()));
+        into.f32(self.forced.unwrap_or(0.0));
     }
 
     unsafe fn run(&self) {

@@ -11,7 +11,7 @@
 //!
 //! Twin: [`Sgd`].
 
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::error::Result;
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::Compute;
@@ -99,6 +99,19 @@ impl Kernel for Sgd {
 
     fn elements(&self) -> u64 {
         self.table.elements()
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        self.table.push_to(into);
+        self.scalars.push_to(into);
+        into.f64(self.numbers.learning_rate);
+        into.f64(self.numbers.momentum);
+        into.f64(self.numbers.weight_decay);
+        into.u32(u32::from(self.numbers.nesterov));
+    }
+
+    fn grid(&self) -> Grid {
+        Grid::of_blocks(self.table.chunks_len() as u64)
     }
 
     unsafe fn run(&self) {

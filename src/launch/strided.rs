@@ -12,8 +12,9 @@ use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use super::compute::{CHUNK, check_floats, check_streams, convert, entry_name, with_element};
+use super::device::{push_sizes, push_spans};
 use super::{PARALLEL_MIN, Span};
-use crate::driver::{Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::units::to_usize;
@@ -186,6 +187,19 @@ impl Kernel for Strided {
             .iter()
             .map(|[extent, ..]| *extent as u64)
             .product()
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.src, &self.dst]);
+        into.u64(self.elements());
+        push_sizes(into, &[self.dimensions.len()]);
+        for field in 0..3 {
+            let mut values = [0; RANK_MAX];
+            for (value, dimension) in values.iter_mut().zip(&self.dimensions) {
+                *value = dimension[field];
+            }
+            push_sizes(into, &values);
+        }
     }
 
     unsafe fn run(&self) {

@@ -15,11 +15,12 @@
 
 use rayon::prelude::*;
 
-use crate::driver::Stream;
+use crate::driver::{Arguments, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::device::push_optional;
 use crate::launch::{PARALLEL_MIN, Span};
 
 /// Column of the parameters.
@@ -54,6 +55,13 @@ impl StepScalars {
             span.check_len(op, 1)?;
         }
         Ok(())
+    }
+
+    /// Adds the addresses for device code.
+    pub(super) fn push_to(&self, into: &mut Arguments) {
+        for span in [self.found_inf, self.inv_scale, self.clip] {
+            push_optional(into, span.as_ref());
+        }
     }
 
     /// The factors of the gradients, or `None` if the step is to be skipped.

@@ -17,6 +17,8 @@ pub(super) struct Request {
     pub(super) bytes: u64,
     pub(super) owner: Owner,
     pub(super) reuse: ReusePolicy,
+    /// Bytes of blocks that were freed and wait for other streams.
+    pub(super) pending: u64,
 }
 
 /// Where a block lies, to be handed back when it is freed.
@@ -58,6 +60,9 @@ pub(super) struct Totals {
 
 /// Memory taken from a driver, placed in blocks.
 pub(super) trait Backing: Debug + Send {
+    /// Sets the most bytes it may hold from now on; what it holds already stays.
+    fn set_limit(&mut self, bytes: u64);
+
     /// Places a block in memory that is free for the stream at once. Calls no driver.
     fn place(&mut self, request: Request) -> Option<Placed>;
 

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::backing::Place;
+use super::fences::Fence;
 use super::lane::LaneKey;
+use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
 use super::territory::Owner;
+use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
@@ -38,10 +41,51 @@ pub(super) struct BlockRecord {
 #[derive(Debug, Default)]
 pub(super) struct Extras {
     /// Other streams that used the block.
-    pub(super) users: SmallVec<[Stream; 1]>,
+    pub(super) users: SmallVec<[User; 1]>,
+    /// Who is told of what becomes of the block, the innermost wrapper first.
+    pub(super) watchers: Vec<Watcher>,
+    /// Where the block lies.
+    pub(super) memory: MemoryIndex,
+}
+
+/// A stream other than home that uses a block.
+#[derive(Debug)]
+pub(super) struct User {
+    pub(super) stream: Stream,
+    /// The end of its use, if that was marked; otherwise it is where the stream is at the free.
+    pub(super) until: Option<Fence>,
 }
 
 impl BlockRecord {
+    /// Notes a use by `stream`, which ends where `until` says, as [`User::until`]. Of two uses by one stream
+    /// the later end counts. Whether it is the stream's first.
+    fn add_user(&mut self, stream: &Stream, until: Option<Fence>) -> bool {
+        let id = stream.id();
+        let users = &mut self.extras.get_or_insert_default().users;
+        match users.iter_mut().find(|user| user.stream.id() == id) {
+            // Marks of one stream come in order, and a free comes after all of them.
+            Some(user) => {
+                user.until = user.until.and(until);
+                false
+            }
+            None => {
+                users.push(User {
+                    stream: stream.clone(),
+                    until,
+                });
+                true
+            }
+        }
+    }
+
+    /// The memory that the block lies in.
+    #[inline]
+    pub(super) fn memory(&self) -> MemoryIndex {
+        self.extras
+            .as_ref()
+            .map_or(MemoryIndex::ORDINARY, |extras| extras.memory)
+    }
+
     /// Makes the record that of a new allocation of `requested` bytes by the calling thread.
     #[inline]
     pub(super) fn hand_out(&mut self, requested: u64) {
@@ -82,23 +126,87 @@ impl Block {
         self.record.as_ref().map_or(0, |record| record.allocated)
     }
 
+    /// The stream the block was allocated for; `None` for a block of zero bytes.
+    #[must_use]
+    pub fn home(&self) -> Option<&Stream> {
+        self.record.as_ref().map(|record| &record.home)
+    }
+
+    /// Has `watch` told, under `key`, of what becomes of the block: for wrappers around an allocator. Those
+    /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
+    pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
+        if let Some(record) = &mut self.record {
+            let extras = record.extras.get_or_insert_default();
+            extras.watchers.push(Watcher { watch, key });
+        }
+    }
+
+    fn watchers(&self) -> &[Watcher] {
+        let extras = self
+            .record
+            .as_ref()
+            .and_then(|record| record.extras.as_ref());
+        extras.map_or(&[], |extras| &extras.watchers)
+    }
+
     /// Says that work enqueued on `stream` so far uses this block, so that the memory is reused only after
     /// that work, as of the moment of the free, has run. The home stream needs no record.
     ///
     /// The meaning is PyTorch's: it is decided at the free which work has to be waited for, so work that
-    /// `stream` is given between this call and the free delays the reuse as well.
+    /// `stream` is given between this call and the free delays the reuse as well. It costs nothing now; to
+    /// be exact, at the price of an event, is what [`record_use`](Self::record_use) is for.
     pub fn record_stream(&mut self, stream: &Stream) {
-        let Some(record) = &mut self.record else {
-            return;
-        };
-        if record.home.id() == stream.id() {
-            return;
-        }
-        let users = &mut record.extras.get_or_insert_default().users;
-        if !users.iter().any(|known| known.id() == stream.id()) {
-            users.push(stream.clone());
+        if let Some(record) = self.record_for(stream)
+            && record.add_user(stream, None)
+        {
+            self.tell_recorded(stream);
         }
     }
+
+    /// Says that work enqueued on `stream` so far, and none after it, uses this block: the memory is reused
+    /// only after that work has run, and what `stream` is given later does not delay the reuse. To be called
+    /// after the last use on `stream`; a later use needs a later call, which replaces this one. The home
+    /// stream needs no record.
+    ///
+    /// Records an event on `stream`, under every [`ReusePolicy`](super::ReusePolicy): no other means marks a
+    /// point that the stream has not moved on from. Where none can be had (the driver refuses, or `stream` is
+    /// part of a capture), and where [`record_stream`](Self::record_stream) was called for the same stream,
+    /// the meaning is that of `record_stream`.
+    pub fn record_use(&mut self, stream: &Stream) {
+        if let Some(record) = self.record_for(stream) {
+            let until = record.shared.as_ref().and_then(|pool| pool.mark(stream));
+            if record.add_user(stream, until) {
+                self.tell_recorded(stream);
+            }
+        }
+    }
+
+    fn tell_recorded(&self, stream: &Stream) {
+        for Watcher { watch, key } in self.watchers().iter().rev() {
+            watch.recorded(*key, self, stream);
+        }
+    }
+
+    /// The record, if there is memory and `stream` is not its home.
+    fn record_for(&mut self, stream: &Stream) -> Option<&mut BlockRecord> {
+        let record = self.record.as_deref_mut()?;
+        (record.home.id() != stream.id()).then_some(record)
+    }
+}
+
+/// Tells the watchers of a block, if it has any, that it is freed.
+pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
+    let extras = &mut record.extras;
+    let watchers = extras
+        .as_mut()
+        .map(|extras| std::mem::take(&mut extras.watchers));
+    // Without users either, a lane may keep a block of ordinary memory.
+    extras.take_if(|extras| extras.users.is_empty() && extras.memory == MemoryIndex::ORDINARY);
+    let mut block = Block::new(Some(record));
+    for Watcher { watch, key } in watchers.iter().flatten().rev() {
+        watch.freed(*key, &block);
+    }
+    block.record.take().expect("the block was made above")
 }
 
 impl Drop for Block {

@@ -20,6 +20,11 @@ use crate::units::StreamId;
 /// The owner of holes that anyone may have: memory without a past, or whose past is known to be complete.
 pub(super) const COMMON: Owner = 0;
 
+/// Frees between two events of a stream whose memory others ask for in vain.
+const FREES_PER_EVENT: u32 = 8;
+/// Events that are recorded ahead after each time.
+const EVENTS_AHEAD: u32 = 64;
+
 /// A point in a stream: everything freed for `owner` up to `epoch`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fence {
@@ -39,6 +44,10 @@ struct Clock {
     complete: u64,
     /// For each other owner, the newest epoch that this stream was made to wait for.
     waited: Vec<u64>,
+    /// Frees since the last event, while others want this stream's memory.
+    frees: u32,
+    /// Events still to be recorded without being asked for.
+    ahead: u32,
 }
 
 impl Clock {
@@ -104,6 +113,8 @@ impl Clock {
             events: VecDeque::new(),
             complete,
             waited: Vec::new(),
+            frees: 0,
+            ahead: 0,
         }
     }
 }
@@ -171,6 +182,47 @@ impl Fences {
         }
     }
 
+    /// Where every stream is now.
+    pub(super) fn ends(&self) -> Vec<Fence> {
+        let clocks = self.clocks.iter().enumerate();
+        let in_use = clocks.filter(|(_, clock)| clock.stream.is_some());
+        in_use.map(|(owner, _)| self.now(owner)).collect()
+    }
+
+    /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
+    /// is given from now on comes after it. `None` if no event can be recorded.
+    pub(super) fn mark(&mut self, stream: &Stream) -> Option<Fence> {
+        let owner = self.owner(stream);
+        let fence = self.now(owner);
+        self.clocks[owner].cover(fence.epoch).then_some(fence)
+    }
+
+    /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
+    /// was recorded after its free; so while others ask for this stream's memory and cannot wait, an event is
+    /// recorded every few frees, before they ask again.
+    pub(super) fn stamp(&mut self, owner: Owner) -> Fence {
+        let clock = &mut self.clocks[owner];
+        if clock.ahead > 0 {
+            clock.frees += 1;
+            if clock.frees >= FREES_PER_EVENT {
+                return self.stamp_for_others(owner);
+            }
+        }
+        self.now(owner)
+    }
+
+    /// As [`stamp`](Self::stamp), for what waits for `owner` in any case.
+    pub(super) fn stamp_for_others(&mut self, owner: Owner) -> Fence {
+        let fence = self.now(owner);
+        let clock = &mut self.clocks[owner];
+        if clock.ahead > 0 {
+            clock.frees = 0;
+            clock.ahead -= 1;
+            clock.cover(fence.epoch);
+        }
+        fence
+    }
+
     /// Whether `thief` may enqueue work on memory behind `fence`, as far as `reuse` allows it to find out
     /// or to bring it about.
     pub(super) fn pass(&mut self, thief: Owner, fence: Fence, reuse: ReusePolicy) -> bool {
@@ -185,18 +237,53 @@ impl Fences {
             return false;
         }
         if reuse == ReusePolicy::OnlyComplete {
-            self.clocks[owner].poll();
-            return epoch <= self.clocks[owner].complete;
+            let clock = &mut self.clocks[owner];
+            clock.poll();
+            let is_passed = epoch <= clock.complete;
+            if !is_passed {
+                clock.ahead = EVENTS_AHEAD;
+            }
+            return is_passed;
         }
         self.wait(thief, fence)
     }
 
+    /// The newest epoch of `owner` up to which `thief` may enqueue work without being made to wait, where
+    /// `newest` is the newest that memory was stamped with. Records an event, as far as `reuse` allows, so that
+    /// a later call can tell more.
+    pub(super) fn reach(
+        &mut self,
+        thief: Owner,
+        owner: Owner,
+        newest: u64,
+        reuse: ReusePolicy,
+    ) -> u64 {
+        let is_reached = self.is_dominated(
+            thief,
+            Fence {
+                owner,
+                epoch: newest,
+            },
+        );
+        if !is_reached && reuse != ReusePolicy::Never {
+            let clock = &mut self.clocks[owner];
+            clock.cover(newest);
+            clock.poll();
+            if reuse == ReusePolicy::OnlyComplete && clock.complete < newest {
+                clock.ahead = EVENTS_AHEAD;
+            }
+        }
+        self.waited_for(thief, owner)
+            .max(self.clocks[owner].complete)
+    }
+
+    fn waited_for(&self, thief: Owner, owner: Owner) -> u64 {
+        let waited = self.clocks[thief].waited.get(owner);
+        waited.copied().unwrap_or(0)
+    }
+
     fn is_dominated(&self, thief: Owner, fence: Fence) -> bool {
-        let waited = self.clocks[thief]
-            .waited
-            .get(fence.owner)
-            .copied()
-            .unwrap_or(0);
+        let waited = self.waited_for(thief, fence.owner);
         fence.epoch <= waited.max(self.clocks[fence.owner].complete)
     }
 

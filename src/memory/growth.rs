@@ -42,7 +42,17 @@ impl Pages {
     /// [`Error::Driver`] if the driver has no range that large.
     pub(super) fn new(device: &Device, limit: Option<u64>) -> Result<Self> {
         let total = device.properties().total_memory;
-        let homes = (total / PAGE).max(1) * HOMES;
+        Self::with_homes(device, limit, (total / PAGE).max(1) * HOMES)
+    }
+
+    /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one home.
+    pub(super) fn lasting(device: &Device, limit: Option<u64>) -> Result<Self> {
+        let total = device.properties().total_memory;
+        let most = limit.unwrap_or(total).min(total);
+        Self::with_homes(device, limit, (most / PAGE).max(1))
+    }
+
+    fn with_homes(device: &Device, limit: Option<u64>, homes: u64) -> Result<Self> {
         let base = device.driver().reserve(homes * PAGE)?;
         let driver = device.driver().clone();
         let limit = limit.unwrap_or(u64::MAX);
@@ -60,6 +70,10 @@ impl Pages {
     /// Address of the byte at `offset` in the territory.
     pub(super) fn home(&self, offset: u64) -> DevicePtr {
         self.base.offset(offset)
+    }
+
+    pub(super) fn set_limit(&mut self, bytes: u64) {
+        self.limit = bytes;
     }
 
     pub(super) fn bytes_held(&self) -> u64 {

@@ -126,6 +126,10 @@ impl Lane {
     }
 
     /// Gives up the blanks.
+    #[expect(
+        clippy::vec_box,
+        reason = "a record keeps its box from allocation to allocation"
+    )]
     pub(super) fn take_blanks(&mut self) -> Vec<Box<BlockRecord>> {
         std::iter::from_fn(|| self.take_blank()).collect()
     }

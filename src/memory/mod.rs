@@ -18,11 +18,14 @@
 //!
 //! A stream other than home that touches the block must be named through
 //! [`Block::record_stream`]. The free then stamps a fence for each such stream, and the block stays
-//! *active* until the home stream has passed all of them.
+//! *active* until the home stream has passed all of them. [`Block::record_use`] stamps the fence at the call.
 //!
 //! Another stream may take a hole once it has passed the hole's fence, as far as [`ReusePolicy`] lets it
 //! find out (an event recorded when the memory is wanted, and asked) or bring it about (a wait on the
 //! device). The host waits only when memory has run out.
+//!
+//! A captured graph needs memory that is nobody else's: a [`PrivatePool`], a *memory* of its own under the same
+//! lock, to which allocations for captured streams are *routed*.
 //!
 //! # Where a block comes from
 //! In order: the lane of the calling thread and stream; a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
@@ -32,8 +35,10 @@
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `state` adds statistics, `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is
-//! in `cache`, made of `lane` and `biased`.
+//! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
+//! `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is in `cache`, made of `lane` and
+//! `biased`. Captures are in `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what
+//! stands around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -49,11 +54,17 @@ mod fences;
 mod growth;
 mod lane;
 mod local;
+mod memories;
 mod paged;
+mod peaks;
 mod pending;
+mod pinned;
+mod poison;
 mod pool;
+mod private;
 mod ranges;
 mod reclaim;
+mod routes;
 mod segmented;
 mod small;
 mod state;
@@ -61,9 +72,17 @@ mod stats;
 mod stitch;
 mod tags;
 mod territory;
+mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
+pub use peaks::{PeakScope, ScopeStats, ScopedStat};
+pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;
+pub use private::{CapturedGraph, PrivatePool};
 pub use stats::{PoolStats, Stat};
 pub use tags::{TagScope, TagStat, tag};
+pub use wrap::{
+    Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
+    Watch,
+};

@@ -8,10 +8,12 @@
 
 use std::collections::BTreeMap;
 
+use smallvec::SmallVec;
+
 use super::arena::GRANULARITY;
 use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
 use super::bins::Index;
-use super::fences::{Fence, Fences};
+use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
 use super::ranges::Ranges;
 use super::small::{Lease, SmallBlocks};
@@ -31,10 +33,14 @@ pub(super) struct PagedMemory {
     pub(super) pages: Pages,
     pub(super) territory: Territory,
     pub(super) ranges: Ranges,
+    /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
+    stitches: bool,
     small: BTreeMap<Owner, SmallBlocks>,
-    /// Bytes in blocks now, and the most there ever were.
+    /// Bytes in blocks.
     in_use: u64,
-    in_use_peak: u64,
+    /// The most that callers ever had of them. What waits for other streams does not count: that it is there
+    /// is no reason to hold more.
+    live_peak: u64,
 }
 
 impl PagedMemory {
@@ -43,15 +49,26 @@ impl PagedMemory {
             pages,
             territory: Territory::new(),
             ranges: Ranges::default(),
+            stitches: true,
             small: BTreeMap::new(),
             in_use: 0,
-            in_use_peak: 0,
+            live_peak: 0,
         }
     }
 
-    fn count(&mut self, placed: Placed, bytes: u64) -> Placed {
-        self.in_use += bytes;
-        self.in_use_peak = self.in_use_peak.max(self.in_use);
+    /// Memory whose addresses hold for as long as its pages: it maps none a second time.
+    pub(super) fn unstitched(pages: Pages) -> Self {
+        Self {
+            stitches: false,
+            ..Self::new(pages)
+        }
+    }
+
+    fn count(&mut self, placed: Placed, request: Request) -> Placed {
+        self.in_use += request.bytes;
+        self.live_peak = self
+            .live_peak
+            .max(self.in_use.saturating_sub(request.pending));
         placed
     }
 
@@ -101,35 +118,71 @@ impl PagedMemory {
     }
 
     /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
-    /// with its own; whether there were any.
+    /// with its own; whether there were any. Pages pass one by one: those of a hole that only grew just now
+    /// are not held back by the free that it grew by.
     fn gather(&mut self, request: Request, fences: &mut Fences) -> bool {
-        let holes: Vec<Hole> = self
-            .territory
-            .holes()
-            .filter(|hole| hole.owner != request.owner)
-            .collect();
         let mut gathered = false;
-        for hole in holes {
-            if fences.pass(request.owner, hole.fence(), request.reuse) {
-                // What is complete has no past to wait for; what the requester was made to wait for has
-                // the requester's own.
-                let is_complete = fences.is_known_complete(hole.fence());
-                let epoch = if is_complete {
-                    0
-                } else {
-                    fences.now(request.owner).epoch
-                };
-                self.territory.give(
-                    &hole,
-                    Fence {
-                        owner: request.owner,
-                        epoch,
-                    },
-                );
-                gathered = true;
+        let owners = self.territory.owners();
+        for owner in owners.filter(|owner| *owner != request.owner && *owner != COMMON) {
+            let holes: Vec<Hole> = self.territory.holes_from(owner, 1).collect();
+            let Some(newest) = holes.iter().map(|hole| hole.epoch).max() else {
+                continue;
+            };
+            let reached = fences.reach(request.owner, owner, newest, request.reuse);
+            for hole in holes {
+                gathered |= self.gather_from(hole, reached, request, fences);
             }
         }
         gathered
+    }
+
+    /// Makes what is anyone's the requester's, so that it merges with its own; whether there was any.
+    fn take_common(&mut self, request: Request) -> bool {
+        let holes: Vec<Hole> = self.territory.holes_from(COMMON, 1).collect();
+        let (owner, epoch) = (request.owner, 0);
+        for hole in &holes {
+            let whole = (hole.start, hole.units);
+            self.territory.give(hole, whole, Fence { owner, epoch });
+        }
+        !holes.is_empty()
+    }
+
+    fn gather_from(
+        &mut self,
+        mut hole: Hole,
+        reached: u64,
+        request: Request,
+        fences: &mut Fences,
+    ) -> bool {
+        let whole = (hole.start, hole.units);
+        let (parts, until) =
+            if hole.epoch <= reached || fences.pass(request.owner, hole.fence(), request.reuse) {
+                (SmallVec::from_slice(&[whole]), hole.epoch)
+            } else {
+                let parts = self.territory.parts(&hole, |fence| fence.epoch <= reached);
+                (parts, reached)
+            };
+        // What is complete has no past to wait for, and becomes anyone's: were it all the requester's, its
+        // former owner would soon have to ask for it back. What the requester was made to wait for has the
+        // requester's own past.
+        let is_complete = fences.is_known_complete(Fence {
+            owner: hole.owner,
+            epoch: until,
+        });
+        let past = if is_complete {
+            Fence {
+                owner: COMMON,
+                epoch: 0,
+            }
+        } else {
+            fences.now(request.owner)
+        };
+        // From the end, so that what is left of the hole keeps its place.
+        for (start, units) in parts.iter().rev() {
+            self.territory.give(&hole, (*start, *units), past);
+            hole.units = start - hole.start;
+        }
+        !parts.is_empty()
     }
 
     fn find_large(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -138,15 +191,22 @@ impl PagedMemory {
             return Ok(placed);
         }
         if self.gather(request, fences)
+            && let Some(placed) = self.place_at_home(request, fences)
+        {
+            return Ok(placed);
+        }
+        if self.take_common(request)
             && let Some(placed) = self.place_large(request)
         {
             return Ok(placed);
         }
         let missing = self.missing_pages(units, request.owner) as u64;
         // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
-        let most = self
-            .in_use_peak
-            .max(self.in_use.saturating_add(request.bytes));
+        let most = self.live_peak.max(
+            self.in_use
+                .saturating_sub(request.pending)
+                .saturating_add(request.bytes),
+        );
         let held = missing
             .saturating_mul(PAGE)
             .saturating_add(self.pages.bytes_held());
@@ -154,7 +214,9 @@ impl PagedMemory {
         {
             return Ok(self.place_large(request).expect("a hole was grown to fit"));
         }
-        if let Some(placed) = self.stitch(request, fences) {
+        if self.stitches
+            && let Some(placed) = self.stitch(request, fences)
+        {
             return Ok(placed);
         }
         match self.grow_hole(units, request.owner) {
@@ -225,13 +287,17 @@ impl PagedMemory {
 }
 
 impl Backing for PagedMemory {
+    fn set_limit(&mut self, bytes: u64) {
+        self.pages.set_limit(bytes);
+    }
+
     fn place(&mut self, request: Request) -> Option<Placed> {
         let placed = if request.bytes <= SMALL_MAX {
             self.place_small(request)
         } else {
             self.place_large(request)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -240,7 +306,7 @@ impl Backing for PagedMemory {
         } else {
             self.find_large(request, fences)
         };
-        placed.map(|placed| self.count(placed, request.bytes))
+        placed.map(|placed| self.count(placed, request))
     }
 
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {

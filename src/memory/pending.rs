@@ -13,13 +13,29 @@ use super::territory::Owner;
 #[derive(Debug)]
 struct Waiting {
     record: Box<BlockRecord>,
+    /// The streams that used the block and are not known to have passed.
     fences: SmallVec<[Fence; 1]>,
+    /// The home stream at the free.
+    freed_at: Fence,
+    /// Whether a stream was passed by making the home stream wait for it.
+    is_awaited: bool,
+}
+
+/// A block that its home stream may have back.
+#[derive(Debug)]
+pub(super) struct Passed {
+    pub(super) record: Box<BlockRecord>,
+    /// After what others may touch it, if that is not as late as now: where all streams are complete, what
+    /// the home stream was given since the free does not matter.
+    pub(super) fence: Option<Fence>,
 }
 
 /// All freed blocks that wait, in order of their frees.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     waiting: Vec<Waiting>,
+    /// Bytes of all of them.
+    bytes: u64,
 }
 
 impl Pending {
@@ -33,10 +49,7 @@ impl Pending {
 
     /// Bytes of all waiting blocks.
     pub(super) fn bytes(&self) -> u64 {
-        self.waiting
-            .iter()
-            .map(|waiting| waiting.record.allocated)
-            .sum()
+        self.bytes
     }
 
     /// Whether a block waits for the stream `owner`.
@@ -45,31 +58,42 @@ impl Pending {
         fences.any(|fence| fence.owner == owner)
     }
 
-    pub(super) fn push(&mut self, record: Box<BlockRecord>, fences: SmallVec<[Fence; 1]>) {
-        self.waiting.push(Waiting { record, fences });
+    pub(super) fn push(
+        &mut self,
+        record: Box<BlockRecord>,
+        fences: SmallVec<[Fence; 1]>,
+        freed_at: Fence,
+    ) {
+        self.bytes += record.allocated;
+        self.waiting.push(Waiting {
+            record,
+            fences,
+            freed_at,
+            is_awaited: false,
+        });
     }
 
     /// Takes out the blocks whose home streams may have them back, as far as `reuse` allows finding out or
     /// bringing about.
-    #[expect(
-        clippy::vec_box,
-        reason = "a record keeps its box from allocation to allocation"
-    )]
-    pub(super) fn take_passed(
-        &mut self,
-        clocks: &mut Fences,
-        reuse: ReusePolicy,
-    ) -> Vec<Box<BlockRecord>> {
-        let passed = |waiting: &mut Waiting| {
+    pub(super) fn take_passed(&mut self, clocks: &mut Fences, reuse: ReusePolicy) -> Vec<Passed> {
+        let has_passed = |waiting: &mut Waiting| {
             let home = clocks.owner(&waiting.record.home);
-            waiting
-                .fences
-                .retain(|fence| !clocks.pass(home, *fence, reuse));
+            waiting.fences.retain(|fence| {
+                let may_pass = clocks.pass(home, *fence, reuse);
+                waiting.is_awaited |= may_pass && !clocks.is_known_complete(*fence);
+                !may_pass
+            });
             waiting.fences.is_empty()
         };
-        self.waiting
-            .extract_if(.., passed)
-            .map(|waiting| waiting.record)
-            .collect()
+        let passed = self.waiting.extract_if(.., has_passed);
+        let passed: Vec<Passed> = passed
+            .map(|waiting| Passed {
+                record: waiting.record,
+                fence: (!waiting.is_awaited).then_some(waiting.freed_at),
+            })
+            .collect();
+        let bytes = passed.iter().map(|passed| passed.record.allocated);
+        self.bytes -= bytes.sum::<u64>();
+        passed
     }
 }

@@ -3,14 +3,19 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
 use super::arena::GRANULARITY;
 use super::backing::Refusal;
-use super::block::{Block, BlockRecord};
+use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
+use super::fences::Fence;
 use super::lane::{LaneKey, PoolId};
+use super::memories::MemoryIndex;
+use super::poison;
 use super::reclaim;
+use super::routes::Routes;
 use super::state::{Counted, Found, State};
 use super::stats::PoolStats;
 use super::tags::TagStat;
@@ -18,9 +23,6 @@ use crate::driver::{Device, Stream};
 use crate::error::{Error, OutOfMemory, Result};
 use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
-
-/// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
-const POISON: u8 = 0xff;
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to
 /// the driver with the last clone and the last block.
@@ -40,11 +42,14 @@ pub(super) struct Shared {
     id: PoolId,
     pub(super) device: Device,
     pub(super) config: PoolConfig,
+    pub(super) routes: Routes,
     state: Mutex<State>,
     /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    /// Private memories whose last holder went, in the same way.
+    released: SegQueue<MemoryIndex>,
 }
 
 /// The threads' caches of a pool.
@@ -70,8 +75,10 @@ impl Pool {
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
+            routes: Routes::default(),
             caches: Mutex::default(),
             freed: SegQueue::new(),
+            released: SegQueue::new(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -80,7 +87,7 @@ impl Pool {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -97,30 +104,36 @@ impl Pool {
     }
 
     /// Memory for `bytes` bytes, for use on `stream` from now on; its contents are undefined. Zero bytes
-    /// give a block without memory.
+    /// give a block without memory. During a capture or a pass of a [`PrivatePool`](super::PrivatePool) of
+    /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
-    /// stream of another device.
+    /// stream of another device; during a capture, [`Error::Driver`] if the driver cannot tell whether the
+    /// stream is part of it.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        match cache::take(LaneKey::new(self.shared().id, stream.id()), bytes) {
-            Some(record) => Ok(Block::new(Some(record))),
-            None => self.allocate_in_pool(bytes, stream),
+        let shared = self.shared();
+        if shared.routes.are_none()
+            && let Some(record) = cache::take(LaneKey::new(shared.id, stream.id()), bytes)
+        {
+            return Ok(Block::new(Some(record)));
         }
+        self.allocate_in_pool(bytes, stream)
     }
 
     #[inline(never)]
     fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
-        if !stream.device().is_same(&shared.device) {
-            return Err(Error::argument(
-                "allocate",
-                "the stream belongs to another device",
-            ));
-        }
+        shared.check_device(stream)?;
         if requested == 0 {
             return Ok(Block::new(None));
+        }
+        let memory = shared.routes.find(shared.id, stream)?;
+        if memory != MemoryIndex::ORDINARY {
+            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let record = record_of(found, requested, stream, shared, None);
+            return Ok(Block::new(Some(record)));
         }
         let bytes = rounded(requested).unwrap_or(u64::MAX);
         let key = LaneKey::new(shared.id, stream.id());
@@ -129,11 +142,32 @@ impl Pool {
             return Ok(Block::new(missed.found));
         }
         let mut hot = missed.hot;
-        let found = reclaim::allocate(shared, requested, stream, &mut hot);
+        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
         // Whichever is left over is dropped outside the lock.
         let blank = missed.blank.or(hot);
         let record = record_of(found?, requested, stream, shared, blank);
         Ok(Block::new(Some(record)))
+    }
+
+    /// Why a wrapper with a limit, of which it says (used, limit), refuses `bytes` on `stream`.
+    #[cold]
+    pub(super) fn refuse(&self, bytes: u64, stream: &Stream, (used, limit): (u64, u64)) -> Error {
+        let shared = self.shared();
+        if let Err(error) = shared.check_device(stream) {
+            return error;
+        }
+        let mut state = shared.lock_and_fold();
+        let refusal = Some(Refusal::Limit);
+        let mut report = shared.report(
+            &mut state,
+            bytes,
+            (MemoryIndex::ORDINARY, stream),
+            refusal,
+            Vec::new(),
+        );
+        report.limit = Some(limit);
+        report.limit_used = Some(used);
+        report.into()
     }
 
     /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
@@ -188,12 +222,20 @@ fn record_of(
 ) -> Box<BlockRecord> {
     let Found {
         placed,
+        memory,
         bytes,
         owner,
         tag,
     } = found;
-    // A block that is to be overwritten when it is freed is kept as it is by no lane.
-    let key = if shared.config.poison {
+    let is_private = memory != MemoryIndex::ORDINARY;
+    let extras = is_private.then(|| {
+        Box::new(Extras {
+            memory,
+            ..Extras::default()
+        })
+    });
+    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private one.
+    let key = if shared.config.poison || is_private {
         LaneKey::NONE
     } else {
         LaneKey::new(shared.id, stream.id())
@@ -206,6 +248,7 @@ fn record_of(
         record.owner = owner;
         record.tag = tag;
         record.key = key;
+        record.extras = extras;
         return record;
     }
     Box::new(BlockRecord {
@@ -219,7 +262,7 @@ fn record_of(
         home: stream.clone(),
         shared: Some(shared.clone()),
         next: None,
-        extras: None,
+        extras,
     })
 }
 
@@ -228,11 +271,25 @@ fn record_of(
 #[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
     if record.extras.is_some() {
-        return free_in_pool(record, Counted::No);
+        return free_with_extras(record);
     }
     if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
+}
+
+/// Takes a block back that others are to be told of, or that other streams used.
+#[inline(never)]
+fn free_with_extras(record: Box<BlockRecord>) {
+    // Before the memory can be handed out again: nobody is told of two live blocks at one address.
+    let record = block::tell_freed(record);
+    let Some(extras) = &record.extras else {
+        return free(record);
+    };
+    if extras.users.is_empty() {
+        poison::private(&record);
+    }
+    free_in_pool(record, Counted::No);
 }
 
 /// Takes a block back that the lane in front is not for.
@@ -243,7 +300,7 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .clone()
         .expect("a block in a caller's hands knows its pool");
     if shared.config.poison {
-        poison(&shared.device, &record);
+        poison::ordinary(&shared.device, &record);
     }
     let key = LaneKey::new(shared.id, record.home.id());
     if let Some(record) = cache::keep_anywhere(&shared, key, record) {
@@ -282,6 +339,17 @@ pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
 }
 
 impl Shared {
+    #[inline]
+    fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
     /// The state, with every block in it that was freed to it so far.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
@@ -290,7 +358,7 @@ impl Shared {
     }
 
     /// The state, with what every cache has counted.
-    fn lock_and_fold(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         self.fold_caches(&mut state);
         state
@@ -344,6 +412,23 @@ impl Shared {
         {
             drop(state.free(record, counted));
         }
+        while !self.released.is_empty()
+            && let Some(memory) = self.released.pop()
+        {
+            state.release_memory(memory);
+        }
+    }
+
+    /// The present end of `stream`, marked with an event, if one can be recorded.
+    pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
+        self.lock().fences.mark(stream)
+    }
+
+    /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
+    /// that runs work.
+    pub(super) fn release_memory(&self, memory: MemoryIndex) {
+        self.released.push(memory);
+        self.take_in_left();
     }
 
     /// The report of an allocation that failed.
@@ -351,7 +436,7 @@ impl Shared {
         &self,
         state: &mut State,
         requested: u64,
-        stream: &Stream,
+        (memory, stream): (MemoryIndex, &Stream),
         refusal: Option<Refusal>,
         tried: Vec<&'static str>,
     ) -> OutOfMemory {
@@ -367,10 +452,11 @@ impl Shared {
             allocated: state.usage.allocated.stat().current,
             pending: state.pending.bytes(),
             reserved: state.bytes_held(),
-            largest_free: state.largest_free(stream),
+            largest_free: state.largest_free(memory, stream),
             device_free: device.map_or(0, |info| info.free),
             device_total: self.device.properties().total_memory,
             limit: self.config.limit,
+            limit_used: None,
             limited: matches!(refusal, Some(Refusal::Limit)),
             driver_error: match refusal {
                 Some(Refusal::Driver(error)) => Some(error.to_string()),
@@ -390,21 +476,6 @@ pub(super) fn rounded(bytes: u64) -> Option<u64> {
     align_up(bytes, GRANULARITY)
 }
 
-/// Overwrites a block that is about to become reusable, in order with its home stream.
-#[expect(unsafe_code, reason = "the pool owns the memory it overwrites")]
-pub(super) fn poison(device: &Device, record: &BlockRecord) {
-    let raw = record.home.raw();
-    // SAFETY: the block was freed by its owner and is in no free list yet, so nothing touches it until the
-    // home stream has passed this fill; its segment is returned only after that stream has passed.
-    let filled = unsafe {
-        device
-            .driver()
-            .fill(record.ptr, POISON, record.allocated, raw)
-    };
-    // A refused fill leaves the block unpoisoned, which only a test could notice.
-    drop(filled);
-}
-
 impl Drop for Handle {
     fn drop(&mut self) {
         // Blocks in caches keep the pool alive: without this, its memory would stay until their threads end.
@@ -415,10 +486,15 @@ impl Drop for Handle {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let mut state = self.lock();
-        reclaim::wait_for_streams(self, &mut state);
-        // What the driver does not take back now is lost with the pool.
-        drop(state.release_idle());
+        let mut state = self.lock().take();
+        reclaim::close(&mut state);
+        if state.bytes_held() > 0 {
+            // A kernel that owned the last block may not wait, least of all for its own stream. What another
+            // thread does not get returned, or where there is none, is lost with the pool.
+            let close = move || reclaim::close(&mut state);
+            let thread = thread::Builder::new().name("kitsune-pool".to_owned());
+            drop(thread.spawn(close));
+        }
     }
 }
 

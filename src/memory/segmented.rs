@@ -117,6 +117,10 @@ impl SegmentedMemory {
 }
 
 impl Backing for SegmentedMemory {
+    fn set_limit(&mut self, bytes: u64) {
+        self.limit = bytes;
+    }
+
     fn place(&mut self, request: Request) -> Option<Placed> {
         self.place_in_range(request, request.bytes <= SMALL_MAX)
     }

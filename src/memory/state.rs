@@ -5,13 +5,15 @@
 
 use smallvec::SmallVec;
 
-use super::backing::{Backing, Placed, Refusal, Request};
-use super::block::BlockRecord;
+use super::backing::{Backing, Place, Placed, Refusal, Request};
+use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::fences::{Fence, Fences};
 use super::growth::Pages;
+use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
-use super::pending::Pending;
+use super::peaks::Peaks;
+use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
@@ -26,12 +28,14 @@ pub(super) struct Wanted<'a> {
     pub(super) requested: u64,
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
+    pub(super) memory: MemoryIndex,
 }
 
 /// Memory for a block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) placed: Placed,
+    pub(super) memory: MemoryIndex,
     /// As asked for, rounded.
     pub(super) bytes: u64,
     pub(super) owner: Owner,
@@ -43,10 +47,11 @@ pub(super) struct Found {
 pub(super) struct State {
     device: Device,
     config: PoolConfig,
-    backing: Box<dyn Backing>,
+    pub(super) memories: Memories,
     pub(super) fences: Fences,
     pub(super) pending: Pending,
     pub(super) usage: Usage,
+    pub(super) peaks: Peaks,
     pub(super) tags: TagTable,
     pub(super) counters: Counters,
     segments: Gauge,
@@ -64,47 +69,82 @@ pub(super) struct Counters {
 
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
-        let properties = device.properties();
-        let page = super::territory::PAGE;
-        let can_map = properties.virtual_memory && page.is_multiple_of(properties.page_granularity);
-        let backing: Box<dyn Backing> = if can_map && !config.contiguous {
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
             Box::new(PagedMemory::new(Pages::new(device, config.limit)?))
         } else {
             Box::new(SegmentedMemory::new(device, config.limit))
         };
-        Ok(Self {
+        let memories = Memories::new(backing, config.limit);
+        Ok(Self::with(device, config, memories))
+    }
+
+    /// Takes everything out, and leaves a state of which nothing may be asked.
+    pub(super) fn take(&mut self) -> Self {
+        let nothing = Self::with(&self.device, &self.config, Memories::none());
+        std::mem::replace(self, nothing)
+    }
+
+    fn with(device: &Device, config: &PoolConfig, memories: Memories) -> Self {
+        Self {
             device: device.clone(),
             config: config.clone(),
-            backing,
+            memories,
             fences: Fences::new(),
             pending: Pending::default(),
             usage: Usage::default(),
+            peaks: Peaks::default(),
             tags: TagTable::default(),
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
-        })
+        }
     }
 
-    fn request(&mut self, wanted: Wanted<'_>, reuse: ReusePolicy) -> Request {
+    /// Adds a memory that is set aside.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
+        let (device, config) = (&self.device, &self.config);
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
+            let pages = Pages::lasting(device, config.limit)?;
+            Box::new(PagedMemory::unstitched(pages))
+        } else {
+            Box::new(SegmentedMemory::new(device, config.limit))
+        };
+        Ok(self.memories.add(backing))
+    }
+
+    /// Lets go of a memory that was set aside.
+    pub(super) fn release_memory(&mut self, memory: MemoryIndex) {
+        self.memories.release(memory, self.fences.ends());
+    }
+
+    fn request(&mut self, wanted: Wanted<'_>) -> Request {
+        // In a capture no event can be recorded; the pass before it is to need as much memory.
+        let reuse = match wanted.memory {
+            MemoryIndex::ORDINARY => self.config.reuse,
+            _ => ReusePolicy::Never,
+        };
         Request {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
+            pending: self.pending.bytes(),
         }
     }
 
     /// Places a block in memory that is free for its stream at once.
     pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Found> {
-        let request = self.request(wanted, self.config.reuse);
-        let placed = self.backing.place(request)?;
+        let request = self.request(wanted);
+        let placed = self.memories.get_mut(wanted.memory).place(request)?;
         Some(self.hand_out(wanted, request.owner, placed))
     }
 
     /// Places a block by all means but waiting on the host.
     pub(super) fn find(&mut self, wanted: Wanted<'_>) -> Result<Found, Refusal> {
-        let request = self.request(wanted, self.config.reuse);
-        let found = self.backing.find(request, &mut self.fences);
+        let request = self.request(wanted);
+        let found = self.memories.find(wanted.memory, request, &mut self.fences);
         // Even a request that failed may have taken memory on the way.
         self.count_driver();
         Ok(self.hand_out(wanted, request.owner, found?))
@@ -118,6 +158,7 @@ impl State {
         self.tags.increase(tag, wanted.bytes);
         Found {
             placed,
+            memory: wanted.memory,
             bytes: wanted.bytes,
             owner,
             tag,
@@ -125,19 +166,19 @@ impl State {
     }
 
     fn count_driver(&mut self) {
-        let totals = self.backing.totals();
+        let totals = self.memories.totals();
         self.segments.set(totals.segments);
         self.reserved.set(totals.reserved_bytes);
     }
 
     /// Driver allocations so far.
     pub(super) fn device_allocs(&self) -> u64 {
-        self.backing.totals().device_allocs
+        self.memories.totals().device_allocs
     }
 
     /// Bytes held from the driver.
     pub(super) fn bytes_held(&self) -> u64 {
-        self.backing.totals().reserved_bytes
+        self.memories.totals().reserved_bytes
     }
 
     /// Takes over what a thread's lanes have counted.
@@ -146,8 +187,8 @@ impl State {
         self.tags.fold(tags);
     }
 
-    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed their
-    /// present end. Gives the record back if it is of no more use here.
+    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
+    /// of their uses, which are their present ends where none was marked. Gives the record back if it is of no more use here.
     pub(super) fn free(
         &mut self,
         mut record: Box<BlockRecord>,
@@ -157,19 +198,36 @@ impl State {
             self.usage.free(record.requested, record.allocated);
             self.tags.decrease(record.tag, record.allocated);
         }
-        let Some(extras) = record.extras.take() else {
+        let users = match &mut record.extras {
+            Some(extras) => std::mem::take(&mut extras.users),
+            None => SmallVec::new(),
+        };
+        if users.is_empty() {
             if counted == Counted::No {
                 self.count_inactive(record.allocated);
             }
             self.make_reusable(&record);
+            record.extras = None;
             return Some(record);
+        }
+        let is_private = record.memory() != MemoryIndex::ORDINARY;
+        let end = |user: &User| {
+            user.until.unwrap_or_else(|| {
+                let owner = self.fences.owner(&user.stream);
+                if is_private {
+                    self.fences.now(owner)
+                } else {
+                    self.fences.stamp_for_others(owner)
+                }
+            })
         };
-        let now = |stream: &Stream| {
-            let owner = self.fences.owner(stream);
-            self.fences.now(owner)
+        let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
+        let freed_at = if is_private {
+            self.fences.now(record.owner)
+        } else {
+            self.fences.stamp_for_others(record.owner)
         };
-        let fences: SmallVec<[Fence; 1]> = extras.users.iter().map(now).collect();
-        self.pending.push(record, fences);
+        self.pending.push(record, fences, freed_at);
         None
     }
 
@@ -179,12 +237,16 @@ impl State {
         if self.pending.is_empty() {
             return;
         }
-        for record in self.pending.take_passed(&mut self.fences, reuse) {
+        for passed in self.pending.take_passed(&mut self.fences, reuse) {
+            let Passed { record, fence } = passed;
             if self.config.poison {
-                super::pool::poison(&self.device, &record);
+                super::poison::ordinary(&self.device, &record);
             }
             self.count_inactive(record.allocated);
-            self.make_reusable(&record);
+            // Small blocks keep no epochs of their own; a poisoned one was written just now.
+            let keeps_none = self.config.poison || matches!(record.place, Place::Small { .. });
+            let fence = fence.filter(|_| !keeps_none);
+            self.make_reusable_after(&record, fence);
         }
     }
 
@@ -194,8 +256,24 @@ impl State {
     }
 
     fn make_reusable(&mut self, record: &BlockRecord) {
-        let fence = self.fences.now(record.owner);
-        self.backing.free(record.place, record.allocated, fence);
+        self.make_reusable_after(record, None);
+    }
+
+    /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
+    /// given so far.
+    fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
+        let owner = record.owner;
+        let memory = record.memory();
+        let fence = fence.unwrap_or_else(|| {
+            // Captured streams can record no events, and no other stream asks for private memory.
+            if memory == MemoryIndex::ORDINARY {
+                self.fences.stamp(owner)
+            } else {
+                self.fences.now(owner)
+            }
+        });
+        let backing = self.memories.get_mut(memory);
+        backing.free(record.place, record.allocated, fence);
     }
 
     /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.
@@ -211,40 +289,43 @@ impl State {
 
     /// Makes memory whose past is complete anyone's, and lets go of streams that nobody else holds.
     pub(super) fn settle(&mut self) {
-        self.backing.settle(&mut self.fences);
-        self.fences
-            .retire(|owner| self.backing.holds_nothing_of(owner) && !self.pending.is_behind(owner));
+        self.memories.settle(&mut self.fences);
+        self.fences.retire(|owner| {
+            self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
+        });
     }
 
     /// Gives the driver what is idle as a whole and known to be complete.
     pub(super) fn release_idle(&mut self) -> Result<()> {
-        let outcome = self.backing.release_idle(&mut self.fences);
+        let outcome = self.memories.release_idle(&mut self.fences);
         self.count_driver();
         outcome
     }
 
-    /// Bytes of the largest free block that `stream` could use.
-    pub(super) fn largest_free(&mut self, stream: &Stream) -> u64 {
+    /// Bytes of the largest free block of `memory` that `stream` could use.
+    pub(super) fn largest_free(&mut self, memory: MemoryIndex, stream: &Stream) -> u64 {
         let owner = self.fences.owner(stream);
-        self.backing.largest_free(owner)
+        self.memories.get(memory).largest_free(owner)
     }
 
     /// The statistics now. The lanes' counters must have been folded in.
     pub(super) fn stats(&self) -> PoolStats {
-        let totals = self.backing.totals();
-        let (inactive_split_bytes, inactive_split) = self.backing.inactive_split();
+        let totals = self.memories.totals();
+        let (inactive_split_bytes, inactive_split) = self.memories.inactive_split();
         let counters = self.counters;
+        let usage = self.peaks.completed(&self.usage);
         PoolStats {
-            allocation: self.usage.blocks.stat(),
+            allocation: usage.blocks.stat(),
             segment: self.segments.stat(),
-            active: self.usage.active_blocks.stat(),
-            requested_bytes: self.usage.requested.stat(),
-            allocated_bytes: self.usage.allocated.stat(),
-            active_bytes: self.usage.active.stat(),
+            active: usage.active_blocks.stat(),
+            requested_bytes: usage.requested.stat(),
+            allocated_bytes: usage.allocated.stat(),
+            active_bytes: usage.active.stat(),
             reserved_bytes: self.reserved.stat(),
+            private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + self.usage.lane_hits,
+            cache_hits: counters.cache_hits + usage.lane_hits,
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,
@@ -255,6 +336,7 @@ impl State {
 
     /// Sets every peak to the present value.
     pub(super) fn reset_peaks(&mut self) {
+        self.peaks.reset_overall(&mut self.usage);
         self.usage.reset_peaks();
         self.segments.reset_peak();
         self.reserved.reset_peak();
@@ -264,7 +346,7 @@ impl State {
     /// Asserts that every structure is sound and that the counters equal what a walk sums. The lanes must
     /// be empty and their counters folded in.
     pub(super) fn check_invariants(&self) {
-        let in_blocks = self.backing.check_invariants();
+        let in_blocks = self.memories.check_invariants();
         let stats = self.stats();
         assert_eq!(stats.active_bytes.current, in_blocks, "active bytes");
         let pending = self.pending.bytes();
@@ -277,7 +359,7 @@ impl State {
         assert_eq!(stats.active.current, blocks, "active blocks");
         assert_eq!(
             stats.reserved_bytes.current,
-            self.backing.totals().reserved_bytes
+            self.memories.totals().reserved_bytes
         );
         assert!(stats.requested_bytes.current <= stats.allocated_bytes.current);
         assert!(
@@ -292,6 +374,13 @@ impl State {
             .sum();
         assert_eq!(tagged, stats.allocated_bytes.current, "bytes by tag");
     }
+}
+
+/// Whether memory is to be taken as pages.
+fn maps_pages(device: &Device, config: &PoolConfig) -> bool {
+    let properties = device.properties();
+    let is_whole = super::territory::PAGE.is_multiple_of(properties.page_granularity);
+    properties.virtual_memory && is_whole && !config.contiguous
 }
 
 /// Whether a free has gone into some counters already.

@@ -29,7 +29,7 @@ pub(super) struct Gauge {
 
 impl Gauge {
     #[inline]
-    fn current(&self) -> i64 {
+    pub(super) fn current(&self) -> i64 {
         self.increases.wrapping_sub(self.decreases).cast_signed()
     }
 
@@ -73,6 +73,22 @@ impl Gauge {
 
     pub(super) fn reset_peak(&mut self) {
         self.at_peak = self.increases;
+    }
+
+    /// The peak, which starts anew from the present value.
+    pub(super) fn take_peak(&mut self) -> i64 {
+        let peak = self.peak();
+        self.reset_peak();
+        peak
+    }
+
+    pub(super) fn raise_peak(&mut self, peak: i64) {
+        let peak = self.peak().max(peak);
+        self.at_peak = self.decreases.wrapping_add_signed(peak);
+    }
+
+    pub(super) fn increases(&self) -> u64 {
+        self.increases
     }
 
     /// As the public sees it.
@@ -165,6 +181,8 @@ pub struct PoolStats {
     pub active_bytes: Stat,
     /// Bytes held from the driver.
     pub reserved_bytes: Stat,
+    /// How many of the reserved bytes are those of private pools now.
+    pub private_reserved_bytes: u64,
     /// Free blocks in segments that are partly in use.
     pub inactive_split: u64,
     /// Bytes of those blocks: free, but not returnable to the driver.

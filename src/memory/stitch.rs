@@ -113,10 +113,10 @@ impl PagedMemory {
     fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
         let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
         for (position, page) in self.ranges.get(range).pages.iter().enumerate() {
-            let fence = self
+            let hole = self
                 .territory
-                .hole_over_front(*page, need.units_at(position))?
-                .fence();
+                .hole_over_front(*page, need.units_at(position))?;
+            let fence = self.territory.fence_of_page(&hole, *page);
             match latest.iter_mut().find(|known| known.owner == fence.owner) {
                 Some(known) => known.epoch = known.epoch.max(fence.epoch),
                 None => latest.push(fence),
@@ -171,12 +171,18 @@ impl PagedMemory {
             let mut holes: Vec<Hole> = self.territory.holes_from(owner, PAGE_UNITS).collect();
             holes.sort_by_key(|hole| std::cmp::Reverse(hole.units));
             for hole in holes {
+                let missing = count - pages.len();
+                if missing == 0 {
+                    break;
+                }
                 let whole = hole.whole_pages();
-                if pages.len() < count
-                    && !whole.is_empty()
-                    && fences.pass(request.owner, hole.fence(), request.reuse)
-                {
-                    pages.extend(whole.take(count - pages.len()));
+                if fences.pass(request.owner, hole.fence(), request.reuse) {
+                    pages.extend(whole.take(missing));
+                } else {
+                    let reached = fences.reach(request.owner, owner, 0, request.reuse);
+                    let passed = whole
+                        .filter(|page| self.territory.fence_of_page(&hole, *page).epoch <= reached);
+                    pages.extend(passed.take(missing));
                 }
             }
         }

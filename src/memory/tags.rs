@@ -46,7 +46,7 @@ impl TagId {
         Self(u16::try_from(index).unwrap_or(0))
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         NAMES
             .read()
             .get(usize::from(self.0))

@@ -10,6 +10,8 @@
 //! owner or both unmapped; `at_page[p]` is the block that covers the first byte of page `p`. Must not know: addresses,
 //! events, how a hole's epoch is waited for.
 
+use smallvec::SmallVec;
+
 use super::arena::GRANULARITY;
 use super::bins::{Bins, Index, Link, Links, NONE};
 use super::fences::{COMMON, Fence};
@@ -128,6 +130,8 @@ pub(super) struct Territory {
     /// Holes by owner.
     bins: Vec<Bins>,
     at_page: Vec<Index>,
+    /// By page and owner: the latest free that touched it.
+    freed_at: Vec<SmallVec<[Fence; 2]>>,
     last: Index,
 }
 
@@ -137,6 +141,7 @@ impl Territory {
             blocks: Blocks::default(),
             bins: Vec::new(),
             at_page: Vec::new(),
+            freed_at: Vec::new(),
             last: NONE,
         }
     }
@@ -209,6 +214,55 @@ impl Territory {
         (page as u64 * PAGE_UNITS + units <= hole.start + hole.units).then_some(hole)
     }
 
+    /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
+    /// different times; its pages remember theirs.
+    pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
+        // Of one owner the latest free stands for all earlier ones.
+        let mut freed = self.freed_at[page].iter();
+        let freed = freed.find(|freed| freed.owner == hole.owner);
+        freed.copied().unwrap_or(hole.fence())
+    }
+
+    /// Notes a free of `units` from `start` on, in all pages it touches.
+    fn note_free(&mut self, (start, units): (u64, u64), fence: Fence) {
+        let end = start + units;
+        for page in start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
+            let freed = &mut self.freed_at[page_index(page)];
+            if start <= page * PAGE_UNITS && (page + 1) * PAGE_UNITS <= end {
+                // What came before is covered: the page was taken as a whole.
+                freed.clear();
+                freed.push(fence);
+                continue;
+            }
+            match freed.iter_mut().find(|freed| freed.owner == fence.owner) {
+                Some(freed) => freed.epoch = freed.epoch.max(fence.epoch),
+                None => freed.push(fence),
+            }
+        }
+    }
+
+    /// The parts of `hole` whose pages `may_touch`, as large as possible: (start, units) of each.
+    pub(super) fn parts(
+        &self,
+        hole: &Hole,
+        mut may_touch: impl FnMut(Fence) -> bool,
+    ) -> SmallVec<[(u64, u64); 4]> {
+        let mut parts: SmallVec<[(u64, u64); 4]> = SmallVec::new();
+        let end = hole.start + hole.units;
+        for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
+            if !may_touch(self.fence_of_page(hole, page_index(page))) {
+                continue;
+            }
+            let from = hole.start.max(page * PAGE_UNITS);
+            let units = end.min((page + 1) * PAGE_UNITS) - from;
+            match parts.last_mut() {
+                Some((start, before)) if *start + *before == from => *before += units,
+                _ => parts.push((from, units)),
+            }
+        }
+        parts
+    }
+
     /// Takes `units` from `start` on out of `hole`; what is left on either side stays its owner's.
     pub(super) fn take(&mut self, hole: &Hole, start: u64, units: u64) -> Index {
         debug_assert!(hole.start <= start && start + units <= hole.start + hole.units && units > 0);
@@ -266,13 +320,15 @@ impl Territory {
     /// If the block is not taken: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index, owner: Owner, epoch: u64) {
         let Block {
+            link,
+            start,
             before,
             after,
             usage,
-            ..
         } = *self.blocks.at(index);
         assert_eq!(usage, Use::Taken, "block {index} is freed twice");
         self.blocks.at(index).usage = Use::Hole { owner, epoch };
+        self.note_free((start, link.units), Fence { owner, epoch });
         let mut merged = index;
         if self.is_hole_of(after, owner) {
             self.unfile(after, owner);
@@ -336,6 +392,7 @@ impl Territory {
         }
         self.last = index;
         self.at_page.resize(first + count, index);
+        self.freed_at.resize(first + count, SmallVec::new());
         // Memory that was never used has no past: epoch 0 is complete from the start.
         self.free(index, owner, 0);
         first
@@ -391,9 +448,9 @@ impl Territory {
         self.free(index, owner, 0);
     }
 
-    /// Gives a hole to another owner, with whose holes it merges.
-    pub(super) fn give(&mut self, hole: &Hole, fence: Fence) {
-        let index = self.take(hole, hole.start, hole.units);
+    /// Gives a part of a hole to another owner, with whose holes it merges.
+    pub(super) fn give(&mut self, hole: &Hole, (start, units): (u64, u64), fence: Fence) {
+        let index = self.take(hole, start, units);
         self.free(index, fence.owner, fence.epoch);
     }
 
@@ -404,7 +461,7 @@ impl Territory {
         let past = Fence { owner, epoch };
         for hole in holes {
             if is_complete(hole.fence()) {
-                self.give(&hole, past);
+                self.give(&hole, (hole.start, hole.units), past);
             }
         }
     }

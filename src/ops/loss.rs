@@ -52,10 +52,12 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
     let value = Tensor::uninit(context, [], dtype)?;
     let probabilities = Tensor::uninit(context, [rows, columns], dtype)?;
     let labels = labels.contiguous()?;
+    let losses = Tensor::uninit(context, [rows], DType::F64)?;
     launch::cross_entropy(
         context.stream(),
         &logits.contiguous()?.span()?,
         &labels.span()?,
+        &losses.span()?,
         &value.span()?,
         &probabilities.span()?,
     )?;

@@ -17,7 +17,7 @@ use crate::driver::{DevicePtr, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::Span;
-use crate::memory::Block;
+use crate::memory::{Block, PinnedBlock};
 use crate::units::to_usize;
 
 /// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
@@ -36,7 +36,7 @@ impl Buffer {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
-        let block = context.pool().allocate(bytes, context.stream())?;
+        let block = context.allocator().allocate(bytes, context.stream())?;
         Ok(Self {
             context: context.clone(),
             ptr: block.ptr(),
@@ -134,6 +134,53 @@ impl Buffer {
                 .driver()
                 .copy_from_host(self.ptr, bytes, stream.raw())
         }
+    }
+
+    /// Enqueues a copy of the first `bytes` bytes of `source` to the start of this buffer.
+    pub(super) fn write_pinned(&self, source: &mut PinnedBlock, bytes: u64) -> Result<()> {
+        assert!(bytes <= self.bytes, "a write past the end of its buffer");
+        assert!(bytes <= source.bytes(), "a read past the end of a block");
+        if bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.context.stream();
+        source.order(stream)?;
+        // SAFETY: both are at least as long. The buffer is freed in order with this very stream; `source`
+        // cannot be written, freed or given other work before the use below is recorded.
+        unsafe {
+            stream
+                .driver()
+                .copy(self.ptr, source.ptr(), bytes, stream.raw())
+        }?;
+        source.record_use(stream)
+    }
+
+    /// Enqueues a copy of `bytes` bytes from byte `start` on to the start of `destination`.
+    pub(super) fn read_pinned(
+        &self,
+        start: u64,
+        destination: &mut PinnedBlock,
+        bytes: u64,
+    ) -> Result<()> {
+        assert!(
+            start + bytes <= self.bytes,
+            "a read past the end of its buffer"
+        );
+        assert!(
+            bytes <= destination.bytes(),
+            "a write past the end of a block"
+        );
+        if bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.context.stream();
+        destination.order(stream)?;
+        // SAFETY: both ranges lie in their memory; otherwise as in `write_pinned`.
+        unsafe {
+            let (to, from) = (destination.ptr(), self.ptr.offset(start));
+            stream.driver().copy(to, from, bytes, stream.raw())
+        }?;
+        destination.record_use(stream)
     }
 
     /// Copies `bytes.len()` bytes from byte `start` on, and waits for them.

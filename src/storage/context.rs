@@ -1,13 +1,15 @@
 //! Where work goes.
 
+use std::sync::Arc;
+
 use crate::driver::{Device, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{Pool, PoolConfig};
+use crate::memory::{Allocate, Pool, PoolConfig};
 
-/// One stream and the pool its memory comes from. Cheap to clone.
+/// One stream and where its memory comes from. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Context {
-    pool: Pool,
+    allocator: Arc<dyn Allocate>,
     stream: Stream,
 }
 
@@ -25,11 +27,16 @@ impl Context {
     /// # Errors
     /// [`Error::Driver`] if the device refuses a stream.
     pub fn with_pool(pool: &Pool) -> Result<Self> {
-        let stream = pool.device().create_stream()?;
-        Ok(Self {
-            pool: pool.clone(),
-            stream,
-        })
+        Self::with_allocator(Arc::new(pool.clone()))
+    }
+
+    /// A context on a new stream, with memory from `allocator`: a pool, or wrappers around one.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the device refuses a stream.
+    pub fn with_allocator(allocator: Arc<dyn Allocate>) -> Result<Self> {
+        let stream = allocator.device().create_stream()?;
+        Ok(Self { allocator, stream })
     }
 
     /// A context on `stream`, with memory from `pool`.
@@ -44,15 +51,21 @@ impl Context {
             ));
         }
         Ok(Self {
-            pool: pool.clone(),
+            allocator: Arc::new(pool.clone()),
             stream: stream.clone(),
         })
     }
 
     /// Where memory comes from.
     #[must_use]
+    pub fn allocator(&self) -> &Arc<dyn Allocate> {
+        &self.allocator
+    }
+
+    /// The pool that memory comes from in the end.
+    #[must_use]
     pub fn pool(&self) -> &Pool {
-        &self.pool
+        self.allocator.pool()
     }
 
     /// Where work is enqueued.

@@ -3,6 +3,7 @@
 use super::{Context, Shape, Tensor};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::memory::PinnedBlock;
 
 impl Tensor {
     /// A tensor with the elements of `values`, which may be reused as soon as this returns.
@@ -35,6 +36,36 @@ impl Tensor {
             return self.buffer().write(bytemuck::cast_slice(values));
         }
         self.copy_from(&Self::from_slice(self.context(), self.shape(), values)?)
+    }
+
+    /// Overwrites the elements with the first bytes of `source`, in stream order, in index order and the
+    /// host's byte order. The host goes on at once; `source` may be dropped, and looking at its bytes waits
+    /// for the copy.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if `source` is shorter than the elements or cannot be reached;
+    /// [`Error::Capturing`] during a capture, with nothing enqueued; [`Error::OutOfMemory`] for a tensor
+    /// that is not contiguous; [`Error::Driver`] if the copy cannot be enqueued.
+    pub fn copy_from_pinned(&self, source: &mut PinnedBlock) -> Result<()> {
+        let bytes = self.expect_room("copy_from_pinned", source)?;
+        if self.is_contiguous() && self.layout().offset() == 0 {
+            return self.buffer().write_pinned(source, bytes);
+        }
+        let dense = Self::uninit(self.context(), self.shape(), self.dtype())?;
+        dense.buffer().write_pinned(source, bytes)?;
+        self.copy_from(&dense)
+    }
+
+    /// Copies the elements to the start of `destination`, in stream order, in index order and the host's
+    /// byte order. The host goes on at once; looking at the bytes of `destination` waits for the copy.
+    ///
+    /// # Errors
+    /// As [`copy_from_pinned`](Self::copy_from_pinned).
+    pub fn copy_to_pinned(&self, destination: &mut PinnedBlock) -> Result<()> {
+        let bytes = self.expect_room("copy_to_pinned", destination)?;
+        let dense = self.contiguous()?;
+        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
+        dense.buffer().read_pinned(start, destination, bytes)
     }
 
     /// The elements in index order. Blocks until the stream has computed them.
@@ -87,6 +118,19 @@ impl Tensor {
         copy.buffer()
             .copy_across(dense.buffer(), start, copy.buffer().bytes())?;
         Ok(copy)
+    }
+
+    /// Bytes of all elements, for which `pinned` must have room.
+    fn expect_room(&self, op: &'static str, pinned: &PinnedBlock) -> Result<u64> {
+        let bytes = self.len() as u64 * (self.dtype().bits() / 8);
+        if bytes <= pinned.bytes() {
+            return Ok(bytes);
+        }
+        let reason = format!(
+            "the elements are {bytes} bytes, the block has {}",
+            pinned.bytes()
+        );
+        Err(Error::argument(op, reason))
     }
 
     fn expect_dtype(&self, op: &'static str, dtype: DType) -> Result<()> {

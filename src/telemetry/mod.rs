@@ -1,4 +1,5 @@
-//! What leaves the process for others to read: statistics, and [traces](trace) of allocations.
+//! What leaves the process for others to read: statistics, and [traces](trace) and [logs](ReplayCsv)
+//! of allocations.
 //!
 //! Pools and scalers count for themselves, in plain numbers. This module reads those numbers and hands them
 //! to the `metrics` facade, where whatever recorder the program installed (Prometheus, StatsD, a test's)
@@ -25,7 +26,10 @@
 
 #[cfg(feature = "metrics")]
 mod metrics;
+mod replay_csv;
 pub mod trace;
+
+pub use self::replay_csv::ReplayCsv;
 
 #[cfg(feature = "metrics")]
 pub use self::metrics::{describe, publish, publish_as, publish_scaler, publish_scaler_as};

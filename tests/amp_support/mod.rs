@@ -2,15 +2,17 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../device_support/mod.rs"]
+pub mod device_support;
 pub mod oracle;
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
-use kitsune::{Context, DType, Device, Element, HostConfig, Pool, PoolConfig, Tensor};
+use kitsune::{Context, DType, Element, HostConfig, Pool, PoolConfig, Tensor};
 
-/// A context on a host device whose free memory is poisoned, so that nothing relies on fresh zeros.
+/// A context on the device under test, whose free memory is poisoned, so that nothing relies on fresh zeros.
 pub fn context() -> Context {
-    let device = Device::host(HostConfig::default()).unwrap();
+    let device = device_support::device(HostConfig::default());
     let pool = Pool::new(
         &device,
         PoolConfig {

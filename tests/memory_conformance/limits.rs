@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use kitsune::{Error, OutOfMemory, Pool, PoolConfig, Result, ReusePolicy};
 
 use crate::driver_support::{fill, read};
-use crate::subject::{GIB, KIB, MIB, PAGE, Subject, allocated, limited, reserved, setup};
+use crate::subject::{GIB, KIB, MIB, OWN, PAGE, Subject, allocated, limited, reserved, setup};
 
 /// The report of a request that was refused for want of memory.
 fn report<T: std::fmt::Debug>(outcome: Result<T>) -> OutOfMemory {
@@ -128,7 +128,7 @@ pub(crate) fn case_36_limits_below_a_page_and_off_its_multiples<S: Subject>() {
 
 /// RMM's pool doubles, so that a request can fail that would fit; growth here is by what is missing.
 pub(crate) fn case_37_growth_is_by_what_is_asked_for<S: Subject>() {
-    let unit = 2 * PAGE;
+    let unit = OWN;
     let sizes = [2 * unit, 8 * unit, unit, 4 * unit];
     let (_, pool, stream) = setup::<S>(12 * unit);
     let held = sizes[..3]

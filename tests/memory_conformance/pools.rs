@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use kitsune::{Pool, PoolConfig};
 
 use crate::driver_support::fill;
-use crate::subject::{MIB, Subject, allocated, range, reserved, setup};
+use crate::subject::{MIB, OWN, Subject, allocated, range, reserved, setup};
 
 /// PyTorch routes what a thread allocates to the innermost pool of a scope. A pool here is a value that is
 /// passed to who allocates, so that nesting says nothing; that pools share nothing is left to show.
@@ -89,9 +89,9 @@ pub(crate) fn case_45_blocks_are_freed_by_a_consumer<S: Subject>() {
 
 /// CuPy's per-thread default stream has no counterpart: a stream is a value, and each thread may have one.
 pub(crate) fn case_61_what_a_thread_frees_another_reuses_on_the_stream<S: Subject>() {
-    let (device, pool, stream) = setup::<S>(64 * MIB);
-    let other = device.create_stream().unwrap();
-    for bytes in [4096, 5 * MIB] {
+    for bytes in [4096, OWN] {
+        let (device, pool, stream) = setup::<S>(64 * MIB);
+        let other = device.create_stream().unwrap();
         let (thread_pool, thread_stream) = (pool.clone(), stream.clone());
         let freed =
             std::thread::spawn(move || thread_pool.allocate(bytes, &thread_stream).unwrap().ptr());

@@ -141,6 +141,7 @@ fn churn(pool: &Pool, stream: &Stream, blocks: &mut [Option<Block>], random: &mu
     }
 }
 
+/// Plain segments cannot be put together from parts, which costs a few more of them.
 pub(crate) fn case_66_fragmentation_is_bounded<S: Subject>() {
     let (_, pool, stream) = setup::<S>(4 * GIB);
     let mut random = fastrand::Rng::with_seed(66);
@@ -154,7 +155,8 @@ pub(crate) fn case_66_fragmentation_is_bounded<S: Subject>() {
         churn(&pool, &stream, &mut blocks, &mut random);
     }
     let after = reserved(&pool);
-    assert!(10 * after <= 11 * before, "{before} bytes became {after}");
+    let most = if S::IS_PAGED { 11 } else { 13 };
+    assert!(10 * after <= most * before, "{before} bytes became {after}");
     let live: Vec<_> = blocks.iter().flatten().map(range).collect();
     assert_eq!(live.len(), 200);
 }

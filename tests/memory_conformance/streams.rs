@@ -3,10 +3,10 @@
 use kitsune::{PoolConfig, ReusePolicy};
 
 use crate::driver_support::{copy, fill, read};
-use crate::subject::{MIB, Subject, setup, setup_with};
+use crate::subject::{MIB, OWN, Subject, setup, setup_with};
 
 pub(crate) fn case_15_a_recorded_block_waits_for_the_other_stream<S: Subject>() {
-    let bytes = 5 * MIB;
+    let bytes = OWN;
     let (device, pool, home) = setup::<S>(256 * MIB);
     let main = device.create_stream().unwrap();
     let result = pool.allocate(bytes, &main).unwrap();
@@ -23,7 +23,7 @@ pub(crate) fn case_15_a_recorded_block_waits_for_the_other_stream<S: Subject>() 
     fill(&home, meanwhile.ptr(), 4, bytes);
     open();
     main.synchronize().unwrap();
-    let shown = read(&main, result.ptr(), 5 << 20);
+    let shown = read(&main, result.ptr(), 12 << 20);
     assert!(shown.iter().all(|byte| *byte == 3));
     let again = pool.allocate(bytes, &home).unwrap();
     assert_eq!(again.ptr(), address, "the copy has run");
@@ -32,7 +32,7 @@ pub(crate) fn case_15_a_recorded_block_waits_for_the_other_stream<S: Subject>() 
 /// Where pages are mapped, a stream may have another's memory once it is known or made to be past its use;
 /// CuPy never lets it. Plain segments stay with their stream here too.
 pub(crate) fn case_56_a_freed_block_on_another_stream<S: Subject>() {
-    let bytes = 5 * MIB;
+    let bytes = OWN;
     for reuse in [
         ReusePolicy::Never,
         ReusePolicy::OnlyComplete,
@@ -57,7 +57,7 @@ pub(crate) fn case_56_a_freed_block_on_another_stream<S: Subject>() {
             assert!(!other.is_idle().unwrap(), "the other stream waits");
         }
         open();
-        let shown = read(&other, block.ptr(), 5 << 20);
+        let shown = read(&other, block.ptr(), 12 << 20);
         assert!(shown.iter().all(|byte| *byte == 2), "{reuse}");
     }
 }

@@ -10,6 +10,9 @@ pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 /// A page, the least that paged memory takes from a driver.
 pub(crate) const PAGE: u64 = 2 * MIB;
+/// A size that shares neither a page nor a plain segment with others, so that it is its address that tells
+/// whether memory is used again.
+pub(crate) const OWN: u64 = 12 * MIB;
 
 /// A device under test.
 pub(crate) trait Subject {

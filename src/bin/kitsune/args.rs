@@ -31,6 +31,16 @@ enum Command {
     Replay(ReplayArgs),
     /// Play a well-known workload on a pool and on the system's allocator.
     Churn(ChurnArgs),
+    /// Tell what of CUDA is on this machine, and which device would be used.
+    Doctor(DoctorArgs),
+}
+
+/// What `kitsune doctor` is asked to do.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Print the findings as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// What `kitsune train` is asked to do.
@@ -88,6 +98,8 @@ pub(crate) enum DeviceChoice {
     Auto,
     /// The processor and its memory.
     Host,
+    /// The first CUDA device.
+    Cuda,
 }
 
 /// What the command line asks for.
@@ -101,6 +113,8 @@ pub(crate) enum Parsed {
     Replay(Box<ReplayArgs>),
     /// A workload on a pool.
     Churn(Box<ChurnArgs>),
+    /// A look at the machine.
+    Doctor(DoctorArgs),
 }
 
 /// Understands `line`, whose first element is the program's name.
@@ -110,6 +124,7 @@ pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
             Command::Train(args) => args,
             Command::Replay(args) => return Ok(Parsed::Replay(Box::new(args))),
             Command::Churn(args) => return Ok(Parsed::Churn(Box::new(args))),
+            Command::Doctor(args) => return Ok(Parsed::Doctor(args)),
         },
         Err(error) => return understand(&error),
     };
@@ -246,7 +261,7 @@ mod tests {
             ),
             (
                 "kitsune train --device gpu",
-                "[possible values: auto, host]",
+                "[possible values: auto, host, cuda]",
             ),
             ("kitsune train --steps 0", "0 is not in 1.."),
             ("kitsune train --steps -1", "'-1'"),

@@ -9,6 +9,7 @@
 //! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
 //! - `progress`, `metrics_server`: what is told meanwhile.
 //! - `replay`, `churn`: allocations without a network.
+//! - `doctor`: what of CUDA is on this machine.
 //! - `failure`: what ends a run early.
 //!
 //! Standard output carries the result and nothing else. A failure is one line on standard error.
@@ -17,6 +18,7 @@ mod args;
 mod batches;
 mod churn;
 mod digits;
+mod doctor;
 mod failure;
 mod metrics_server;
 mod output;
@@ -47,6 +49,7 @@ fn run() -> Result<(), Failure> {
         Parsed::Train(args) => train_command(&args),
         Parsed::Replay(args) => replay::run(&args),
         Parsed::Churn(args) => churn::run(&args),
+        Parsed::Doctor(args) => doctor::run(&args),
     }
 }
 

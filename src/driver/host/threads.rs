@@ -3,17 +3,24 @@
 //! A thread starts with the first operation that needs one, and ends when its queue is closed and empty. It
 //! holds its queue and, through it, the memory of the device, but not the platform: dropping the last
 //! driver from any thread, a stream's own included, blocks nobody. Threads cannot wait for each other in a
-//! circle, because a wait names a mark that was enqueued before it.
+//! circle, because a wait names a mark that was enqueued before it; a kernel, which could ask for one enqueued
+//! behind itself, must not wait at all.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::thread;
 
-use super::errno::{EIO, refuse};
+use super::errno::{EDEADLK, EIO, refuse};
 use super::executor::Executor;
 use super::mark::Mark;
 use super::operation::Operation;
 use super::queue::Queue;
 use crate::error::Result;
+
+thread_local! {
+    /// Whether this is the thread of a stream.
+    static IS_STREAM: Cell<bool> = const { Cell::new(false) };
+}
 
 /// One thread a stream. All state is in the queues.
 #[derive(Debug)]
@@ -33,6 +40,10 @@ impl Executor for Threads {
     fn advance(&self) {}
 
     fn wait(&self, call: &'static str, mark: &Mark) -> Result<()> {
+        if IS_STREAM.get() && !mark.is_passed() {
+            let reason = "a kernel waits for a stream, which may be its own";
+            return Err(refuse(call, EDEADLK, reason));
+        }
         mark.wait().map_err(|failure| refuse(call, EIO, &*failure))
     }
 }
@@ -40,6 +51,7 @@ impl Executor for Threads {
 /// Starts the thread of `queue`.
 fn start(call: &'static str, queue: Arc<Queue>) -> Result<()> {
     let drain = move || {
+        IS_STREAM.set(true);
         while let Some(operation) = queue.take_blocking() {
             queue.execute(operation);
         }

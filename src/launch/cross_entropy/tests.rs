@@ -7,15 +7,17 @@ use crate::launch::tolerance::assert_close;
 /// Loss and probabilities.
 fn forward(dtype: DType, logits: &[f64], labels: &[f64]) -> (f64, Vec<f64>) {
     let (x, labels_array) = (Array::new(dtype, logits), Array::new(DType::U32, labels));
+    let losses = Array::filled(DType::F64, labels.len());
     let loss = Array::filled(sum_dtype(dtype), 1);
     let probabilities = Array::filled(sum_dtype(dtype), logits.len());
     run(&CrossEntropy {
         logits: x.span(),
         labels: labels_array.span(),
-        loss: loss.span(),
+        losses: losses.span(),
         probabilities: probabilities.span(),
         columns: logits.len().checked_div(labels.len()).unwrap_or(0),
     });
+    run(&Total::mean_of(&losses.span(), &loss.span()));
     (loss.values()[0], probabilities.values())
 }
 

@@ -22,9 +22,12 @@
 //! [`TraceReader`] refuses everything else with the line and the reason; what [`TraceWriter`] accepts,
 //! the reader gives back unchanged.
 //!
+//! [`TraceLog`] writes what passes an allocator.
+//!
 //! Must not know: pools, devices. A trace is a description and can be made by any program.
 
 mod error;
+mod log;
 #[cfg(feature = "cli")]
 mod open;
 mod parse;
@@ -34,6 +37,7 @@ mod tests;
 mod writer;
 
 pub use error::{Reason, TraceError};
+pub use log::TraceLog;
 #[cfg(feature = "cli")]
 pub use open::open;
 pub use reader::TraceReader;

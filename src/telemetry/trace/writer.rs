@@ -1,6 +1,6 @@
 //! Traces as text.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use super::error::Reason;
 use super::{Event, Header, ID_END, LINE_BYTES_MAX, STREAMS_MAX, TraceError, parse};
@@ -72,6 +72,14 @@ impl<W: Write> TraceWriter<W> {
             Event::Mark(text) => format!("m {text}"),
         };
         self.write_line(&text)
+    }
+
+    /// Flushes the output.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
     }
 
     /// The output, with everything written to it.

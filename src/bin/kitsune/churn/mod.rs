@@ -1,5 +1,6 @@
 //! `kitsune churn`: workloads that programs are known for, played on a pool and on the system's allocator.
 
+mod cases;
 mod minstd;
 mod training;
 mod workloads;
@@ -20,7 +21,8 @@ pub(crate) struct ChurnArgs {
     #[arg(long, value_enum)]
     workload: Workload,
 
-    /// Size of every block [default: 512; 8 for multi-stream, 64KiB for producer-consumer].
+    /// Size of every block [default: 512; 8 for multi-stream, 64KiB for producer-consumer,
+    /// 0.9 % of the device for priming].
     #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
     bytes: Option<u64>,
 
@@ -71,10 +73,16 @@ fn churn(args: &ChurnArgs, shape: &Shape) -> Result<Figures, Halt> {
 fn shape(args: &ChurnArgs) -> Result<Shape, Failure> {
     let workload = args.workload;
     let refuse = |reason: String| Err(Failure::Input(reason));
+    let pairs = workload == Workload::ProducerConsumer;
+    let threads = args.threads.unwrap_or(if pairs { 2 } else { 1 });
     let bytes = match workload {
         Workload::Hot => Some(512),
         Workload::MultiStream => Some(8),
         Workload::ProducerConsumer => Some(64 << 10),
+        Workload::Priming => {
+            let at_once = cases::PRIMED_BLOCKS * u64::from(threads);
+            Some((args.setup.device_bytes / 10 * 9 / at_once).max(1))
+        }
         _ => None,
     };
     if args.bytes.is_some() && bytes.is_none() {
@@ -83,8 +91,6 @@ fn shape(args: &ChurnArgs) -> Result<Shape, Failure> {
     if args.max_mib.is_some() && workload != Workload::Random {
         return refuse("--max-mib: only the random workload draws sizes".to_owned());
     }
-    let pairs = workload == Workload::ProducerConsumer;
-    let threads = args.threads.unwrap_or(if pairs { 2 } else { 1 });
     if pairs && !threads.is_multiple_of(2) {
         return refuse(format!(
             "--threads {threads}: each producer needs a consumer"

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use kitsune::telemetry::trace::Event;
 use kitsune::units::MIB;
 
+use super::cases;
 use super::minstd::MinStd;
 use super::training::Training;
 use crate::replay::program::{Builder, Program};
@@ -34,6 +35,12 @@ pub(crate) enum Workload {
     Hot,
     /// Training steps with another sequence length each time.
     VaryingLength,
+    /// A hundred blocks, together nine tenths of the device, then their frees: RMM's `async_priming`.
+    Priming,
+    /// Vectors of 40 kB to 4 GB, each freed before a wait for the device: RMM's `device_uvector`.
+    Vectors,
+    /// Random blocks of 2 to 20 MiB, their frees, and the return of all that is cached: PyTorch's allocator fuzz.
+    Fuzz,
 }
 
 /// A workload with its numbers.
@@ -74,6 +81,9 @@ impl Shape {
                 let mut random = MinStd::new(seed);
                 Training::new(stream).steps(self.allocations, || random.uniform(128, 1024))
             }
+            Workload::Priming => cases::primed(self.allocations, self.bytes, stream),
+            Workload::Vectors => cases::vectors(self.allocations, stream),
+            Workload::Fuzz => cases::fuzz(self.allocations, seed, stream),
         }
     }
 

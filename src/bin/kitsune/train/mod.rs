@@ -95,6 +95,7 @@ impl<'a> Trainer<'a> {
         let device = match args.device {
             DeviceChoice::Auto => Device::auto()?,
             DeviceChoice::Host => Device::host(HostConfig::default())?,
+            DeviceChoice::Cuda => Device::cuda(0)?,
         };
         let config = PoolConfig {
             limit: args.limit,

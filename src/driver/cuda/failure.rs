@@ -1,0 +1,60 @@
+//! Error codes of the driver, and what they mean to a caller.
+//!
+//! Codes are plain numbers: a driver that is newer than this crate may return others than are known here.
+
+use std::ffi::c_int;
+
+use crate::error::Error;
+
+/// The codes that are told apart, without their prefix `CUDA_ERROR_`.
+pub(super) mod code {
+    use std::ffi::c_int;
+
+    pub(in super::super) const SUCCESS: c_int = 0;
+    pub(in super::super) const INVALID_VALUE: c_int = 1;
+    pub(in super::super) const STUB_LIBRARY: c_int = 34;
+    /// The runtime's code: the driver itself has none for being too old.
+    pub(in super::super) const INSUFFICIENT_DRIVER: c_int = 35;
+    pub(in super::super) const NO_DEVICE: c_int = 100;
+    pub(in super::super) const INVALID_DEVICE: c_int = 101;
+    pub(in super::super) const NO_BINARY_FOR_GPU: c_int = 209;
+    pub(in super::super) const UNSUPPORTED_PTX_VERSION: c_int = 222;
+    pub(in super::super) const SHARED_OBJECT_SYMBOL_NOT_FOUND: c_int = 302;
+    pub(in super::super) const SHARED_OBJECT_INIT_FAILED: c_int = 303;
+    pub(in super::super) const NOT_FOUND: c_int = 500;
+    pub(in super::super) const NOT_READY: c_int = 600;
+    pub(in super::super) const NOT_SUPPORTED: c_int = 801;
+    pub(in super::super) const STREAM_CAPTURE_UNSUPPORTED: c_int = 900;
+    pub(in super::super) const STREAM_CAPTURE_MERGE: c_int = 902;
+    pub(in super::super) const STREAM_CAPTURE_ISOLATION: c_int = 905;
+    pub(in super::super) const STREAM_CAPTURE_IMPLICIT: c_int = 906;
+    pub(in super::super) const CAPTURED_EVENT: c_int = 907;
+}
+
+/// Whether `code` says that a capture forbids the call. That a capture was invalidated before, or was not
+/// joined, are errors of their own.
+pub(super) fn is_capture_refusal(code: c_int) -> bool {
+    [
+        code::STREAM_CAPTURE_UNSUPPORTED,
+        code::STREAM_CAPTURE_MERGE,
+        code::STREAM_CAPTURE_ISOLATION,
+        code::STREAM_CAPTURE_IMPLICIT,
+    ]
+    .contains(&code)
+}
+
+pub(super) fn refuse(call: &'static str, code: c_int, reason: impl Into<String>) -> Error {
+    Error::Driver {
+        call,
+        code,
+        reason: reason.into(),
+    }
+}
+
+/// The code in an error of a driver.
+pub(super) fn code_of(error: &Error) -> Option<c_int> {
+    match error {
+        Error::Driver { code, .. } => Some(*code),
+        _ => None,
+    }
+}

@@ -1,0 +1,156 @@
+//! Which allocations go to a private memory.
+//!
+//! Two kinds of route, and the first that applies decides. A *capture* takes every allocation for a stream
+//! that it captures: for the stream it was begun on and, as the driver knows, for streams that joined it,
+//! whichever thread asks; the captured work would otherwise use memory that others may get. All other
+//! streams keep getting ordinary memory meanwhile, also from the capturing thread. A *pass* before the
+//! capture is not known to any driver: it takes every allocation of the thread that runs it.
+//!
+//! A pool follows one capture at a time, so a captured stream says by itself where its memory is.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::RwLock;
+
+use super::lane::PoolId;
+use super::memories::MemoryIndex;
+use crate::driver::Stream;
+use crate::error::{Error, Result};
+use crate::units::StreamId;
+
+/// The routes of a pool.
+#[derive(Debug, Default)]
+pub(super) struct Routes {
+    /// Routes of both kinds: while there is none, an allocation costs one look at this.
+    under_way: AtomicUsize,
+    capture: RwLock<Option<Capture>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Capture {
+    origin: StreamId,
+    memory: MemoryIndex,
+}
+
+thread_local! {
+    /// The passes of this thread as (pool number, memory), the innermost last.
+    static PASSES: RefCell<Vec<(PoolId, MemoryIndex)>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Routes {
+    /// Whether every allocation is ordinary.
+    #[inline]
+    pub(super) fn are_none(&self) -> bool {
+        // Relaxed: a thread that gives work to a captured stream was told of the capture by other means, and
+        // those order its load after the store.
+        self.under_way.load(Ordering::Relaxed) == 0
+    }
+
+    /// Where an allocation for `stream` goes in pool number `pool`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver cannot tell whether the stream is being captured.
+    pub(super) fn find(&self, pool: PoolId, stream: &Stream) -> Result<MemoryIndex> {
+        if self.are_none() {
+            return Ok(MemoryIndex::ORDINARY);
+        }
+        if let Some(memory) = self.captured(stream)? {
+            return Ok(memory);
+        }
+        let pass = PASSES.try_with(|passes| {
+            let passes = passes.borrow();
+            passes.iter().rev().find(|(of, _)| *of == pool).copied()
+        });
+        // A thread that is going down runs no pass.
+        Ok(pass
+            .ok()
+            .flatten()
+            .map_or(MemoryIndex::ORDINARY, |(_, memory)| memory))
+    }
+
+    /// The memory of the capture that `stream` is part of, if there is one.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    fn captured(&self, stream: &Stream) -> Result<Option<MemoryIndex>> {
+        let Some(capture) = *self.capture.read() else {
+            return Ok(None);
+        };
+        let is_part =
+            capture.origin == stream.id() || stream.driver().is_capturing(stream.raw())?;
+        Ok(is_part.then_some(capture.memory))
+    }
+
+    /// The memory of the capture that was begun on `stream`, if there is one.
+    pub(super) fn captured_from(&self, stream: &Stream) -> Option<MemoryIndex> {
+        let capture = (*self.capture.read())?;
+        (capture.origin == stream.id()).then_some(capture.memory)
+    }
+
+    /// Whether a capture is under way.
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capture.read().is_some()
+    }
+
+    /// Routes a capture begun on `origin` to `memory`, until the scope ends.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] while another capture of the pool is under way.
+    pub(super) fn begin_capture(
+        &self,
+        origin: &Stream,
+        memory: MemoryIndex,
+    ) -> Result<CaptureScope<'_>> {
+        let mut capture = self.capture.write();
+        if capture.is_some() {
+            let reason = "another capture with memory of this pool is under way";
+            return Err(Error::argument("capture", reason));
+        }
+        *capture = Some(Capture {
+            origin: origin.id(),
+            memory,
+        });
+        self.under_way.fetch_add(1, Ordering::Relaxed);
+        Ok(CaptureScope { routes: self })
+    }
+
+    /// Routes the calling thread's allocations to `memory`, until the scope ends.
+    pub(super) fn begin_pass(&self, pool: PoolId, memory: MemoryIndex) -> PassScope<'_> {
+        PASSES.with_borrow_mut(|passes| passes.push((pool, memory)));
+        self.under_way.fetch_add(1, Ordering::Relaxed);
+        PassScope {
+            routes: self,
+            not_send: PhantomData,
+        }
+    }
+}
+
+/// The time of a capture.
+#[derive(Debug)]
+pub(super) struct CaptureScope<'a> {
+    routes: &'a Routes,
+}
+
+impl Drop for CaptureScope<'_> {
+    fn drop(&mut self) {
+        *self.routes.capture.write() = None;
+        self.routes.under_way.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The time of a pass, on one thread.
+#[derive(Debug)]
+pub(super) struct PassScope<'a> {
+    routes: &'a Routes,
+    not_send: PhantomData<*const ()>,
+}
+
+impl Drop for PassScope<'_> {
+    fn drop(&mut self) {
+        // Passes are closures, so the one that ends is the one begun last.
+        PASSES.with_borrow_mut(Vec::pop);
+        self.routes.under_way.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,82 @@
+//! Allocation logs as traces.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+
+use super::{Event, Header, Reason, TraceError, TraceWriter};
+use crate::memory::{LogAction, LogEvent, LogSink};
+use crate::units::StreamId;
+
+/// Writes the events of a [`Log`](crate::memory::Log) as a trace, which
+/// [`TraceReader`](super::TraceReader) reads and `kitsune replay` repeats. Lines are many and small: give
+/// it a buffered writer.
+///
+/// Streams are numbered in the order in which they come up; one more than the header announces is an
+/// error. Events of several threads stand in the order of the log, as if of one. A failure becomes a mark.
+/// What orders streams (waits, synchronization) does not pass an allocator and is not in the trace.
+///
+/// # Examples
+/// ```
+/// use kitsune::memory::Log;
+/// use kitsune::telemetry::trace::TraceLog;
+/// use kitsune::{Device, HostConfig, Pool, PoolConfig};
+///
+/// let device = Device::host(HostConfig::default())?;
+/// let pool = Pool::new(&device, PoolConfig::default())?;
+/// let log = Log::new(pool, TraceLog::new(Vec::new(), "my-program", 2)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct TraceLog<W> {
+    writer: TraceWriter<W>,
+    streams: HashMap<StreamId, u32>,
+}
+
+impl<W: Write> TraceLog<W> {
+    /// A sink with the header written: of a program called `name`, one word, with up to `streams` streams.
+    ///
+    /// # Errors
+    /// [`TraceError`] for a name that is not one word or a count that is out of range, or if `output`
+    /// fails.
+    pub fn new(output: W, name: &str, streams: u32) -> Result<Self, TraceError> {
+        let header = Header {
+            streams,
+            name: name.to_owned(),
+            others: Vec::new(),
+        };
+        Ok(Self {
+            writer: TraceWriter::new(output, &header)?,
+            streams: HashMap::new(),
+        })
+    }
+
+    /// The number of a stream. The writer refuses one too many.
+    fn stream(&mut self, stream: StreamId) -> u32 {
+        let next = self.streams.len();
+        let next = u32::try_from(next).expect("streams are refused from the 65,537th on");
+        *self.streams.entry(stream).or_insert(next)
+    }
+}
+
+impl<W: Write + Send> LogSink for TraceLog<W> {
+    fn write(&mut self, event: &LogEvent) -> io::Result<()> {
+        let (id, bytes, stream) = (event.request, event.bytes, self.stream(event.stream));
+        let event = match event.action {
+            LogAction::Allocate => Event::Allocate { id, bytes, stream },
+            LogAction::Free => Event::Free { id, stream: None },
+            LogAction::RecordStream => Event::RecordStream { id, stream },
+            LogAction::Failure => Event::Mark(format!("no room for {bytes} on {stream}")),
+        };
+        self.writer.write(&event).map_err(|error| match error {
+            TraceError {
+                reason: Reason::Io(error),
+                ..
+            } => error,
+            other => io::Error::other(other),
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}

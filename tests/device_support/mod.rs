@@ -1,0 +1,180 @@
+//! The device that suites run on: the host device, or the same with its twins replaced by the device kernels.
+//!
+//! `KITSUNE_TEST_DEVICE=shim` chooses the second: each launch then packs the kernel's arguments as a driver
+//! of a GPU does, and runs the text of `kernels/` that `kitsune-shim` compiled for the host.
+//! `KITSUNE_TEST_DEVICE=simcuda` chooses the CUDA device over a simulated driver, which runs the same text. That
+//! driver is one for the whole process: the suites then need cargo-nextest, which gives each test its own.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+#![allow(unsafe_code, reason = "drivers work on plain addresses")]
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
+
+use kitsune::driver::{
+    Arguments, DeviceProperties, DevicePtr, Driver, Grid, Kernel, MemoryInfo, PageHandle, RawEvent,
+    RawGraph, RawStream,
+};
+use kitsune::{Device, HostConfig, Result};
+
+/// What `kernels/generate.py` made, in which entry points tell the sizes of their arguments.
+pub const PTX: [&str; 2] = [
+    include_str!("../../kernels/ptx/kitsune.compute_80.ptx"),
+    include_str!("../../kernels/ptx/kitsune.compute_90.ptx"),
+];
+
+/// The device that the environment names.
+pub fn device(config: HostConfig) -> Device {
+    let host = Device::host(config.clone()).expect("the machine has memory");
+    match std::env::var("KITSUNE_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("host") => host,
+        Ok("shim") => over_shim(&host),
+        Ok("simcuda") => over_simcuda(&config),
+        Ok(other) => panic!("KITSUNE_TEST_DEVICE is `{other}`, not `host`, `shim` or `simcuda`"),
+    }
+}
+
+/// The first device of the simulated CUDA driver, with the capacity that `config` gives.
+#[cfg(all(target_os = "linux", feature = "cuda"))]
+fn over_simcuda(config: &HostConfig) -> Device {
+    static LOADED: OnceLock<libloading::Library> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let settings = format!("memory={},shim={}", config.capacity, kitsune_shim::LIBRARY);
+        // SAFETY: the only test of this process, and its first step.
+        unsafe { std::env::set_var("SIMCUDA", settings) };
+        let test = std::env::current_exe().expect("a test knows its file");
+        // SAFETY: our own library, without initializers. It has the name of the driver's.
+        let library = unsafe { libloading::Library::new(test.with_file_name("libsimcuda.so")) };
+        library.expect("cargo builds the library beside the tests")
+    });
+    Device::cuda(0).expect("the simulated driver works")
+}
+
+#[cfg(not(all(target_os = "linux", feature = "cuda")))]
+fn over_simcuda(_: &HostConfig) -> Device {
+    panic!("the simulated driver needs Linux and the feature `cuda`")
+}
+
+/// `host` with device kernels in place of twins.
+pub fn over_shim(host: &Device) -> Device {
+    let inner = Arc::clone(host.driver());
+    Device::from_driver(Arc::new(ShimDriver { inner }))
+}
+
+/// A kernel whose `run` is its device code.
+#[derive(Debug)]
+struct OverShim(Box<dyn Kernel>);
+
+impl Kernel for OverShim {
+    fn entry(&self) -> &'static str {
+        self.0.entry()
+    }
+
+    fn elements(&self) -> u64 {
+        self.0.elements()
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        self.0.arguments(into);
+    }
+
+    fn grid(&self) -> Grid {
+        self.0.grid()
+    }
+
+    unsafe fn run(&self) {
+        let (entry, grid) = (self.entry(), self.grid());
+        let mut arguments = Arguments::new();
+        self.arguments(&mut arguments);
+        let taken = argument_bytes().get(entry).copied();
+        assert_eq!(
+            taken,
+            Some(arguments.as_bytes().len()),
+            "arguments of {entry}"
+        );
+        let shape = [grid.blocks, grid.threads, grid.shared_bytes];
+        // SAFETY: the sizes agree, and the caller promises what the kernel asks for.
+        let outcome = unsafe { kitsune_shim::launch(entry, shape, arguments.as_bytes()) };
+        assert_eq!(outcome, Ok(()), "{self:?}");
+    }
+}
+
+/// Bytes of the argument struct of every entry point, as the PTX declares them.
+pub fn argument_bytes() -> &'static HashMap<&'static str, usize> {
+    static SIZES: OnceLock<HashMap<&'static str, usize>> = OnceLock::new();
+    SIZES.get_or_init(|| {
+        let entries = PTX[0].split(".visible .entry ").skip(1);
+        entries
+            .map(|entry| {
+                let (name, rest) = entry.split_once('(').expect("an entry has parameters");
+                let (_, size) = rest.split_once('[').expect("the parameter is a struct");
+                let (size, _) = size.split_once(']').expect("its size is a number");
+                (name, size.parse().expect("its size is a number"))
+            })
+            .collect()
+    })
+}
+
+/// A driver that puts [`OverShim`] around every kernel and passes everything else on.
+#[derive(Debug)]
+struct ShimDriver {
+    inner: Arc<dyn Driver>,
+}
+
+macro_rules! pass_on {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
+        $(fn $name(&self $(, $argument: $type)*) -> $out {
+            self.inner.$name($($argument),*)
+        })*
+    };
+    ($(unsafe fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
+        $(unsafe fn $name(&self $(, $argument: $type)*) -> $out {
+            // SAFETY: the caller promises the same.
+            unsafe { self.inner.$name($($argument),*) }
+        })*
+    };
+}
+
+impl Driver for ShimDriver {
+    unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()> {
+        // SAFETY: the caller promises what the kernel asks for, whichever of its forms runs.
+        unsafe { self.inner.launch(Box::new(OverShim(kernel)), stream) }
+    }
+
+    pass_on! {
+        fn properties() -> &DeviceProperties;
+        fn memory_info() -> Result<MemoryInfo>;
+        fn platform() -> u64;
+        fn allocate(bytes: u64) -> Result<DevicePtr>;
+        fn allocate_pinned(bytes: u64) -> Result<DevicePtr>;
+        fn reserve(bytes: u64) -> Result<DevicePtr>;
+        fn release(ptr: DevicePtr, bytes: u64) -> Result<()>;
+        fn create_page(bytes: u64) -> Result<PageHandle>;
+        fn destroy_page(page: PageHandle) -> Result<()>;
+        fn map(ptr: DevicePtr, pages: &[PageHandle]) -> Result<()>;
+        fn create_stream() -> Result<RawStream>;
+        fn destroy_stream(stream: RawStream) -> Result<()>;
+        fn synchronize_stream(stream: RawStream) -> Result<()>;
+        fn query_stream(stream: RawStream) -> Result<bool>;
+        fn create_event() -> Result<RawEvent>;
+        fn destroy_event(event: RawEvent) -> Result<()>;
+        fn record(event: RawEvent, stream: RawStream) -> Result<()>;
+        fn query_event(event: RawEvent) -> Result<bool>;
+        fn synchronize_event(event: RawEvent) -> Result<()>;
+        fn stream_wait(stream: RawStream, event: RawEvent) -> Result<()>;
+        fn begin_capture(stream: RawStream) -> Result<()>;
+        fn end_capture(stream: RawStream) -> Result<RawGraph>;
+        fn is_capturing(stream: RawStream) -> Result<bool>;
+        fn destroy_graph(graph: RawGraph) -> Result<()>;
+    }
+
+    pass_on! {
+        unsafe fn free(ptr: DevicePtr) -> Result<()>;
+        unsafe fn free_pinned(ptr: DevicePtr) -> Result<()>;
+        unsafe fn unmap(ptr: DevicePtr, bytes: u64) -> Result<()>;
+        unsafe fn copy(dst: DevicePtr, src: DevicePtr, bytes: u64, stream: RawStream) -> Result<()>;
+        unsafe fn copy_from_host(dst: DevicePtr, src: &[u8], stream: RawStream) -> Result<()>;
+        unsafe fn copy_to_host(dst: &mut [u8], src: DevicePtr, stream: RawStream) -> Result<()>;
+        unsafe fn fill(dst: DevicePtr, value: u8, bytes: u64, stream: RawStream) -> Result<()>;
+        unsafe fn launch_graph(graph: RawGraph, stream: RawStream) -> Result<()>;
+    }
+}

@@ -1,0 +1,14 @@
+//! Device kernels, run on the host, against their twins: each launch by both from the same arrays.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../device_support/mod.rs"]
+mod device_support;
+mod elementwise;
+mod entries;
+mod layouts;
+mod rows;
+mod shim;
+mod support;
+mod tables;
+mod training;

@@ -1,0 +1,222 @@
+//! Multi-tensor kernels and the scaler's: the same optimizer steps on both devices, bit for bit where sums
+//! are not reordered.
+
+use kitsune::amp::{AmpConfig, GradScaler, NormKind};
+use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
+use kitsune::{Context, DType, Device, Element, HostConfig, Tensor, bf16, f16};
+
+use crate::device_support::over_shim;
+use crate::support::numbers;
+
+/// Sizes of parameters: none, one, odd, around a chunk of 65536, several chunks.
+const SIZES: [usize; 7] = [0, 1, 33, 257, 65_536, 65_537, 150_001];
+
+fn on_both(test: impl Fn(&Context) -> Vec<Vec<f64>>) -> [Vec<Vec<f64>>; 2] {
+    let host = Device::host(HostConfig::default()).unwrap();
+    [host.clone(), over_shim(&host)].map(|device| test(&Context::new(&device).unwrap()))
+}
+
+#[track_caller]
+fn assert_same(what: &str, [twin, kernel]: &[Vec<Vec<f64>>; 2], relative: f64) {
+    assert_eq!(twin.len(), kernel.len());
+    for (number, (twin, kernel)) in twin.iter().zip(kernel).enumerate() {
+        assert_eq!(twin.len(), kernel.len());
+        for (at, (x, y)) in twin.iter().zip(kernel).enumerate() {
+            let near = (x - y).abs() <= relative * x.abs();
+            let same = x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan();
+            assert!(
+                same || near,
+                "{what}, {number}: element {at} is {x:e}, {y:e} from the kernel"
+            );
+        }
+    }
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    tensor.cast(DType::F64).unwrap().to_vec().unwrap()
+}
+
+fn tensor(context: &Context, dtype: DType, values: &[f64]) -> Tensor {
+    fn of<T: Element>(context: &Context, values: &[f64]) -> Tensor {
+        let values: Vec<T> = values
+            .iter()
+            .map(|value| <T as Element>::from_f64(*value))
+            .collect();
+        Tensor::from_slice(context, [values.len()], &values).unwrap()
+    }
+    match dtype {
+        DType::F16 => of::<f16>(context, values),
+        DType::Bf16 => of::<bf16>(context, values),
+        DType::F32 => of::<f32>(context, values),
+        _ => of::<f64>(context, values),
+    }
+}
+
+/// One parameter of every size and type; the last of each type is a misaligned part of a larger tensor.
+fn parameters(context: &Context) -> Vec<Parameter> {
+    let mut parameters = Vec::new();
+    for dtype in DType::FLOATS {
+        for (number, len) in SIZES.into_iter().enumerate() {
+            let all = tensor(context, dtype, &numbers(number as u64, len + 5, 1.0));
+            let start = if number + 1 == SIZES.len() { 1 } else { 0 };
+            let value = all.narrow(0, start, len).unwrap();
+            parameters.push(Parameter::new(format!("{dtype}.{len}"), value).unwrap());
+        }
+    }
+    parameters
+}
+
+/// Gradients of the parameters' types, `bad` at places that differ from step to step.
+fn set_gradients(parameters: &[Parameter], step: u64, bad: Option<f64>) {
+    for (number, parameter) in parameters.iter().enumerate() {
+        let value = parameter.value();
+        let mut gradient = numbers(1000 * step + number as u64, value.len(), 2.0);
+        if let Some(bad) = bad {
+            for place in [0, value.len() / 2, value.len().saturating_sub(1)] {
+                if let Some(element) = gradient.get_mut(place).filter(|_| number % 2 == 0) {
+                    *element = bad;
+                }
+            }
+        }
+        let gradient = tensor(value.context(), value.dtype(), &gradient);
+        parameter.set_grad(gradient).unwrap();
+    }
+}
+
+/// Steps with and without overflow and clipping: all weights, flags, norms and scales on the way.
+fn steps<O: Optimizer>(
+    context: &Context,
+    parameters: &[Parameter],
+    mut optimizer: O,
+) -> Vec<Vec<f64>> {
+    let config = AmpConfig {
+        init_scale: 8.0,
+        growth_interval: 2,
+        ..AmpConfig::default()
+    };
+    let mut scaler = GradScaler::new(context, config).unwrap();
+    let one = Tensor::full(context, [], DType::F32, 1.0).unwrap();
+    let mut seen = Vec::new();
+    let overflows = [
+        None,
+        None,
+        Some(f64::INFINITY),
+        None,
+        Some(f64::NAN),
+        Some(f64::NEG_INFINITY),
+        None,
+    ];
+    for (step, bad) in (0u64..).zip(overflows) {
+        scaler.scale(&one).unwrap();
+        set_gradients(parameters, step, bad);
+        match step % 4 {
+            1 => scaler.unscale(&optimizer).unwrap(),
+            2 => drop(scaler.clip_grad_norm(&optimizer, 0.5).unwrap()),
+            3 => drop(
+                scaler
+                    .clip_grad_norm_by(&optimizer, 0.5, NormKind::Max)
+                    .unwrap(),
+            ),
+            _ => {}
+        }
+        let outcome = scaler.step(&mut optimizer).unwrap();
+        assert_eq!(outcome.is_applied().unwrap(), bad.is_none(), "step {step}");
+        scaler.update().unwrap();
+        seen.push(vec![scaler.scale_factor().unwrap()]);
+    }
+    for report in scaler.stats().unwrap().overflows {
+        seen.push(vec![report.step as f64]);
+        for tensor in &report.tensors {
+            let counts = [tensor.inf_count, tensor.nan_count, tensor.first_index];
+            seen.push(counts.map(|count| count as f64).to_vec());
+        }
+    }
+    seen.extend(parameters.iter().map(|parameter| values(parameter.value())));
+    seen
+}
+
+#[test]
+fn sgd_steps() {
+    for (momentum, nesterov) in [(0.0, false), (0.9, false), (0.9, true)] {
+        let both = on_both(|context| {
+            let parameters = parameters(context);
+            let config = SgdConfig {
+                learning_rate: 0.1,
+                momentum,
+                nesterov,
+                weight_decay: 0.01,
+                ..SgdConfig::default()
+            };
+            let optimizer = Sgd::new(parameters.clone(), config).unwrap();
+            steps(context, &parameters, optimizer)
+        });
+        assert_same("sgd", &both, 0.0);
+    }
+}
+
+#[test]
+fn adamw_steps() {
+    let both = on_both(|context| {
+        let parameters = parameters(context);
+        let config = AdamWConfig {
+            learning_rate: 0.01,
+            weight_decay: 0.1,
+            ..AdamWConfig::default()
+        };
+        let optimizer = AdamW::new(parameters.clone(), config).unwrap();
+        steps(context, &parameters, optimizer)
+    });
+    assert_same("adamw", &both, 0.0);
+}
+
+/// More chunks than a warp has lanes, so that a lane adds up several.
+#[test]
+fn a_tensor_of_many_chunks() {
+    const LEN: usize = 40 * 65_536 + 3;
+    let both = on_both(|context| {
+        let parameter = Parameter::new("w", tensor(context, DType::F16, &[1.0; LEN])).unwrap();
+        let mut gradient = numbers(1, LEN, 0.01);
+        for place in [5, 65_536 + 7, 32 * 65_536, LEN - 1] {
+            gradient[place] = f64::NAN;
+        }
+        gradient[33 * 65_536 + 1] = f64::INFINITY;
+        let mut sgd = Sgd::new(vec![parameter.clone()], SgdConfig::default()).unwrap();
+        let mut scaler = GradScaler::new(context, AmpConfig::default()).unwrap();
+        let one = Tensor::full(context, [], DType::F32, 1.0).unwrap();
+        scaler.scale(&one).unwrap();
+        parameter
+            .set_grad(tensor(context, DType::F16, &gradient))
+            .unwrap();
+        let _ = scaler.step(&mut sgd).unwrap();
+        let overflow = &scaler.stats().unwrap().overflows[0].tensors[0];
+        assert_eq!(
+            (overflow.inf_count, overflow.nan_count, overflow.first_index),
+            (1, 4, 5)
+        );
+        parameter
+            .set_grad(tensor(context, DType::F16, &numbers(1, LEN, 0.01)))
+            .unwrap();
+        let list = [parameter];
+        let norm = kitsune::optim::clip_grad_norm(context, &list, 1.0, NormKind::L2).unwrap();
+        vec![values(&norm)]
+    });
+    assert_same("many chunks", &both, 1e-13);
+}
+
+/// Sums of squares, of magnitudes and largest magnitudes, with and without what is not finite.
+#[test]
+fn norms_and_clipped_gradients() {
+    for kind in [NormKind::L1, NormKind::L2, NormKind::Max] {
+        for bad in [None, Some(f64::INFINITY), Some(f64::NAN)] {
+            let both = on_both(|context| {
+                let parameters = parameters(context);
+                set_gradients(&parameters, 7, bad);
+                let norm = kitsune::optim::clip_grad_norm(context, &parameters, 1.0, kind).unwrap();
+                let mut seen = vec![values(&norm)];
+                seen.extend(parameters.iter().map(|one| values(&one.grad().unwrap())));
+                seen
+            });
+            assert_same(&format!("{kind:?} {bad:?}"), &both, 1e-7);
+        }
+    }
+}

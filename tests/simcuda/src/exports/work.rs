@@ -1,0 +1,151 @@
+//! Copies, fills, modules and kernels.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+use super::{exports, get, put};
+use crate::modules::{Launch, check_ptx, find_entry};
+use crate::sim::code;
+use crate::streams::Op;
+
+/// Threads of a block at most.
+const THREADS_MAX: c_uint = 1024;
+
+/// A text of the caller's that ends with zero.
+fn text(start: *const c_char) -> Result<String, crate::sim::Code> {
+    // SAFETY: the caller's text ends with zero.
+    let text = unsafe { CStr::from_ptr(start) };
+    text.to_str()
+        .map(str::to_owned)
+        .map_err(|_| code::INVALID_VALUE)
+}
+
+exports! {
+    fn cuMemcpyAsync(sim, dst: usize, src: usize, bytes: usize, stream: usize) {
+        sim.device()?;
+        if !sim.is_reachable(dst, bytes) || !sim.is_reachable(src, bytes) {
+            return Err(code::INVALID_VALUE);
+        }
+        sim.push(stream, Op::Copy { dst, src, bytes })
+    }
+
+    fn cuMemcpyDtoDAsync_v2(sim, dst: usize, src: usize, bytes: usize, stream: usize) {
+        sim.device()?;
+        sim.push(stream, Op::Copy { dst, src, bytes })
+    }
+
+    // Pinned memory is read when the stream gets here, other memory at once.
+    fn cuMemcpyHtoDAsync_v2(sim, dst: usize, src: *const u8, bytes: usize, stream: usize) {
+        sim.device()?;
+        if !sim.is_reachable(dst, bytes) {
+            return Err(code::INVALID_VALUE);
+        }
+        let address = src.expose_provenance();
+        if sim.memory.holds_pinned(address, bytes) {
+            return sim.push(stream, Op::Copy { dst, src: address, bytes });
+        }
+        // SAFETY: the caller has so many bytes there.
+        let staged = unsafe { std::slice::from_raw_parts(src, bytes) }.into();
+        sim.push(stream, Op::Upload { dst, staged })
+    }
+
+    // Into ordinary memory the copy is over when the call returns.
+    fn cuMemcpyDtoHAsync_v2(sim, dst: *mut u8, src: usize, bytes: usize, stream: usize) {
+        sim.device()?;
+        let address = dst.expose_provenance();
+        let is_captured = sim.stream(stream)?.capture.is_some();
+        if sim.memory.holds_pinned(address, bytes) || is_captured {
+            return sim.push(stream, Op::Copy { dst: address, src, bytes });
+        }
+        sim.drain(stream)?;
+        if !sim.is_reachable(src, bytes) {
+            return Err(code::INVALID_VALUE);
+        }
+        let src = std::ptr::with_exposed_provenance::<u8>(src);
+        // SAFETY: the source is there, and the caller has so many bytes at `dst`.
+        unsafe { dst.copy_from(src, bytes) };
+        Ok(())
+    }
+
+    fn cuMemsetD8Async(sim, dst: usize, value: u8, bytes: usize, stream: usize) {
+        sim.device()?;
+        if !sim.is_reachable(dst, bytes) {
+            return Err(code::INVALID_VALUE);
+        }
+        sim.push(stream, Op::Fill { dst, value, bytes })
+    }
+
+    fn cuModuleLoadDataEx(
+        sim,
+        module: *mut usize,
+        image: *const c_char,
+        _count: c_uint,
+        _options: *mut c_int,
+        _values: *mut *mut c_void
+    ) {
+        sim.device()?;
+        let image = text(image)?;
+        check_ptx(&image, sim.config.version)?;
+        let handle = sim.handle();
+        sim.modules.insert(handle, image);
+        put(module, handle)
+    }
+
+    fn cuModuleLoadData(sim, module: *mut usize, image: *const c_char) {
+        sim.device()?;
+        let image = text(image)?;
+        check_ptx(&image, sim.config.version)?;
+        let handle = sim.handle();
+        sim.modules.insert(handle, image);
+        put(module, handle)
+    }
+
+    fn cuModuleUnload(sim, module: usize) {
+        sim.modules.remove(&module).map(drop).ok_or(code::INVALID_HANDLE)
+    }
+
+    fn cuModuleGetFunction(sim, function: *mut usize, module: usize, name: *const c_char) {
+        let entry = find_entry(sim.modules.get(&module).ok_or(code::INVALID_HANDLE)?, &text(name)?)?;
+        let handle = sim.handle();
+        sim.functions.insert(handle, entry);
+        put(function, handle)
+    }
+
+    fn cuFuncSetAttribute(sim, function: usize, _attribute: c_int, _value: c_int) {
+        if sim.functions.contains_key(&function) { Ok(()) } else { Err(code::INVALID_HANDLE) }
+    }
+
+    fn cuLaunchKernel(
+        sim,
+        function: usize,
+        grid_x: c_uint,
+        grid_y: c_uint,
+        grid_z: c_uint,
+        block_x: c_uint,
+        block_y: c_uint,
+        block_z: c_uint,
+        shared: c_uint,
+        stream: usize,
+        parameters: *mut *mut u8,
+        _extra: *mut *mut c_void
+    ) {
+        sim.device()?;
+        let entry = sim.functions.get(&function).cloned().ok_or(code::INVALID_HANDLE)?;
+        let is_flat = [grid_y, grid_z, block_y, block_z] == [1; 4];
+        if !is_flat || grid_x == 0 || !(1..=THREADS_MAX).contains(&block_x) {
+            return Err(code::INVALID_VALUE);
+        }
+        // Entry points take one struct, so there is one pointer.
+        let mut arguments = vec![0_u64; entry.argument_bytes.div_ceil(8)];
+        let source = get(parameters);
+        // SAFETY: the caller passes as many bytes as the entry point's struct has.
+        unsafe { arguments.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(source, entry.argument_bytes) };
+        let launch = Launch {
+            entry: entry.name,
+            blocks: grid_x,
+            threads: block_x,
+            shared,
+            arguments: arguments.into(),
+        };
+        sim.push(stream, Op::Launch(launch))
+    }
+}
