@@ -3,9 +3,10 @@
 //   k = k + 1                                     per tensor
 //   w = w * (1 - rate * decay)
 //   m = m + (g - m) * (1 - beta1)
-//   v = beta2 * v + (1 - beta2) * g^2
+//   v = beta2 * v + (1 - beta2) * g * g
 //   w = w - rate / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 //
+// Products and quotients are taken from the left, as in PyTorch: (1 - beta2) * g * g is finite for larger g.
 // adamw_advance counts the step and derives the bias corrections in f64, a thread a chunk; adamw moves the
 // weights, a block a chunk; scale, clip and flag as in update_pass.cuh. adamw gives the bits of its twin from
 // equal corrections; the power in adamw_advance is the device's own, within 2 units in the last place of f64.
@@ -54,9 +55,9 @@ struct AdamWRule {
 
     __device__ void apply(C& w, C g, C& m, C& v) const {
         m = m + (g - m) * first_share;
-        v = second_keep * v + second_share * (g * g);
+        v = second_keep * v + second_share * g * g;
         C denominator = sqrt(v) / correction + epsilon;
-        w = w * keep - rate * (m / denominator);
+        w = w * keep - rate * m / denominator;
     }
 };
 

@@ -15,13 +15,20 @@ struct StepRecordArguments {
     u64 step;
 };
 
-// Copies the first offending gradients out of `counts`, and counts all.
-__device__ inline void write_overflow(double* entry, const u32* counts, u64 tensors) {
+struct Offenders {
+    bool inf, nan;
+};
+
+// Copies the first offending gradients out of `counts`, and counts all. Tells of what kinds they are.
+__device__ inline Offenders write_overflow(double* entry, const u32* counts, u64 tensors) {
     u64 offending = 0;
+    Offenders kinds = {false, false};
     for (u64 tensor = 0; tensor < tensors; tensor++) {
         const u32* words = counts + 4 * tensor;
         u64 first = u64(words[2]) | u64(words[3]) << 32;
         if (first == ~u64(0)) continue;
+        kinds.inf = kinds.inf || words[0] > 0;
+        kinds.nan = kinds.nan || words[1] > 0;
         if (offending < NAMED) {
             double* place = entry + OVERFLOW_HEAD + offending * NAMED_WORDS;
             place[0] = double(tensor);
@@ -32,24 +39,41 @@ __device__ inline void write_overflow(double* entry, const u32* counts, u64 tens
         offending++;
     }
     entry[4] = double(offending);
+    return kinds;
 }
 
 ENTRY(step_record, StepRecordArguments) {
     if (thread_of_grid() > 0) return;
     double* journal = pointer<double>(arguments.journal);
+    double scale = double(*pointer<const float>(arguments.scale));
     journal[STEPS] += 1.0;
     // NaN is not equal to 0 either.
-    if (*pointer<const float>(arguments.found_inf) == 0.0f) {
+    bool skipped = *pointer<const float>(arguments.found_inf) != 0.0f;
+    if (journal[CALIBRATED] != 0.0) {
+        u64 bits = u64(journal[RECENT_SKIPS]) << 1 & 0xffffffffu;
+        journal[RECENT_SKIPS] = double(bits | u64(skipped));
+    }
+    if (!skipped) {
         journal[SKIPPED_IN_A_ROW] = 0.0;
+        journal[NAN_IN_A_ROW] = 0.0;
+        journal[CALIBRATED] = 1.0;
+        journal[LAST_GOOD] = scale;
         return;
     }
     double* entry = journal + OVERFLOWS_START + u64(journal[SKIPPED]) % OVERFLOWS * OVERFLOW_WORDS;
     journal[SKIPPED] += 1.0;
     journal[SKIPPED_IN_A_ROW] += 1.0;
-    write_overflow(entry, pointer<const u32>(arguments.counts), arguments.tensors);
+    Offenders kinds = write_overflow(entry, pointer<const u32>(arguments.counts), arguments.tensors);
+    double norm = arguments.total_norm ? *pointer<const double>(arguments.total_norm)
+                                       : double(not_a_number());
     entry[0] = double(arguments.step);
     entry[1] = double(arguments.optimizer);
-    entry[2] = double(*pointer<const float>(arguments.scale));
-    entry[3] = arguments.total_norm ? *pointer<const double>(arguments.total_norm)
-                                    : double(not_a_number());
+    entry[2] = scale;
+    entry[3] = norm;
+    if (kinds.nan) journal[NAN_STEPS] += 1.0;
+    journal[NAN_IN_A_ROW] = kinds.nan ? journal[NAN_IN_A_ROW] + 1.0 : 0.0;
+    // Without an offender of its own a step was skipped for another's sake, and says nothing.
+    bool norm_is_inf = norm > 0.0 && !is_nan(norm) && !is_finite(norm);
+    if (kinds.inf || (!kinds.nan && norm_is_inf)) journal[INF_STEPS_SINCE_UPDATE] += 1.0;
+    else if (kinds.nan) journal[NAN_STEPS_SINCE_UPDATE] += 1.0;
 }

@@ -52,7 +52,7 @@ __device__ void matmul(const MatmulArguments& g) {
             load_slice(right, pointer<const T>(g.b), side, g.n, g.b_column, at, g.k, g.b_row);
             __syncthreads();
             // Past the end of k both slices are 0, which changes no sum.
-#pragma unroll
+#pragma unroll 4
             for (u32 i = 0; i < SLICE; i++) {
 #pragma unroll
                 for (u32 row = 0; row < OWN; row++) {

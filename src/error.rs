@@ -5,7 +5,7 @@
 use std::fmt;
 
 use crate::dtype::DType;
-use crate::units::Bytes;
+use crate::units::{Bytes, StreamId};
 
 /// Result of everything fallible in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -67,6 +67,10 @@ pub enum Error {
     #[error("{0}")]
     Scaler(#[from] ScalerMisuse),
 
+    /// Steps go on being skipped, and a smaller scale will not help.
+    #[error("{0}")]
+    ScalerAlarm(Box<ScalerAlarm>),
+
     /// A saved state cannot be restored. Nothing was changed.
     #[error("invalid saved state: {key}: {reason}")]
     InvalidState {
@@ -107,6 +111,78 @@ pub enum ScalerMisuse {
     /// The state was read between `step` and `update`.
     #[error("the state of a scaler must be taken after update(), and one is due: call it first")]
     MidIteration,
+    /// Another scaler that is still there has been used with the optimizer.
+    #[error("another gradient scaler drives this optimizer; drop that one first")]
+    OtherScaler,
+    /// All steps are to be skipped or none, and some were enqueued before this optimizer was checked.
+    #[error(
+        "{call}() is being called after another optimizer's step(); to skip all steps or none, check all \
+         optimizers first, or use step_all()"
+    )]
+    CheckedTooLate {
+        /// The call that came too late.
+        call: &'static str,
+    },
+}
+
+/// Steps go on being skipped. What to look at, and where it was well last.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ScalerAlarm {
+    /// What was noticed.
+    pub kind: AlarmKind,
+    /// The scale when it was noticed.
+    pub scale: f64,
+    /// The scale of the last step that was applied, if any was.
+    pub last_good_scale: Option<f64>,
+    /// Optimizer steps so far, skipped or not.
+    pub steps: u64,
+    /// Steps skipped since the last one that was applied.
+    pub skipped_in_a_row: u64,
+}
+
+/// What a [`ScalerAlarm`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AlarmKind {
+    /// Gradients overflow although the scale is at its floor.
+    AtFloor,
+    /// So many of the last steps were skipped.
+    SkipStorm {
+        /// Skipped steps.
+        skipped: u32,
+        /// Among the last so many.
+        of: u32,
+    },
+    /// Gradients of so many steps in a row had NaN.
+    NaN {
+        /// Steps.
+        in_a_row: u64,
+    },
+}
+
+impl fmt::Display for ScalerAlarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            AlarmKind::AtFloor => write!(
+                f,
+                "gradients overflow at the smallest scale, {}",
+                self.scale
+            )?,
+            AlarmKind::SkipStorm { skipped, of } => write!(
+                f,
+                "{skipped} of the last {of} steps were skipped, at scale {}",
+                self.scale
+            )?,
+            AlarmKind::NaN { in_a_row } => {
+                write!(f, "gradients have NaN for {in_a_row} steps in a row")?;
+            }
+        }
+        match self.last_good_scale {
+            Some(scale) => write!(f, "; the last applied step had scale {scale}"),
+            None => write!(f, "; none of {} steps was applied", self.steps),
+        }
+    }
 }
 
 /// Why an allocation failed, and where the memory is.
@@ -121,14 +197,21 @@ pub struct OutOfMemory {
     pub allocated: u64,
     /// Bytes freed by callers that other streams may still be using.
     pub pending: u64,
+    /// Those bytes by stream that they wait for, the most first; bytes that wait for several count for each.
+    pub pending_by_stream: Vec<(StreamId, u64)>,
     /// Bytes held from the driver.
     pub reserved: u64,
-    /// Largest free block the stream could use.
+    /// Bytes that are free in pages or segments which are partly in use: not returnable to the driver.
+    pub split: u64,
+    /// Largest free block of any stream.
     pub largest_free: u64,
     /// Free device memory as the driver reports it.
     pub device_free: u64,
     /// Total device memory as the driver reports it.
     pub device_total: u64,
+    /// Device memory that neither is free nor belongs to this pool: other processes, other pools, and what the
+    /// driver keeps for itself. `None` if the driver did not tell.
+    pub held_by_others: Option<u64>,
     /// The byte limit of the pool or of the wrapper that refused, if one is set.
     pub limit: Option<u64>,
     /// Bytes that count against a wrapper's limit. What counts against a pool's is what it reserved.
@@ -143,22 +226,57 @@ pub struct OutOfMemory {
     pub largest_tags: Vec<(String, u64)>,
 }
 
+/// Most bytes anyone can mean to ask for: 1 EiB.
+const REQUEST_MAX: u64 = 1 << 60;
+
+impl OutOfMemory {
+    /// Share of the reserved bytes that is free but split up, from 0 to 1.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+    pub fn fragmentation(&self) -> f64 {
+        match self.reserved {
+            0 => 0.0,
+            reserved => self.split as f64 / reserved as f64,
+        }
+    }
+
+    /// Whether the request is more than the device has in all, so that freeing memory cannot help.
+    #[must_use]
+    pub fn exceeds_device(&self) -> bool {
+        self.requested > self.device_total
+    }
+}
+
 impl fmt::Display for OutOfMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.requested > REQUEST_MAX {
+            let bytes = self.requested;
+            return write!(
+                f,
+                "out of memory: {bytes} bytes are more than 1 EiB, is this size meant?"
+            );
+        }
+        write!(f, "out of memory for {}", Bytes(self.requested))?;
+        if self.exceeds_device() {
+            return write!(f, ": the device has {} in all", Bytes(self.device_total));
+        }
         let free_in_pool = self.reserved.saturating_sub(self.allocated + self.pending);
         write!(
             f,
-            "out of memory for {}: allocated {}, waiting for streams {}, free in the pool {} \
-             (largest block {}), reserved {}, device free {} of {}",
-            Bytes(self.requested),
+            ": allocated {}, waiting for streams {}, free in the pool {} (largest block {}, {:.0} % \
+             fragmented), reserved {}, device free {} of {}",
             Bytes(self.allocated),
             Bytes(self.pending),
             Bytes(free_in_pool),
             Bytes(self.largest_free),
+            100.0 * self.fragmentation(),
             Bytes(self.reserved),
             Bytes(self.device_free),
             Bytes(self.device_total),
         )?;
+        if let Some(others) = self.held_by_others.filter(|bytes| *bytes > 0) {
+            write!(f, ", held by others {}", Bytes(others))?;
+        }
         if let Some(limit) = self.limit {
             let verdict = if self.limited { ", which refused" } else { "" };
             write!(f, ", limit {}", Bytes(limit))?;
@@ -169,9 +287,6 @@ impl fmt::Display for OutOfMemory {
         }
         if let Some(error) = &self.driver_error {
             write!(f, "; {error}")?;
-        }
-        if !self.tried.is_empty() {
-            write!(f, "; tried {}", self.tried.join(", "))?;
         }
         for (index, (tag, bytes)) in self.largest_tags.iter().enumerate() {
             let lead = if index == 0 { "; most by tag: " } else { ", " };
@@ -185,7 +300,13 @@ impl std::error::Error for OutOfMemory {}
 
 impl From<OutOfMemory> for Error {
     fn from(report: OutOfMemory) -> Self {
-        Self::OutOfMemory(Box::new(report))
+        Box::new(report).into()
+    }
+}
+
+impl From<Box<OutOfMemory>> for Error {
+    fn from(report: Box<OutOfMemory>) -> Self {
+        Self::OutOfMemory(report)
     }
 }
 

@@ -51,6 +51,8 @@ pub use storage::{Buffer, Context, Shape, Tensor};
 mod documents {
     #[doc = include_str!("../README.md")]
     mod readme {}
+    #[doc = include_str!("../docs/amp.md")]
+    mod amp {}
     #[doc = include_str!("../docs/from-pytorch.md")]
     mod from_pytorch {}
     #[doc = include_str!("../docs/testing.md")]

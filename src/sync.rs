@@ -121,10 +121,6 @@ mod checked {
         pub(crate) fn pop(&self) -> Option<T> {
             self.0.lock().pop_front()
         }
-
-        pub(crate) fn is_empty(&self) -> bool {
-            self.0.lock().is_empty()
-        }
     }
 
     impl<T> Default for SegQueue<T> {

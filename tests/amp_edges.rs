@@ -101,7 +101,7 @@ fn steps_after_replays_are_told_apart() {
 
 #[test]
 fn a_failed_clip_does_not_leave_a_flag_behind() {
-    let inner = Device::host(HostConfig::default()).unwrap();
+    let inner = device_support::device(HostConfig::default());
     let faults = Arc::new(FaultDriver::new(inner.driver().clone()));
     for nth in 1..4 {
         let context = Context::new(&Device::from_driver(faults.clone())).unwrap();

@@ -89,11 +89,12 @@ fn scale_updates_by_the_rule() {
             backoff_factor: backoff,
             growth_interval: u32::try_from(interval).unwrap(),
             min_scale: 0.0,
-            max_scale: f32::MAX,
+            ..ScalePolicy::default()
         };
         let state = ScaleState {
             scale,
             growth_tracker: u32::try_from(tracker).unwrap(),
+            overflows: 0,
         };
         let next = next_scale(&policy, state, flag);
         let got = (next.scale, i64::from(next.growth_tracker));
@@ -199,6 +200,7 @@ fn the_scale_stops_at_its_floor() {
         let mut state = ScaleState {
             scale: 65536.0,
             growth_tracker: 0,
+            overflows: 0,
         };
         let mut count = 0;
         loop {
@@ -221,6 +223,7 @@ fn policy(config: &AmpConfig) -> ScalePolicy {
         growth_interval: config.growth_interval,
         min_scale: config.min_scale as f32,
         max_scale: config.max_scale as f32,
+        ..ScalePolicy::default()
     }
 }
 

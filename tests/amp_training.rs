@@ -114,6 +114,8 @@ fn a_saved_state_goes_through_json() {
         (3.0, (4.0, 0.25, 2))
     );
     // It goes on where the first would: one more clean update, and the scale grows.
+    // An optimizer has one scaler.
+    drop(first);
     let _ = second.step(&mut optimizer).unwrap();
     second.update().unwrap();
     assert_eq!(second.scale_factor().unwrap(), 12.0);
@@ -397,11 +399,22 @@ fn settings_open_the_scope_they_describe() {
     assert_eq!(autocast_dtype("linear"), None);
 }
 
+/// How steps after the first are run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Eager,
+    Captured,
+    /// With memory of a private pool.
+    Private,
+}
+
 #[test]
 fn a_captured_step_replays_like_an_eager_one() {
+    type Launch = Box<dyn Fn() -> kitsune::Result<()>>;
     let gradients = [2.0, f32::INFINITY, -4.0, 8.0];
-    let run = |capture: bool| {
+    let run = |way: Way| {
         let context = context();
+        let stream = context.stream().clone();
         let weight = ones(&context, "w", &[f16::ONE; 5]);
         let slot = Tensor::full(&context, [5], DType::F16, 0.0).unwrap();
         weight.set_grad(slot.clone()).unwrap();
@@ -413,17 +426,34 @@ fn a_captured_step_replays_like_an_eager_one() {
             let _ = scaler.step(&mut optimizer)?;
             scaler.update()
         };
-        // The first step makes all memory, with a gradient of zeros.
+        // The first two steps make all memory, with a gradient of zeros.
         step().unwrap();
-        let graph = capture.then(|| context.stream().capture(&mut step).unwrap());
+        let private = context.pool().private().unwrap();
+        if way == Way::Private {
+            private.prime(&mut step).unwrap();
+        } else {
+            step().unwrap();
+        }
+        // A graph touches the scaler, the optimizer, the parameter, its gradient and the norms, all alive below.
+        let launch: Option<Launch> = match way {
+            Way::Eager => None,
+            Way::Captured => {
+                let graph = stream.capture(&mut step).unwrap();
+                // SAFETY: as above.
+                Some(Box::new(move || unsafe { graph.launch(&stream) }))
+            }
+            Way::Private => {
+                let graph = private.capture(&stream, &mut step).unwrap();
+                // SAFETY: as above.
+                Some(Box::new(move || unsafe { graph.launch(&stream) }))
+            }
+        };
         for gradient in gradients {
             slot.fill(f64::from(gradient)).unwrap();
-            match &graph {
-                // SAFETY: the graph touches the scaler, the optimizer, the parameter, its gradient
-                // and the norms, all of which are alive.
-                Some(graph) => unsafe { graph.launch(context.stream()) }.unwrap(),
-                None => step().unwrap(),
-            }
+            launch
+                .as_ref()
+                .map_or_else(&mut step, |launch| launch())
+                .unwrap();
         }
         let steps = optimizer.step_counts().to_vec::<u32>().unwrap();
         let moment = optimizer.second_moment(0).unwrap().to_vec::<f32>().unwrap();
@@ -431,7 +461,9 @@ fn a_captured_step_replays_like_an_eager_one() {
         let counts = (stats.steps, stats.skipped, stats.scale);
         (value::<f16>(&weight), moment, steps, counts)
     };
-    let eager = run(false);
-    assert_eq!((&eager.2, eager.3), (&vec![4], (5, 1, 8.0)));
-    assert_eq!(run(true), eager);
+    let eager = run(Way::Eager);
+    assert_eq!((&eager.2, eager.3), (&vec![5], (6, 1, 8.0)));
+    for way in [Way::Captured, Way::Private] {
+        assert_eq!(run(way), eager, "{way:?}");
+    }
 }

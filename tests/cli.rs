@@ -87,6 +87,7 @@ fn the_json_has_exactly_these_keys() {
         "seed",
         "seconds",
         "final_loss",
+        "loss_curve",
         "test_accuracy",
         "scale",
         "overflow_steps",

@@ -177,6 +177,42 @@ fn a_missing_function_is_named() {
 }
 
 #[test]
+fn a_cublaslt_that_cannot_be_used_is_told_and_passed_over() {
+    let folder = folder("doctor-cublaslt", |_| {});
+    let usual = folder.join("libcuda.so.1");
+    let library = folder.join("libcublasLt.so.13");
+    let told = |expected: &str| {
+        let found = findings(&folder, "");
+        let reason = found["devices"][0]["why_not_cublaslt"]
+            .as_str()
+            .unwrap_or_default();
+        assert!(reason.contains(expected), "{reason}");
+        let shim = format!("shim={}", kitsune_shim::LIBRARY);
+        let output = run(
+            &["train", "--device", "cuda", "--steps", "2"],
+            &folder,
+            &shim,
+        );
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    for file in [&usual, &library] {
+        let _ = fs::remove_file(file);
+    }
+    // A library that would talk to another driver than this one, as it does not find this one by its name.
+    fs::copy(folder.join("libcuda.so"), &library).unwrap();
+    told("libcublasLt.so.13 would use another driver than this program");
+    // The same driver by its usual name, and a library without the functions.
+    std::os::unix::fs::symlink("libcuda.so", &usual).unwrap();
+    told("libcublasLt.so.13 has no function cublasLtCreate");
+    fs::write(&library, b"no library").unwrap();
+    told("cannot be loaded");
+}
+
+#[test]
 fn without_a_driver_the_host_takes_over() {
     let empty = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("doctor-empty");
     fs::create_dir_all(&empty).unwrap();

@@ -356,6 +356,39 @@ fn a_cache_hit_asks_nothing_and_one_stream_needs_no_event() {
     assert_eq!(events, 0, "{log}");
 }
 
+/// Sizes that come and go at random, so that holes are split and merged, pages taken, and requests stitched together.
+#[test]
+fn a_program_on_one_stream_records_no_event_and_never_waits() {
+    let (sim, device) = Sim::device();
+    let stream = device.create_stream().unwrap();
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let mut random = fastrand::Rng::with_seed(3);
+    let mut blocks = Vec::new();
+    for _ in 0..3000 {
+        if blocks.len() > 60 {
+            blocks.swap_remove(random.usize(0..blocks.len()));
+        }
+        let most = 1 << random.u32(8..26);
+        let bytes = random.u64(1..most);
+        blocks.push(pool.allocate(bytes, &stream).unwrap());
+    }
+    assert!(
+        sim.calls("cuMemMap") > sim.calls("cuMemCreate"),
+        "pages were stitched"
+    );
+    for call in [
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuStreamWaitEvent",
+        "cuStreamSynchronize",
+        "cuStreamQuery",
+        "cuCtxSynchronize",
+        "cuMemUnmap",
+    ] {
+        assert_eq!(sim.calls(call), 0, "{call}");
+    }
+}
+
 #[test]
 fn a_pool_gives_everything_back() {
     let (sim, device) = Sim::device();

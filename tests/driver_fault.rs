@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use driver_support::{allocate, devices, fill, read, refusal, threads};
 use kitsune::driver::Driver;
-use kitsune::driver::fault::{Fault, FaultDriver};
+use kitsune::driver::fault::{Fault, FaultDriver, FaultKind};
 use kitsune::{Device, Event, Result};
 
 fn wrapped(inner: &Device) -> (Arc<FaultDriver>, Device) {
@@ -26,8 +26,10 @@ fn the_named_call_fails_once_and_without_effect() {
     faults.arm(Fault {
         call: Some("allocate"),
         nth: 2,
-        code: 12,
-        reason: "full".to_owned(),
+        kind: FaultKind::Other {
+            code: 12,
+            reason: "full".to_owned(),
+        },
     });
     let free = device.memory_info().unwrap().free;
     allocate(&device, 4096);
@@ -43,6 +45,27 @@ fn the_named_call_fails_once_and_without_effect() {
     faults.reset_calls();
     assert_eq!((faults.calls("allocate"), faults.total_calls()), (0, 0));
     assert_eq!(faults.disarm(), 0);
+}
+
+#[test]
+fn every_kind_is_an_error_of_the_call() {
+    let (faults, device) = wrapped(&threads());
+    let messages = FaultKind::ALL.map(|kind| {
+        faults.arm(Fault {
+            call: None,
+            nth: 1,
+            kind,
+        });
+        device.memory_info().unwrap_err().to_string()
+    });
+    assert!(
+        messages
+            .iter()
+            .all(|message| message.starts_with("memory_info"))
+    );
+    assert!(messages[3].contains("capture"), "{messages:?}");
+    let distinct: std::collections::BTreeSet<_> = messages.iter().collect();
+    assert_eq!(distinct.len(), messages.len());
 }
 
 #[test]

@@ -20,7 +20,9 @@ const CAPACITY: u64 = 4 << 20;
 const LARGE: u64 = 3 << 20;
 const SMALL: u64 = 4096;
 
-/// A device without threads of its own, with plain allocations: what has no lock of the pool is to be cheap.
+/// A device with plain allocations: what has no lock of the pool is to be cheap. It gets no work, so it starts
+/// no threads and every event is complete at once; a seeded schedule would let the pool find that out sooner in
+/// one run of a model than in the next.
 struct Subject {
     device: Device,
     streams: [Stream; 2],
@@ -30,7 +32,7 @@ impl Subject {
     fn new() -> Self {
         let device = Device::host(HostConfig {
             capacity: CAPACITY,
-            schedule: Schedule::Seeded(1),
+            schedule: Schedule::Threads,
             virtual_memory: false,
         })
         .unwrap();
@@ -81,7 +83,7 @@ fn assert_live(pool: &Pool, blocks: &[&Block]) {
 
 #[test]
 fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
-    check(4, |subject| {
+    check(3, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         let block = pool.allocate(LARGE, &stream).unwrap();
@@ -106,7 +108,7 @@ fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
 
 #[test]
 fn threads_on_one_stream_never_get_the_same_block() {
-    check(4, |subject| {
+    check(3, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         // One block in the pool, one in the lane of this thread.
@@ -130,7 +132,7 @@ fn threads_on_one_stream_never_get_the_same_block() {
 
 #[test]
 fn flushing_the_lane_of_a_thread_that_ends_loses_nothing() {
-    check(4, |subject| {
+    check(3, |subject| {
         let pool = subject.pool();
         let streams = subject.streams.clone();
         let other = {
@@ -149,7 +151,7 @@ fn flushing_the_lane_of_a_thread_that_ends_loses_nothing() {
 
 #[test]
 fn the_last_handle_takes_the_memory_along_whoever_frees_the_last_block() {
-    check(4, |subject| {
+    check(3, |subject| {
         let pool = subject.pool();
         let stream = &subject.streams[0];
         let [first, second] = [(); 2].map(|()| pool.allocate(SMALL, stream).unwrap());
@@ -168,7 +170,7 @@ fn the_last_handle_takes_the_memory_along_whoever_frees_the_last_block() {
 
 #[test]
 fn statistics_read_beside_other_threads_count_each_block_once() {
-    check(4, |subject| {
+    check(3, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         let block = pool.allocate(SMALL, &stream).unwrap();

@@ -18,13 +18,14 @@ mod device_support;
 mod driver_support;
 mod support;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use driver_support::{fill, read};
-use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, Result, ReusePolicy, Schedule, Stream};
 
 /// Steps between two walks over all structures.
 const WALK: usize = 64;
@@ -106,6 +107,9 @@ const SMALL: Size = Size {
     blocks_max: 40,
 };
 
+/// The least limit: a page.
+const LIMIT_MIN: u64 = 2 << 20;
+
 const LARGE: Size = Size {
     capacity: 1 << 30,
     limit: 640 << 20,
@@ -145,6 +149,7 @@ impl Model {
         let mut config = PoolConfig {
             limit,
             reuse: policies[random.usize(0..policies.len())],
+            deterministic: random.u32(0..4) == 0,
             ..PoolConfig::default()
         };
         config.contiguous = random.u32(0..4) == 0;
@@ -209,14 +214,10 @@ impl Model {
 
     fn check_report(&self, report: &kitsune::OutOfMemory, bytes: u64) {
         assert_eq!(report.requested, bytes);
-        assert!(report.reserved <= self.limit());
+        assert!(report.reserved <= self.size.capacity);
         assert_eq!(report.allocated, self.sums.allocated);
         let rounded = bytes.next_multiple_of(512);
         assert!(report.largest_free < rounded, "{report}");
-    }
-
-    fn limit(&self) -> u64 {
-        self.pool.config().limit.unwrap_or(self.size.capacity)
     }
 
     /// Lets go of a live block, which the caller frees.
@@ -277,12 +278,60 @@ impl Model {
                 live.home = user.clone();
             }
         }
-        live.block.record_stream(&user);
+        if value.is_multiple_of(3) {
+            live.block.record_use(&user);
+        } else {
+            live.block.record_stream(&user);
+        }
     }
 
     fn replace_stream(&mut self) {
         let index = self.random.usize(0..self.streams.len());
         self.streams[index] = self.pool.device().create_stream().unwrap();
+    }
+
+    /// Captures allocations with memory of their own and runs them twice; the memory goes with the graph.
+    fn capture(&mut self) {
+        let stream = self.stream();
+        let sizes: Vec<u64> = (0..4).map(|_| self.bytes().max(1)).collect();
+        let (pool, handed_out) = (self.pool.clone(), Cell::new(0));
+        let work = || -> Result<()> {
+            let mut blocks = Vec::new();
+            for bytes in &sizes {
+                blocks.push(pool.allocate(*bytes, &stream)?);
+                handed_out.set(handed_out.get() + 1);
+                let block = &blocks[blocks.len() - 1];
+                fill(&stream, block.ptr(), 1, SHOWN as u64);
+                if blocks.len() > 2 {
+                    drop(blocks.remove(0));
+                }
+            }
+            Ok(())
+        };
+        let private = self.pool.private().unwrap();
+        let primed = private.prime(work);
+        let graph = primed.and_then(|()| private.capture(&stream, work));
+        match graph {
+            // SAFETY: the captured work writes to memory of the graph alone.
+            Ok(graph) => (0..2).for_each(|_| unsafe { graph.launch(&stream) }.unwrap()),
+            Err(Error::OutOfMemory(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        self.handed_out += handed_out.get();
+    }
+
+    fn shrink(&mut self) {
+        let bytes = self.random.u64(0..self.size.capacity);
+        match self.random.u32(0..4) {
+            0 => self.pool.trim(bytes).unwrap(),
+            1 => self.pool.decay_now(),
+            2 => {
+                let limit = bytes.max(LIMIT_MIN);
+                self.pool.set_limit(Some(limit)).unwrap();
+                assert_eq!(self.pool.limit(), Some(limit));
+            }
+            _ => self.pool.set_limit(None).unwrap(),
+        }
     }
 
     fn step(&mut self) {
@@ -303,6 +352,8 @@ impl Model {
             977..985 => self.replace_stream(),
             985..990 => self.helper = Helper::new(),
             990..995 => self.pool = self.pool.clone(),
+            995..997 => self.shrink(),
+            997..999 => self.capture(),
             _ => while self.live.len() > 3 && self.leave().is_some() {},
         }
     }
@@ -320,7 +371,7 @@ impl Model {
         assert!(sums.requested <= sums.allocated);
         assert!(sums.allocated <= stats.active_bytes.current);
         assert!(stats.active_bytes.current <= stats.reserved_bytes.current);
-        assert!(stats.reserved_bytes.peak <= self.limit());
+        assert!(stats.reserved_bytes.peak <= self.size.capacity);
         assert!(stats.allocated_bytes.peak >= sums.allocated);
     }
 

@@ -215,6 +215,10 @@ fn launchers_refuse_what_does_not_fit() {
     assert!(multiply(&square, &matrix(&x, 1, 2), &other.sub(0, 4)).contains("does not fit"));
     assert!(multiply(&square, &square, &x.sub(2, 4)).contains("overlaps"));
     assert!(multiply(&square, &half_square, &other.sub(0, 4)).contains("f16"));
+    let taken = Some(&x);
+    let (add, out) = (Accumulate::Add, other.sub(0, 4));
+    let multiply = launch::matmul_with(taken, stream, &square, &square, &out, add);
+    assert!(refusal(multiply).contains("overlaps"));
     // In place is in order where the elements have one size.
     launch::add(stream, &x, &other, &x).unwrap();
     launch::cast(stream, &x, &x).unwrap();

@@ -5,6 +5,7 @@
 mod command_support;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use command_support::{json, kitsune, refusal};
@@ -163,7 +164,7 @@ fn bad_traces_are_refused_with_line_and_reason() {
     let garbage: Vec<u8> = (0..4096_u32)
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
         .collect();
-    let cases: [(&str, Vec<u8>, &str); 12] = [
+    let cases: [(&str, Vec<u8>, &str); 17] = [
         ("empty", Vec::new(), ":1: not a trace"),
         (
             "header-cut",
@@ -197,6 +198,23 @@ fn bad_traces_are_refused_with_line_and_reason() {
             body("a 1\n"),
             ":2: event a takes 2 or 3 fields, but has 1",
         ),
+        (
+            "negative",
+            body("a 1 -512 0\n"),
+            ":2: bytes \"-512\" is not a decimal number",
+        ),
+        (
+            "used-after-free",
+            body("a 1 512 0\nf 1\nr 1 1\n"),
+            ":4: id 1 was already freed on line 3",
+        ),
+        (
+            "bytes-within",
+            [body("a 1 512 0\n"), vec![0xff, 0x00, 0xfe, b'\n']].concat(),
+            ":3: not text",
+        ),
+        ("zeros", vec![0; 4096], ":1: "),
+        ("zstd-garbage", b"\x28\xb5\x2f\xfdgarbage".to_vec(), ":1: "),
         ("stream", body("a 1 512 2\n"), ":2: stream 2 does not exist"),
         ("garbage", garbage, ":1: not a trace"),
         ("gzip-garbage", b"\x1f\x8b\x08\x00garbage".to_vec(), ":1: "),
@@ -210,6 +228,124 @@ fn bad_traces_are_refused_with_line_and_reason() {
             "{name}: {told}"
         );
     }
+}
+
+/// A trace of some thousand lines.
+fn long_trace() -> Vec<u8> {
+    let lines = (0..2000_u64).map(|id| format!("a {id} {} 0\n", 512 * (id * id % 977)));
+    [HEADER.to_owned(), lines.collect()].concat().into_bytes()
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(text).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn compressed_files_that_are_damaged_are_refused_with_a_line() {
+    let text = long_trace();
+    let level = ruzstd::encoding::CompressionLevel::Fastest;
+    let zstandard = ruzstd::encoding::compress_to_vec(&text[..], level);
+    for (extension, whole) in [("gz", gzip(&text)), ("zst", zstandard)] {
+        let replay = |name: &str, contents: &[u8]| {
+            let file = scratch(&format!("{name}.at.{extension}"), contents);
+            file.to_str().unwrap().to_owned()
+        };
+        let sound = replay("sound", &whole);
+        let report = json(&["replay", &sound, "--json", "--repeats", "1"]);
+        assert_eq!(number(&report, "allocs"), 2000);
+        let mut flipped = whole.clone();
+        flipped[whole.len() / 2] ^= 0x10;
+        let mut wrong_sum = whole.clone();
+        *wrong_sum.last_mut().unwrap() ^= 1;
+        let followed = [&whole[..], b"more"].concat();
+        for (name, contents) in [
+            ("cut", &whole[..whole.len() / 2]),
+            ("almost", &whole[..whole.len() - 1]),
+            ("flipped", &flipped),
+            ("wrong-sum", &wrong_sum),
+            ("followed", &followed),
+        ] {
+            let file = replay(name, contents);
+            let told = refusal(&["replay", &file], 2);
+            let place = told.strip_prefix(&format!("error: {file}:"));
+            let place = place.unwrap_or_else(|| panic!("{name}.{extension}: {told}"));
+            let (line, reason) = place.split_once(": ").unwrap();
+            let line: u64 = line.parse().unwrap();
+            assert!((1..=2002).contains(&line), "{name}.{extension}: {told}");
+            assert!(reason.trim().len() > 3, "{name}.{extension}: {told}");
+        }
+    }
+}
+
+/// Digest, peak, driver calls and failures of a deterministic run.
+fn placed(files: &[&str], flags: &[&str]) -> (String, u64, u64, u64) {
+    let head = ["replay", "--json", "--repeats", "1", "--deterministic"];
+    let report = json(&[&head[..], files, flags].concat());
+    let digest = report["address_digest"].as_str().unwrap().to_owned();
+    assert_eq!(digest.len(), 16);
+    let figures = ["peak_reserved_bytes", "driver_allocs", "ooms"];
+    let [peak, calls, ooms] = figures.map(|key| number(&report, key));
+    (digest, peak, calls, ooms)
+}
+
+/// A trace with more than a small device holds, on four streams that use each other's blocks.
+fn crowded(seed: u64) -> PathBuf {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut text = String::from("#alloctrace v1 streams=4 name=crowded\n");
+    let mut live = Vec::new();
+    for id in 0..3000_u64 {
+        let bytes = match random.u32(0..10) {
+            0..6 => random.u64(1..200_000),
+            6..9 => random.u64(1..4 << 20),
+            _ => random.u64(1..20 << 20),
+        };
+        text += &format!("a {id} {bytes} {}\n", random.u32(0..4));
+        live.push(id);
+        if random.u32(0..4) == 0 {
+            let used = random.choice(&live).unwrap();
+            text += &format!("r {used} {}\n", random.u32(0..4));
+        }
+        while live.len() > 40 || random.u32(0..3) == 0 && !live.is_empty() {
+            text += &format!("f {}\n", live.swap_remove(random.usize(0..live.len())));
+        }
+        match random.u32(0..200) {
+            0 => text += "t\n",
+            1..4 => text += &format!("w {} {}\n", random.u32(0..4), random.u32(0..4)),
+            _ => {}
+        }
+    }
+    scratch(&format!("crowded-{seed}.at"), text.as_bytes())
+}
+
+#[test]
+fn a_deterministic_replay_gives_the_same_addresses_and_peaks_on_every_run() {
+    let (first, second) = (crowded(1), crowded(2));
+    let [first, second] = [&first, &second].map(|file| file.to_str().unwrap());
+    let mut digests = Vec::new();
+    for (files, ooms) in [(&[first][..], false), (&[first, second], true)] {
+        for flags in [
+            &["--device-bytes", "128MiB"][..],
+            &["--device-bytes", "128MiB", "--policy", "never"],
+            &["--limit", "96MiB"],
+        ] {
+            let once = placed(files, flags);
+            assert!(once.3 > 0 || !ooms, "memory is to be short: {once:?}");
+            // Neither how far the device is nor in which order its streams get there matters.
+            for pace in [&[][..], &["--event-lag", "1000", "--seed", "5"]] {
+                assert_eq!(placed(files, &[flags, pace].concat()), once, "{flags:?}");
+            }
+            digests.push(once.0);
+        }
+    }
+    digests.sort_unstable();
+    digests.dedup();
+    assert_eq!(
+        digests.len(),
+        6,
+        "each setting places blocks in its own way"
+    );
 }
 
 #[test]

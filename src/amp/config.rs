@@ -1,8 +1,11 @@
 //! Settings of mixed precision.
 
+use crate::amp::{NanPolicy, ScalingMode, SkipPolicy};
+use crate::driver::{Device, DeviceKind, DeviceProperties};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::launch::ScalePolicy;
+use crate::launch::journal::RECENT_STEPS;
+use crate::launch::{Refill, ScalePolicy};
 use crate::ops::autocast::{AutocastGuard, autocast};
 
 /// Settings of [`GradScaler`](crate::amp::GradScaler) and autocast. Defaults as in PyTorch; floor and cap of
@@ -14,6 +17,8 @@ pub struct AmpConfig {
     pub dtype: DType,
     /// Off: scaling does nothing, steps are always applied, autocast casts nothing. Default on.
     pub enabled: bool,
+    /// What a scaler does while enabled. Default [`ScalingMode::Scale`].
+    pub mode: ScalingMode,
     /// Steps without overflow before the scale grows; from 1 to 2³¹ − 1. Default 2000.
     pub growth_interval: u32,
     /// Factor after an overflow; above 0 and below 1. Default 0.5.
@@ -27,6 +32,27 @@ pub struct AmpConfig {
     pub min_scale: f64,
     /// Cap of the scale. Default 2¹²⁶.
     pub max_scale: f64,
+    /// Overflows at which the scale backs off; fewer are tolerated. At least 1, the default.
+    pub hysteresis: u32,
+    /// When tolerated overflows are forgotten. Default at every clean update.
+    pub refill: Refill,
+    /// The scale grows at the clean update after a whole interval, not at the interval's last. Default no.
+    pub late_growth: bool,
+    /// Whose steps are skipped if one of several optimizers overflows. Default that one's.
+    pub skip_policy: SkipPolicy,
+    /// What NaN among the gradients means. Default an overflow.
+    pub nan_policy: NanPolicy,
+    /// Skipped steps among the last 32 that are an alarm, from 0, for none, to 32. Steps before the first that
+    /// was applied do not count: the scale is still being found. Default 16.
+    pub storm_skips: u32,
+    /// Whether an overflow at the floor of the scale is an alarm. Default yes.
+    pub floor_alarm: bool,
+    /// Updates between two looks for an alarm, at which [`update`](crate::amp::GradScaler::update) has the
+    /// counters copied to the host without waiting for them. 0 for none: then only
+    /// [`alarm`](crate::amp::GradScaler::alarm) looks. Default 64.
+    pub alarm_interval: u32,
+    /// Whether the device times checks, clipping and steps, with six more kernels a step. Default no.
+    pub timing: bool,
 }
 
 /// The smallest scale whose inverse, and the largest whose inverse, is a normal f32.
@@ -37,17 +63,54 @@ impl Default for AmpConfig {
         Self {
             dtype: DType::F16,
             enabled: true,
+            mode: ScalingMode::Scale,
             growth_interval: 2000,
             backoff_factor: 0.5,
             growth_factor: 2.0,
             init_scale: 65536.0,
             min_scale: SCALE_LIMITS.0,
             max_scale: SCALE_LIMITS.1,
+            hysteresis: 1,
+            refill: Refill::CleanUpdate,
+            late_growth: false,
+            skip_policy: SkipPolicy::Independent,
+            nan_policy: NanPolicy::BackOff,
+            storm_skips: 16,
+            floor_alarm: true,
+            alarm_interval: 64,
+            timing: false,
         }
     }
 }
 
 impl AmpConfig {
+    /// What suits the device: bf16 without scaling where it is native, from compute capability 8.0 on; else
+    /// f16 with scaling. The host computes neither natively, and gets bf16: its range makes scaling needless.
+    #[must_use]
+    pub fn for_device(device: &Device) -> Self {
+        Self::for_properties(device.properties())
+    }
+
+    fn for_properties(properties: &DeviceProperties) -> Self {
+        let is_native =
+            properties.kind == DeviceKind::Host || properties.compute_capability >= Some((8, 0));
+        if is_native {
+            Self::bf16()
+        } else {
+            Self::default()
+        }
+    }
+
+    /// bf16 without scaling: steps with infinite or NaN gradients are skipped.
+    #[must_use]
+    pub fn bf16() -> Self {
+        Self {
+            dtype: DType::Bf16,
+            mode: ScalingMode::CheckOnly,
+            ..Self::default()
+        }
+    }
+
     /// Refuses values that cannot work, which PyTorch for the most part accepts.
     ///
     /// # Errors
@@ -84,8 +147,33 @@ impl AmpConfig {
             let reason = format!("{} is above max_scale, {}", self.min_scale, self.max_scale);
             return refuse("min_scale", reason);
         }
+        self.validate_counts()?;
         self.check_scale(self.init_scale)
             .map_err(|reason| Error::config("init_scale", reason))
+    }
+
+    fn validate_counts(&self) -> Result<()> {
+        if self.hysteresis == 0 {
+            return Err(Error::config("hysteresis", "0 is not at least 1"));
+        }
+        if self.nan_policy == NanPolicy::ErrorAfter(0) {
+            return Err(Error::config("nan_policy", "0 steps are not at least 1"));
+        }
+        if self.storm_skips > RECENT_STEPS {
+            let reason = format!("{} is not from 0 to {RECENT_STEPS}", self.storm_skips);
+            return Err(Error::config("storm_skips", reason));
+        }
+        Ok(())
+    }
+
+    /// What a scaler does under these settings.
+    #[must_use]
+    pub fn effective_mode(&self) -> ScalingMode {
+        if self.enabled {
+            self.mode
+        } else {
+            ScalingMode::Off
+        }
     }
 
     /// Opens a scope in which operations run in these settings' type, or as they come if disabled. It ends
@@ -113,12 +201,20 @@ impl AmpConfig {
     }
 
     pub(super) fn policy(&self) -> ScalePolicy {
+        let (min_scale, max_scale) = match self.mode {
+            // Between these it cannot move.
+            ScalingMode::CheckOnly => (1.0, 1.0),
+            _ => (narrow(self.min_scale), narrow(self.max_scale)),
+        };
         ScalePolicy {
             growth_factor: self.growth_factor,
             backoff_factor: self.backoff_factor,
             growth_interval: self.growth_interval,
-            min_scale: narrow(self.min_scale),
-            max_scale: narrow(self.max_scale),
+            min_scale,
+            max_scale,
+            hysteresis: self.hysteresis,
+            refill: self.refill,
+            late_growth: self.late_growth,
         }
     }
 }
@@ -143,6 +239,24 @@ mod tests {
             Err(Error::InvalidConfig { key, .. }) => key,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn devices_get_the_type_they_compute_in() {
+        let device = Device::host(crate::HostConfig::default()).unwrap();
+        let mut properties = device.properties().clone();
+        let mut chosen = |kind, compute_capability| {
+            (properties.kind, properties.compute_capability) = (kind, compute_capability);
+            let config = AmpConfig::for_properties(&properties);
+            config.validate().unwrap();
+            (config.dtype, config.mode)
+        };
+        let bf16 = (DType::Bf16, ScalingMode::CheckOnly);
+        let f16 = (DType::F16, ScalingMode::Scale);
+        assert_eq!(chosen(DeviceKind::Host, None), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((9, 0))), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((8, 0))), bf16);
+        assert_eq!(chosen(DeviceKind::Cuda, Some((7, 5))), f16);
     }
 
     #[test]
@@ -182,5 +296,11 @@ mod tests {
             "min_scale"
         );
         assert_eq!(refused(|config| config.max_scale = 1024.0), "init_scale");
+        assert_eq!(refused(|config| config.hysteresis = 0), "hysteresis");
+        assert_eq!(refused(|config| config.storm_skips = 33), "storm_skips");
+        assert_eq!(
+            refused(|config| config.nan_policy = NanPolicy::ErrorAfter(0)),
+            "nan_policy"
+        );
     }
 }

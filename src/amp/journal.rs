@@ -2,27 +2,43 @@
 //!
 //! The device writes (see [`launch::journal`](crate::launch::journal)); nothing here is called in a step.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::amp::outcome::{Outcome, OverflowReport, TensorOverflow};
+use crate::amp::readback::Readback;
 use crate::amp::stats::ScaleChange;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::journal::{
-    CHANGES, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
-    change_words, counter, overflow_words,
+    CALIBRATED, CHANGES, FLOOR_HITS, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS,
+    RECENT_SKIPS, SCALE_CHANGES, SKIPPED, change_words, counter, overflow_words,
 };
 use crate::storage::{Context, Tensor};
+
+/// Sets of parameter names that are kept although their optimizer is gone or has others: the journal may
+/// still speak of them.
+const RETIRED_NAMES: usize = 4 * OVERFLOWS;
 
 /// A journal on the device, and the names of the parameters it speaks of.
 #[derive(Debug)]
 pub(super) struct Journal {
     words: Tensor,
-    /// By the number under which an optimizer's steps are recorded.
-    names: Mutex<HashMap<u64, Arc<[String]>>>,
+    names: Mutex<Names>,
+    readback: Mutex<Readback>,
+    /// Number of the last step that was enqueued.
+    steps: AtomicU64,
+}
+
+/// Names by the number under which an optimizer's steps are recorded.
+#[derive(Debug, Default)]
+struct Names {
+    known: HashMap<u64, Arc<[String]>>,
+    /// Numbers that no step is recorded under any more, oldest first.
+    retired: VecDeque<u64>,
 }
 
 impl Journal {
@@ -31,6 +47,8 @@ impl Journal {
         Ok(Self {
             words,
             names: Mutex::default(),
+            readback: Mutex::new(Readback::new(context)?),
+            steps: AtomicU64::new(0),
         })
     }
 
@@ -39,9 +57,37 @@ impl Journal {
         &self.words
     }
 
+    /// A view of word `index`.
+    pub(super) fn word(&self, index: usize) -> Result<Tensor> {
+        self.words.narrow(0, index, 1)
+    }
+
     /// Steps recorded under `optimizer` concern parameters of these names.
     pub(super) fn name(&self, optimizer: u64, names: Arc<[String]>) {
-        self.names.lock().insert(optimizer, names);
+        self.names.lock().known.insert(optimizer, names);
+    }
+
+    /// No later step is recorded under `optimizer`.
+    pub(super) fn retire(&self, optimizer: u64) {
+        let Names { known, retired } = &mut *self.names.lock();
+        retired.push_back(optimizer);
+        if retired.len() > RETIRED_NAMES {
+            let oldest = retired.pop_front();
+            oldest.and_then(|number| known.remove(&number));
+        }
+    }
+
+    /// Step `step` was enqueued.
+    pub(super) fn stepped(&self, step: u64) {
+        self.steps.store(step, Ordering::Release);
+    }
+
+    /// The scale was set: steps skipped until the next that is applied are expected.
+    pub(super) fn recalibrate(&self) -> Result<()> {
+        for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
+            self.word(word)?.copy_from_slice(&[0f64])?;
+        }
+        Ok(())
     }
 
     /// Waits for everything enqueued so far and reads the journal.
@@ -51,10 +97,32 @@ impl Journal {
 
     /// Waits, and tells what became of step `step`, from 1.
     pub(super) fn outcome(&self, step: u64) -> Result<Outcome> {
-        let words = self.read()?;
-        let reports = self.overflows(&words);
+        self.outcome_in(&self.read()?, step)
+    }
+
+    /// As [`outcome`](Self::outcome), without waiting; `None` if that is not known yet.
+    pub(super) fn poll(&self, step: u64) -> Result<Option<Outcome>> {
+        let steps = self.steps.load(Ordering::Acquire);
+        let mut readback = self.readback.lock();
+        let words = readback.poll(&self.words, step, steps)?;
+        words.map(|words| self.outcome_in(words, step)).transpose()
+    }
+
+    /// The journal as it was some time ago, when a copy of it has arrived; enqueues another one if `again`.
+    /// Does not wait.
+    pub(super) fn late(&self, again: bool) -> Result<Option<Vec<f64>>> {
+        let mut readback = self.readback.lock();
+        let words = readback.take_in()?.map(<[f64]>::to_vec);
+        if again {
+            readback.start(&self.words, self.steps.load(Ordering::Acquire))?;
+        }
+        Ok(words)
+    }
+
+    fn outcome_in(&self, words: &[f64], step: u64) -> Result<Outcome> {
+        let reports = self.overflows(words);
         let oldest = reports.first().map_or(u64::MAX, |report| report.step);
-        let forgotten = counter(&words, SKIPPED) > reports.len();
+        let forgotten = counter(words, SKIPPED) > reports.len();
         if let Some(report) = reports.into_iter().rev().find(|report| report.step == step) {
             return Ok(Outcome::Skipped(report));
         }
@@ -72,7 +140,7 @@ impl Journal {
         let count = counter(words, SKIPPED);
         let names = self.names.lock();
         (count.saturating_sub(OVERFLOWS)..count)
-            .map(|number| report(&words[overflow_words(number)], &names))
+            .map(|number| report(&words[overflow_words(number)], &names.known))
             .collect()
     }
 }
@@ -116,5 +184,25 @@ fn report(entry: &[f64], names: &HashMap<u64, Arc<[String]>>) -> OverflowReport 
             .map(tensor)
             .collect(),
         tensor_count: tensor_count as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{Device, HostConfig};
+
+    #[test]
+    fn names_are_forgotten_in_time() {
+        let device = Device::host(HostConfig::default()).expect("the machine has memory");
+        let journal = Journal::new(&Context::new(&device).expect("a context")).expect("memory");
+        for number in 0..10_000 {
+            journal.name(number, Arc::from([format!("w{number}")]));
+            journal.retire(number);
+        }
+        journal.name(10_000, Arc::from(["living".to_owned()]));
+        let names = journal.names.lock();
+        assert_eq!(names.known.len(), RETIRED_NAMES + 1);
+        assert!(names.known.contains_key(&9_999) && !names.known.contains_key(&0));
     }
 }

@@ -57,18 +57,27 @@
 //!
 //! # The state of an optimizer
 //!
-//! | state \ call | `unscale` | `clip_grad_norm` | `step` | `update` |
-//! |---|---|---|---|---|
-//! | ready | → unscaled | → checked | check, step → stepped | counts if another was checked |
-//! | checked | error | again | step, clipping → stepped | → ready |
-//! | unscaled | error | multiplies in place | step → stepped | → ready |
-//! | stepped | error | error | error | → ready |
+//! | state \ call | `unscale` | `check` | `clip_grad_norm` | `step` | `update` |
+//! |---|---|---|---|---|---|
+//! | ready | → unscaled | → checked | → checked | check, step → stepped | counts if another was checked |
+//! | checked | error | error | again | step, clipping → stepped | → ready |
+//! | unscaled | error | error | multiplies in place | step → stepped | → ready |
+//! | stepped | error | error | error | error | → ready |
+//!
+//! An optimizer has one scaler: a second one is refused as long as the first is there. A gradient is unscaled
+//! once, and all its terms have the scale of one iteration; other ones are refused as far as can be told from
+//! the calls that made them.
 //!
 //! Must not know: how an optimizer moves a weight.
 
+mod alarm;
 mod config;
 mod journal;
+mod magnitudes;
+mod memory;
 mod outcome;
+mod policy;
+mod readback;
 mod scalable;
 mod scaler;
 mod slot;
@@ -76,12 +85,16 @@ mod state;
 mod stats;
 
 pub use config::AmpConfig;
+pub use magnitudes::Magnitudes;
 pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow};
+pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;
 pub use scaler::GradScaler;
 pub use state::ScalerState;
-pub use stats::{ScaleChange, ScalerStats};
+pub use stats::{ScaleChange, ScalerStats, StepTimes};
 
 pub use crate::ops::autocast::{AutocastGuard, autocast};
 
-pub use crate::launch::{NormKind, ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub use crate::error::{AlarmKind, ScalerAlarm};
+pub use crate::launch::{NormKind, Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub use crate::optim::ScaleTag;

@@ -48,6 +48,19 @@ impl StepOutcome {
         Ok(matches!(self.wait()?, Outcome::Applied))
     }
 
+    /// What became of the step, if that is known by now; `None` while it is pending. Does not wait: the first
+    /// call asks the device for its counters, a later one finds them. One such question answers for all
+    /// steps that were enqueued before it.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait), and [`Error::Capturing`](crate::Error::Capturing) during a capture.
+    pub fn poll(&self) -> Result<Option<Outcome>> {
+        match &self.pending {
+            None => Ok(Some(Outcome::Applied)),
+            Some((journal, step)) => journal.poll(*step),
+        }
+    }
+
     /// Waits for the step and tells what became of it.
     ///
     /// # Errors
@@ -75,7 +88,8 @@ pub struct OverflowReport {
     /// How many there are.
     pub tensor_count: u64,
     /// The total norm, if it was taken. It alone can be the reason: of finite f64 gradients too large to
-    /// square. If there is neither a gradient nor a norm to blame, somebody else set the flag.
+    /// square. If there is neither a gradient nor a norm to blame, another optimizer's gradients are, of this
+    /// process or of another one.
     pub total_norm: Option<f64>,
 }
 
@@ -147,7 +161,7 @@ impl fmt::Display for OverflowReport {
         let more = self.tensor_count - self.tensors.len() as u64;
         match (self.tensor_count, self.total_norm) {
             (0, Some(norm)) => write!(f, "the total norm is {norm}"),
-            (0, None) => write!(f, "the flag was set from outside"),
+            (0, None) => write!(f, "another optimizer overflowed"),
             _ if more > 0 => write!(f, "; and {more} more"),
             _ => Ok(()),
         }

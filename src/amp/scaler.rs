@@ -3,22 +3,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
-use crate::amp::journal::{Journal, scale_changes};
-use crate::amp::slot::{Slot, Stage, flag};
-use crate::amp::{AmpConfig, Scalable, ScalerState, ScalerStats, StepOutcome};
-use crate::dtype::DType;
-use crate::error::{Error, Result, ScalerMisuse};
-use crate::launch::journal::{
-    BACKOFFS, GROWTHS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
+use crate::amp::journal::scale_changes;
+use crate::amp::memory::{OPTIMIZERS, ScaleMemory, Trackers};
+use crate::amp::slot::{Slot, Stage};
+use crate::amp::{
+    AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
+    StepTimes,
 };
-use crate::launch::{NormKind, ScaleOperands, inverse_scale, scale_update};
-use crate::memory;
-use crate::optim::{Optimizer, OptimizerId, Parameter, UnscaleMark};
+use crate::error::{Error, Result, ScalerAlarm, ScalerMisuse};
+use crate::launch::journal::{
+    BACKOFFS, GROWTHS, NAN_STEPS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
+};
+use crate::launch::{Change, NormKind, scale_update};
+use crate::optim::{Optimizer, OptimizerId, ScaleTag, UnscaleMark, moment};
 use crate::storage::{Context, Tensor};
-
-/// Optimizers one scaler can drive at a time: the size of its block of flags.
-const OPTIMIZERS: usize = 256;
 
 /// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
 /// being applied, and adapts the scale. [`amp`](crate::amp) tells the order of calls.
@@ -41,73 +41,21 @@ const OPTIMIZERS: usize = 256;
 /// ```
 #[derive(Debug)]
 pub struct GradScaler {
-    id: u64,
+    /// Optimizers keep it to know their scaler.
+    id: Arc<u64>,
     config: AmpConfig,
     /// `None` if disabled: a disabled scaler takes no memory.
     memory: Option<ScaleMemory>,
     slots: Vec<Slot>,
-    /// Updates so far; tells gradients unscaled in this iteration from older ones.
-    iteration: u64,
+    /// Since when the scale is what it is, as far as the host can tell: the moment of the last update. Tells
+    /// this iteration's gradients from older ones.
+    since: u64,
     steps: u64,
+    /// Updates since the host last looked for an alarm.
+    unwatched: u32,
     /// Whether a loss was ever scaled. Atomic so that `scale` needs no exclusive access; nothing is
     /// published through it.
     scaled: AtomicBool,
-}
-
-/// Device memory of a scaler. It stays where it is as long as the scaler lives.
-#[derive(Debug)]
-pub(super) struct ScaleMemory {
-    pub(super) scale: Tensor,
-    pub(super) inv_scale: Tensor,
-    growth_tracker: Tensor,
-    flags: Tensor,
-    pub(super) journal: Arc<Journal>,
-    names: AtomicU64,
-}
-
-impl ScaleMemory {
-    fn new(context: &Context, scale: f64) -> Result<Self> {
-        let _tag = memory::tag("amp");
-        let memory = Self {
-            scale: Tensor::uninit(context, [], DType::F32)?,
-            inv_scale: Tensor::uninit(context, [], DType::F32)?,
-            growth_tracker: Tensor::uninit(context, [], DType::U32)?,
-            flags: Tensor::zeros(context, [OPTIMIZERS], DType::F32)?,
-            journal: Arc::new(Journal::new(context)?),
-            names: AtomicU64::new(0),
-        };
-        memory.set(scale, 0)?;
-        Ok(memory)
-    }
-
-    fn set(&self, scale: f64, growth_tracker: u32) -> Result<()> {
-        let scale = narrow(scale);
-        self.scale.copy_from_slice(&[scale])?;
-        self.inv_scale.copy_from_slice(&[inverse_scale(scale)])?;
-        self.growth_tracker.copy_from_slice(&[growth_tracker])
-    }
-
-    /// The number under which the journal will know optimizers with these parameters, and their names.
-    pub(super) fn name(&self, parameters: &[Parameter]) -> (u64, Arc<[String]>) {
-        // Relaxed: the number only has to be unique.
-        let number = self.names.fetch_add(1, Ordering::Relaxed);
-        let names: Arc<[String]> = parameters
-            .iter()
-            .map(|parameter| parameter.name().to_owned())
-            .collect();
-        self.journal.name(number, names.clone());
-        (number, names)
-    }
-
-    fn operands(&self) -> Result<ScaleOperands> {
-        Ok(ScaleOperands {
-            scale: self.scale.span()?,
-            inv_scale: self.inv_scale.span()?,
-            growth_tracker: self.growth_tracker.span()?,
-            flags: self.flags.span()?,
-            journal: self.journal.words().span()?,
-        })
-    }
 }
 
 impl GradScaler {
@@ -118,34 +66,62 @@ impl GradScaler {
     pub fn new(context: &Context, config: AmpConfig) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         config.validate()?;
-        let memory = config
-            .enabled
-            .then(|| ScaleMemory::new(context, config.init_scale))
-            .transpose()?;
+        let memory = match config.effective_mode() {
+            ScalingMode::Off => None,
+            ScalingMode::CheckOnly => Some(ScaleMemory::new(context, 1.0, config.timing)?),
+            ScalingMode::Scale => {
+                Some(ScaleMemory::new(context, config.init_scale, config.timing)?)
+            }
+        };
         Ok(Self {
             // Relaxed: the number only has to be unique.
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            id: Arc::new(NEXT.fetch_add(1, Ordering::Relaxed)),
             config,
             memory,
             slots: Vec::new(),
-            iteration: 0,
+            since: moment(),
             steps: 0,
+            unwatched: 0,
             scaled: AtomicBool::new(false),
         })
     }
 
     /// `outputs` multiplied by the scale, on the device: a tensor, a loss, or a tuple, slice or vector of
-    /// such. The same, sharing memory, if disabled. Tensors become f32 (f64 stays f64), so that no product
-    /// overflows 16 bits.
+    /// such. The same, sharing memory, if disabled or if only checking. Tensors become f32 (f64 stays f64), so
+    /// that no product overflows 16 bits.
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`] for integers; [`Error::InvalidArgument`] on another stream than the
     /// scaler's; [`Error::OutOfMemory`].
     pub fn scale<S: Scalable + ?Sized>(&self, outputs: &S) -> Result<S::Output> {
-        let scaled = outputs.scaled_by(self.memory.as_ref().map(|memory| &memory.scale))?;
+        let memory = self.memory.as_ref().filter(|_| self.is_scaling());
+        let scaled = outputs.scaled_by(memory.map(|memory| &memory.scale))?;
         // Relaxed: see the field.
         self.scaled.store(true, Ordering::Relaxed);
         Ok(scaled)
+    }
+
+    /// What gradients of losses scaled since the last update can be marked with, by
+    /// [`Parameter::set_scaled_grad`](crate::optim::Parameter::set_scaled_grad); `None` if losses are not scaled.
+    #[must_use]
+    pub fn tag(&self) -> Option<ScaleTag> {
+        self.is_scaling().then(|| ScaleTag {
+            scaler: *self.id,
+            since: self.since,
+        })
+    }
+
+    /// Checks the optimizer's gradients for infinities and NaN without changing them. [`step`](Self::step) does
+    /// it by itself; before it, only [`SkipPolicy::AllOrNone`] needs it.
+    ///
+    /// # Errors
+    /// As [`unscale`](Self::unscale).
+    pub fn check<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
+        let mark = self.mark(optimizer.id());
+        match self.slot("check", optimizer.id())? {
+            Some((memory, slot)) => slot.check("check", memory, optimizer.parameters(), mark),
+            None => Ok(()),
+        }
     }
 
     /// Divides the optimizer's gradients by the scale in place, and checks them, so that they can be looked
@@ -153,9 +129,10 @@ impl GradScaler {
     /// PyTorch's, the check sees a gradient that dividing by a scale below 1 made infinite.
     ///
     /// # Errors
-    /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, or if no parameter has a gradient;
-    /// [`Error::InvalidArgument`] if a gradient was already unscaled through another optimizer, lies on
-    /// another stream, or shares memory with another one. Nothing was changed.
+    /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, if no parameter has a gradient, if another
+    /// scaler drives the optimizer, or if [`SkipPolicy`] forbids it by now; [`Error::InvalidArgument`] if a
+    /// gradient was already unscaled through another optimizer, was made with another scale or has terms of
+    /// two, lies on another stream, or shares memory with another one. Nothing was changed.
     pub fn unscale<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
         match self.slot("unscale", optimizer.id())? {
@@ -250,18 +227,41 @@ impl GradScaler {
             Some((memory, slot)) => {
                 slot.step(memory, optimizer, mark, number)?;
                 let journal = memory.journal.clone();
+                journal.stepped(number);
                 self.steps = number;
                 Ok(StepOutcome::pending(journal, number))
             }
         }
     }
 
+    /// Checks the gradients of all `optimizers` that were not checked yet, then enqueues all steps. Under
+    /// [`SkipPolicy::AllOrNone`] they are skipped if one of them overflows.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step). If a check fails, nothing was stepped.
+    pub fn step_all(&mut self, optimizers: &mut [&mut dyn Optimizer]) -> Result<Vec<StepOutcome>> {
+        for optimizer in &*optimizers {
+            let known = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
+            if known.is_none_or(|slot| slot.stage() == Stage::Ready) {
+                self.check(&**optimizer)?;
+            }
+        }
+        optimizers
+            .iter_mut()
+            .map(|optimizer| self.step(&mut **optimizer))
+            .collect()
+    }
+
     /// Adapts the scale to what the optimizers' checks found since the last update, and makes all of them
     /// ready. However many overflowed, the scale backs off once.
     ///
+    /// From time to time ([`AmpConfig::alarm_interval`]) the device is asked for its counters, and a later
+    /// call tells if they are alarming. Replays of a captured update do not ask; [`alarm`](Self::alarm) does.
+    ///
     /// # Errors
     /// [`ScalerMisuse::NothingToUpdate`] if no optimizer was unscaled, clipped or stepped;
-    /// [`ScalerMisuse::NotScaled`] if no loss was ever scaled.
+    /// [`ScalerMisuse::NotScaled`] if no loss was ever scaled; [`Error::ScalerAlarm`] if steps go on being
+    /// skipped: then the update was enqueued all the same, and the training may go on.
     pub fn update(&mut self) -> Result<()> {
         if self.memory.is_some() {
             self.require_scaled("update")?;
@@ -269,32 +269,74 @@ impl GradScaler {
                 return Err(ScalerMisuse::NothingToUpdate.into());
             }
         }
-        self.advance(None)
+        let ignore_nan = self.config.nan_policy == NanPolicy::Ignore;
+        self.advance(Change::Rule { ignore_nan })?;
+        self.watch()
     }
 
     /// Sets the scale, whatever was found, and makes all optimizers ready. The growth tracker keeps its
-    /// value. Does nothing if disabled.
+    /// value. Does nothing if disabled or only checking.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a scale outside of floor and cap.
     pub fn update_to(&mut self, new_scale: f64) -> Result<()> {
-        if self.memory.is_none() {
+        if !self.is_scaling() {
             return Ok(());
         }
         let checked = self.config.check_scale(new_scale);
         checked.map_err(|reason| Error::argument("update_to", reason))?;
-        self.advance(Some(narrow(new_scale)))
+        self.advance(Change::Set(narrow(new_scale)))
     }
 
-    fn advance(&mut self, forced: Option<f32>) -> Result<()> {
+    fn advance(&mut self, change: Change) -> Result<()> {
         let Some(memory) = &self.memory else {
             return Ok(());
         };
         let stream = memory.context().stream();
-        scale_update(stream, &memory.operands()?, &self.config.policy(), forced)?;
+        scale_update(stream, &memory.operands()?, &self.config.policy(), change)?;
         self.slots.iter_mut().for_each(Slot::reset);
-        self.iteration += 1;
+        self.since = moment();
         Ok(())
+    }
+
+    /// Looks for an alarm if it is time to, without waiting.
+    fn watch(&mut self) -> Result<()> {
+        let Some(memory) = &self.memory else {
+            return Ok(());
+        };
+        if self.config.alarm_interval == 0 {
+            return Ok(());
+        }
+        self.unwatched = self.unwatched.saturating_add(1);
+        let stream = memory.context().stream();
+        let is_due = self.unwatched >= self.config.alarm_interval
+            && !stream.driver().is_capturing(stream.raw())?;
+        if is_due {
+            self.unwatched = 0;
+        }
+        let Some(words) = memory.journal.late(is_due)? else {
+            return Ok(());
+        };
+        let scale = scale_changes(&words)
+            .last()
+            .map_or(self.config.init_scale, |change| change.scale);
+        match alarm(&words, &self.config, scale) {
+            Some(alarm) => Err(Error::ScalerAlarm(Box::new(alarm))),
+            None => Ok(()),
+        }
+    }
+
+    /// What there is to be alarmed about, whether or not [`update`](Self::update) looks for it. Waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if work of the stream failed.
+    pub fn alarm(&self) -> Result<Option<ScalerAlarm>> {
+        let Some(memory) = &self.memory else {
+            return Ok(None);
+        };
+        let words = memory.journal.read()?;
+        Ok(alarm(&words, &self.config, self.scale_factor()?))
     }
 
     /// The scale, 1 if disabled. Waits for the device.
@@ -328,7 +370,12 @@ impl GradScaler {
             .map(Slot::found_inf)
     }
 
-    /// Whether scaling is on.
+    /// Whether losses are scaled.
+    fn is_scaling(&self) -> bool {
+        self.config.effective_mode() == ScalingMode::Scale
+    }
+
+    /// Whether gradients are checked at all.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
         self.memory.is_some()
@@ -369,16 +416,17 @@ impl GradScaler {
         if self.slots.iter().any(|slot| slot.stage() != Stage::Ready) {
             return Err(ScalerMisuse::MidIteration.into());
         }
-        let tracker = memory.growth_tracker.item::<u32>()?;
+        let trackers = memory.trackers()?;
         Ok(ScalerState::new(
             &self.config,
             self.scale_factor()?,
-            tracker,
+            trackers,
         ))
     }
 
-    /// Goes on from a saved state: scale, tracker, factors and interval become those of `state`. Does
-    /// nothing if disabled. Allowed at any time; what is under way with optimizers goes on.
+    /// Goes on from a saved state: scale, trackers, factors and interval become those of `state`; if only
+    /// checking, the scale stays 1. Does nothing if disabled. Allowed at any time; what is under way with
+    /// optimizers goes on.
     ///
     /// # Errors
     /// [`Error::InvalidState`] with the first key that is missing or cannot work. Nothing was changed.
@@ -386,8 +434,14 @@ impl GradScaler {
         let Some(memory) = &self.memory else {
             return Ok(());
         };
-        let (config, growth_tracker) = state.apply(&self.config)?;
-        memory.set(config.init_scale, growth_tracker)?;
+        let (config, trackers) = state.apply(&self.config)?;
+        if self.is_scaling() {
+            memory.set(config.init_scale, trackers)?;
+        } else {
+            memory.set(1.0, Trackers::default())?;
+        }
+        memory.journal.recalibrate()?;
+        self.since = moment();
         self.config = config;
         Ok(())
     }
@@ -408,24 +462,34 @@ impl GradScaler {
         };
         let words = memory.journal.read()?;
         let count = |which| counter(&words, which) as u64;
+        let scale = self.scale_factor()?;
+        let tags = memory.context().pool().tag_stats();
+        let scratch = tags.iter().find(|tag| tag.tag == "amp");
+        let scratch = scratch.map(|tag| tag.allocated_bytes).unwrap_or_default();
         Ok(ScalerStats {
-            scale: self.scale_factor()?,
-            growth_tracker: memory.growth_tracker.item::<u32>()?,
+            scale,
+            growth_tracker: memory.trackers()?.growth,
             steps: count(STEPS),
             applied: count(STEPS) - count(SKIPPED),
             skipped: count(SKIPPED),
             skipped_in_a_row: count(SKIPPED_IN_A_ROW),
+            nan_steps: count(NAN_STEPS),
+            last_good_scale: last_good(&words),
             updates: count(UPDATES),
             growths: count(GROWTHS),
             backoffs: count(BACKOFFS),
             scale_history: scale_changes(&words),
             overflows: memory.journal.overflows(&words),
+            alarm: alarm(&words, &self.config, scale),
+            times: self.config.timing.then(|| StepTimes::read(&words)),
+            scratch_bytes: scratch.current,
+            scratch_peak_bytes: scratch.peak,
         })
     }
 
     fn require_scaled(&self, call: &'static str) -> Result<()> {
-        // Relaxed: see the field.
-        if self.scaled.load(Ordering::Relaxed) {
+        // Relaxed: see the field. Where losses are not scaled, nothing can have been forgotten.
+        if self.scaled.load(Ordering::Relaxed) || !self.is_scaling() {
             return Ok(());
         }
         Err(ScalerMisuse::NotScaled { call }.into())
@@ -433,8 +497,8 @@ impl GradScaler {
 
     fn mark(&self, id: &OptimizerId) -> UnscaleMark {
         UnscaleMark {
-            scaler: self.id,
-            iteration: self.iteration,
+            scaler: *self.id,
+            since: self.since,
             optimizer: id.number(),
         }
     }
@@ -449,7 +513,13 @@ impl GradScaler {
             return Ok(None);
         };
         self.require_scaled(call)?;
+        let all_or_none = self.config.skip_policy == SkipPolicy::AllOrNone;
         let known = self.slots.iter().position(|slot| slot.is_for(id));
+        let is_checked = known.is_some_and(|index| self.slots[index].stage() != Stage::Ready);
+        let any_stepped = self.slots.iter().any(|slot| slot.stage() == Stage::Stepped);
+        if all_or_none && any_stepped && !(is_checked && call == "step") {
+            return Err(ScalerMisuse::CheckedTooLate { call }.into());
+        }
         let index = match known.or_else(|| self.slots.iter().position(Slot::is_free)) {
             Some(index) => index,
             None if self.slots.len() == OPTIMIZERS => {
@@ -459,11 +529,17 @@ impl GradScaler {
             None => self.slots.len(),
         };
         if known.is_none() {
-            let slot = Slot::new(id, flag(&memory.flags, index)?);
+            if !id.claim(&self.id) {
+                return Err(ScalerMisuse::OtherScaler.into());
+            }
+            // With one flag for all, whoever overflows skips all steps.
+            let slot = Slot::new(id, memory.flag(if all_or_none { 0 } else { index })?);
             if index == self.slots.len() {
                 self.slots.push(slot);
-            } else {
-                self.slots[index] = slot;
+            } else if let Some(number) =
+                std::mem::replace(&mut self.slots[index], slot).recorded_as()
+            {
+                memory.journal.retire(number);
             }
         }
         Ok(Some((memory, &mut self.slots[index])))

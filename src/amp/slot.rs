@@ -1,13 +1,15 @@
 //! What a scaler keeps for one optimizer.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use crate::amp::scaler::ScaleMemory;
+use crate::amp::memory::ScaleMemory;
 use crate::error::{Error, Result, ScalerMisuse};
 use crate::launch::NormKind;
-use crate::launch::journal::{RecordOperands, record_step};
-use crate::optim::{Gradients, Optimizer, OptimizerId, Parameter, Pass, StepInputs, UnscaleMark};
-use crate::storage::{Context, Tensor};
+use crate::launch::journal::{CHECK_TIME, CLIP_TIME, RecordOperands, STEP_TIME, record_step};
+use crate::optim::{
+    Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs, UnscaleMark,
+};
+use crate::storage::Tensor;
 
 /// Where an optimizer is between two updates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,10 +27,10 @@ pub(super) enum Stage {
 /// An optimizer's flag, gradient table and stage.
 #[derive(Debug)]
 pub(super) struct Slot {
-    optimizer: Weak<u64>,
+    optimizer: OptimizerLife,
     number: u64,
     /// The number under which the journal knows it: a new one whenever the parameters changed.
-    recorded_as: u64,
+    recorded_as: Option<u64>,
     /// The names that the journal has under that number.
     names: Arc<[String]>,
     stage: Stage,
@@ -42,9 +44,9 @@ pub(super) struct Slot {
 impl Slot {
     pub(super) fn new(id: &OptimizerId, found_inf: Tensor) -> Self {
         Self {
-            optimizer: id.downgrade(),
+            optimizer: id.life(),
             number: id.number(),
-            recorded_as: 0,
+            recorded_as: None,
             names: Arc::default(),
             stage: Stage::Ready,
             found_inf,
@@ -60,7 +62,12 @@ impl Slot {
 
     /// Whether another optimizer may have it: its own is gone, and no flag of it is waiting for an update.
     pub(super) fn is_free(&self) -> bool {
-        self.optimizer.strong_count() == 0 && self.stage == Stage::Ready
+        self.optimizer.is_over() && self.stage == Stage::Ready
+    }
+
+    /// The number under which the journal knows it.
+    pub(super) fn recorded_as(&self) -> Option<u64> {
+        self.recorded_as
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -105,6 +112,26 @@ impl Slot {
         Ok(())
     }
 
+    /// Checks the gradients, which stay scaled.
+    pub(super) fn check(
+        &mut self,
+        op: &'static str,
+        memory: &ScaleMemory,
+        parameters: &[Parameter],
+        mark: UnscaleMark,
+    ) -> Result<()> {
+        match self.stage {
+            Stage::Ready => {}
+            Stage::Checked | Stage::Unscaled => return Err(ScalerMisuse::AlreadyUnscaled.into()),
+            Stage::Stepped => return Err(ScalerMisuse::UnscaleAfterStep.into()),
+        }
+        let pass = Pass::Check(Some(&memory.inv_scale), NormKind::L2);
+        self.pass(op, memory, parameters, mark, pass)?;
+        // Should the step fail, the flag still counts in the next update, which clears it.
+        self.stage = Stage::Checked;
+        Ok(())
+    }
+
     /// Takes the norm and clips: in place if gradients are unscaled, else within the step.
     pub(super) fn clip(
         &mut self,
@@ -132,13 +159,16 @@ impl Slot {
             self.stage = Stage::Checked;
         }
         let flag = self.found_inf.span()?;
-        let (norm, coefficient) =
-            self.gradients
-                .coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+        let gradients = &mut self.gradients;
+        let (norm, coefficient) = memory.timed(CLIP_TIME, || {
+            let numbers = gradients.coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+            if in_place {
+                gradients.multiply(parameters, &numbers.1)?;
+            }
+            Ok(numbers)
+        })?;
         self.norm_taken = true;
-        if in_place {
-            self.gradients.multiply(parameters, &coefficient)?;
-        } else {
+        if !in_place {
             self.clip = Some(coefficient);
         }
         // The slot's own norm is overwritten in the next iteration; the caller gets one to keep.
@@ -155,10 +185,7 @@ impl Slot {
     ) -> Result<()> {
         let inv_scale = match self.stage {
             Stage::Ready => {
-                let pass = Pass::Check(Some(&memory.inv_scale), NormKind::L2);
-                self.pass("step", memory, optimizer.parameters(), mark, pass)?;
-                // Should the step fail, the flag still counts in the next update, which clears it.
-                self.stage = Stage::Checked;
+                self.check("step", memory, optimizer.parameters(), mark)?;
                 Some(memory.inv_scale.clone())
             }
             Stage::Checked => Some(memory.inv_scale.clone()),
@@ -170,7 +197,7 @@ impl Slot {
             inv_scale,
             clip: self.clip.clone(),
         };
-        optimizer.step(&inputs)?;
+        memory.timed(STEP_TIME, || optimizer.step(&inputs))?;
         self.stage = Stage::Stepped;
         let counts = self.gradients.counts().expect("a pass came before");
         let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
@@ -180,7 +207,7 @@ impl Slot {
             scale: memory.scale.span()?,
             counts: counts.span()?,
             total_norm: norm.map(Tensor::span).transpose()?,
-            optimizer: self.recorded_as,
+            optimizer: self.recorded_as.expect("a pass came before"),
             step: number,
         };
         record_step(memory.context().stream(), &operands)
@@ -194,47 +221,50 @@ impl Slot {
         mark: UnscaleMark,
         pass: Pass<'_>,
     ) -> Result<()> {
-        check_marks(op, parameters, mark)?;
-        let names = parameters.iter().map(Parameter::name);
-        if !names.eq(self.names.iter().map(String::as_str)) {
-            (self.recorded_as, self.names) = memory.name(parameters);
+        for parameter in parameters {
+            check_origin(op, parameter, mark)?;
         }
-        if self
-            .gradients
-            .pass(parameters, pass, &self.found_inf.span()?)?
-        {
+        let names = parameters.iter().map(Parameter::name);
+        if self.recorded_as.is_none() || !names.eq(self.names.iter().map(String::as_str)) {
+            let (number, names) = memory.name(parameters, self.recorded_as);
+            (self.recorded_as, self.names) = (Some(number), names);
+        }
+        let (gradients, flag) = (&mut self.gradients, self.found_inf.span()?);
+        if memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag))? {
             return Ok(());
         }
         Err(ScalerMisuse::NothingChecked.into())
     }
 }
 
-/// Refuses gradients that another optimizer's call already unscaled: PyTorch divides them twice.
-fn check_marks(op: &'static str, parameters: &[Parameter], mark: UnscaleMark) -> Result<()> {
-    let foreign = parameters.iter().find(|parameter| {
-        parameter.unscaled().is_some_and(|unscaled| {
-            let same_iteration =
-                (unscaled.scaler, unscaled.iteration) == (mark.scaler, mark.iteration);
-            same_iteration && unscaled.optimizer != mark.optimizer
-        })
-    });
-    let Some(parameter) = foreign else {
+/// Refuses a gradient that another optimizer's call already unscaled, which PyTorch divides twice, and one
+/// that is multiplied by another scale than this iteration's.
+fn check_origin(op: &'static str, parameter: &Parameter, mark: UnscaleMark) -> Result<()> {
+    let Some(origin) = parameter.origin() else {
         return Ok(());
     };
-    let reason = format!(
-        "the gradient of `{}` was already unscaled through another optimizer",
-        parameter.name()
-    );
-    Err(Error::argument(op, reason))
-}
-
-/// A zero-dimensional view of flag `index` of `flags`.
-pub(super) fn flag(flags: &Tensor, index: usize) -> Result<Tensor> {
-    flags.narrow(0, index, 1)?.reshape([])
-}
-
-impl ScaleMemory {
-    pub(super) fn context(&self) -> &Context {
-        self.scale.context()
+    let refuse = |what: &str| {
+        Err(Error::argument(
+            op,
+            format!("the gradient of `{}` {what}", parameter.name()),
+        ))
+    };
+    if let Some(unscaled) = origin.unscaled {
+        let same_iteration = (unscaled.scaler, unscaled.since) == (mark.scaler, mark.since);
+        if same_iteration && unscaled.optimizer != mark.optimizer {
+            return refuse("was already unscaled through another optimizer");
+        }
     }
+    if let Some(tag) = origin.tag
+        && (tag.scaler, tag.since) != (mark.scaler, mark.since)
+    {
+        return refuse("was made with another scale than this scaler has since its last update");
+    }
+    if origin.since < mark.since && mark.since < origin.until {
+        return refuse(
+            "has terms from before and after an update, which may differ in scale; \
+             update once all are there, or use another scaler",
+        );
+    }
+    Ok(())
 }

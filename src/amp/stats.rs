@@ -1,8 +1,12 @@
 //! What a scaler did so far.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::amp::OverflowReport;
+use crate::error::ScalerAlarm;
+use crate::launch::journal::{CHECK_TIME, CLIP_TIME, STEP_TIME, counter};
+use crate::units::Bytes;
 
 /// One change of the scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -11,6 +15,28 @@ pub struct ScaleChange {
     pub update: u64,
     /// The scale after it.
     pub scale: f64,
+}
+
+/// What the device spent, replays included, as its own clock shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// In checking and unscaling gradients, norms included.
+    pub check: Duration,
+    /// In clipping beyond that: the coefficient, and multiplying in place.
+    pub clip: Duration,
+    /// In optimizer steps.
+    pub step: Duration,
+}
+
+impl StepTimes {
+    pub(super) fn read(journal: &[f64]) -> Self {
+        let time = |word| Duration::from_nanos(counter(journal, word) as u64);
+        Self {
+            check: time(CHECK_TIME),
+            clip: time(CLIP_TIME),
+            step: time(STEP_TIME),
+        }
+    }
 }
 
 /// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
@@ -29,6 +55,10 @@ pub struct ScalerStats {
     pub skipped: u64,
     /// Steps that were skipped since the last one that was not.
     pub skipped_in_a_row: u64,
+    /// Skipped steps that had a NaN among their gradients.
+    pub nan_steps: u64,
+    /// The scale of the last step that was applied.
+    pub last_good_scale: Option<f64>,
     /// Calls of `update`.
     pub updates: u64,
     /// Updates that made the scale larger after a clean interval.
@@ -39,6 +69,15 @@ pub struct ScalerStats {
     pub scale_history: Vec<ScaleChange>,
     /// The last 16 skipped steps, oldest first.
     pub overflows: Vec<OverflowReport>,
+    /// What there is to be alarmed about.
+    pub alarm: Option<ScalerAlarm>,
+    /// Times, if [`AmpConfig::timing`](crate::amp::AmpConfig::timing) is on.
+    pub times: Option<StepTimes>,
+    /// Bytes of the pool that scaling, checking and clipping hold, under the tag `amp`: those of all scalers
+    /// and optimizers of the pool.
+    pub scratch_bytes: u64,
+    /// The most they held.
+    pub scratch_peak_bytes: u64,
 }
 
 impl ScalerStats {
@@ -57,7 +96,7 @@ impl fmt::Display for ScalerStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "scale {}, {} steps: {} applied, {} skipped ({:.1} %); {} growths, {} backoffs",
+            "scale {}, {} steps: {} applied, {} skipped ({:.1} %); {} growths, {} backoffs; {} of scratch",
             self.scale,
             self.steps,
             self.applied,
@@ -65,7 +104,14 @@ impl fmt::Display for ScalerStats {
             self.skip_rate() * 100.0,
             self.growths,
             self.backoffs,
+            Bytes(self.scratch_bytes),
         )?;
+        if let Some(StepTimes { check, clip, step }) = &self.times {
+            write!(f, "\n  check {check:.1?}, clip {clip:.1?}, step {step:.1?}")?;
+        }
+        if let Some(alarm) = &self.alarm {
+            write!(f, "\n  {alarm}")?;
+        }
         for overflow in &self.overflows {
             write!(f, "\n  {overflow}")?;
         }

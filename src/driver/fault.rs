@@ -24,10 +24,54 @@ pub struct Fault {
     pub call: Option<&'static str>,
     /// Which of the calls from now on, counted from 1.
     pub nth: u64,
-    /// The code of the error.
-    pub code: i32,
-    /// The reason in the error.
-    pub reason: String,
+    /// The error it fails with.
+    pub kind: FaultKind,
+}
+
+/// The errors that drivers answer with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// There is no room.
+    OutOfMemory,
+    /// An argument makes no sense.
+    InvalidValue,
+    /// The caller may not do this.
+    NotPermitted,
+    /// A capture is under way, which forbids the call.
+    Capturing,
+    /// Work that was enqueued before has failed.
+    LaunchFailure,
+    /// A driver's own error.
+    Other {
+        /// The code of the error.
+        code: i32,
+        /// The reason in the error.
+        reason: String,
+    },
+}
+
+impl FaultKind {
+    /// Every kind that has no fields.
+    pub const ALL: [Self; 5] = [
+        Self::OutOfMemory,
+        Self::InvalidValue,
+        Self::NotPermitted,
+        Self::Capturing,
+        Self::LaunchFailure,
+    ];
+
+    /// The error of `call`, with the codes of the host device.
+    fn error(self, call: &'static str) -> Error {
+        let (code, reason) = match self {
+            Self::OutOfMemory => (12, "injected: out of memory".to_owned()),
+            Self::InvalidValue => (22, "injected: invalid value".to_owned()),
+            Self::NotPermitted => (1, "injected: not permitted".to_owned()),
+            Self::LaunchFailure => (5, "injected: launch failure".to_owned()),
+            Self::Other { code, reason } => (code, reason),
+            Self::Capturing => return Error::Capturing { call },
+        };
+        Error::Driver { call, code, reason }
+    }
 }
 
 /// A driver whose calls fail on demand. Everything else is passed on to the driver below.
@@ -92,8 +136,10 @@ impl FaultDriver {
         self.arm(Fault {
             call,
             nth,
-            code: 5,
-            reason: "injected fault".to_owned(),
+            kind: FaultKind::Other {
+                code: 5,
+                reason: "injected fault".to_owned(),
+            },
         });
     }
 
@@ -137,10 +183,7 @@ impl FaultDriver {
         let due = |fault: &Fault| fault.nth == 0 && fault.call.is_none_or(|named| named == call);
         match plan.armed.iter().position(due) {
             None => Ok(&*self.inner),
-            Some(index) => {
-                let Fault { code, reason, .. } = plan.armed.remove(index);
-                Err(Error::Driver { call, code, reason })
-            }
+            Some(index) => Err(plan.armed.remove(index).kind.error(call)),
         }
     }
 }

@@ -4,9 +4,11 @@
 //! k = k + 1                                     per tensor, on the device
 //! w = w · (1 − rate · decay)
 //! m = m + (g − m) · (1 − β₁)
-//! v = β₂ · v + (1 − β₂) · g²
+//! v = β₂ · v + (1 − β₂) · g · g
 //! w = w − rate / (1 − β₁ᵏ) · m / (√v / √(1 − β₂ᵏ) + ε)
 //! ```
+//!
+//! Products and quotients are taken from the left, as in PyTorch: (1 − β₂) · g · g is finite for larger g.
 //!
 //! A skipped step leaves w, m, v and k as they are. Two launches: [`Advance`] counts the step and derives
 //! the bias corrections in f64, [`AdamW`] moves the weights; both decide by the same flag.
@@ -20,6 +22,7 @@ use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::Compute;
 use crate::launch::device::push_spans;
 use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row};
+use crate::launch::vector::vectorized;
 use crate::launch::{Span, enqueue};
 
 /// Columns of the table.
@@ -144,11 +147,6 @@ impl Kernel for Advance {
     }
 }
 
-/// Square root. The detour through f64 changes nothing: an f32 root rounded once more is still right.
-fn root<C: Compute>(value: C) -> C {
-    C::from_f64(value.to_f64().sqrt())
-}
-
 #[derive(Debug)]
 struct AdamW {
     table: ChunkTable,
@@ -183,13 +181,46 @@ impl Rule for Formula<'_> {
         let rate = C::from_f64(learning_rate / self.corrections[2 * tensor]);
         let correction = C::from_f64(self.corrections[2 * tensor + 1]);
         let epsilon = C::from_f64(epsilon);
+        let coefficients = Coefficients {
+            keep,
+            first_share,
+            second_share,
+            second_keep,
+            rate,
+            correction,
+            epsilon,
+        };
+        update(weights, gradients, first, second, &coefficients);
+    }
+}
+
+/// The numbers of the formula as one block uses them, in the type of the computation.
+struct Coefficients<C> {
+    keep: C,
+    first_share: C,
+    second_share: C,
+    second_keep: C,
+    rate: C,
+    correction: C,
+    epsilon: C,
+}
+
+vectorized! {
+    /// The formula for slices of one length.
+    fn update<C: Compute>(
+        weights: &mut [C],
+        gradients: &[C],
+        first: &mut [C],
+        second: &mut [C],
+        by: &Coefficients<C>,
+    ) {
         let moments = first.iter_mut().zip(second);
         for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradients).zip(moments)
         {
-            *first = *first + (*gradient - *first) * first_share;
-            *second = second_keep * *second + second_share * (*gradient * *gradient);
-            let denominator = root(*second) / correction + epsilon;
-            *weight = *weight * keep - rate * (*first / denominator);
+            *first = *first + (*gradient - *first) * by.first_share;
+            *second = by.second_keep * *second + by.second_share * *gradient * *gradient;
+            let denominator = second.root() / by.correction + by.epsilon;
+            *weight = *weight * by.keep - by.rate * *first / denominator;
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::chunk_table::{Chunk, ChunkTable};
-use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store};
 use crate::launch::device::{push_optional, push_sizes, push_spans};
 use crate::launch::gradient_check::NormKind;
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
@@ -208,9 +208,7 @@ fn multiply_span<C: Compute>(span: &Span, factor: C) {
         let values = &mut scratch[..BLOCK.min(span.len() - start)];
         // SAFETY: called from `run`; chunks share no bytes, so this task alone accesses them.
         unsafe { load(span, start, values) };
-        for value in &mut *values {
-            *value = *value * factor;
-        }
+        multiply_all(values, factor);
         // SAFETY: as above.
         unsafe { store(span, start, values) };
     }

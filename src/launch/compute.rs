@@ -14,6 +14,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use super::vector::vectorized;
 use super::{PARALLEL_MIN, Span};
 use crate::driver::Stream;
 use crate::dtype::{DType, Element, bf16, f16};
@@ -91,10 +92,23 @@ pub(super) trait Compute:
     + Div<Output = Self>
     + Neg<Output = Self>
 {
+    /// The square root, rounded once.
+    fn root(self) -> Self;
 }
 
-impl Compute for f32 {}
-impl Compute for f64 {}
+impl Compute for f32 {
+    #[inline]
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+}
+
+impl Compute for f64 {
+    #[inline]
+    fn root(self) -> Self {
+        self.sqrt()
+    }
+}
 
 /// `dst[i] = src[i]`, rounded once, to nearest, ties to even.
 pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
@@ -124,21 +138,32 @@ pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
             }
         }
         (Bf16, F32) => {
-            let dst: &mut [f32] = bytemuck::cast_slice_mut(dst);
-            for (to, from) in dst.iter_mut().zip(bytemuck::cast_slice::<S, bf16>(src)) {
-                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-            }
+            widen_bf16::<f32>(bytemuck::cast_slice(src), bytemuck::cast_slice_mut(dst));
         }
         (F32, Bf16) => {
-            let dst: &mut [bf16] = bytemuck::cast_slice_mut(dst);
-            for (to, from) in dst.iter_mut().zip(bytemuck::cast_slice::<S, f32>(src)) {
-                *to = bf16_nearest(*from);
-            }
+            narrow_bf16::<f32>(bytemuck::cast_slice(src), bytemuck::cast_slice_mut(dst));
         }
         _ => {
             for (to, from) in dst.iter_mut().zip(src) {
                 *to = D::from_f32(from.to_f32());
             }
+        }
+    }
+}
+
+vectorized! {
+    /// Shifts are exact, NaN included.
+    fn widen_bf16<C: Compute>(src: &[bf16], dst: &mut [C]) {
+        for (to, from) in dst.iter_mut().zip(src) {
+            *to = C::from_f32(f32::from_bits(u32::from(from.to_bits()) << 16));
+        }
+    }
+}
+
+vectorized! {
+    fn narrow_bf16<C: Compute>(src: &[C], dst: &mut [bf16]) {
+        for (to, from) in dst.iter_mut().zip(src) {
+            *to = bf16_nearest(from.to_f32());
         }
     }
 }
@@ -167,6 +192,24 @@ pub(super) unsafe fn load<C: Compute>(span: &Span, start: usize, into: &mut [C])
         let src = unsafe { part.slice::<T>() };
         convert(src, into);
     });
+}
+
+/// As [`load`], without a copy where the elements are of the compute type: `buffer` is used only for others.
+///
+/// # Safety
+/// As [`Span::slice`], for these elements, as long as the result lives.
+pub(super) unsafe fn view<'a, C: Compute>(
+    span: &Span,
+    start: usize,
+    buffer: &'a mut [C],
+) -> &'a [C] {
+    if span.dtype() == C::DTYPE {
+        // SAFETY: the caller's promise.
+        return unsafe { span.sub(start, buffer.len()).slice::<C>() };
+    }
+    // SAFETY: the caller's promise.
+    unsafe { load(span, start, buffer) };
+    buffer
 }
 
 /// Writes `values` to elements `start..` of `span`, rounded once.
@@ -207,9 +250,7 @@ pub(super) unsafe fn map<C: Compute>(x: &Span, out: &Span, f: impl Fn(C) -> C + 
         // SAFETY: nobody writes these elements of `x` now: the caller keeps others away, and of `out` only
         // this chunk, which is the same elements, is written by this thread.
         unsafe { load(x, start, values) };
-        for value in values.iter_mut() {
-            *value = f(*value);
-        }
+        apply(values, &f);
         // SAFETY: chunks are disjoint, so this thread alone touches these elements of `out`.
         unsafe { store(out, start, values) };
     });
@@ -233,12 +274,35 @@ pub(super) unsafe fn map2<C: Compute>(
         unsafe { load(a, start, left) };
         // SAFETY: as in `map`.
         unsafe { load(b, start, right) };
-        for (x, y) in left.iter_mut().zip(right.iter()) {
-            *x = f(*x, *y);
-        }
+        apply2(left, right, &f);
         // SAFETY: as in `map`.
         unsafe { store(out, start, left) };
     });
+}
+
+vectorized! {
+    fn apply<C: Compute, F: Fn(C) -> C>(values: &mut [C], f: &F) {
+        for value in values {
+            *value = f(*value);
+        }
+    }
+}
+
+vectorized! {
+    fn apply2<C: Compute, F: Fn(C, C) -> C>(left: &mut [C], right: &[C], f: &F) {
+        for (x, y) in left.iter_mut().zip(right) {
+            *x = f(*x, *y);
+        }
+    }
+}
+
+vectorized! {
+    /// `values[i] = values[i] · factor`.
+    pub(super) fn multiply_all<C: Compute>(values: &mut [C], factor: C) {
+        for value in values {
+            *value = *value * factor;
+        }
+    }
 }
 
 /// The only element of a one-element span.

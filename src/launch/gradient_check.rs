@@ -24,8 +24,9 @@ use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable};
-use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store, view};
 use crate::launch::device::{push_optional, push_spans};
+use crate::launch::vector::vectorized;
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
 
 /// 32-bit words of one tensor's counts.
@@ -185,45 +186,40 @@ impl GradientCheck {
     }
 
     fn chunk_in<C: Compute>(&self, chunk: &Chunk<'_>, span: Span, inv: C) -> Partial {
-        let multiply = inv != C::from_f32(1.0);
+        let one = C::from_f32(1.0);
+        let write = self.write && inv != one;
+        let factor = if write { one } else { inv };
         let mut total = Partial::NONE;
         let mut scratch = [C::default(); BLOCK];
         for start in (0..span.len()).step_by(BLOCK) {
-            let values = &mut scratch[..BLOCK.min(span.len() - start)];
-            // SAFETY: called from `run`, whose caller promises that the gradients may be read.
-            unsafe { load(&span, start, values) };
-            if multiply {
-                for value in &mut *values {
-                    *value = *value * inv;
-                }
+            let buffer = &mut scratch[..BLOCK.min(span.len() - start)];
+            if write {
+                // SAFETY: called from `run`, whose caller promises that the gradients may be read.
+                unsafe { load(&span, start, buffer) };
+                multiply_all(buffer, inv);
+                // SAFETY: as above, and written: chunks share no bytes, and no slice is alive. What was
+                // rounded is what counts below.
+                unsafe { store(&span, start, buffer) };
             }
-            if multiply && self.write {
-                // SAFETY: as above, and written: chunks share no bytes, and no slice is alive.
-                unsafe { store(&span, start, values) };
-                if span.dtype().is_half() {
-                    // SAFETY: as above. What was rounded into 16 bits is what counts.
-                    unsafe { load(&span, start, values) };
-                }
-            }
-            total.add(
-                summarize(values, chunk.offset() + start as u64, self.kind),
-                self.kind,
-            );
+            // SAFETY: as above; nothing writes the gradient while the values are looked at.
+            let values = unsafe { view(&span, start, buffer) };
+            let offset = chunk.offset() + start as u64;
+            total.add(summarize(values, factor, offset, self.kind), self.kind);
         }
         total
     }
 }
 
-/// The statistics of one block that begins at element `offset` of its tensor.
-fn summarize<C: Compute>(values: &[C], offset: u64, kind: NormKind) -> Partial {
-    let squares = sum(values, |value| value * value);
+/// The statistics of one block that begins at element `offset` of its tensor, multiplied by `factor`.
+fn summarize<C: Compute>(values: &[C], factor: C, offset: u64, kind: NormKind) -> Partial {
+    let squares = sum(values, factor, &|value| value * value);
     let norm = match kind {
         NormKind::L2 => squares,
-        NormKind::L1 => sum(values, f64::abs),
+        NormKind::L1 => sum(values, factor, &f64::abs),
         NormKind::Max if squares.is_nan() => f64::NAN,
-        NormKind::Max => values
-            .iter()
-            .fold(0.0, |max, value| f64::max(max, value.to_f64().abs())),
+        NormKind::Max => values.iter().fold(0.0, |max, value| {
+            f64::max(max, (*value * factor).to_f64().abs())
+        }),
     };
     let mut partial = Partial {
         norm,
@@ -233,7 +229,7 @@ fn summarize<C: Compute>(values: &[C], offset: u64, kind: NormKind) -> Partial {
         return partial;
     }
     for (value, index) in values.iter().zip(offset..) {
-        let value = value.to_f64();
+        let value = (*value * factor).to_f64();
         if value.is_finite() {
             continue;
         }
@@ -247,21 +243,22 @@ fn summarize<C: Compute>(values: &[C], offset: u64, kind: NormKind) -> Partial {
     partial
 }
 
-/// Sum of `term` of each value, in eight lanes so that it vectorizes without reordering.
-fn sum<C: Compute>(values: &[C], term: impl Fn(f64) -> f64) -> f64 {
-    const LANES: usize = 8;
-    let mut lanes = [0.0; LANES];
-    let rows = values.chunks_exact(LANES);
-    let rest = rows.remainder();
-    for row in rows {
-        for (lane, value) in lanes.iter_mut().zip(row) {
-            *lane += term(value.to_f64());
+vectorized! {
+    /// Sum of `term` of each value times `factor`, in lanes so that it vectorizes without reordering.
+    fn sum<C: Compute, F: Fn(f64) -> f64>(values: &[C], factor: C, term: &F) -> f64 {
+        const LANES: usize = 16;
+        let mut lanes = [0.0; LANES];
+        let (rows, rest) = values.as_chunks::<LANES>();
+        for row in rows {
+            for (lane, value) in lanes.iter_mut().zip(row) {
+                *lane += term((*value * factor).to_f64());
+            }
         }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane += term((*value * factor).to_f64());
+        }
+        lanes.iter().sum()
     }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane += term(value.to_f64());
-    }
-    lanes.iter().sum()
 }
 
 impl Kernel for GradientCheck {

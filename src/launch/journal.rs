@@ -32,7 +32,34 @@ pub(crate) const GROWTHS: usize = 4;
 pub(crate) const BACKOFFS: usize = 5;
 /// Updates after which the scale was another.
 pub(crate) const CHANGES: usize = 6;
-const HEAD_WORDS: usize = 8;
+/// Steps skipped with a NaN among the gradients.
+pub(crate) const NAN_STEPS: usize = 7;
+/// Steps skipped with a NaN since the last step without.
+pub(crate) const NAN_IN_A_ROW: usize = 8;
+/// 1 from the first applied step on; 0 again when the scale is set.
+pub(crate) const CALIBRATED: usize = 9;
+/// The last [`RECENT_STEPS`] steps since then as bits, the newest lowest; 1 for skipped.
+pub(crate) const RECENT_SKIPS: usize = 10;
+/// The scale of the last applied step, 0 before.
+pub(crate) const LAST_GOOD: usize = 11;
+/// Overflows in a row that found the scale at its floor.
+pub(crate) const FLOOR_HITS: usize = 12;
+/// Steps skipped since the last update with NaN and no infinity.
+pub(crate) const NAN_STEPS_SINCE_UPDATE: usize = 13;
+/// Steps skipped since the last update with an infinity, or with a norm too large.
+pub(crate) const INF_STEPS_SINCE_UPDATE: usize = 14;
+/// Nanoseconds in checks of gradients, if steps are timed.
+pub(crate) const CHECK_TIME: usize = 15;
+/// Nanoseconds in clipping, beyond the check.
+pub(crate) const CLIP_TIME: usize = 16;
+/// Nanoseconds in optimizer steps.
+pub(crate) const STEP_TIME: usize = 17;
+/// The running clock.
+pub(crate) const CLOCK: usize = 18;
+const HEAD_WORDS: usize = 24;
+
+/// Steps that [`RECENT_SKIPS`] tells of.
+pub(crate) const RECENT_STEPS: u32 = 32;
 
 /// Scale changes that the journal remembers.
 pub(crate) const SCALE_CHANGES: usize = 32;
@@ -171,48 +198,82 @@ impl Kernel for StepRecord {
         let journal = unsafe { operands.journal.slice_mut::<f64>() };
         // SAFETY: written before, in stream order.
         let found_inf = unsafe { operands.found_inf.slice::<f32>() }[0];
-        journal[STEPS] += 1.0;
-        // NaN is not equal to 0 either.
-        if found_inf == 0.0 {
-            journal[SKIPPED_IN_A_ROW] = 0.0;
-            return;
-        }
-        let entry = overflow_words(counter(journal, SKIPPED));
-        journal[SKIPPED] += 1.0;
-        journal[SKIPPED_IN_A_ROW] += 1.0;
-        let entry = &mut journal[entry];
         // SAFETY: as above.
         let scale = unsafe { operands.scale.slice::<f32>() }[0];
+        journal[STEPS] += 1.0;
+        // NaN is not equal to 0 either.
+        let skipped = found_inf != 0.0;
+        if journal[CALIBRATED] != 0.0 {
+            journal[RECENT_SKIPS] = shifted(journal[RECENT_SKIPS], skipped);
+        }
+        if !skipped {
+            journal[SKIPPED_IN_A_ROW] = 0.0;
+            journal[NAN_IN_A_ROW] = 0.0;
+            journal[CALIBRATED] = 1.0;
+            journal[LAST_GOOD] = f64::from(scale);
+            return;
+        }
+        let place = overflow_words(counter(journal, SKIPPED));
+        journal[SKIPPED] += 1.0;
+        journal[SKIPPED_IN_A_ROW] += 1.0;
         // SAFETY: as above.
         let norm = operands
             .total_norm
             .map_or(f64::NAN, |span| unsafe { span.slice::<f64>() }[0]);
         // SAFETY: as above.
         let counts = unsafe { operands.counts.slice::<u32>() };
-        write_overflow(entry, counts);
+        let (inf, nan) = write_overflow(&mut journal[place.clone()], counts);
         let numbers = [operands.step, operands.optimizer].map(to_f64);
+        let entry = &mut journal[place];
         entry[..2].copy_from_slice(&numbers);
         entry[2..4].copy_from_slice(&[f64::from(scale), norm]);
+        if nan {
+            journal[NAN_STEPS] += 1.0;
+            journal[NAN_IN_A_ROW] += 1.0;
+        } else {
+            journal[NAN_IN_A_ROW] = 0.0;
+        }
+        // Without an offender of its own a step was skipped for another's sake, and says nothing.
+        if inf || !nan && norm == f64::INFINITY {
+            journal[INF_STEPS_SINCE_UPDATE] += 1.0;
+        } else if nan {
+            journal[NAN_STEPS_SINCE_UPDATE] += 1.0;
+        }
     }
 }
 
-/// Copies the first offending gradients out of `counts`.
-fn write_overflow(entry: &mut [f64], counts: &[u32]) {
+/// `bits` with one more step, the oldest gone.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "32 bits, kept as a whole number"
+)]
+fn shifted(bits: f64, skipped: bool) -> f64 {
+    let bits = (bits as u64) << 1 & 0xffff_ffff;
+    to_f64(bits | u64::from(skipped))
+}
+
+/// Copies the first offending gradients out of `counts`. Tells whether there are infinities, and NaN.
+fn write_overflow(entry: &mut [f64], counts: &[u32]) -> (bool, bool) {
     let (head, named) = entry.split_at_mut(OVERFLOW_HEAD);
     let mut places = named.chunks_exact_mut(NAMED_WORDS);
     let mut offending = 0;
+    let (mut any_inf, mut any_nan) = (false, false);
     for (tensor, words) in counts.chunks_exact(COUNT_WORDS).enumerate() {
         let first = u64::from(words[2]) | u64::from(words[3]) << 32;
         if first == NO_INDEX {
             continue;
         }
         offending += 1;
+        any_inf |= words[0] > 0;
+        any_nan |= words[1] > 0;
         if let Some(place) = places.next() {
             let (inf, nan) = (f64::from(words[0]), f64::from(words[1]));
             place.copy_from_slice(&[to_f64(tensor as u64), inf, nan, to_f64(first)]);
         }
     }
     head[4] = to_f64(offending);
+    (any_inf, any_nan)
 }
 
 #[expect(
@@ -270,6 +331,11 @@ mod tests {
             record(flag);
         }
         assert_eq!(journal[..4], [4.0, 3.0, 3.0, 0.0]);
+        assert_eq!((journal[CALIBRATED], journal[RECENT_SKIPS]), (1.0, 7.0));
+        assert_eq!(
+            (journal[LAST_GOOD], journal[INF_STEPS_SINCE_UPDATE]),
+            (512.0, 3.0)
+        );
         let entry = &journal[overflow_words(2)];
         assert_eq!(
             (entry[0], entry[1], entry[2], entry[4]),
@@ -281,7 +347,10 @@ mod tests {
             [1.0, 1.0, 0.0, 1.0, 2.0, 2.0, 0.0, 2.0]
         );
         record(0.0);
-        assert_eq!(journal[SKIPPED_IN_A_ROW], 0.0);
+        assert_eq!(
+            (journal[SKIPPED_IN_A_ROW], journal[RECENT_SKIPS]),
+            (0.0, 14.0)
+        );
         // The ring forgets the oldest, the counters nothing.
         for _ in 0..OVERFLOWS {
             record(2.0);

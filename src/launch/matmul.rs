@@ -5,7 +5,7 @@
 //! that type or is f32.
 //!
 //! Products are summed in f32, f64 for f64, and rounded once into `out`; what `out` held is added before
-//! that rounding. The order of the sum depends on the sizes only. Infinity and NaN come out as the sums
+//! that rounding. The order of the sum depends on the sizes only, and on who makes it: the kernel, or cuBLASLt. Infinity and NaN come out as the sums
 //! make them: a row that meets a NaN is NaN. With k = 0 every sum is 0.
 //!
 //! The twin widens half-precision operands into dense scratch and gives blocks of rows to the threads.
@@ -15,10 +15,14 @@ use rayon::prelude::*;
 use super::compute::{CHUNK, Compute, check_floats, check_streams, entry_name, load, store};
 use super::device::{push_sizes, push_spans};
 use super::{PARALLEL_MIN, Span};
+#[cfg(feature = "cuda")]
+use crate::driver::DevicePtr;
 use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
+
+const OP: &str = "matmul";
 
 /// Rows of `out` that are worth a task of their own: the GEMM below packs `b` anew for each.
 const BLOCK_ROWS: usize = 64;
@@ -98,6 +102,24 @@ impl Matrix {
         self.columns
     }
 
+    /// Steps from a row and from a column to the next, in elements.
+    #[must_use]
+    pub fn strides(&self) -> [usize; 2] {
+        [self.row_stride, self.column_stride]
+    }
+
+    /// Type of the elements.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.span.dtype()
+    }
+
+    /// Address of the first element.
+    #[cfg(feature = "cuda")]
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.span.ptr()
+    }
+
     /// Rows `start..start + rows`.
     fn band(self, start: usize, rows: usize) -> Self {
         if self.span.is_empty() {
@@ -124,8 +146,7 @@ pub enum Accumulate {
 /// Enqueues `out = a · b`, or `out = out + a · b`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, and for
-/// an `out` that overlaps an input; [`Error::UnsupportedDtype`] for u32.
+/// As [`matmul_with`].
 pub fn matmul(
     stream: &Stream,
     a: &Matrix,
@@ -133,7 +154,84 @@ pub fn matmul(
     out: &Span,
     accumulate: Accumulate,
 ) -> Result<()> {
-    const OP: &str = "matmul";
+    matmul_with(None, stream, a, b, out, accumulate)
+}
+
+/// Enqueues `out = a · b`, or `out = out + a · b`. On a CUDA device the product is made by cuBLASLt if the
+/// machine has it and it takes the product, in `workspace`: free memory, as long as
+/// [`matmul_workspace`] says. Otherwise, and with less workspace, by the kernel of this crate.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, and for
+/// an `out` or `workspace` that overlaps what else is given; [`Error::UnsupportedDtype`] for u32;
+/// [`Error::Driver`] if the product cannot be enqueued.
+pub fn matmul_with(
+    workspace: Option<&Span>,
+    stream: &Stream,
+    a: &Matrix,
+    b: &Matrix,
+    out: &Span,
+    accumulate: Accumulate,
+) -> Result<()> {
+    check(stream, a, b, out)?;
+    if let Some(workspace) = workspace {
+        check_streams(OP, stream, &[workspace])?;
+        for span in [&a.span, &b.span, out] {
+            workspace.check_disjoint(OP, span)?;
+        }
+    }
+    if out.is_empty() || a.columns == 0 && accumulate == Accumulate::Add {
+        return Ok(());
+    }
+    #[cfg(feature = "cuda")]
+    if product(a, b, out, accumulate).enqueue(stream, workspace)? {
+        return Ok(());
+    }
+    super::enqueue(
+        stream,
+        Matmul {
+            a: *a,
+            b: *b,
+            out: *out,
+            accumulate,
+        },
+    )
+}
+
+/// Bytes of workspace that [`matmul_with`] can use for this product; 0 for a product that it refuses, and wherever
+/// the kernel of this crate makes it.
+#[must_use]
+pub fn matmul_workspace(
+    stream: &Stream,
+    a: &Matrix,
+    b: &Matrix,
+    out: &Span,
+    accumulate: Accumulate,
+) -> u64 {
+    #[cfg(feature = "cuda")]
+    if check(stream, a, b, out).is_ok() {
+        return product(a, b, out, accumulate).workspace(stream);
+    }
+    let _ = (stream, a, b, out, accumulate);
+    0
+}
+
+#[cfg(feature = "cuda")]
+fn product<'a>(
+    a: &'a Matrix,
+    b: &'a Matrix,
+    out: &'a Span,
+    accumulate: Accumulate,
+) -> super::cublaslt::Product<'a> {
+    super::cublaslt::Product {
+        a,
+        b,
+        out,
+        accumulate,
+    }
+}
+
+fn check(stream: &Stream, a: &Matrix, b: &Matrix, out: &Span) -> Result<()> {
     check_streams(OP, stream, &[&a.span, &b.span, out])?;
     check_floats(OP, &[&a.span, &b.span, out])?;
     b.span.check_dtype(OP, a.span.dtype())?;
@@ -154,19 +252,7 @@ pub fn matmul(
         ));
     }
     out.check_disjoint(OP, &a.span)?;
-    out.check_disjoint(OP, &b.span)?;
-    if out.is_empty() || a.columns == 0 && accumulate == Accumulate::Add {
-        return Ok(());
-    }
-    super::enqueue(
-        stream,
-        Matmul {
-            a: *a,
-            b: *b,
-            out: *out,
-            accumulate,
-        },
-    )
+    out.check_disjoint(OP, &b.span)
 }
 
 #[derive(Debug)]

@@ -13,42 +13,54 @@
 
 mod activation;
 pub(crate) mod adamw;
+mod attention;
 mod bias;
 mod cast;
 pub(crate) mod chunk_table;
 pub(crate) mod clip;
 mod compute;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cublaslt;
 mod device;
 mod elementwise;
+mod embedding;
 mod fill;
 pub(crate) mod gradient_check;
 pub(crate) mod journal;
+mod layer_norm;
 mod matmul;
 mod reduce;
 mod scale_update;
 pub(crate) mod sgd;
 mod span;
 mod special;
+pub(crate) mod stopwatch;
 mod strided;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tolerance;
 pub(crate) mod update_pass;
+mod vector;
 
 pub use activation::{Activation, activation, activation_backward};
+pub use attention::{causal_softmax, causal_softmax_backward};
 pub use bias::{add_bias, sum_rows};
 pub use cast::cast;
 pub use compute::sum_dtype;
 pub use cross_entropy::{cross_entropy, cross_entropy_backward};
+#[cfg(feature = "cuda")]
+pub use cublaslt::why_not_cublaslt;
 pub use elementwise::{add, add_scaled, mul, scale};
+pub use embedding::{embedding, embedding_backward};
 pub use fill::fill;
 pub use gradient_check::NormKind;
-pub use matmul::{Accumulate, Matrix, matmul};
+pub use layer_norm::{LayerNorm, LayerNormBackward, layer_norm, layer_norm_backward};
+pub use matmul::{Accumulate, Matrix, matmul, matmul_with, matmul_workspace};
 pub use reduce::{argmax_rows, mean, sum};
-pub(crate) use scale_update::{ScaleOperands, scale_update};
-pub use scale_update::{ScalePolicy, ScaleState, inverse_scale, next_scale};
+pub(crate) use scale_update::{Change, ScaleOperands, scale_update};
+pub use scale_update::{Refill, ScalePolicy, ScaleState, inverse_scale, next_scale};
 pub use span::Span;
 pub use strided::{RANK_MAX, StridedCopy, copy_strided};
 

@@ -1,14 +1,18 @@
 //! The loss scale's next value.
 //!
 //! ```text
-//! any flag ≠ 0     S = max(f32(S · backoff), floor), t = 0
+//! any flag ≠ 0     k = k + 1, t = 0, and if k ≥ hysteresis: S = max(f32(S · backoff), floor)
 //! else             t = t + 1, and if t ≥ interval: S = min(f32(S · growth), cap) if finite, t = 0
+//!                  k = 0, at once or when the scale grows
 //! ```
 //!
 //! The products are taken in f64 and rounded to f32, as PyTorch's `_amp_update_scale_` does; every other
 //! number it gives is reproduced to the bit. We differ on purpose in three ways: the scale has a floor and a
 //! cap; an interval that was lowered below the tracker grows at the next clean update, not never; and the
-//! flags are combined with OR, so that no sum of them can be 0 by accident.
+//! flags are combined with OR, so that no sum of them can be 0 by accident. With a hysteresis of 1 every
+//! overflow backs off, as in PyTorch; other libraries tolerate some, and differ in when they forget them.
+//!
+//! An update can be told to pass over overflows that were NaN and nothing else: the state then stays as it is.
 //!
 //! The kernel also refreshes 1/S, rounded once to f32 from f64, clears the flags for the next iteration, and
 //! notes what it did in the journal.
@@ -20,9 +24,21 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::device::{push_sizes, push_spans};
 use crate::launch::journal::{
-    BACKOFFS, CHANGES, GROWTHS, JOURNAL_WORDS, UPDATES, change_words, counter,
+    BACKOFFS, CALIBRATED, CHANGES, FLOOR_HITS, GROWTHS, INF_STEPS_SINCE_UPDATE, JOURNAL_WORDS,
+    NAN_STEPS_SINCE_UPDATE, RECENT_SKIPS, UPDATES, change_words, counter,
 };
 use crate::launch::{Span, enqueue};
+
+/// When overflows that were tolerated are forgotten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refill {
+    /// At every clean update.
+    #[default]
+    CleanUpdate,
+    /// When the scale grows.
+    Growth,
+}
 
 /// The numbers that govern a loss scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,15 +53,39 @@ pub struct ScalePolicy {
     pub min_scale: f32,
     /// The scale does not grow above this.
     pub max_scale: f32,
+    /// Overflows at which the scale backs off: at this one and all later ones; at least 1.
+    pub hysteresis: u32,
+    /// When overflows below that number are forgotten.
+    pub refill: Refill,
+    /// The scale grows at the clean update after a whole interval, not at the interval's last.
+    pub late_growth: bool,
 }
 
-/// A loss scale, and how many clean updates it has seen since it last changed.
+impl Default for ScalePolicy {
+    /// PyTorch's, without floor and cap.
+    fn default() -> Self {
+        Self {
+            growth_factor: 2.0,
+            backoff_factor: 0.5,
+            growth_interval: 2000,
+            min_scale: 0.0,
+            max_scale: f32::MAX,
+            hysteresis: 1,
+            refill: Refill::CleanUpdate,
+            late_growth: false,
+        }
+    }
+}
+
+/// A loss scale, and what it has seen since it last changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScaleState {
     /// The scale.
     pub scale: f32,
     /// Clean updates since the last growth, overflow or start.
     pub growth_tracker: u32,
+    /// Overflows that were not forgotten yet.
+    pub overflows: u32,
 }
 
 /// The state after an update that saw `found_inf`: an overflow unless it is 0.
@@ -58,17 +98,30 @@ pub fn next_scale(policy: &ScalePolicy, state: ScaleState, found_inf: f32) -> Sc
     let times = |factor: f64| (f64::from(state.scale) * factor) as f32;
     // NaN is not equal to 0 either.
     if found_inf != 0.0 {
-        let scale = times(policy.backoff_factor).max(policy.min_scale);
-        // A scale that was below the floor already must not rise because of an overflow.
+        let overflows = state.overflows.saturating_add(1);
+        let mut scale = state.scale;
+        if overflows >= policy.hysteresis {
+            // A scale that was below the floor already must not rise because of an overflow.
+            scale = times(policy.backoff_factor)
+                .max(policy.min_scale)
+                .min(scale);
+        }
         return ScaleState {
-            scale: scale.min(state.scale),
+            scale,
             growth_tracker: 0,
+            overflows,
         };
     }
     let growth_tracker = state.growth_tracker.saturating_add(1);
-    if growth_tracker < policy.growth_interval {
+    let late = u32::from(policy.late_growth);
+    if growth_tracker - late < policy.growth_interval {
+        let overflows = match policy.refill {
+            Refill::CleanUpdate => 0,
+            Refill::Growth => state.overflows,
+        };
         return ScaleState {
             growth_tracker,
+            overflows,
             ..state
         };
     }
@@ -80,7 +133,8 @@ pub fn next_scale(policy: &ScalePolicy, state: ScaleState, found_inf: f32) -> Sc
     };
     ScaleState {
         scale,
-        growth_tracker: 0,
+        growth_tracker: late,
+        overflows: 0,
     }
 }
 
@@ -101,15 +155,27 @@ pub(crate) struct ScaleOperands {
     pub(crate) scale: Span,
     /// f32: its inverse.
     pub(crate) inv_scale: Span,
-    /// u32: the growth tracker.
-    pub(crate) growth_tracker: Span,
+    /// u32, two: the growth tracker, and the overflows that were not forgotten.
+    pub(crate) trackers: Span,
     /// f32, one an optimizer; cleared.
     pub(crate) flags: Span,
     /// f64, the journal.
     pub(crate) journal: Span,
 }
 
-/// Moves the scale by the rule; or, with `forced`, sets it and leaves the tracker alone. Clears the flags.
+/// What one update does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    /// Moves the scale by the rule; if `ignore_nan`, not because of steps with NaN and without infinities.
+    Rule {
+        /// See above.
+        ignore_nan: bool,
+    },
+    /// Sets the scale and leaves the trackers alone.
+    Set(f32),
+}
+
+/// Changes the scale. Clears the flags.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -117,20 +183,20 @@ pub(crate) fn scale_update(
     stream: &Stream,
     operands: &ScaleOperands,
     policy: &ScalePolicy,
-    forced: Option<f32>,
+    change: Change,
 ) -> Result<()> {
     let op = "update";
     let ScaleOperands {
         scale,
         inv_scale,
-        growth_tracker,
+        trackers,
         flags,
         journal,
     } = *operands;
     for (span, dtype, len) in [
         (scale, DType::F32, 1),
         (inv_scale, DType::F32, 1),
-        (growth_tracker, DType::U32, 1),
+        (trackers, DType::U32, 2),
         (flags, DType::F32, flags.len()),
         (journal, DType::F64, JOURNAL_WORDS),
     ] {
@@ -143,7 +209,7 @@ pub(crate) fn scale_update(
         ScaleUpdate {
             operands: *operands,
             policy: *policy,
-            forced,
+            change,
         },
     )
 }
@@ -152,7 +218,7 @@ pub(crate) fn scale_update(
 struct ScaleUpdate {
     operands: ScaleOperands,
     policy: ScalePolicy,
-    forced: Option<f32>,
+    change: Change,
 }
 
 impl Kernel for ScaleUpdate {
@@ -168,11 +234,11 @@ impl Kernel for ScaleUpdate {
         let ScaleOperands {
             scale,
             inv_scale,
-            growth_tracker,
+            trackers,
             flags,
             journal,
         } = &self.operands;
-        push_spans(into, &[scale, inv_scale, growth_tracker, flags]);
+        push_spans(into, &[scale, inv_scale, trackers, flags]);
         push_sizes(into, &[flags.len()]);
         push_spans(into, &[journal]);
         into.f64(self.policy.growth_factor);
@@ -180,8 +246,16 @@ impl Kernel for ScaleUpdate {
         into.u32(self.policy.growth_interval);
         into.f32(self.policy.min_scale);
         into.f32(self.policy.max_scale);
-        into.u32(u32::from(self.forced.is_some()));
-        into.f32(self.forced.unwrap_or(0.0));
+        into.u32(self.policy.hysteresis);
+        into.u32(u32::from(self.policy.refill == Refill::Growth));
+        into.u32(u32::from(self.policy.late_growth));
+        let (ignore_nan, forced) = match self.change {
+            Change::Rule { ignore_nan } => (ignore_nan, None),
+            Change::Set(scale) => (false, Some(scale)),
+        };
+        into.u32(u32::from(ignore_nan));
+        into.u32(u32::from(forced.is_some()));
+        into.f32(forced.unwrap_or(0.0));
     }
 
     unsafe fn run(&self) {
@@ -191,7 +265,7 @@ impl Kernel for ScaleUpdate {
         // SAFETY: as above.
         let inv_scale = &mut unsafe { self.operands.inv_scale.slice_mut::<f32>() }[0];
         // SAFETY: as above.
-        let tracker = &mut unsafe { self.operands.growth_tracker.slice_mut::<u32>() }[0];
+        let trackers = unsafe { self.operands.trackers.slice_mut::<u32>() };
         // SAFETY: as above.
         let flags = unsafe { self.operands.flags.slice_mut::<f32>() };
         // SAFETY: as above.
@@ -199,23 +273,49 @@ impl Kernel for ScaleUpdate {
 
         let before = ScaleState {
             scale: *scale,
-            growth_tracker: *tracker,
+            growth_tracker: trackers[0],
+            overflows: trackers[1],
         };
-        let overflow = flags.iter().any(|flag| *flag != 0.0);
-        let after = match self.forced {
-            Some(scale) => ScaleState { scale, ..before },
-            None => next_scale(&self.policy, before, if overflow { 1.0 } else { 0.0 }),
+        let found = flags.iter().any(|flag| *flag != 0.0);
+        let only_nan =
+            journal[NAN_STEPS_SINCE_UPDATE] > 0.0 && journal[INF_STEPS_SINCE_UPDATE] == 0.0;
+        let (overflow, after) = match self.change {
+            Change::Set(scale) => (false, ScaleState { scale, ..before }),
+            Change::Rule { ignore_nan: true } if found && only_nan => (false, before),
+            Change::Rule { .. } => {
+                let flag = if found { 1.0 } else { 0.0 };
+                (found, next_scale(&self.policy, before, flag))
+            }
         };
         *scale = after.scale;
         *inv_scale = inverse_scale(after.scale);
-        *tracker = after.growth_tracker;
+        trackers.copy_from_slice(&[after.growth_tracker, after.overflows]);
         flags.fill(0.0);
+        self.note(journal, overflow, before, after);
+    }
+}
 
+impl ScaleUpdate {
+    fn note(&self, journal: &mut [f64], overflow: bool, before: ScaleState, after: ScaleState) {
         journal[UPDATES] += 1.0;
-        if self.forced.is_none() {
-            let grown = after.scale > before.scale;
+        journal[NAN_STEPS_SINCE_UPDATE] = 0.0;
+        journal[INF_STEPS_SINCE_UPDATE] = 0.0;
+        if let Change::Set(_) = self.change {
+            // Whoever sets a scale may have to find a fitting one again.
+            for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
+                journal[word] = 0.0;
+            }
+        } else {
             journal[BACKOFFS] += f64::from(u8::from(overflow));
-            journal[GROWTHS] += f64::from(u8::from(grown));
+            journal[GROWTHS] += f64::from(u8::from(after.scale > before.scale));
+            let at_floor = overflow
+                && before.scale <= self.policy.min_scale
+                && after.overflows >= self.policy.hysteresis;
+            journal[FLOOR_HITS] = if at_floor {
+                journal[FLOOR_HITS] + 1.0
+            } else {
+                0.0
+            };
         }
         if after.scale.to_bits() != before.scale.to_bits() {
             let change = change_words(counter(journal, CHANGES));

@@ -19,7 +19,7 @@ use crate::driver::{Arguments, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
-use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store};
 use crate::launch::device::push_optional;
 use crate::launch::{PARALLEL_MIN, Span};
 
@@ -136,25 +136,32 @@ fn chunk_in<C: Compute>(
         let block = |span: Span| span.sub(start, len);
         let (weights, gradients) = (&mut weights[..len], &mut gradients[..len]);
         // SAFETY: called from a `run`, whose caller promises that rows are live and not accessed by others.
-        unsafe { load(&weight, start, weights) };
-        // SAFETY: as above.
         unsafe { load(&gradient, start, gradients) };
         for factor in factors.iter().flatten() {
-            for gradient in &mut *gradients {
-                *gradient = *gradient * *factor;
-            }
+            multiply_all(gradients, *factor);
         }
         let states = std::array::from_fn(|state| match columns[STATE + state] {
             // SAFETY: as above; the columns of a row share no bytes.
             Some(span) => unsafe { block(span).slice_mut::<C>() },
             None => &mut [],
         });
+        let in_place = weight.dtype() == C::DTYPE;
+        let weights = if in_place {
+            // SAFETY: as above.
+            unsafe { block(weight).slice_mut::<C>() }
+        } else {
+            // SAFETY: as above.
+            unsafe { load(&weight, start, weights) };
+            weights
+        };
         rule.apply(tensor, weights, gradients, states);
-        if columns[MASTER].is_some() {
+        if !in_place {
             // SAFETY: as above.
             unsafe { store(&weight, start, weights) };
         }
-        // SAFETY: as above.
-        unsafe { store(&parameter, start, weights) };
+        if columns[MASTER].is_some() {
+            // SAFETY: as above; the parameter shares no bytes with its master weight.
+            unsafe { store(&parameter, start, weights) };
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! What a pool asks of the memory below it: the seam between paged and segmented memory.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use super::bins::Index;
@@ -19,6 +20,8 @@ pub(super) struct Request {
     pub(super) reuse: ReusePolicy,
     /// Bytes of blocks that were freed and wait for other streams.
     pub(super) pending: u64,
+    /// Whether another stream may lend a block out of memory that it shares with nobody.
+    pub(super) may_borrow: bool,
 }
 
 /// Where a block lies, to be handed back when it is freed.
@@ -28,6 +31,12 @@ pub(super) enum Place {
     Small { owner: Owner, index: Index },
     /// At home in the territory, or in a large segment of `owner`.
     Large { owner: Owner, index: Index },
+    /// In the memory of `lender`, but for another stream, when memory was short.
+    Lent {
+        lender: Owner,
+        index: Index,
+        is_small: bool,
+    },
     /// In a stitched range.
     Stitched(RangeIndex),
 }
@@ -43,6 +52,8 @@ pub(super) struct Placed {
 pub(super) enum Refusal {
     /// The pool's limit.
     Limit,
+    /// The size itself, which is more than the device has.
+    Size,
     /// The driver, with its error.
     Driver(Error),
 }
@@ -56,6 +67,15 @@ pub(super) struct Totals {
     /// Driver allocations made and given back since the start.
     pub(super) device_allocs: u64,
     pub(super) device_frees: u64,
+}
+
+impl Totals {
+    /// Counts a segment that was given back.
+    pub(super) fn returned(&mut self, bytes: u64) {
+        self.segments -= 1;
+        self.reserved_bytes -= bytes;
+        self.device_frees += 1;
+    }
 }
 
 /// Memory taken from a driver, placed in blocks.
@@ -76,17 +96,31 @@ pub(super) trait Backing: Debug + Send {
     /// Makes free memory whose past is known to be complete anyone's.
     fn settle(&mut self, fences: &mut Fences);
 
+    /// Makes the free memory of `owner` anyone's, a stream that is gone and has run all it was given.
+    fn adopt(&mut self, owner: Owner);
+
     /// Whether no memory, free or in blocks, belongs to `owner`.
     fn holds_nothing_of(&self, owner: Owner) -> bool;
 
-    /// Gives the driver what is idle as a whole and known to be complete.
+    /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are
+    /// held.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
-    fn release_idle(&mut self, fences: &mut Fences) -> Result<()>;
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
 
-    /// Bytes of the largest block that `owner` could have without a driver call.
-    fn largest_free(&self, owner: Owner) -> u64;
+    /// Whether any free memory serves any request. Otherwise some does only after it went back to the
+    /// driver.
+    fn shares_free_memory(&self) -> bool;
+
+    /// Free bytes by stream whose passing would make them usable by `owner`, or returnable where that helps.
+    fn bytes_behind(&self, owner: Owner, fences: &Fences) -> BTreeMap<Owner, u64>;
+
+    /// Free bytes that `owner` can put together for one request as they are.
+    fn bytes_free_for(&self, owner: Owner, fences: &Fences) -> u64;
+
+    /// Bytes of the largest free block, whichever stream's.
+    fn largest_free(&self) -> u64;
 
     /// Free blocks in partly used segments, and their bytes: free, but not returnable.
     fn inactive_split(&self) -> (u64, u64);

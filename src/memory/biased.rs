@@ -12,15 +12,13 @@
 //! This is Dekker's entry protocol: with a fence between store and load on both sides, one of the two sees
 //! the other. The *heavy* fence is the kernel's `membarrier`, which runs a fence on every processor that runs
 //! a thread of this process, so that the *light* one need only keep the compiler from reordering. Where the
-//! system has no such call, both are ordinary sequentially consistent fences.
+//! system has no such call, everyone takes the slow lock, the owner too.
 //!
 //! Must not know: blocks, pools.
 
-use std::fmt;
-use std::sync::atomic::compiler_fence;
-
-use crate::sync::atomic::{AtomicBool, Ordering, fence};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, UnsafeCell, hint, thread};
+use std::fmt;
 
 /// Looks at the owner's mark before the waiting thread gives its processor away.
 const SPINS: u32 = 64;
@@ -29,8 +27,8 @@ const SPINS: u32 = 64;
 pub(super) struct Biased<T> {
     is_busy: AtomicBool,
     is_wanted: AtomicBool,
-    /// Whether the owner's fence may be light.
-    is_light: bool,
+    /// Whether the owner has to go the slow way every time: no heavy fence reaches it.
+    is_slow: bool,
     /// Held by whoever is inside and is not the owner in a hurry.
     others: Mutex<()>,
     value: UnsafeCell<T>,
@@ -45,8 +43,8 @@ impl<T> Biased<T> {
     pub(super) fn new(value: T) -> Self {
         Self {
             is_busy: AtomicBool::new(false),
-            is_wanted: AtomicBool::new(false),
-            is_light: heavy::is_supported(),
+            is_wanted: AtomicBool::new(!heavy::is_supported()),
+            is_slow: !heavy::is_supported(),
             others: Mutex::new(()),
             value: UnsafeCell::new(value),
         }
@@ -55,28 +53,44 @@ impl<T> Biased<T> {
     /// Enters as the owner. `with` must not enter again.
     ///
     /// # Safety
-    /// All calls for this value come from one thread.
+    /// All calls for this value, of this and of [`try_with_owner`](Self::try_with_owner), come from one thread.
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+        let mut with = Some(with);
+        let mut enter = |value: &mut T| with.take().map(|with| with(value));
+        // SAFETY: as the caller promises.
+        let outcome = unsafe { self.try_with_owner(&mut enter) };
+        match outcome {
+            Ok(outcome) => outcome,
+            Err(Wanting) => self.with_other(&mut enter),
+        }
+        .expect("entered for the first time")
+    }
+
+    /// Enters as the owner, unless another thread wants in: the fast way alone.
+    ///
+    /// # Safety
+    /// As [`with_owner`](Self::with_owner).
+    #[inline]
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    pub(super) unsafe fn try_with_owner<R>(
+        &self,
+        with: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, Wanting> {
         debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
         self.is_busy.store(true, Ordering::Relaxed);
         // Left on unwinding too, so that nobody waits for a thread that panicked.
         let busy = Busy(&self.is_busy);
-        if self.is_light {
-            compiler_fence(Ordering::SeqCst);
-        } else {
-            fence(Ordering::SeqCst);
-        }
+        heavy::light_fence();
         // Acquire: what another thread did inside is seen once it has taken its wish back.
         if self.is_wanted.load(Ordering::Acquire) {
-            drop(busy);
-            return self.with_other(with);
+            return Err(Wanting);
         }
         // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
         let outcome = self.value.with_mut(|value| with(unsafe { &mut *value }));
         drop(busy);
-        outcome
+        Ok(outcome)
     }
 
     #[cold]
@@ -93,12 +107,8 @@ impl<T> Biased<T> {
     pub(super) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         let _guard = self.others.lock();
         self.is_wanted.store(true, Ordering::Relaxed);
-        let _wanted = Wanted(&self.is_wanted);
-        if self.is_light {
-            heavy::fence();
-        } else {
-            fence(Ordering::SeqCst);
-        }
+        let _wanted = Wanted(self);
+        heavy::fence();
         let mut looks = 0;
         // Acquire: what the owner did inside is seen.
         while self.is_busy.load(Ordering::Acquire) {
@@ -115,6 +125,10 @@ impl<T> Biased<T> {
     }
 }
 
+/// Another thread wants in.
+#[derive(Debug)]
+pub(super) struct Wanting;
+
 /// Resets the owner's mark.
 struct Busy<'a>(&'a AtomicBool);
 
@@ -127,11 +141,11 @@ impl Drop for Busy<'_> {
 }
 
 /// Takes back the wish to enter.
-struct Wanted<'a>(&'a AtomicBool);
+struct Wanted<'a, T>(&'a Biased<T>);
 
-impl Drop for Wanted<'_> {
+impl<T> Drop for Wanted<'_, T> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.0.is_wanted.store(self.0.is_slow, Ordering::Release);
     }
 }
 
@@ -149,6 +163,11 @@ mod heavy {
     use rustix::thread::{MembarrierCommand, membarrier, membarrier_query};
 
     use super::Ordering;
+
+    #[inline]
+    pub(super) fn light_fence() {
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
 
     /// Whether [`fence`] reaches every thread. Asked before the first owner enters.
     pub(super) fn is_supported() -> bool {
@@ -172,17 +191,35 @@ mod heavy {
     }
 }
 
-#[cfg(not(all(target_os = "linux", not(miri), not(loom))))]
+/// As loom knows fences: both are full ones.
+#[cfg(loom)]
 mod heavy {
     use super::Ordering;
+    use crate::sync::atomic;
 
+    pub(super) fn is_supported() -> bool {
+        true
+    }
+
+    pub(super) fn light_fence() {
+        atomic::fence(Ordering::SeqCst);
+    }
+
+    pub(super) fn fence() {
+        atomic::fence(Ordering::SeqCst);
+    }
+}
+
+/// Where there is none.
+#[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
+mod heavy {
     pub(super) fn is_supported() -> bool {
         false
     }
 
-    pub(super) fn fence() {
-        std::sync::atomic::fence(Ordering::SeqCst);
-    }
+    pub(super) fn light_fence() {}
+
+    pub(super) fn fence() {}
 }
 
 /// Every order of two or three threads, as loom sees memory: `.ci/run loom`.

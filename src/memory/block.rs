@@ -1,6 +1,7 @@
 //! A block in a caller's hands.
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -98,12 +99,14 @@ impl BlockRecord {
 /// without blocking.
 pub struct Block {
     /// `None` for a block of zero bytes, which holds no memory; taken on drop.
-    record: Option<Box<BlockRecord>>,
+    record: ManuallyDrop<Option<Box<BlockRecord>>>,
 }
 
 impl Block {
     pub(super) fn new(record: Option<Box<BlockRecord>>) -> Self {
-        Self { record }
+        Self {
+            record: ManuallyDrop::new(record),
+        }
     }
 
     /// Address of the first byte, a multiple of 512; zero for a block of zero bytes.
@@ -135,7 +138,7 @@ impl Block {
     /// Has `watch` told, under `key`, of what becomes of the block: for wrappers around an allocator. Those
     /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
     pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
-        if let Some(record) = &mut self.record {
+        if let Some(record) = self.record.as_mut() {
             let extras = record.extras.get_or_insert_default();
             extras.watchers.push(Watcher { watch, key });
         }
@@ -211,8 +214,11 @@ pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
 
 impl Drop for Block {
     #[inline]
+    #[expect(unsafe_code, reason = "nothing is left to be written or dropped")]
     fn drop(&mut self) {
-        if let Some(record) = self.record.take() {
+        // SAFETY: the value is gone after this, so that nothing takes the record again.
+        let record = unsafe { ManuallyDrop::take(&mut self.record) };
+        if let Some(record) = record {
             pool::free(record);
         }
     }

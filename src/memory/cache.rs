@@ -18,10 +18,11 @@ use std::sync::Arc;
 use super::biased::Biased;
 use super::block::BlockRecord;
 use super::counts::Counts;
-use super::lane::{Kept, Lane, LaneKey, PoolId, SMALL_MAX};
+use super::lane::{Kept, Lane, LaneKey, Limits, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Shared, rounded};
 use super::state::{Counted, State};
+use super::tags::TagId;
 use crate::sync::thread_local;
 use crate::units::MIB;
 
@@ -45,7 +46,7 @@ struct Contents {
     /// The lane used last; one without a key if there is none.
     front: Box<Lane>,
     others: Vec<Box<Lane>>,
-    small_bytes_max: u64,
+    limits: Limits,
     is_closed: bool,
     counts: Counts,
 }
@@ -64,8 +65,8 @@ pub(super) struct Missed {
     pub(super) found: Option<Box<BlockRecord>>,
     /// A record to reuse.
     pub(super) blank: Option<Box<BlockRecord>>,
-    /// A block for the pool to take back first.
-    pub(super) hot: Option<Box<BlockRecord>>,
+    /// Bytes that the lane keeps.
+    pub(super) kept: u64,
 }
 
 thread_local! {
@@ -103,7 +104,7 @@ fn set_current(cache: *const ThreadCache) {
 #[inline]
 pub(super) fn take(key: LaneKey, requested: u64) -> Option<Box<BlockRecord>> {
     let bytes = rounded(requested)?;
-    current()?.with_owner(move |contents| contents.take_in_front(key, requested, bytes))
+    current()?.if_alone(move |contents| contents.take_in_front(key, requested, bytes))?
 }
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
@@ -112,13 +113,22 @@ pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
     let Some(cache) = current() else {
         return Some(record);
     };
-    match cache.with_owner(move |contents| contents.keep_in_front(record.key, record)) {
-        Ok(Kept::Yes) => None,
-        Ok(kept) => {
+    // In a place of its own, so that it is still here if another thread is inside.
+    let mut record = Some(record);
+    let kept = cache.if_alone(|contents| match record.take() {
+        Some(record) => contents.keep_in_front(record.key, record),
+        None => Kept::Yes,
+    });
+    let Some(kept) = kept else {
+        return record;
+    };
+    match kept {
+        Kept::Yes => None,
+        Kept::Not(record) => Some(record),
+        kept => {
             cache.make_room(kept);
             None
         }
-        Err(record) => Some(record),
     }
 }
 
@@ -136,12 +146,10 @@ pub(super) fn take_or_miss(
                 ..Missed::default()
             };
         }
-        let lane = &mut contents.front;
-        let hot = (bytes > SMALL_MAX).then(|| lane.take_hot());
         Missed {
             found: None,
-            blank: lane.take_blank(),
-            hot: hot.flatten(),
+            blank: contents.front.take_blank(),
+            kept: contents.front.kept_bytes(),
         }
     });
     // A thread that is going down has no lanes; it allocates from the pool itself.
@@ -161,32 +169,46 @@ pub(super) fn keep_anywhere(
     });
     match kept {
         None => record,
-        Some(Ok(Kept::Yes)) => None,
-        Some(Ok(Kept::InPlaceOf(other) | Kept::Full(other))) => {
-            pool::free_in_pool(other, Counted::Yes);
+        Some(Kept::Yes) => None,
+        Some(Kept::InPlaceOf(other) | Kept::Full(other)) => {
+            drop(pool::free_in_pool(other, Counted::Yes));
             None
         }
-        Some(Err(record)) => Some(record),
+        Some(Kept::Not(record)) => Some(record),
     }
 }
 
-/// Keeps the record of a block that is gone, or drops it.
-pub(super) fn keep_blank(key: LaneKey, blank: Box<BlockRecord>) {
-    let refused = match current() {
-        None => Some(blank),
-        Some(cache) => cache.with_owner(|contents| {
-            if contents.front.key == key {
-                contents.front.keep_blank(blank)
-            } else {
-                Some(blank)
-            }
-        }),
+/// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
+pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Counted) {
+    let tag = TagId::current();
+    let Some(cache) = current().filter(|cache| cache.pool == pool) else {
+        return (tag, Counted::No);
     };
-    // Outside the cache, because it may hold the pool's last reference.
-    drop(refused);
+    cache.with_owner(|contents| contents.counts.allocate(tag, requested, allocated));
+    (tag, Counted::Yes)
 }
 
-/// Folds what the calling thread has counted, so that peaks are exact where one thread uses the pool.
+/// Gives the pool the large blocks that the calling thread keeps. If there were any: the bytes that the lane
+/// in front still keeps.
+pub(super) fn give_hot(pool: PoolId, state: &mut State) -> Option<u64> {
+    let cache = current().filter(|cache| cache.pool == pool)?;
+    cache.with_owner(|contents| {
+        let mut given = false;
+        let lanes = contents.others.iter_mut().chain([&mut contents.front]);
+        for lane in lanes {
+            lane.drain_hot(|mut record| {
+                given = true;
+                // Inside the pool a block must not keep the pool alive.
+                record.shared = None;
+                state.free(record, Counted::Yes);
+            });
+        }
+        contents.learn(state);
+        given.then(|| contents.front.kept_bytes())
+    })
+}
+
+/// Folds what the calling thread has counted.
 pub(super) fn fold_of_thread(pool: PoolId, state: &mut State) {
     let mut fold = |cache: &ThreadCache| {
         cache.with_owner(|contents| contents.fold(state));
@@ -210,8 +232,10 @@ fn enter<R>(
     key: LaneKey,
     with: impl FnOnce(&mut Contents) -> R,
 ) -> Option<R> {
-    let is_current = current().is_some_and(|cache| cache.pool == shared.id());
-    let cache = if is_current { current() } else { find(shared) }?;
+    let cache = match current() {
+        Some(cache) if cache.pool == shared.id() => cache,
+        _ => find(shared)?,
+    };
     if !cache.with_owner(|contents| contents.bring_to_front(key)) {
         // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
         // now does not stay for ever.
@@ -241,6 +265,7 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
         all.push(cache);
     });
     found.ok()?;
+    shared.fold_if_free();
     current()
 }
 
@@ -252,7 +277,10 @@ impl ThreadCache {
             contents: Biased::new(Contents {
                 front: Lane::new(LaneKey::VACANT),
                 others: Vec::new(),
-                small_bytes_max: SMALL_BYTES_MIN,
+                limits: Limits {
+                    small_bytes: SMALL_BYTES_MIN,
+                    is_asked: false,
+                },
                 is_closed: false,
                 counts: Counts::default(),
             }),
@@ -270,13 +298,31 @@ impl ThreadCache {
         unsafe { self.contents.with_owner(with) }
     }
 
+    /// As [`with_owner`](Self::with_owner), unless another thread wants in.
+    #[inline]
+    #[expect(
+        unsafe_code,
+        reason = "who owns a cache is known by where it was found"
+    )]
+    fn if_alone<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> Option<R> {
+        // SAFETY: as in `with_owner`.
+        unsafe { self.contents.try_with_owner(with) }.ok()
+    }
+
     /// Gives the pool what the lane in front had no room for.
     #[cold]
     #[inline(never)]
     fn make_room(&self, kept: Kept) {
         match kept {
-            Kept::Yes => {}
-            Kept::InPlaceOf(other) => pool::free_in_pool(other, Counted::Yes),
+            Kept::Yes | Kept::Not(_) => {}
+            Kept::InPlaceOf(other) => {
+                let Some(blank) = pool::free_in_pool(other, Counted::Yes) else {
+                    return;
+                };
+                let refused = self.with_owner(|contents| contents.keep_blank(blank));
+                // Outside the cache, because it may hold the pool's last reference.
+                drop(refused);
+            }
             Kept::Full(record) => {
                 let shared = record.shared.clone();
                 let shared = shared.expect("a block outside the pool knows its pool");
@@ -391,24 +437,36 @@ impl Contents {
         Some(record)
     }
 
-    /// Counts a free and keeps the block, or gives it back uncounted.
+    /// Counts a free and keeps the block, unless the lane is not for it.
     #[inline]
-    fn keep_in_front(
-        &mut self,
-        key: LaneKey,
-        record: Box<BlockRecord>,
-    ) -> Result<Kept, Box<BlockRecord>> {
+    fn keep_in_front(&mut self, key: LaneKey, record: Box<BlockRecord>) -> Kept {
         if self.front.key != key {
-            return Err(record);
+            return Kept::Not(record);
         }
         self.counts
             .free(record.tag, record.requested, record.allocated);
-        Ok(self.front.keep(record, self.small_bytes_max))
+        self.front.keep(record, self.limits)
     }
 
-    /// Folds the counters into the pool's, and learns how many bytes the pool holds.
+    /// Keeps the record of a block that is gone, or gives it back.
+    fn keep_blank(&mut self, blank: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+        if self.front.key != blank.key {
+            return Some(blank);
+        }
+        self.front.keep_blank(blank)
+    }
+
+    /// Folds the counters into the pool's.
     fn fold(&mut self, state: &mut State) {
-        self.small_bytes_max = SMALL_BYTES_MIN.max(state.bytes_held() / SHARE);
+        self.learn(state);
         self.counts.fold(state);
+    }
+
+    /// Learns how much may be kept.
+    fn learn(&mut self, state: &State) {
+        self.limits = Limits {
+            small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
+            is_asked: state.fences.are_asked(),
+        };
     }
 }

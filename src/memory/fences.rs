@@ -9,6 +9,9 @@
 //!
 //! A wait covers all earlier epochs too, and completeness does for every stream; both are remembered, so a
 //! *dominated* fence costs a comparison.
+//!
+//! In deterministic mode nothing depends on what the device has got done: whether work is complete is found
+//! out by waiting for it, never by looking.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -19,6 +22,9 @@ use crate::units::StreamId;
 
 /// The owner of holes that anyone may have: memory without a past, or whose past is known to be complete.
 pub(super) const COMMON: Owner = 0;
+
+/// What a free stamps before any event was recorded. Epoch 0 is the past before the pool.
+pub(super) const FIRST_EPOCH: u64 = 1;
 
 /// Frees between two events of a stream whose memory others ask for in vain.
 const FREES_PER_EVENT: u32 = 8;
@@ -32,11 +38,14 @@ pub(super) struct Fence {
     pub(super) epoch: u64,
 }
 
+/// Events that a deterministic stream remembers. Of those before, the next one covers what they did.
+const UNSEEN_MAX: usize = 32;
+
 #[derive(Debug)]
 struct Clock {
     /// `None` for [`COMMON`] and for numbers whose stream is gone.
     stream: Option<Stream>,
-    /// What a free stamps now; moves on with each recorded event. Epoch 0 is the past before the pool.
+    /// What a free stamps now; moves on with each recorded event.
     epoch: u64,
     /// Recorded events not yet seen complete, with the epochs they cover, oldest first.
     events: VecDeque<(u64, Event)>,
@@ -48,11 +57,17 @@ struct Clock {
     frees: u32,
     /// Events still to be recorded without being asked for.
     ahead: u32,
+    is_deterministic: bool,
 }
 
 impl Clock {
     /// Looks at recorded events, oldest first, and notes what is complete.
     fn poll(&mut self) {
+        if self.is_deterministic {
+            let surplus = self.events.len().saturating_sub(UNSEEN_MAX);
+            self.events.drain(..surplus);
+            return;
+        }
         while let Some((epoch, event)) = self.events.front() {
             // An event that cannot be queried (a capture is under way, the stream failed) counts as not
             // complete: memory is held back, never handed out early.
@@ -101,10 +116,11 @@ pub(super) struct Fences {
     owners: BTreeMap<StreamId, Owner>,
     /// The stream looked up last.
     last: Option<(StreamId, Owner)>,
+    is_deterministic: bool,
 }
 
 impl Clock {
-    fn new(stream: Option<Stream>, epoch: u64) -> Self {
+    fn new(stream: Option<Stream>, epoch: u64, is_deterministic: bool) -> Self {
         // Everything before the first epoch is complete: there was nothing.
         let complete = epoch - 1;
         Self {
@@ -115,17 +131,38 @@ impl Clock {
             waited: Vec::new(),
             frees: 0,
             ahead: 0,
+            is_deterministic,
         }
+    }
+
+    /// Waits on the host until everything up to `epoch` has run; whether it has.
+    fn synchronize(&mut self, epoch: u64) -> bool {
+        let first = self.events.partition_point(|(covered, _)| *covered < epoch);
+        let Some((covered, event)) = self.events.get(first) else {
+            return false;
+        };
+        if event.synchronize().is_err() {
+            return false;
+        }
+        self.complete = *covered;
+        self.events.drain(..=first);
+        true
     }
 }
 
 impl Fences {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(is_deterministic: bool) -> Self {
         Self {
-            clocks: vec![Clock::new(None, 1)],
+            clocks: vec![Clock::new(None, FIRST_EPOCH, is_deterministic)],
             owners: BTreeMap::new(),
             last: None,
+            is_deterministic,
         }
+    }
+
+    /// The stream that `owner` is the number of.
+    pub(super) fn stream(&self, owner: Owner) -> Option<&Stream> {
+        self.clocks[owner].stream.as_ref()
     }
 
     /// The number of `stream`, which the pool keeps alive while it has memory of it.
@@ -143,17 +180,53 @@ impl Fences {
     }
 
     fn look_up(&mut self, stream: &Stream) -> Owner {
+        let is_deterministic = self.is_deterministic;
         *self.owners.entry(stream.id()).or_insert_with(|| {
             let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
             let Some(owner) = vacant else {
-                self.clocks.push(Clock::new(Some(stream.clone()), 1));
+                self.clocks.push(Clock::new(
+                    Some(stream.clone()),
+                    FIRST_EPOCH,
+                    is_deterministic,
+                ));
                 return self.clocks.len() - 1;
             };
             // Epochs of a number go on counting, so that stamps of the stream before stay in the past.
             let epoch = self.clocks[owner].epoch;
-            self.clocks[owner] = Clock::new(Some(stream.clone()), epoch);
+            self.clocks[owner] = Clock::new(Some(stream.clone()), epoch, is_deterministic);
             owner
         })
+    }
+
+    /// Whether `stream` has a number already.
+    #[inline]
+    pub(super) fn knows(&self, stream: &Stream) -> bool {
+        let id = stream.id();
+        self.last.is_some_and(|(last, _)| last == id) || self.owners.contains_key(&id)
+    }
+
+    /// The streams that have run all they were given and that nobody but the pool holds: they get no more
+    /// work. Takes no event to find out.
+    pub(super) fn look_at_gone(&mut self) -> Vec<Owner> {
+        let mut gone = Vec::new();
+        for owner in 1..self.clocks.len() {
+            let stream = self.clocks[owner].stream.as_ref();
+            let Some(stream) =
+                stream.filter(|stream| stream.is_last_handle() && is_free_to_wait(stream))
+            else {
+                continue;
+            };
+            let has_run = if self.is_deterministic {
+                stream.synchronize().is_ok()
+            } else {
+                matches!(stream.is_idle(), Ok(true))
+            };
+            if has_run && let Some((fence, _)) = self.close_epoch(owner) {
+                self.passed(fence);
+                gone.push(owner);
+            }
+        }
+        gone
     }
 
     /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
@@ -195,6 +268,11 @@ impl Fences {
         let owner = self.owner(stream);
         let fence = self.now(owner);
         self.clocks[owner].cover(fence.epoch).then_some(fence)
+    }
+
+    /// Whether some stream's memory is asked for by others that cannot wait.
+    pub(super) fn are_asked(&self) -> bool {
+        self.clocks.iter().any(|clock| clock.ahead > 0)
     }
 
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
@@ -318,6 +396,9 @@ impl Fences {
 
     /// Whether everything up to `fence` has run, as far as recorded events tell without waiting.
     pub(super) fn is_complete(&mut self, fence: Fence) -> bool {
+        if self.is_deterministic {
+            return self.ask_complete(fence);
+        }
         let clock = &mut self.clocks[fence.owner];
         clock.poll();
         fence.epoch <= clock.complete
@@ -329,24 +410,30 @@ impl Fences {
         if self.is_known_complete(fence) {
             return true;
         }
-        self.clocks[fence.owner].cover(fence.epoch) && self.is_complete(fence)
+        let clock = &mut self.clocks[fence.owner];
+        if !clock.cover(fence.epoch) {
+            return false;
+        }
+        if self.is_deterministic {
+            return clock.synchronize(fence.epoch);
+        }
+        self.is_complete(fence)
     }
 
     /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have
     /// covered. Frees during the wait are stamped later.
     pub(super) fn close_epochs(&mut self) -> Vec<(Fence, Stream)> {
-        let clocks = self.clocks.iter_mut().enumerate();
-        clocks
-            .filter_map(|(owner, clock)| {
-                let stream = clock.stream.clone()?;
-                let fence = Fence {
-                    owner,
-                    epoch: clock.epoch,
-                };
-                clock.epoch += 1;
-                Some((fence, stream))
-            })
-            .collect()
+        let owners = 0..self.clocks.len();
+        owners.filter_map(|owner| self.close_epoch(owner)).collect()
+    }
+
+    /// Closes the present epoch of one stream, if it is one that is there.
+    pub(super) fn close_epoch(&mut self, owner: Owner) -> Option<(Fence, Stream)> {
+        let clock = &mut self.clocks[owner];
+        let stream = clock.stream.clone()?;
+        let epoch = clock.epoch;
+        clock.epoch += 1;
+        Some((Fence { owner, epoch }, stream))
     }
 
     /// Notes that the host has waited until everything up to `fence` had run.

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use super::arena::GRANULARITY;
 use super::backing::{Refusal, Totals};
 use super::fences::Fences;
@@ -46,10 +44,9 @@ impl Pages {
     }
 
     /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one home.
-    pub(super) fn lasting(device: &Device, limit: Option<u64>) -> Result<Self> {
+    pub(super) fn lasting(device: &Device) -> Result<Self> {
         let total = device.properties().total_memory;
-        let most = limit.unwrap_or(total).min(total);
-        Self::with_homes(device, limit, (most / PAGE).max(1))
+        Self::with_homes(device, None, (total / PAGE).max(1))
     }
 
     fn with_homes(device: &Device, limit: Option<u64>, homes: u64) -> Result<Self> {
@@ -250,36 +247,37 @@ impl PagedMemory {
         Ok(())
     }
 
-    /// Gives every page back that is free as a whole and whose last use is known to be complete.
-    pub(super) fn release_pages(&mut self, fences: &mut Fences) -> Result<()> {
+    /// Gives pages back that are free as a whole and whose last use is known to be complete, until at most
+    /// `keep` bytes are held: those in the smallest holes first, since large ones serve without stitching.
+    pub(super) fn release_pages(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.pages.return_again();
         let holes: Vec<Hole> = self.territory.holes().collect();
         let idle = holes
             .into_iter()
-            .filter(|hole| !hole.whole_pages().is_empty() && fences.is_complete(hole.fence()));
-        let runs: SmallVec<[std::ops::Range<PageIndex>; 8]> =
+            .filter(|hole| !hole.whole_pages().is_empty() && fences.ask_complete(hole.fence()));
+        let mut runs: Vec<std::ops::Range<PageIndex>> =
             idle.map(|hole| hole.whole_pages()).collect();
-        let leaving = |page: PageIndex| runs.iter().any(|run| run.contains(&page));
+        runs.sort_by_key(|run| (run.len(), run.start));
         let mut outcome = Ok(());
-        // Pages that a mapping still shows, which somebody may be using or the driver kept.
-        let mut shown: Vec<PageIndex> = Vec::new();
-        for index in self.ranges.idle_over(leaving) {
-            let pages = self.ranges.get(index).pages.clone();
-            let removed = self.remove_range(index, fences);
-            if !matches!(removed, Ok(true)) {
-                shown.extend(pages);
-            }
-            outcome = outcome.and(removed.map(drop));
-        }
         for run in runs {
-            if !shown.iter().any(|page| run.contains(page)) {
-                outcome = outcome.and(self.release_run(run));
+            let surplus = self.pages.bytes_held().saturating_sub(keep);
+            let count = run.len().min(to_usize(surplus.div_ceil(PAGE)));
+            if count == 0 {
+                break;
             }
+            let run = run.end - count..run.end;
+            outcome = outcome.and(self.release_run(run, fences));
         }
         outcome
     }
 
-    fn release_run(&mut self, run: std::ops::Range<PageIndex>) -> Result<()> {
+    /// Gives back pages side by side, unless a mapping shows one of them that somebody may still be using.
+    fn release_run(&mut self, run: std::ops::Range<PageIndex>, fences: &mut Fences) -> Result<()> {
+        for index in self.ranges.idle_over(|page| run.contains(&page)) {
+            if !self.remove_range(index, fences)? {
+                return Ok(());
+            }
+        }
         let start = run.start as u64 * PAGE_UNITS;
         let hole = self
             .territory

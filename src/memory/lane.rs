@@ -1,7 +1,7 @@
 //! Lanes: freed blocks kept by the thread that freed them, for its next allocation on the same stream.
 //!
-//! A lane keeps blocks of up to [`SMALL_MAX`] in one list a size, last in, first out, and the large block
-//! freed last in the *hot slot*: one large allocation in six is undone by the very next event. What it
+//! A lane keeps blocks of up to [`SMALL_MAX`] in one list a size, last in, first out, and the two large
+//! blocks freed last, the *hot* ones: one large allocation in four is of the size of one of these. What it
 //! holds counts as reserved, not as allocated. It also keeps *blanks*, the records of blocks that went back
 //! to the pool, so that the next allocation touches no reference count.
 //!
@@ -47,10 +47,57 @@ pub(super) struct Lane {
     pub(super) key: LaneKey,
     /// By size in units: the block freed last, which links to the one before.
     small: [List; SIZES],
-    hot: Option<Box<BlockRecord>>,
+    hot: Hot,
     small_bytes: u64,
     blanks: List,
     blanks_len: u32,
+}
+
+/// How much a lane may keep.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Bytes of small blocks.
+    pub(super) small_bytes: u64,
+    /// Whether other streams ask for memory: then one large block is enough.
+    pub(super) is_asked: bool,
+}
+
+/// The large blocks freed last.
+#[derive(Debug, Default)]
+struct Hot {
+    newest: List,
+    older: List,
+}
+
+impl Hot {
+    /// The block of exactly `bytes` that was freed last.
+    #[inline]
+    fn take(&mut self, bytes: u64) -> List {
+        let fits = |record: &mut Box<BlockRecord>| record.allocated == bytes;
+        self.newest
+            .take_if(fits)
+            .or_else(|| self.older.take_if(fits))
+    }
+
+    /// Keeps a block, and no other if it `is_alone`; gives up what has no room.
+    #[inline]
+    fn keep(&mut self, record: Box<BlockRecord>, is_alone: bool) -> List {
+        let before = self.newest.replace(record)?;
+        if is_alone {
+            return Some(before);
+        }
+        self.older.replace(before)
+    }
+
+    fn drain(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+        let all = [self.older.take(), self.newest.take()];
+        all.into_iter().flatten().for_each(give);
+    }
+
+    fn bytes(&self) -> u64 {
+        let all = [&self.older, &self.newest].into_iter().flatten();
+        all.map(|record| record.allocated).sum()
+    }
 }
 
 /// What became of a block that a lane was to keep. What comes back goes to the pool.
@@ -62,6 +109,8 @@ pub(super) enum Kept {
     InPlaceOf(Box<BlockRecord>),
     /// The lane is full. It should be emptied: what it holds is not what is asked for.
     Full(Box<BlockRecord>),
+    /// The lane is not for such blocks.
+    Not(Box<BlockRecord>),
 }
 
 impl Lane {
@@ -69,7 +118,7 @@ impl Lane {
         Box::new(Self {
             key,
             small: [const { None }; SIZES],
-            hot: None,
+            hot: Hot::default(),
             small_bytes: 0,
             blanks: None,
             blanks_len: 0,
@@ -80,7 +129,7 @@ impl Lane {
     #[inline]
     pub(super) fn take(&mut self, bytes: u64) -> Option<Box<BlockRecord>> {
         if bytes > SMALL_MAX {
-            return self.hot.take_if(|record| record.allocated == bytes);
+            return self.hot.take(bytes);
         }
         let list = &mut self.small[to_usize(bytes / GRANULARITY)];
         let record = pop(list)?;
@@ -88,17 +137,17 @@ impl Lane {
         Some(record)
     }
 
-    /// Keeps a block unless that makes more than `small_bytes_max` bytes of small ones.
+    /// Keeps a block, within the limits.
     #[inline]
-    pub(super) fn keep(&mut self, record: Box<BlockRecord>, small_bytes_max: u64) -> Kept {
+    pub(super) fn keep(&mut self, record: Box<BlockRecord>, limits: Limits) -> Kept {
         let bytes = record.allocated;
         if bytes > SMALL_MAX {
-            return match self.hot.replace(record) {
+            return match self.hot.keep(record, limits.is_asked) {
                 None => Kept::Yes,
                 Some(other) => Kept::InPlaceOf(other),
             };
         }
-        if self.small_bytes + bytes > small_bytes_max {
+        if self.small_bytes + bytes > limits.small_bytes {
             return Kept::Full(record);
         }
         self.small_bytes += bytes;
@@ -106,14 +155,19 @@ impl Lane {
         Kept::Yes
     }
 
-    /// Gives up the large block: a request that it does not fit might be met by what it merges to.
-    pub(super) fn take_hot(&mut self) -> Option<Box<BlockRecord>> {
-        self.hot.take()
+    /// Bytes of the blocks here.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        self.small_bytes + self.hot.bytes()
+    }
+
+    /// Gives up the large blocks, each to `give`: a request that none fits might be met by what they merge to.
+    pub(super) fn drain_hot(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+        self.hot.drain(give);
     }
 
     /// Empties the lane, each block to `give`.
     pub(super) fn drain(&mut self, mut give: impl FnMut(Box<BlockRecord>)) {
-        self.hot.take().into_iter().for_each(&mut give);
+        self.hot.drain(&mut give);
         if self.small_bytes == 0 {
             return;
         }

@@ -7,8 +7,10 @@
 //!
 //! Must not know: what is captured, and when.
 
+use std::collections::BTreeMap;
+
 use super::backing::{Backing, Placed, Refusal, Request, Totals};
-use super::fences::{Fence, Fences};
+use super::fences::{COMMON, Fence, Fences};
 use super::territory::Owner;
 use crate::error::Result;
 
@@ -35,8 +37,10 @@ struct Memory {
 #[derive(Debug)]
 pub(super) struct Memories {
     list: Vec<Option<Memory>>,
-    /// Most bytes that all of them may hold.
-    limit: u64,
+    /// Most bytes that all of them may hold, if that is not left to the device.
+    limit: Option<u64>,
+    /// What they held when the limit was set: a lower one does not take it away.
+    held_at_limit: u64,
     /// What memories that are gone have taken and given back.
     gone: Totals,
 }
@@ -49,7 +53,8 @@ impl Memories {
         };
         Self {
             list: vec![Some(ordinary)],
-            limit: limit.unwrap_or(u64::MAX),
+            limit,
+            held_at_limit: 0,
             gone: Totals::default(),
         }
     }
@@ -58,7 +63,8 @@ impl Memories {
     pub(super) fn none() -> Self {
         Self {
             list: Vec::new(),
-            limit: 0,
+            limit: None,
+            held_at_limit: 0,
             gone: Totals::default(),
         }
     }
@@ -96,6 +102,16 @@ impl Memories {
             .backing
     }
 
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// Sets the most bytes that all memories may hold from now on; what they hold already stays.
+    pub(super) fn set_limit(&mut self, limit: Option<u64>) {
+        self.limit = limit;
+        self.held_at_limit = self.totals().reserved_bytes;
+    }
+
     /// As [`Backing::find`], within what the limit leaves to this memory.
     pub(super) fn find(
         &mut self,
@@ -104,7 +120,7 @@ impl Memories {
         fences: &mut Fences,
     ) -> Result<Placed, Refusal> {
         let others = self.totals().reserved_bytes - self.get(index).totals().reserved_bytes;
-        let left = self.limit.saturating_sub(others);
+        let left = self.limit.unwrap_or(u64::MAX).saturating_sub(others);
         let backing = self.get_mut(index);
         backing.set_limit(left);
         backing.find(request, fences)
@@ -139,6 +155,49 @@ impl Memories {
         }
     }
 
+    /// As [`Backing::adopt`].
+    pub(super) fn adopt(&mut self, owner: Owner) {
+        for memory in self.list.iter_mut().flatten() {
+            memory.backing.adopt(owner);
+        }
+    }
+
+    /// Whether a request for this memory may find room only after idle memory went back to the driver: its
+    /// own, where streams do not share, or that of another memory.
+    pub(super) fn returning_helps(&self, index: MemoryIndex) -> bool {
+        let is_released = |memory: &Memory| memory.released.is_some();
+        index != MemoryIndex::ORDINARY
+            || !self.get(index).shares_free_memory()
+            || self.list.iter().flatten().any(is_released)
+    }
+
+    /// Free bytes by stream whose passing would make them usable by `owner` in this memory, or returnable
+    /// where that helps.
+    pub(super) fn bytes_behind(
+        &self,
+        index: MemoryIndex,
+        owner: Owner,
+        fences: &Fences,
+    ) -> BTreeMap<Owner, u64> {
+        let mut behind = self.get(index).bytes_behind(owner, fences);
+        for (slot, memory) in self.list.iter().enumerate() {
+            let Some(memory) = memory else { continue };
+            let is_returned = slot == MemoryIndex::ORDINARY.slot() || memory.released.is_some();
+            if slot == index.slot() || !is_returned {
+                continue;
+            }
+            // The requester's own as well: idle memory is returned only once it is complete.
+            for (owner, bytes) in memory.backing.bytes_behind(COMMON, fences) {
+                *behind.entry(owner).or_default() += bytes;
+            }
+            let ends = memory.released.iter().flatten();
+            for end in ends.filter(|end| !fences.is_known_complete(**end)) {
+                *behind.entry(end.owner).or_default() += memory.backing.totals().reserved_bytes;
+            }
+        }
+        behind
+    }
+
     /// Whether nothing here belongs to `owner` or waits for it.
     pub(super) fn needs_nothing_of(&self, owner: Owner) -> bool {
         self.list.iter().flatten().all(|memory| {
@@ -147,27 +206,29 @@ impl Memories {
         })
     }
 
-    /// Gives the driver what is idle as a whole and known to be complete, in the ordinary memory and in
-    /// released ones whose graphs have run.
+    /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
+    /// in released memories whose graphs have run, then in the ordinary one.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
-    pub(super) fn release_idle(&mut self, fences: &mut Fences) -> Result<()> {
+    pub(super) fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         let mut outcome = Ok(());
-        for (slot, memory) in self.list.iter_mut().enumerate() {
-            let Some(memory) = memory else { continue };
-            if let Some(ends) = &mut memory.released {
-                ends.retain(|end| !fences.is_complete(*end));
-            }
-            let may_go = match &memory.released {
-                Some(ends) => ends.is_empty(),
-                None => slot == MemoryIndex::ORDINARY.slot(),
+        for memory in self.list.iter_mut().flatten() {
+            let Some(ends) = &mut memory.released else {
+                continue;
             };
-            if may_go {
-                outcome = outcome.and(memory.backing.release_idle(fences));
+            ends.retain(|end| !fences.is_complete(*end));
+            // Nothing will be placed there again.
+            if ends.is_empty() {
+                outcome = outcome.and(memory.backing.release_idle(0, fences));
             }
         }
         self.drop_empty();
+        let others = self.private_bytes();
+        if let Some(Some(ordinary)) = self.list.first_mut() {
+            let keep = keep.saturating_sub(others);
+            outcome = outcome.and(ordinary.backing.release_idle(keep, fences));
+        }
         outcome
     }
 
@@ -205,7 +266,11 @@ impl Memories {
     /// Walks every structure and panics if an invariant is broken; returns the bytes in blocks.
     pub(super) fn check_invariants(&self) -> u64 {
         let total = self.totals().reserved_bytes;
-        assert!(total <= self.limit, "{total} bytes exceed the limit");
+        let most = self.limit.map(|limit| limit.max(self.held_at_limit));
+        assert!(
+            most.is_none_or(|most| total <= most),
+            "{total} bytes exceed {most:?}"
+        );
         let parts = self.list.iter().flatten();
         parts.map(|memory| memory.backing.check_invariants()).sum()
     }

@@ -24,21 +24,26 @@
 //! find out (an event recorded when the memory is wanted, and asked) or bring it about (a wait on the
 //! device). The host waits only when memory has run out.
 //!
+//! A stream that nobody but the pool holds gets no more work. Once it has run what it was given, the pool lets go
+//! of it, and its holes become anyone's: looked at whenever a new stream is met.
+//!
 //! A captured graph needs memory that is nobody else's: a [`PrivatePool`], a *memory* of its own under the same
 //! lock, to which allocations for captured streams are *routed*.
 //!
 //! # Where a block comes from
 //! In order: the lane of the calling thread and stream; a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
 //! of the most ever in use; free pages from anywhere, stitched in a range; new pages. Then, when the device
-//! or the limit refuses: waiting on the host for all streams; returning idle pages; failing with a report.
+//! or the limit refuses: room among other streams' small blocks, lent; the program's callbacks; waiting on the
+//! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
 //! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
 //! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
-//! `reclaim` the ladder, `pool` the lock. What needs no lock of the pool is in `cache`, made of `lane` and
-//! `biased`. Captures are in `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what
-//! stands around a pool: limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
+//! `reclaim` the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
+//! shrinks a pool. What needs no lock of the pool is in `cache`, made of `lane` and `biased`. Captures are in
+//! `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what stands around a pool:
+//! limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 
@@ -49,9 +54,12 @@ mod bins;
 mod block;
 mod cache;
 mod config;
+mod controls;
 mod counts;
+mod decay;
 mod fences;
 mod growth;
+mod hooks;
 mod lane;
 mod local;
 mod memories;
@@ -64,6 +72,7 @@ mod pool;
 mod private;
 mod ranges;
 mod reclaim;
+mod report;
 mod routes;
 mod segmented;
 mod small;
@@ -72,10 +81,12 @@ mod stats;
 mod stitch;
 mod tags;
 mod territory;
+mod waits;
 mod wrap;
 
 pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
+pub use hooks::Registration;
 pub use peaks::{PeakScope, ScopeStats, ScopedStat};
 pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
 pub use pool::Pool;

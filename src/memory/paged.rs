@@ -185,19 +185,25 @@ impl PagedMemory {
         !parts.is_empty()
     }
 
-    fn find_large(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
-        let units = request.bytes / GRANULARITY;
+    /// Places a block in a hole, after merging what other streams freed with its own where there is none.
+    fn place_merged(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
         if let Some(placed) = self.place_at_home(request, fences) {
-            return Ok(placed);
+            return Some(placed);
         }
         if self.gather(request, fences)
             && let Some(placed) = self.place_at_home(request, fences)
         {
-            return Ok(placed);
+            return Some(placed);
         }
-        if self.take_common(request)
-            && let Some(placed) = self.place_large(request)
-        {
+        if self.take_common(request) {
+            return self.place_large(request);
+        }
+        None
+    }
+
+    fn find_large(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
+        let units = request.bytes / GRANULARITY;
+        if let Some(placed) = self.place_merged(request, fences) {
             return Ok(placed);
         }
         let missing = self.missing_pages(units, request.owner) as u64;
@@ -222,7 +228,10 @@ impl PagedMemory {
         match self.grow_hole(units, request.owner) {
             Ok(()) => Ok(self.place_large(request).expect("a hole was grown to fit")),
             // Out of pages: room among the small blocks is better than none.
-            Err(refusal) => self.place_small(request).ok_or(refusal),
+            Err(refusal) => self
+                .place_small(request)
+                .or_else(|| self.borrow_small(request, fences))
+                .ok_or(refusal),
         }
     }
 
@@ -235,14 +244,48 @@ impl PagedMemory {
                 self.small
                     .entry(request.owner)
                     .or_insert_with(SmallBlocks::new)
-                    .add(lease);
+                    .add(lease, fences.now(request.owner).epoch);
                 Ok(self
                     .place_small(request)
                     .expect("a page was borrowed that fits the request"))
             }
             // Out of pages: room among the large blocks is better than none.
-            Err(refusal) => self.place_at_home(request, fences).ok_or(refusal),
+            Err(refusal) => self
+                .place_merged(request, fences)
+                .or_else(|| self.borrow_small(request, fences))
+                .ok_or(refusal),
         }
+    }
+
+    /// Places a block among the small blocks of another stream. It is lent: freed, it goes back there, and
+    /// that stream waits for the borrower.
+    fn borrow_small(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        if !request.may_borrow {
+            return None;
+        }
+        let fits = |small: &SmallBlocks| small.largest_free() >= request.bytes;
+        let others = self
+            .small
+            .iter_mut()
+            .filter(|(owner, small)| **owner != request.owner && fits(small));
+        for (owner, small) in others {
+            let (lender, epoch) = (*owner, small.epoch());
+            let fence = Fence {
+                owner: lender,
+                epoch,
+            };
+            if fences.pass(request.owner, fence, request.reuse) {
+                let (page, offset, index) = small.allocate(request.bytes)?;
+                let place = Place::Lent {
+                    lender,
+                    index,
+                    is_small: true,
+                };
+                let ptr = self.pages.home(page as u64 * PAGE + offset);
+                return Some(Placed { ptr, place });
+            }
+        }
+        None
     }
 
     /// Places a block in a hole of its stream, or of another behind a fence.
@@ -312,7 +355,12 @@ impl Backing for PagedMemory {
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {
         self.in_use -= bytes;
         match place {
-            Place::Small { owner, index } => {
+            Place::Small { owner, index }
+            | Place::Lent {
+                lender: owner,
+                index,
+                ..
+            } => {
                 let small = self
                     .small
                     .get_mut(&owner)
@@ -336,18 +384,65 @@ impl Backing for PagedMemory {
         self.small.retain(|_, small| !small.is_empty());
     }
 
-    fn release_idle(&mut self, fences: &mut Fences) -> Result<()> {
+    fn adopt(&mut self, owner: Owner) {
+        if let Some((lease, epoch)) = self.small.get_mut(&owner).and_then(SmallBlocks::take_spare) {
+            self.territory.free(lease.block, owner, epoch);
+        }
+        self.small
+            .retain(|small_owner, small| *small_owner != owner || !small.is_empty());
+        self.territory.settle(|fence| fence.owner == owner);
+    }
+
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.settle(fences);
-        self.release_pages(fences)
+        self.release_pages(keep, fences)
+    }
+
+    fn shares_free_memory(&self) -> bool {
+        true
+    }
+
+    fn bytes_behind(&self, owner: Owner, fences: &Fences) -> BTreeMap<Owner, u64> {
+        let mut behind = BTreeMap::new();
+        let is_behind = |fence: Fence| fence.owner != owner && !fences.is_known_complete(fence);
+        for hole in self
+            .territory
+            .holes()
+            .filter(|hole| is_behind(hole.fence()))
+        {
+            *behind.entry(hole.owner).or_default() += hole.units * GRANULARITY;
+        }
+        for (owner, small) in &self.small {
+            let (bytes, _) = small.free_blocks();
+            let (owner, epoch) = (*owner, small.epoch());
+            if bytes > 0 && is_behind(Fence { owner, epoch }) {
+                *behind.entry(owner).or_default() += bytes;
+            }
+        }
+        behind
+    }
+
+    fn bytes_free_for(&self, owner: Owner, fences: &Fences) -> u64 {
+        let is_usable = |fence: Fence| fence.owner == owner || fences.is_known_complete(fence);
+        let usable = self
+            .territory
+            .holes()
+            .filter(|hole| is_usable(hole.fence()));
+        // Whole pages can be put together from anywhere.
+        usable
+            .map(|hole| hole.whole_pages().len() as u64 * PAGE)
+            .sum()
     }
 
     fn holds_nothing_of(&self, owner: Owner) -> bool {
         self.territory.has_no_hole_of(owner) && !self.small.contains_key(&owner)
     }
 
-    fn largest_free(&self, owner: Owner) -> u64 {
-        let small = self.small.get(&owner).map_or(0, SmallBlocks::largest_free);
-        small.max(self.territory.largest(owner) * GRANULARITY)
+    fn largest_free(&self) -> u64 {
+        let small = self.small.values().map(SmallBlocks::largest_free);
+        let owners = self.territory.owners();
+        let at_home = owners.map(|owner| self.territory.largest(owner) * GRANULARITY);
+        small.chain(at_home).max().unwrap_or(0)
     }
 
     fn inactive_split(&self) -> (u64, u64) {

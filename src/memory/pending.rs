@@ -3,6 +3,8 @@
 //! Each waits behind one fence per stream that was recorded on it. Fences are passed in any order, so the
 //! list is searched as a whole; it is empty in programs with one stream.
 
+use std::collections::BTreeMap;
+
 use smallvec::SmallVec;
 
 use super::block::BlockRecord;
@@ -50,6 +52,15 @@ impl Pending {
     /// Bytes of all waiting blocks.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Adds the bytes that wait behind each stream. A block behind several counts for each.
+    pub(super) fn add_bytes_behind(&self, behind: &mut BTreeMap<Owner, u64>) {
+        for Waiting { record, fences, .. } in &self.waiting {
+            for fence in fences {
+                *behind.entry(fence.owner).or_default() += record.allocated;
+            }
+        }
     }
 
     /// Whether a block waits for the stream `owner`.

@@ -2,25 +2,28 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::thread;
 
 use super::arena::GRANULARITY;
-use super::backing::Refusal;
+use super::backing::{Place, Refusal};
 use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::fences::Fence;
+use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::memories::MemoryIndex;
 use super::poison;
 use super::reclaim;
+use super::report::report;
 use super::routes::Routes;
-use super::state::{Counted, Found, State};
+use super::state::{Counted, Found, State, Wanted};
 use super::stats::PoolStats;
-use super::tags::TagStat;
+use super::tags::{TagId, TagStat};
 use crate::driver::{Device, Stream};
-use crate::error::{Error, OutOfMemory, Result};
+use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, SegQueue};
 use crate::units::align_up;
 
@@ -50,6 +53,11 @@ pub(super) struct Shared {
     freed: SegQueue<(Box<BlockRecord>, Counted)>,
     /// Private memories whose last holder went, in the same way.
     released: SegQueue<MemoryIndex>,
+    /// Whether either queue may hold something.
+    is_left: AtomicBool,
+    /// Whether several threads have had a cache.
+    has_threads: std::sync::atomic::AtomicBool,
+    pub(super) hooks: Arc<Hooks>,
 }
 
 /// The threads' caches of a pool.
@@ -68,7 +76,7 @@ impl Pool {
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        config.validate(device)?;
+        let config = config.checked(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
             id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
@@ -79,6 +87,9 @@ impl Pool {
             caches: Mutex::default(),
             freed: SegQueue::new(),
             released: SegQueue::new(),
+            is_left: AtomicBool::new(false),
+            has_threads: std::sync::atomic::AtomicBool::new(false),
+            hooks: Arc::default(),
         };
         Ok(Self {
             handle: Arc::new(Handle {
@@ -97,7 +108,8 @@ impl Pool {
         &self.shared().device
     }
 
-    /// The settings the pool was made with.
+    /// The settings the pool works with: those it was made with, and in deterministic mode a policy that does
+    /// not depend on the device's pace.
     #[must_use]
     pub fn config(&self) -> &PoolConfig {
         &self.shared().config
@@ -108,9 +120,9 @@ impl Pool {
     /// this pool, the block comes from that one, as said there.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with a report after every rung failed; [`Error::InvalidArgument`] for a
-    /// stream of another device; during a capture, [`Error::Driver`] if the driver cannot tell whether the
-    /// stream is part of it.
+    /// [`Error::OutOfMemory`] with a report after every way of finding memory failed;
+    /// [`Error::InvalidArgument`] for a stream of another device; during a capture, [`Error::Driver`] if the
+    /// driver cannot tell whether the stream is part of it.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
@@ -131,7 +143,7 @@ impl Pool {
         }
         let memory = shared.routes.find(shared.id, stream)?;
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, requested, (memory, stream), &mut None)?;
+            let found = reclaim::allocate(shared, requested, (memory, stream), 0)?;
             let record = record_of(found, requested, stream, shared, None);
             return Ok(Block::new(Some(record)));
         }
@@ -141,11 +153,8 @@ impl Pool {
         if missed.found.is_some() {
             return Ok(Block::new(missed.found));
         }
-        let mut hot = missed.hot;
-        let found = reclaim::allocate(shared, requested, (memory, stream), &mut hot);
-        // Whichever is left over is dropped outside the lock.
-        let blank = missed.blank.or(hot);
-        let record = record_of(found?, requested, stream, shared, blank);
+        let found = reclaim::allocate(shared, requested, (memory, stream), missed.kept)?;
+        let record = record_of(found, requested, stream, shared, missed.blank);
         Ok(Block::new(Some(record)))
     }
 
@@ -157,14 +166,14 @@ impl Pool {
             return error;
         }
         let mut state = shared.lock_and_fold();
-        let refusal = Some(Refusal::Limit);
-        let mut report = shared.report(
-            &mut state,
+        let wanted = Wanted {
+            requested: bytes,
             bytes,
-            (MemoryIndex::ORDINARY, stream),
-            refusal,
-            Vec::new(),
-        );
+            stream,
+            memory: MemoryIndex::ORDINARY,
+            kept: 0,
+        };
+        let mut report = report(shared, &mut state, wanted, Refusal::Limit, Vec::new());
         report.limit = Some(limit);
         report.limit_used = Some(used);
         report.into()
@@ -186,18 +195,6 @@ impl Pool {
     /// Sets every peak to the present value.
     pub fn reset_peaks(&self) {
         self.shared().lock_and_fold().reset_peaks();
-    }
-
-    /// Returns all memory without a block in use to the driver. Blocks the host until every stream that the
-    /// pool has served has passed its last use; other threads go on meanwhile.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] if the driver refused some; the pool then keeps it.
-    pub fn empty_cache(&self) -> Result<()> {
-        let shared = self.shared();
-        let mut state = shared.lock();
-        reclaim::wait_for_streams(shared, &mut state);
-        state.release_idle()
     }
 
     /// Flushes every thread's cache and walks every structure. For a moment when no other thread uses the
@@ -225,8 +222,8 @@ fn record_of(
         memory,
         bytes,
         owner,
-        tag,
     } = found;
+    let tag = shared.count(requested, bytes);
     let is_private = memory != MemoryIndex::ORDINARY;
     let extras = is_private.then(|| {
         Box::new(Extras {
@@ -234,8 +231,10 @@ fn record_of(
             ..Extras::default()
         })
     });
-    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private one.
-    let key = if shared.config.poison || is_private {
+    // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private or a
+    // lent one.
+    let is_lent = matches!(placed.place, Place::Lent { .. });
+    let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
     } else {
         LaneKey::new(shared.id, stream.id())
@@ -289,7 +288,7 @@ fn free_with_extras(record: Box<BlockRecord>) {
     if extras.users.is_empty() {
         poison::private(&record);
     }
-    free_in_pool(record, Counted::No);
+    drop(free_in_pool(record, Counted::No));
 }
 
 /// Takes a block back that the lane in front is not for.
@@ -299,42 +298,49 @@ fn free_anywhere(record: Box<BlockRecord>) {
         .shared
         .clone()
         .expect("a block in a caller's hands knows its pool");
+    // What is lent goes back to its lender, who waits for the borrower.
+    if matches!(record.place, Place::Lent { .. }) {
+        return drop(free_in_pool(record, Counted::No));
+    }
     if shared.config.poison {
         poison::ordinary(&shared.device, &record);
     }
     let key = LaneKey::new(shared.id, record.home.id());
     if let Some(record) = cache::keep_anywhere(&shared, key, record) {
-        free_in_pool(record, Counted::No);
+        drop(free_in_pool(record, Counted::No));
     }
 }
 
-/// Takes a block back into the pool itself.
-pub(super) fn free_in_pool(mut record: Box<BlockRecord>, counted: Counted) {
+/// Takes a block back into the pool itself. What is left of it is its record, to be reused.
+#[must_use]
+pub(super) fn free_in_pool(
+    mut record: Box<BlockRecord>,
+    counted: Counted,
+) -> Option<Box<BlockRecord>> {
     // Inside the pool a block must not keep the pool alive.
     let shared = record
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
     let Some(mut state) = shared.state.try_lock() else {
-        shared.freed.push((record, counted));
+        shared.leave(record, counted);
         shared.take_in_left();
-        return;
+        return None;
     };
-    cache::fold_of_thread(shared.id, &mut state);
-    shared.take_in_freed(&mut state);
-    let blank = state.free(record, counted);
-    drop(state);
-    if let Some(mut blank) = blank {
-        let key = LaneKey::new(shared.id, blank.home.id());
-        blank.shared = Some(shared);
-        cache::keep_blank(key, blank);
+    if counted == Counted::No || shared.has_threads.load(Ordering::Relaxed) {
+        cache::fold_of_thread(shared.id, &mut state);
     }
+    shared.take_in_freed(&mut state);
+    let mut blank = state.free(record, counted)?;
+    drop(state);
+    blank.shared = Some(shared);
+    Some(blank)
 }
 
 /// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
 pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
     if let Some(shared) = record.shared.take() {
-        shared.freed.push((record, counted));
+        shared.leave(record, counted);
     }
 }
 
@@ -375,9 +381,37 @@ impl Shared {
             cache.close();
         }
         caches.all.push(cache.clone());
+        if caches.all.len() > 1 {
+            // Relaxed: it only decides how soon counters are folded.
+            self.has_threads.store(true, Ordering::Relaxed);
+        }
     }
 
-    fn fold_caches(&self, state: &mut State) {
+    /// Counts an allocation that no lane served; its tag.
+    fn count(&self, requested: u64, allocated: u64) -> TagId {
+        let (tag, counted) = cache::count(self.id, requested, allocated);
+        if counted == Counted::No {
+            self.lock().count(tag, requested, allocated);
+        }
+        tag
+    }
+
+    /// Folds the calling thread's counters where other threads count as well: a peak is the more exact the
+    /// sooner it is folded. Those of a thread that is alone are exact whenever that happens.
+    pub(super) fn fold_among_threads(&self, state: &mut State) {
+        if self.has_threads.load(Ordering::Relaxed) {
+            cache::fold_of_thread(self.id, state);
+        }
+    }
+
+    /// Folds every thread's counters, unless another thread has the lock.
+    pub(super) fn fold_if_free(&self) {
+        if let Some(mut state) = self.state.try_lock() {
+            self.fold_caches(&mut state);
+        }
+    }
+
+    pub(super) fn fold_caches(&self, state: &mut State) {
         self.caches.lock().all.retain_mut(|cache| {
             // Looked at before the fold: what nobody else holds then is folded for the last time.
             let is_of_ended_thread = Arc::get_mut(cache).is_some();
@@ -389,7 +423,6 @@ impl Shared {
     /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
     pub(super) fn take_in_left(&self) {
         if let Some(mut state) = self.state.try_lock() {
-            cache::fold_of_thread(self.id, &mut state);
             self.take_in_freed(&mut state);
         }
     }
@@ -405,18 +438,33 @@ impl Shared {
         self.take_in_freed(state);
     }
 
+    /// Takes in what was left while another thread had the lock. Not from inside a cache.
+    #[inline]
     pub(super) fn take_in_freed(&self, state: &mut State) {
-        // Looked at first: to find the queue empty by taking from it costs a fence.
-        while !self.freed.is_empty()
-            && let Some((record, counted)) = self.freed.pop()
-        {
+        // Relaxed: what is not seen yet is taken in by the next.
+        if self.is_left.load(Ordering::Relaxed) {
+            self.take_in_queues(state);
+        }
+    }
+
+    #[inline(never)]
+    fn take_in_queues(&self, state: &mut State) {
+        // Acquire: whoever marked the queues before has filled them before. Marked anew by whoever comes later.
+        self.is_left.swap(false, Ordering::AcqRel);
+        // What was not counted yet is counted in order with what this thread has counted.
+        cache::fold_of_thread(self.id, state);
+        while let Some((record, counted)) = self.freed.pop() {
             drop(state.free(record, counted));
         }
-        while !self.released.is_empty()
-            && let Some(memory) = self.released.pop()
-        {
+        while let Some(memory) = self.released.pop() {
             state.release_memory(memory);
         }
+    }
+
+    /// Leaves a block for the next thread that has the lock.
+    fn leave(&self, record: Box<BlockRecord>, counted: Counted) {
+        self.freed.push((record, counted));
+        self.is_left.store(true, Ordering::Release);
     }
 
     /// The present end of `stream`, marked with an event, if one can be recorded.
@@ -428,45 +476,8 @@ impl Shared {
     /// that runs work.
     pub(super) fn release_memory(&self, memory: MemoryIndex) {
         self.released.push(memory);
+        self.is_left.store(true, Ordering::Release);
         self.take_in_left();
-    }
-
-    /// The report of an allocation that failed.
-    pub(super) fn report(
-        &self,
-        state: &mut State,
-        requested: u64,
-        (memory, stream): (MemoryIndex, &Stream),
-        refusal: Option<Refusal>,
-        tried: Vec<&'static str>,
-    ) -> OutOfMemory {
-        let device = self.device.memory_info().ok();
-        let mut tags = state.tags.snapshot();
-        tags.sort_by_key(|tag| std::cmp::Reverse(tag.allocated_bytes.current));
-        let largest = tags
-            .iter()
-            .filter(|tag| tag.allocated_bytes.current > 0)
-            .take(3);
-        OutOfMemory {
-            requested,
-            allocated: state.usage.allocated.stat().current,
-            pending: state.pending.bytes(),
-            reserved: state.bytes_held(),
-            largest_free: state.largest_free(memory, stream),
-            device_free: device.map_or(0, |info| info.free),
-            device_total: self.device.properties().total_memory,
-            limit: self.config.limit,
-            limit_used: None,
-            limited: matches!(refusal, Some(Refusal::Limit)),
-            driver_error: match refusal {
-                Some(Refusal::Driver(error)) => Some(error.to_string()),
-                _ => None,
-            },
-            tried,
-            largest_tags: largest
-                .map(|tag| (tag.tag.to_owned(), tag.allocated_bytes.current))
-                .collect(),
-        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use super::memories::MemoryIndex;
 use super::pool::{Pool, Shared};
-use super::reclaim;
+use super::waits;
 use crate::driver::{Graph, Stream};
 use crate::error::{Error, Result};
 
@@ -138,7 +138,7 @@ impl PrivatePool {
     /// Makes all free memory here anyone's, for which the host has to wait for all streams.
     fn start_afresh(&self) {
         let shared = &self.memory.shared;
-        reclaim::wait_for_streams(shared, &mut shared.lock());
+        waits::wait_for_streams(shared, &mut shared.lock());
     }
 }
 

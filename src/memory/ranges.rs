@@ -143,11 +143,14 @@ impl Ranges {
         firsts.min_by_key(|index| self.get(*index).freed_at)
     }
 
-    /// Idle ranges that map any page for which `is_leaving` holds.
+    /// Idle ranges that map any page for which `is_leaving` holds, in a fixed order.
     pub(super) fn idle_over(&self, is_leaving: impl Fn(PageIndex) -> bool) -> Vec<RangeIndex> {
         let idle = self.idle.values().flatten().copied();
-        idle.filter(|index| self.get(*index).pages.iter().any(|page| is_leaving(*page)))
-            .collect()
+        let mut over: Vec<_> = idle
+            .filter(|index| self.get(*index).pages.iter().any(|page| is_leaving(*page)))
+            .collect();
+        over.sort_unstable();
+        over
     }
 
     /// Forgets an idle range, whose mapping the caller has removed.

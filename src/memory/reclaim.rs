@@ -1,161 +1,213 @@
 //! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
+//!
+//! ```text
+//! what is free for the stream       the pool's lock, no driver call
+//! other streams' memory, new pages  events, waits on the device, driver allocations
+//! the threads' caches               emptied into the pool
+//! the program's callbacks           without the lock
+//! returning idle memory             where only that makes it another's
+//! waiting on the host               stream by stream, while that can help
+//! everything once more              in one go, under the lock: nothing fails beside a block that fits
+//! ```
+//!
+//! A request that the device or the limit could never hold is refused before anyone is asked or waited for.
+//! In a capture nothing may wait, be unmapped or be called back: its private memory has the first two rungs.
+
+use std::time::Instant;
 
 use super::backing::Refusal;
-use super::block::BlockRecord;
 use super::cache::{self, Close};
-use super::config::ReusePolicy;
-use super::fences::{Fence, is_free_to_wait};
+use super::hooks;
 use super::memories::MemoryIndex;
 use super::pool::{Shared, rounded};
-use super::state::{Counted, Found, State, Wanted};
+use super::report::report;
+use super::state::{Found, State, Wanted};
+use super::waits::{self, Patience};
 use crate::driver::Stream;
-use crate::error::{Error, Result};
+use crate::error::{OutOfMemory, Result};
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`, after taking back the block `hot`,
-/// whose record is left there.
+/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`; the thread keeps `kept` bytes for that
+/// stream. A failure is told to the program's
+/// observers.
 pub(super) fn allocate(
     shared: &Shared,
     requested: u64,
     (memory, stream): (MemoryIndex, &Stream),
-    hot: &mut Option<Box<BlockRecord>>,
+    kept: u64,
 ) -> Result<Found> {
-    let mut state = shared.lock();
-    cache::fold_of_thread(shared.id(), &mut state);
-    if let Some(record) = hot.take() {
-        *hot = state.free(record, Counted::Yes);
-    }
-    let Some(bytes) = rounded(requested) else {
-        state.counters.ooms += 1;
-        return Err(shared
-            .report(&mut state, requested, (memory, stream), None, Vec::new())
-            .into());
-    };
     let wanted = Wanted {
         requested,
-        bytes,
+        bytes: rounded(requested).unwrap_or(u64::MAX),
         stream,
         memory,
+        kept,
     };
+    climb(shared, wanted).map_err(|report| {
+        if !is_captured(shared, wanted) {
+            shared.hooks.tell_failure(&report);
+        }
+        report.into()
+    })
+}
+
+/// Whether the memory is for a graph that is being captured.
+fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
+    wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
+}
+
+fn climb(shared: &Shared, mut wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>> {
+    let mut state = shared.lock();
+    shared.fold_among_threads(&mut state);
+    if !state.fences.knows(wanted.stream) && !shared.routes.is_capturing() {
+        state.let_go();
+    }
+    if state.decay.is_on() && state.decay.is_due(Instant::now()) && !shared.routes.is_capturing() {
+        decay(shared, &mut state);
+    }
     if let Some(found) = state.place(wanted) {
-        state.counters.cache_hits += 1;
         return Ok(found);
     }
-    let is_private = memory != MemoryIndex::ORDINARY;
-    if !is_private {
-        poll_pending(shared, &mut state);
+    if let Some(refusal) = state.never_holds(wanted.bytes) {
+        return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
+    }
+    if wanted.memory == MemoryIndex::ORDINARY {
+        if let Some(kept) = cache::give_hot(shared.id(), &mut state) {
+            wanted.kept = kept;
+            if let Some(found) = state.place(wanted) {
+                return Ok(found);
+            }
+        }
+        state.poll_pending();
     }
     let allocations = state.device_allocs();
     match state.find(wanted) {
         Ok(found) => {
-            state.counters.cache_hits += u64::from(state.device_allocs() == allocations);
+            state.counters.misses += u64::from(state.device_allocs() != allocations);
             Ok(found)
         }
-        // In a capture nothing may wait or be unmapped: there are no more rungs.
-        Err(refusal) if is_private && shared.routes.is_capturing() => {
+        Err(refusal) if is_captured(shared, wanted) => {
             let tried = vec!["the private pool's blocks", "the driver"];
             Err(fail(shared, &mut state, wanted, refusal, tried))
         }
-        Err(_) => allocate_when_short(shared, state, wanted),
+        Err(_) => {
+            let outcome = climb_when_short(shared, &mut state, wanted);
+            state.counters.misses += u64::from(outcome.is_ok());
+            outcome
+        }
     }
 }
 
-/// Takes in what other streams are done with, as far as the policy lets it find out or bring it about.
-fn poll_pending(shared: &Shared, state: &mut State) {
-    let reuse = shared.config.reuse;
-    // Blocks recorded on other streams come back to their own stream under any policy; what the policy
-    // decides is whether to wait for them on the device.
-    state.poll_pending(if reuse == ReusePolicy::Wait {
-        reuse
-    } else {
-        ReusePolicy::OnlyComplete
+/// The rungs above: neither the cache nor the driver had room at once.
+fn climb_when_short(
+    shared: &Shared,
+    state: &mut MutexGuard<'_, State>,
+    wanted: Wanted<'_>,
+) -> Result<Found, Box<OutOfMemory>> {
+    state.counters.alloc_retries += 1;
+    let mut tried = vec!["cached blocks", "other streams' blocks", "the driver"];
+    shared.empty_caches(state, Close::No);
+    let mut refusal = match search(state, wanted) {
+        Ok(found) => return Ok(found),
+        Err(refusal) => refusal,
+    };
+    let callbacks = shared.hooks.on_shortage();
+    if !callbacks.is_empty() {
+        tried.push("the program's callbacks");
+    }
+    for callback in callbacks {
+        MutexGuard::unlocked(state, || hooks::call(|| callback(wanted.bytes)));
+        // What was freed may lie in this thread's cache.
+        shared.empty_caches(state, Close::No);
+        match search(state, wanted) {
+            Ok(found) => return Ok(found),
+            Err(again) => refusal = again,
+        }
+    }
+    tried.extend(["waiting for streams", "returning idle memory"]);
+    let mut patience = Patience::new(&shared.config);
+    let mut found = waits::wait_for_room(shared, state, wanted, &mut patience, search);
+    // The driver may lack something else than memory (addresses, mappings), which only idle memory that is
+    // known to be complete can give back.
+    if found.is_none() && matches!(refusal, Refusal::Driver(_)) {
+        waits::wait_for_idle(shared, state, &mut patience);
+    }
+    state.counters.syncs += u64::from(patience.has_waited());
+    found = found.or_else(|| {
+        shared.empty_caches(state, Close::No);
+        search(state, wanted).ok()
     });
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    // What the driver does not take back stays in the pool.
+    drop(state.release_idle(0));
+    state
+        .find(wanted)
+        .map_err(|refusal| fail(shared, state, wanted, refusal, tried))
 }
 
-/// The report of an allocation for which no rung found memory.
+/// Looks everywhere without waiting on the host, and returns idle memory where that may help.
+fn search(state: &mut State, wanted: Wanted<'_>) -> Result<Found, Refusal> {
+    state.poll_pending();
+    state.settle();
+    let refusal = match state.find(wanted) {
+        Ok(found) => return Ok(found),
+        Err(refusal) => refusal,
+    };
+    if !state.returning_helps(wanted.memory) {
+        return Err(refusal);
+    }
+    // What the driver does not take back stays in the pool.
+    drop(state.release_idle(0));
+    state.find(wanted)
+}
+
 fn fail(
     shared: &Shared,
     state: &mut State,
     wanted: Wanted<'_>,
     refusal: Refusal,
     tried: Vec<&'static str>,
-) -> Error {
+) -> Box<OutOfMemory> {
     state.counters.ooms += 1;
-    let Wanted {
-        requested,
-        stream,
-        memory,
-        ..
-    } = wanted;
-    shared
-        .report(state, requested, (memory, stream), Some(refusal), tried)
-        .into()
+    Box::new(report(shared, state, wanted, refusal, tried))
 }
 
-/// The rungs that wait on the host: neither the cache nor the driver had room at once.
-fn allocate_when_short(
-    shared: &Shared,
-    mut state: MutexGuard<'_, State>,
-    wanted: Wanted<'_>,
-) -> Result<Found> {
-    state.counters.alloc_retries += 1;
-    state.counters.syncs += 1;
-    wait_for_streams(shared, &mut state);
-    if let Ok(found) = state.find(wanted) {
-        return Ok(found);
-    }
-    // What the driver does not take back stays in the pool; the next rung decides whether it fits.
-    drop(state.release_idle());
-    match state.find(wanted) {
-        Ok(found) => Ok(found),
-        Err(refusal) => {
-            let tried = vec![
-                "cached blocks",
-                "other streams' blocks",
-                "the driver",
-                "waiting for streams",
-                "returning idle memory",
-            ];
-            Err(fail(shared, &mut state, wanted, refusal, tried))
-        }
-    }
-}
-
-/// Waits on the host, without the lock, until every stream has passed what was freed so far, and takes in
-/// what that makes free. A stream that failed keeps its memory pending, and so does one that is part of a
-/// capture, which waiting would end.
-pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
-    // Blocks that came back from other streams are free for their own streams only; a second wait covers
-    // those too.
+/// Returns what was idle for a whole period, as far as it is known to be complete; the period ends.
+pub(super) fn decay(shared: &Shared, state: &mut State) {
     shared.empty_caches(state, Close::No);
-    for _ in 0..2 {
-        let ends = state.fences.close_epochs();
-        let passed = MutexGuard::unlocked(state, || wait_for(ends));
-        shared.take_in_freed(state);
-        if !state.take_in_passed(&passed) {
-            break;
-        }
-    }
-    state.settle();
+    state.let_go();
+    let keep = state.decay.end_period(Instant::now());
+    // What the driver does not take back now is offered again after the next period.
+    drop(state.release_idle(keep));
 }
 
-/// Waits on the host for ends of streams; gives those that were reached.
-fn wait_for(ends: Vec<(Fence, Stream)>) -> Vec<Fence> {
-    let reached = ends
-        .into_iter()
-        .filter(|(_, stream)| is_free_to_wait(stream) && stream.synchronize().is_ok());
-    reached.map(|(fence, _)| fence).collect()
+/// Returns idle memory until the pool holds at most `target` bytes or has nothing left to return; waits on
+/// the host where it must.
+pub(super) fn trim(shared: &Shared, state: &mut MutexGuard<'_, State>, target: u64) -> Result<()> {
+    if state.bytes_held() <= target {
+        return Ok(());
+    }
+    shared.empty_caches(state, Close::No);
+    // Tried again after the wait, whose outcome counts.
+    let _ = state.release_idle(target);
+    if state.bytes_held() <= target {
+        return Ok(());
+    }
+    waits::wait_for_streams(shared, state);
+    state.release_idle(target)
 }
 
 /// Returns what a pool held whose last handle and last block are gone, as far as its streams can be waited for.
 pub(super) fn close(state: &mut State) {
-    for _ in 0..2 {
-        let passed = wait_for(state.fences.close_epochs());
+    for _ in 0..waits::WAITS_MAX {
+        let passed = waits::reached(state.fences.close_epochs());
         if !state.take_in_passed(&passed) {
             break;
         }
     }
     state.settle();
     // What the driver refuses stays, and the caller sees it.
-    drop(state.release_idle());
+    drop(state.release_idle(0));
 }

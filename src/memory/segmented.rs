@@ -1,9 +1,11 @@
 //! Segmented memory: plain driver allocations, for devices without virtual memory management.
 //!
 //! Each stream has two arenas, for small and for large requests, so that small blocks do not pin large
-//! segments. A segment serves the stream it was allocated for until it is returned to the driver.
+//! segments. A segment serves the stream it was allocated for until it is returned to the driver or that stream
+//! is gone; when there is no more memory, it lends blocks to others.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::arena::{Arena, SegmentIndex};
@@ -51,6 +53,24 @@ impl StreamArena {
             freed_at: BTreeMap::new(),
         }
     }
+
+    /// After what other streams may touch all that is free.
+    fn fence(&self, owner: Owner) -> Fence {
+        let epoch = self.freed_at.values().copied().max().unwrap_or(0);
+        Fence { owner, epoch }
+    }
+
+    fn remove_if_free(&mut self, segment: SegmentIndex) -> bool {
+        let was_free = self.arena.remove_segment_if_free(segment);
+        if was_free {
+            self.freed_at.remove(&segment);
+        }
+        was_free
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.arena.free_blocks().0
+    }
 }
 
 /// Segments of one device and the blocks in them.
@@ -60,6 +80,8 @@ pub(super) struct SegmentedMemory {
     limit: u64,
     /// Small and large blocks of each stream.
     arenas: BTreeMap<(Owner, bool), StreamArena>,
+    /// Base and bytes of segments that streams which are gone have left: anyone's.
+    left: Vec<(DevicePtr, u64)>,
     totals: Totals,
 }
 
@@ -69,11 +91,13 @@ impl SegmentedMemory {
             driver: device.driver().clone(),
             limit: limit.unwrap_or(u64::MAX),
             arenas: BTreeMap::new(),
+            left: Vec::new(),
             totals: Totals::default(),
         }
     }
 
-    fn add_segment(&mut self, bytes: u64, request: Request) -> Result<(), Refusal> {
+    /// Takes a new segment from the driver.
+    fn allocate_segment(&mut self, bytes: u64, request: Request) -> Result<(), Refusal> {
         if bytes > self.limit.saturating_sub(self.totals.reserved_bytes) {
             return Err(Refusal::Limit);
         }
@@ -81,11 +105,27 @@ impl SegmentedMemory {
         self.totals.device_allocs += 1;
         self.totals.segments += 1;
         self.totals.reserved_bytes += bytes;
+        self.add_segment((ptr, bytes), request);
+        Ok(())
+    }
+
+    /// Takes over the smallest segment of these sizes that was left; whether there was one.
+    fn inherit(&mut self, sizes: &RangeInclusive<u64>, request: Request) -> bool {
+        let fitting = self.left.iter().enumerate();
+        let fitting = fitting.filter(|(_, (_, bytes))| sizes.contains(bytes));
+        let Some((index, _)) = fitting.min_by_key(|(_, (_, bytes))| *bytes) else {
+            return false;
+        };
+        let segment = self.left.remove(index);
+        self.add_segment(segment, request);
+        true
+    }
+
+    fn add_segment(&mut self, (ptr, bytes): (DevicePtr, u64), request: Request) {
         let key = (request.owner, request.bytes <= SMALL_MAX);
         let arena = self.arenas.entry(key).or_insert_with(StreamArena::new);
         let segment = arena.arena.add_segment(bytes);
         arena.segments.insert(segment, (ptr, bytes));
-        Ok(())
     }
 
     fn place_in_range(&mut self, request: Request, is_small: bool) -> Option<Placed> {
@@ -103,6 +143,53 @@ impl SegmentedMemory {
             ptr: base.offset(placed.offset),
             place,
         })
+    }
+
+    /// Places a block in a segment of another stream. It is lent: freed, it goes back there, and that stream
+    /// waits for the borrower.
+    fn borrow(&mut self, request: Request, fences: &mut Fences) -> Option<Placed> {
+        if !request.may_borrow {
+            return None;
+        }
+        let fits = |arena: &StreamArena| arena.arena.largest_free() >= request.bytes;
+        let others = self
+            .arenas
+            .iter_mut()
+            .filter(|((owner, _), arena)| *owner != request.owner && fits(arena));
+        for ((owner, is_small), arena) in others {
+            if fences.pass(request.owner, arena.fence(*owner), request.reuse) {
+                let placed = arena.arena.allocate(request.bytes)?;
+                let (base, _) = arena.segments[&placed.segment];
+                let place = Place::Lent {
+                    lender: *owner,
+                    index: placed.index,
+                    is_small: *is_small,
+                };
+                let ptr = base.offset(placed.offset);
+                return Some(Placed { ptr, place });
+            }
+        }
+        None
+    }
+
+    /// Gives the driver what was left, until at most `keep` bytes are held.
+    fn release_left(&mut self, keep: u64) -> Result<()> {
+        let mut outcome = Ok(());
+        for (ptr, bytes) in std::mem::take(&mut self.left) {
+            let is_surplus = self.totals.reserved_bytes > keep;
+            let returned = if is_surplus {
+                self.give_back(ptr).map(|()| true)
+            } else {
+                Ok(false)
+            };
+            if matches!(returned, Ok(true)) {
+                self.totals.returned(bytes);
+            } else {
+                self.left.push((ptr, bytes));
+            }
+            outcome = outcome.and(returned.map(drop));
+        }
+        outcome
     }
 
     #[expect(
@@ -125,14 +212,23 @@ impl Backing for SegmentedMemory {
         self.place_in_range(request, request.bytes <= SMALL_MAX)
     }
 
-    fn find(&mut self, request: Request, _: &mut Fences) -> Result<Placed, Refusal> {
+    fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
         if let Some(placed) = self.place(request) {
             return Ok(placed);
         }
         let usual = segment_bytes(request.bytes);
-        let added = self.add_segment(usual, request).or_else(|refusal| {
-            if usual > request.bytes {
-                self.add_segment(request.bytes, request)
+        // Of what was left, none that would stay mostly empty, unless there is nothing else.
+        let has_segment = self.inherit(&(usual..=usual.saturating_mul(2)), request);
+        let added = if has_segment {
+            Ok(())
+        } else {
+            self.allocate_segment(usual, request)
+        };
+        let added = added.or_else(|refusal| {
+            if self.inherit(&(request.bytes..=u64::MAX), request) {
+                Ok(())
+            } else if usual > request.bytes {
+                self.allocate_segment(request.bytes, request)
             } else {
                 Err(refusal)
             }
@@ -141,9 +237,11 @@ impl Backing for SegmentedMemory {
             Ok(()) => Ok(self
                 .place(request)
                 .expect("a segment was added that fits the request")),
-            // Out of memory: room among blocks of the other range is better than none.
+            // Out of memory: room among blocks of the other range is better than none, and so is another
+            // stream's.
             Err(refusal) => self
                 .place_in_range(request, request.bytes > SMALL_MAX)
+                .or_else(|| self.borrow(request, fences))
                 .ok_or(refusal),
         }
     }
@@ -152,6 +250,11 @@ impl Backing for SegmentedMemory {
         let (key, index) = match place {
             Place::Small { owner, index } => ((owner, true), index),
             Place::Large { owner, index } => ((owner, false), index),
+            Place::Lent {
+                lender,
+                index,
+                is_small,
+            } => ((lender, is_small), index),
             Place::Stitched(_) => unreachable!("segmented memory stitches nothing"),
         };
         let arena = self
@@ -160,10 +263,29 @@ impl Backing for SegmentedMemory {
             .expect("an arena outlives its blocks");
         let segment = arena.arena.segment_of(index);
         arena.arena.free(index);
-        arena.freed_at.insert(segment, fence.epoch);
+        // What waited for other streams comes back with an epoch that may lie before that of later frees.
+        let freed_at = arena.freed_at.entry(segment).or_default();
+        *freed_at = fence.epoch.max(*freed_at);
     }
 
     fn settle(&mut self, _: &mut Fences) {}
+
+    fn adopt(&mut self, owner: Owner) {
+        for is_small in [true, false] {
+            let Some(arena) = self.arenas.get_mut(&(owner, is_small)) else {
+                continue;
+            };
+            // A segment with a block in it that is lent stays until that is back.
+            for (segment, memory) in std::mem::take(&mut arena.segments) {
+                if arena.remove_if_free(segment) {
+                    self.left.push(memory);
+                } else {
+                    arena.segments.insert(segment, memory);
+                }
+            }
+        }
+        self.arenas.retain(|_, arena| !arena.segments.is_empty());
+    }
 
     fn holds_nothing_of(&self, owner: Owner) -> bool {
         [true, false]
@@ -171,14 +293,15 @@ impl Backing for SegmentedMemory {
             .all(|is_small| !self.arenas.contains_key(&(owner, *is_small)))
     }
 
-    fn release_idle(&mut self, fences: &mut Fences) -> Result<()> {
-        let mut outcome = Ok(());
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
+        let mut outcome = self.release_left(keep);
         let mut arenas = std::mem::take(&mut self.arenas);
         for ((owner, _), arena) in &mut arenas {
             for (segment, (ptr, bytes)) in std::mem::take(&mut arena.segments) {
                 let epoch = arena.freed_at.get(&segment).copied().unwrap_or(0);
-                let is_idle = arena.arena.is_segment_free(segment)
-                    && fences.is_complete(Fence {
+                let is_idle = self.totals.reserved_bytes > keep
+                    && arena.arena.is_segment_free(segment)
+                    && fences.ask_complete(Fence {
                         owner: *owner,
                         epoch,
                     });
@@ -188,10 +311,8 @@ impl Backing for SegmentedMemory {
                     Ok(false)
                 };
                 if matches!(returned, Ok(true)) {
-                    arena.arena.remove_segment_if_free(segment);
-                    self.totals.segments -= 1;
-                    self.totals.reserved_bytes -= bytes;
-                    self.totals.device_frees += 1;
+                    arena.remove_if_free(segment);
+                    self.totals.returned(bytes);
                 } else {
                     arena.segments.insert(segment, (ptr, bytes));
                     outcome = outcome.and(returned.map(drop));
@@ -203,14 +324,31 @@ impl Backing for SegmentedMemory {
         outcome
     }
 
-    fn largest_free(&self, owner: Owner) -> u64 {
-        let arenas = [true, false].map(|is_small| self.arenas.get(&(owner, is_small)));
-        arenas
-            .iter()
-            .flatten()
-            .map(|arena| arena.arena.largest_free())
-            .max()
-            .unwrap_or(0)
+    fn shares_free_memory(&self) -> bool {
+        false
+    }
+
+    fn bytes_behind(&self, _: Owner, fences: &Fences) -> BTreeMap<Owner, u64> {
+        let mut behind = BTreeMap::new();
+        for ((owner, _), arena) in &self.arenas {
+            let bytes = arena.free_bytes();
+            // The requester's own as well: idle segments are returned only once they are complete.
+            if bytes > 0 && !fences.is_known_complete(arena.fence(*owner)) {
+                *behind.entry(*owner).or_default() += bytes;
+            }
+        }
+        behind
+    }
+
+    fn bytes_free_for(&self, _: Owner, _: &Fences) -> u64 {
+        0
+    }
+
+    fn largest_free(&self) -> u64 {
+        let arenas = self.arenas.values();
+        let largest = arenas.map(|arena| arena.arena.largest_free());
+        let left = self.left.iter().map(|(_, bytes)| *bytes);
+        largest.chain(left).max().unwrap_or(0)
     }
 
     fn inactive_split(&self) -> (u64, u64) {
@@ -236,7 +374,8 @@ impl Backing for SegmentedMemory {
             held += bytes;
             in_blocks += in_use;
         }
-        assert_eq!(held, self.totals.reserved_bytes, "reserved bytes");
+        let left: u64 = self.left.iter().map(|(_, bytes)| bytes).sum();
+        assert_eq!(held + left, self.totals.reserved_bytes, "reserved bytes");
         in_blocks
     }
 }

@@ -30,6 +30,8 @@ pub(super) struct SmallBlocks {
     /// A lease without a block in use, kept so that a program at the brink does not borrow and return a
     /// page for every block.
     spare: Option<Spare>,
+    /// After this epoch of the stream all free memory may be touched by others.
+    freed: u64,
 }
 
 impl SmallBlocks {
@@ -38,6 +40,7 @@ impl SmallBlocks {
             arena: Arena::new(),
             leases: Vec::new(),
             spare: None,
+            freed: 0,
         }
     }
 
@@ -54,8 +57,9 @@ impl SmallBlocks {
         Some((lease.page, placed.offset, placed.index))
     }
 
-    /// Takes a borrowed page in.
-    pub(super) fn add(&mut self, lease: Lease) {
+    /// Takes a borrowed page in, in `epoch` of the stream: it may have been made to wait for the page.
+    pub(super) fn add(&mut self, lease: Lease, epoch: u64) {
+        self.freed = self.freed.max(epoch);
         let segment = self.arena.add_segment(PAGE) as usize;
         if self.leases.len() <= segment {
             self.leases.resize(segment + 1, None);
@@ -65,6 +69,7 @@ impl SmallBlocks {
 
     /// Frees a block in `epoch` of the stream; returns a page that is no longer needed, if that makes one.
     pub(super) fn free(&mut self, index: Index, epoch: u64) -> Option<Lease> {
+        self.freed = self.freed.max(epoch);
         let segment = self.arena.segment_of(index);
         self.arena.free(index);
         if !self.arena.is_segment_free(segment) {
@@ -87,6 +92,11 @@ impl SmallBlocks {
         let was_free = self.arena.remove_segment_if_free(segment);
         assert!(was_free, "only idle pages are returned");
         self.leases[segment as usize].take()
+    }
+
+    /// The epoch of the stream after which others may touch what is free.
+    pub(super) fn epoch(&self) -> u64 {
+        self.freed
     }
 
     /// Whether no page is borrowed.

@@ -3,12 +3,16 @@
 //! Invariant: the statistics equal what a walk over the memory sums. Nothing here takes the lock or waits
 //! on the host.
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
 use smallvec::SmallVec;
 
 use super::backing::{Backing, Place, Placed, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
-use super::fences::{Fence, Fences};
+use super::decay::Decay;
+use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
 use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
@@ -20,6 +24,7 @@ use super::tags::{TagId, TagTable};
 use super::territory::Owner;
 use crate::driver::{Device, Stream};
 use crate::error::Result;
+use crate::units::StreamId;
 
 /// An allocation on its way through the ladder.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +34,8 @@ pub(super) struct Wanted<'a> {
     pub(super) bytes: u64,
     pub(super) stream: &'a Stream,
     pub(super) memory: MemoryIndex,
+    /// Bytes that the thread keeps for this stream: free, though the memory does not know.
+    pub(super) kept: u64,
 }
 
 /// Memory for a block.
@@ -39,8 +46,6 @@ pub(super) struct Found {
     /// As asked for, rounded.
     pub(super) bytes: u64,
     pub(super) owner: Owner,
-    /// What it is counted under.
-    pub(super) tag: TagId,
 }
 
 #[derive(Debug)]
@@ -50,6 +55,7 @@ pub(super) struct State {
     pub(super) memories: Memories,
     pub(super) fences: Fences,
     pub(super) pending: Pending,
+    pub(super) decay: Decay,
     pub(super) usage: Usage,
     pub(super) peaks: Peaks,
     pub(super) tags: TagTable,
@@ -61,7 +67,8 @@ pub(super) struct State {
 /// What the ladder counts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counters {
-    pub(super) cache_hits: u64,
+    /// Allocations that needed the driver's memory, or a second try.
+    pub(super) misses: u64,
     pub(super) alloc_retries: u64,
     pub(super) ooms: u64,
     pub(super) syncs: u64,
@@ -69,12 +76,13 @@ pub(super) struct Counters {
 
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
+        let limit = config.byte_limit(device);
         let backing: Box<dyn Backing> = if maps_pages(device, config) {
-            Box::new(PagedMemory::new(Pages::new(device, config.limit)?))
+            Box::new(PagedMemory::new(Pages::new(device, limit)?))
         } else {
-            Box::new(SegmentedMemory::new(device, config.limit))
+            Box::new(SegmentedMemory::new(device, limit))
         };
-        let memories = Memories::new(backing, config.limit);
+        let memories = Memories::new(backing, limit);
         Ok(Self::with(device, config, memories))
     }
 
@@ -89,8 +97,9 @@ impl State {
             device: device.clone(),
             config: config.clone(),
             memories,
-            fences: Fences::new(),
+            fences: Fences::new(config.deterministic),
             pending: Pending::default(),
+            decay: Decay::new(config.decay, Instant::now()),
             usage: Usage::default(),
             peaks: Peaks::default(),
             tags: TagTable::default(),
@@ -107,10 +116,10 @@ impl State {
     pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
         let (device, config) = (&self.device, &self.config);
         let backing: Box<dyn Backing> = if maps_pages(device, config) {
-            let pages = Pages::lasting(device, config.limit)?;
-            Box::new(PagedMemory::unstitched(pages))
+            Box::new(PagedMemory::unstitched(Pages::lasting(device)?))
         } else {
-            Box::new(SegmentedMemory::new(device, config.limit))
+            // What the limit leaves is said with each request.
+            Box::new(SegmentedMemory::new(device, None))
         };
         Ok(self.memories.add(backing))
     }
@@ -122,15 +131,18 @@ impl State {
 
     fn request(&mut self, wanted: Wanted<'_>) -> Request {
         // In a capture no event can be recorded; the pass before it is to need as much memory.
-        let reuse = match wanted.memory {
-            MemoryIndex::ORDINARY => self.config.reuse,
-            _ => ReusePolicy::Never,
+        let is_ordinary = wanted.memory == MemoryIndex::ORDINARY;
+        let reuse = if is_ordinary {
+            self.config.reuse
+        } else {
+            ReusePolicy::Never
         };
         Request {
             bytes: wanted.bytes,
             owner: self.fences.owner(wanted.stream),
             reuse,
-            pending: self.pending.bytes(),
+            pending: self.pending.bytes() + wanted.kept,
+            may_borrow: is_ordinary,
         }
     }
 
@@ -151,18 +163,21 @@ impl State {
     }
 
     fn hand_out(&mut self, wanted: Wanted<'_>, owner: Owner, placed: Placed) -> Found {
-        let tag = TagId::current();
-        self.usage.allocate(wanted.requested, wanted.bytes);
-        self.usage.active_blocks.increase(1);
-        self.usage.active.increase(wanted.bytes);
-        self.tags.increase(tag, wanted.bytes);
+        self.decay.take(wanted.bytes);
         Found {
             placed,
             memory: wanted.memory,
             bytes: wanted.bytes,
             owner,
-            tag,
         }
+    }
+
+    /// Counts an allocation by a thread that has no cache.
+    pub(super) fn count(&mut self, tag: TagId, requested: u64, allocated: u64) {
+        self.usage.allocate(requested, allocated);
+        self.usage.active_blocks.increase(1);
+        self.usage.active.increase(allocated);
+        self.tags.increase(tag, allocated);
     }
 
     fn count_driver(&mut self) {
@@ -198,18 +213,20 @@ impl State {
             self.usage.free(record.requested, record.allocated);
             self.tags.decrease(record.tag, record.allocated);
         }
-        let users = match &mut record.extras {
-            Some(extras) => std::mem::take(&mut extras.users),
-            None => SmallVec::new(),
-        };
-        if users.is_empty() {
-            if counted == Counted::No {
-                self.count_inactive(record.allocated);
-            }
-            self.make_reusable(&record);
-            record.extras = None;
-            return Some(record);
+        if let Place::Lent { lender, .. } = record.place {
+            self.send_home(&mut record, lender);
         }
+        let users = match &mut record.extras {
+            Some(extras) if !extras.users.is_empty() => std::mem::take(&mut extras.users),
+            _ => {
+                if counted == Counted::No {
+                    self.count_inactive(record.allocated);
+                }
+                self.make_reusable(&record);
+                record.extras = None;
+                return Some(record);
+            }
+        };
         let is_private = record.memory() != MemoryIndex::ORDINARY;
         let end = |user: &User| {
             user.until.unwrap_or_else(|| {
@@ -231,12 +248,33 @@ impl State {
         None
     }
 
-    /// Makes blocks reusable whose recorded streams are done with them, as far as `reuse` allows finding
-    /// out or bringing about.
-    pub(super) fn poll_pending(&mut self, reuse: ReusePolicy) {
+    /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
+    /// stream it was lent to.
+    fn send_home(&mut self, record: &mut BlockRecord, lender: Owner) {
+        let home = self.fences.stream(lender);
+        let home = home.expect("a stream with memory is known").clone();
+        let stream = std::mem::replace(&mut record.home, home);
+        record.owner = lender;
+        let users = &mut record.extras.get_or_insert_default().users;
+        users.retain(|user| user.stream.id() != record.home.id());
+        users.push(User {
+            stream,
+            until: None,
+        });
+    }
+
+    /// Makes blocks reusable whose recorded streams are done with them. They come back to their own stream
+    /// under any policy; what the policy decides is whether to wait for them on the device.
+    pub(super) fn poll_pending(&mut self) {
         if self.pending.is_empty() {
             return;
         }
+        let reuse = match self.config.reuse {
+            // On the device, because when the host finds out depends on the device's pace.
+            _ if self.config.deterministic => ReusePolicy::Wait,
+            ReusePolicy::Never => ReusePolicy::OnlyComplete,
+            reuse => reuse,
+        };
         for passed in self.pending.take_passed(&mut self.fences, reuse) {
             let Passed { record, fence } = passed;
             if self.config.poison {
@@ -244,7 +282,8 @@ impl State {
             }
             self.count_inactive(record.allocated);
             // Small blocks keep no epochs of their own; a poisoned one was written just now.
-            let keeps_none = self.config.poison || matches!(record.place, Place::Small { .. });
+            let keeps_none = self.config.poison
+                || matches!(record.place, Place::Small { .. } | Place::Lent { .. });
             let fence = fence.filter(|_| !keeps_none);
             self.make_reusable_after(&record, fence);
         }
@@ -272,6 +311,7 @@ impl State {
                 self.fences.now(owner)
             }
         });
+        self.decay.give(record.allocated);
         let backing = self.memories.get_mut(memory);
         backing.free(record.place, record.allocated, fence);
     }
@@ -283,29 +323,111 @@ impl State {
             self.fences.passed(*fence);
         }
         let pending = self.pending.len();
-        self.poll_pending(ReusePolicy::OnlyComplete);
+        self.poll_pending();
         self.pending.len() < pending
     }
 
     /// Makes memory whose past is complete anyone's, and lets go of streams that nobody else holds.
     pub(super) fn settle(&mut self) {
         self.memories.settle(&mut self.fences);
+        self.retire();
+    }
+
+    fn retire(&mut self) {
         self.fences.retire(|owner| {
             self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
         });
     }
 
-    /// Gives the driver what is idle as a whole and known to be complete.
-    pub(super) fn release_idle(&mut self) -> Result<()> {
-        let outcome = self.memories.release_idle(&mut self.fences);
+    /// Lets go of streams that nobody else holds and that have run all they were given: what they left free
+    /// becomes anyone's. Other streams are not touched.
+    pub(super) fn let_go(&mut self) {
+        // Blocks that wait for other streams hold on to their own.
+        self.poll_pending();
+        let gone = self.fences.look_at_gone();
+        if gone.is_empty() {
+            return;
+        }
+        for owner in gone {
+            self.memories.adopt(owner);
+        }
+        self.retire();
+    }
+
+    /// Gives the driver what is idle as a whole and known to be complete, until `keep` bytes are left.
+    pub(super) fn release_idle(&mut self, keep: u64) -> Result<()> {
+        let outcome = self.memories.release_idle(keep, &mut self.fences);
         self.count_driver();
         outcome
     }
 
-    /// Bytes of the largest free block of `memory` that `stream` could use.
-    pub(super) fn largest_free(&mut self, memory: MemoryIndex, stream: &Stream) -> u64 {
-        let owner = self.fences.owner(stream);
-        self.memories.get(memory).largest_free(owner)
+    /// Whether a request may find memory only after idle memory went back to the driver.
+    pub(super) fn returning_helps(&self, memory: MemoryIndex) -> bool {
+        self.memories.returning_helps(memory)
+    }
+
+    /// Bytes that are free or pending behind the present end of each stream whose passing would help.
+    pub(super) fn bytes_behind(&mut self, wanted: Wanted<'_>) -> BTreeMap<Owner, u64> {
+        let owner = self.fences.owner(wanted.stream);
+        let mut behind = self
+            .memories
+            .bytes_behind(wanted.memory, owner, &self.fences);
+        self.pending.add_bytes_behind(&mut behind);
+        behind
+    }
+
+    /// Closes the present epoch of every stream that idle or pending memory is behind, as
+    /// [`Fences::close_epoch`].
+    pub(super) fn ends_behind(&mut self) -> Vec<(Fence, Stream)> {
+        let ordinary = MemoryIndex::ORDINARY;
+        let mut behind = self.memories.bytes_behind(ordinary, COMMON, &self.fences);
+        self.pending.add_bytes_behind(&mut behind);
+        let owners = behind.into_keys();
+        owners
+            .filter_map(|owner| self.fences.close_epoch(owner))
+            .collect()
+    }
+
+    /// Bytes that a request lacks beside what is free for it.
+    pub(super) fn missing(&mut self, wanted: Wanted<'_>) -> u64 {
+        let owner = self.fences.owner(wanted.stream);
+        let memory = self.memories.get(wanted.memory);
+        let free = memory.bytes_free_for(owner, &self.fences);
+        wanted.bytes.saturating_sub(free)
+    }
+
+    /// Bytes that wait behind each stream, the most first.
+    pub(super) fn pending_by_stream(&self) -> Vec<(StreamId, u64)> {
+        let mut behind = BTreeMap::new();
+        self.pending.add_bytes_behind(&mut behind);
+        let known = behind
+            .into_iter()
+            .filter_map(|(owner, bytes)| Some((self.fences.stream(owner)?.id(), bytes)));
+        let mut streams: Vec<_> = known.collect();
+        streams.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        streams
+    }
+
+    /// Why `bytes` can be held at no time, if they cannot.
+    pub(super) fn never_holds(&self, bytes: u64) -> Option<Refusal> {
+        let total = self.device.properties().total_memory;
+        // What is held already may be more than a limit that was lowered.
+        let held = self.bytes_held();
+        let limit = self.memories.limit();
+        if limit.is_some_and(|limit| bytes > limit.max(held)) {
+            return Some(Refusal::Limit);
+        }
+        (bytes > total).then_some(Refusal::Size)
+    }
+
+    /// Bytes that are free, but in parts of segments.
+    pub(super) fn split_bytes(&self) -> u64 {
+        self.memories.inactive_split().0
+    }
+
+    /// Bytes of the largest free block of `memory`, whichever stream's.
+    pub(super) fn largest_free(&self, memory: MemoryIndex) -> u64 {
+        self.memories.get(memory).largest_free()
     }
 
     /// The statistics now. The lanes' counters must have been folded in.
@@ -325,7 +447,7 @@ impl State {
             private_reserved_bytes: self.memories.private_bytes(),
             inactive_split,
             inactive_split_bytes,
-            cache_hits: counters.cache_hits + usage.lane_hits,
+            cache_hits: usage.blocks.increases().saturating_sub(counters.misses),
             num_alloc_retries: counters.alloc_retries,
             num_ooms: counters.ooms,
             num_sync_all_streams: counters.syncs,

@@ -113,8 +113,6 @@ pub(super) struct Usage {
     /// it counts as allocated or freed is folded into them too.
     pub(super) active_blocks: Gauge,
     pub(super) active: Gauge,
-    /// Allocations that lanes served: all that they count.
-    pub(super) lane_hits: u64,
 }
 
 impl Usage {
@@ -158,7 +156,6 @@ impl Usage {
         self.allocated.fold(&part.allocated);
         self.active_blocks.fold(&part.blocks);
         self.active.fold(&part.allocated);
-        self.lane_hits += part.blocks.increases;
         *part = Self::default();
     }
 }

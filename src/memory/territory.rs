@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use super::arena::GRANULARITY;
 use super::bins::{Bins, Index, Link, Links, NONE};
-use super::fences::{COMMON, Fence};
+use super::fences::{COMMON, FIRST_EPOCH, Fence};
 
 /// Bytes of a page: the unit in which physical memory is taken, mapped and returned.
 pub(super) const PAGE: u64 = 2 << 20;
@@ -130,7 +130,7 @@ pub(super) struct Territory {
     /// Holes by owner.
     bins: Vec<Bins>,
     at_page: Vec<Index>,
-    /// By page and owner: the latest free that touched it.
+    /// By page and owner: the latest free that touched it, if that was past the owner's first epoch.
     freed_at: Vec<SmallVec<[Fence; 2]>>,
     last: Index,
 }
@@ -217,14 +217,26 @@ impl Territory {
     /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
     /// different times; its pages remember theirs.
     pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
-        // Of one owner the latest free stands for all earlier ones.
+        // Of one owner the latest free stands for all earlier ones; none is noted of the first epoch.
         let mut freed = self.freed_at[page].iter();
         let freed = freed.find(|freed| freed.owner == hole.owner);
-        freed.copied().unwrap_or(hole.fence())
+        freed.copied().unwrap_or(Fence {
+            owner: hole.owner,
+            epoch: hole.epoch.min(FIRST_EPOCH),
+        })
     }
 
     /// Notes a free of `units` from `start` on, in all pages it touches.
     fn note_free(&mut self, (start, units): (u64, u64), fence: Fence) {
+        // The epochs of a stream that nobody asked about never move on: nothing to note.
+        if fence.epoch <= FIRST_EPOCH {
+            return;
+        }
+        self.note_later_free((start, units), fence);
+    }
+
+    #[inline(never)]
+    fn note_later_free(&mut self, (start, units): (u64, u64), fence: Fence) {
         let end = start + units;
         for page in start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
             let freed = &mut self.freed_at[page_index(page)];
@@ -311,6 +323,9 @@ impl Territory {
     /// Notes block `index` as the one at the first byte of every page that begins in `from..to`.
     fn claim_pages(&mut self, index: Index, from: u64, to: u64) {
         let (first, end) = (from.div_ceil(PAGE_UNITS), to.div_ceil(PAGE_UNITS));
+        if first == end {
+            return;
+        }
         self.at_page[page_index(first)..page_index(end)].fill(index);
     }
 

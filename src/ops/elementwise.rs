@@ -3,8 +3,7 @@
 //! Shapes must be equal; nothing is broadcast. Different float types give the wider of the two, and f16
 //! with bf16 gives f32, inside autocast scopes too.
 
-use super::check_same_shape;
-use crate::dtype::DType;
+use super::{check_same_shape, promoted};
 use crate::error::Result;
 use crate::launch;
 use crate::storage::Tensor;
@@ -33,15 +32,4 @@ pub fn mul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     launch::mul(a.context().stream(), &a.span()?, &b.span()?, &out.span()?)?;
     Ok(out)
-}
-
-/// The narrowest float type that holds all values of both.
-fn promoted(a: DType, b: DType) -> DType {
-    if a == b {
-        a
-    } else if a == DType::F64 || b == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
 }

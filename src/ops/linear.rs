@@ -1,7 +1,8 @@
 //! The linear layer, `x·wᵀ + bias`, and its gradients.
 
+use super::autocast::operand;
 use super::matmul::{multiply_into, view};
-use super::{autocast_operand, check_same_dtype, matrix_shape};
+use super::{check_same_dtype, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, StridedCopy};
@@ -59,12 +60,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Line
     }
     let (x_dtype, weight_dtype) = (x.dtype(), weight.dtype());
     let bias_dtype = bias.map(Tensor::dtype);
-    let (x, weight) = (autocast_operand(OP, x)?, autocast_operand(OP, weight)?);
+    let (x, weight) = (operand(OP, x)?, operand(OP, weight)?);
     check_same_dtype(OP, &x, &weight)?;
     let output = Tensor::uninit(x.context(), [rows, outer], x.dtype())?;
     let accumulate = match bias {
         Some(bias) => {
-            let bias = autocast_operand(OP, bias)?;
+            let bias = operand(OP, bias)?;
             check_same_dtype(OP, &x, &bias)?;
             repeat_rows(&bias, &output)?;
             Accumulate::Add

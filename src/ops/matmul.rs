@@ -1,9 +1,12 @@
 //! The product of two matrices.
 
-use super::{autocast_operand, check_same_dtype, matrix_shape};
+use super::autocast::operand;
+use super::{check_same_dtype, matrix_shape};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, Matrix};
 use crate::storage::Tensor;
+use crate::units::to_usize;
 
 /// `a[m, k] · b[k, n]`, summed in f32 (f64 for f64) and rounded once. Transposed views cost nothing. In an
 /// autocast scope it runs, and gives its result, in the type of the scope.
@@ -20,7 +23,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             format!("{} · {} does not fit", a.shape(), b.shape()),
         ));
     }
-    let (a, b) = (autocast_operand(OP, a)?, autocast_operand(OP, b)?);
+    let (a, b) = (operand(OP, a)?, operand(OP, b)?);
     check_same_dtype(OP, &a, &b)?;
     let out = Tensor::uninit(a.context(), [m, n], a.dtype())?;
     multiply_into(&view(&a)?, &view(&b)?, &out, Accumulate::Overwrite)?;
@@ -41,5 +44,16 @@ pub(super) fn multiply_into(
     out: &Tensor,
     accumulate: Accumulate,
 ) -> Result<()> {
-    launch::matmul(out.context().stream(), a, b, &out.span()?, accumulate)
+    let (context, span) = (out.context(), out.span()?);
+    let stream = context.stream();
+    let workspace = match launch::matmul_workspace(stream, a, b, &span, accumulate) {
+        0 => None,
+        bytes => {
+            // Without room, the product is made by a kernel that needs none.
+            let words = to_usize(bytes.div_ceil(4));
+            Tensor::uninit(context, [words], DType::F32).ok()
+        }
+    };
+    let workspace = workspace.as_ref().map(Tensor::span).transpose()?;
+    launch::matmul_with(workspace.as_ref(), stream, a, b, &span, accumulate)
 }

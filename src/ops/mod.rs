@@ -16,28 +16,37 @@
 pub mod autocast;
 
 mod activation;
+mod attention;
 mod elementwise;
+mod embedding;
+mod layer_norm;
 mod linear;
 mod loss;
 mod matmul;
 mod reduce;
 
 pub use activation::{gelu, gelu_backward, relu, relu_backward};
+pub use attention::{Attention, causal_attention};
 pub use elementwise::{add, mul};
+pub use embedding::{embedding, embedding_backward};
+pub use layer_norm::{LayerNorm, LayerNormGradients, layer_norm};
 pub use linear::{Linear, LinearGradients, linear};
 pub use loss::{Loss, softmax_cross_entropy};
 pub use matmul::matmul;
 pub use reduce::{accuracy, argmax, mean, sum};
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::storage::Tensor;
 
-/// `tensor` in the type in which `op` runs under the present autocast scope. f64 and integers stay as they
-/// are, and so does everything outside a scope.
-fn autocast_operand(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
-    match autocast::autocast_dtype(op) {
-        Some(dtype) if autocast::is_eligible(tensor.dtype()) => tensor.cast(dtype),
-        _ => Ok(tensor.clone()),
+/// The narrowest float type that holds all values of both.
+fn promoted(a: DType, b: DType) -> DType {
+    if a == b {
+        a
+    } else if a == DType::F64 || b == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
     }
 }
 

@@ -17,13 +17,14 @@ use crate::storage::{Context, Tensor};
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a negative or NaN `max_norm`, gradients on
-/// several streams, or gradients that share memory; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// several streams, that share memory, or that say they are still multiplied by a loss scale; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn clip_grad_norm(
     context: &Context,
     parameters: &[Parameter],
     max_norm: f64,
     kind: NormKind,
 ) -> Result<Tensor> {
+    Parameter::expect_unscaled("clip_grad_norm", parameters)?;
     let mut gradients = Gradients::new("clip_grad_norm");
     let found_inf = Tensor::zeros(context, [], DType::F32)?;
     if !gradients.pass(parameters, Pass::Check(None, kind), &found_inf.span()?)? {

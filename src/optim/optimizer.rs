@@ -1,7 +1,10 @@
 //! What an optimizer is to those who drive it.
 
-use std::sync::Arc;
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use crate::error::Result;
 use crate::launch::update_pass::StepScalars;
@@ -10,8 +13,39 @@ use crate::storage::Tensor;
 
 /// Identity of an optimizer, never given twice in a process. Held by the optimizer for its whole life: when
 /// the last clone is gone, whoever kept something for the optimizer may let go of it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct OptimizerId(Arc<u64>);
+#[derive(Clone, Debug)]
+pub struct OptimizerId(Arc<Identity>);
+
+#[derive(Debug)]
+struct Identity {
+    number: u64,
+    /// The one scaler that drives the optimizer, as long as it lives.
+    driver: Mutex<Weak<u64>>,
+}
+
+/// Tells whether an optimizer still exists, without keeping it.
+#[derive(Debug)]
+pub(crate) struct OptimizerLife(Weak<Identity>);
+
+impl OptimizerLife {
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+impl PartialEq for OptimizerId {
+    fn eq(&self, other: &Self) -> bool {
+        self.number() == other.number()
+    }
+}
+
+impl Eq for OptimizerId {}
+
+impl Hash for OptimizerId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.number().hash(state);
+    }
+}
 
 impl OptimizerId {
     /// An identity that no optimizer has had yet.
@@ -23,18 +57,32 @@ impl OptimizerId {
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         // Relaxed: the number only has to be unique.
-        Self(Arc::new(NEXT.fetch_add(1, Ordering::Relaxed)))
+        Self(Arc::new(Identity {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            driver: Mutex::default(),
+        }))
     }
 
     /// The number behind it.
     #[must_use]
     pub fn number(&self) -> u64 {
-        *self.0
+        self.0.number
     }
 
-    /// Tells, without keeping it, whether the optimizer still exists.
-    pub(crate) fn downgrade(&self) -> std::sync::Weak<u64> {
-        Arc::downgrade(&self.0)
+    pub(crate) fn life(&self) -> OptimizerLife {
+        OptimizerLife(Arc::downgrade(&self.0))
+    }
+
+    /// Makes `scaler` the one that drives the optimizer. `false` if another one does, and is still there.
+    pub(crate) fn claim(&self, scaler: &Arc<u64>) -> bool {
+        let mut driver = self.0.driver.lock();
+        match driver.upgrade() {
+            Some(other) => Arc::ptr_eq(&other, scaler),
+            None => {
+                *driver = Arc::downgrade(scaler);
+                true
+            }
+        }
     }
 }
 
@@ -79,8 +127,10 @@ pub trait Optimizer {
     /// One step with gradients that need neither unscaling nor clipping, which is always applied.
     ///
     /// # Errors
-    /// As [`step`](Self::step).
+    /// As [`step`](Self::step), and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a gradient
+    /// that says it is still multiplied by a loss scale.
     fn step_unscaled(&mut self) -> Result<()> {
+        Parameter::expect_unscaled("step", self.parameters())?;
         self.step(&StepInputs::default())
     }
 

@@ -1,7 +1,12 @@
 //! A named weight with a place for its gradient.
+//!
+//! Beside a gradient stands what is known of the loss scale in it: the [`ScaleTag`] it was given with, who
+//! divided it by the scale, and when its first and its last term came. So a gradient that is divided twice,
+//! never, or has terms of two scales is found without a look at its elements.
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -25,15 +30,42 @@ struct Inner {
 #[derive(Default)]
 struct Grad {
     tensor: Option<Tensor>,
-    unscaled: Option<UnscaleMark>,
+    origin: Origin,
 }
 
-/// Which scaler divided a gradient by its scale, in which of its iterations, and for which optimizer.
-/// Outside that iteration the mark means nothing.
+/// What is known of the scale in a gradient.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Origin {
+    /// The scale it was given with; `None` also after it was divided by it.
+    pub(crate) tag: Option<ScaleTag>,
+    /// Who divided it last.
+    pub(crate) unscaled: Option<UnscaleMark>,
+    /// Moments of its first and its last term.
+    pub(crate) since: u64,
+    pub(crate) until: u64,
+}
+
+/// A moment later than all before, in the order of this process's calls.
+pub(crate) fn moment() -> u64 {
+    static CLOCK: AtomicU64 = AtomicU64::new(1);
+    // Relaxed: the moments of one parameter and its scaler come from calls that are ordered already.
+    CLOCK.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Says that a gradient is multiplied by the scale that a scaler had between two of its updates.
+/// [`GradScaler::tag`](../amp/struct.GradScaler.html#method.tag) gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScaleTag {
+    pub(crate) scaler: u64,
+    pub(crate) since: u64,
+}
+
+/// Which scaler divided a gradient by its scale, since which moment it had that scale, and for which optimizer.
+/// After the scaler's next update the mark means nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnscaleMark {
     pub(crate) scaler: u64,
-    pub(crate) iteration: u64,
+    pub(crate) since: u64,
     pub(crate) optimizer: u64,
 }
 
@@ -57,6 +89,8 @@ impl Parameter {
                 "the value is a view with gaps or out of order",
             ));
         }
+        // So that casts of the weight that are kept can be known to be stale.
+        value.keep_version();
         Ok(Self {
             inner: Arc::new(Inner {
                 name: name.into(),
@@ -84,16 +118,33 @@ impl Parameter {
         self.inner.grad.lock().tensor.clone()
     }
 
-    /// Makes `grad` the gradient. It is not copied: unscaling and clipping change it in place.
+    /// Makes `grad` the gradient. It is not copied: unscaling and clipping change it in place. Whether it is
+    /// multiplied by a loss scale is left to the caller.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if shape or stream differ from the value's, or for an f64 gradient of a
     /// narrower weight, which might not survive the conversion.
     pub fn set_grad(&self, grad: Tensor) -> Result<()> {
+        self.set_scaled_grad(grad, None)
+    }
+
+    /// [`set_grad`](Self::set_grad) for a gradient that is multiplied by a loss scale, and says so. Until it
+    /// is divided by it, only the scaler of that scale takes it, and only before its next update: everything
+    /// else refuses it.
+    ///
+    /// # Errors
+    /// As [`set_grad`](Self::set_grad).
+    pub fn set_scaled_grad(&self, grad: Tensor, tag: impl Into<Option<ScaleTag>>) -> Result<()> {
         self.check_grad("set_grad", &grad)?;
+        let now = moment();
         *self.inner.grad.lock() = Grad {
             tensor: Some(grad),
-            unscaled: None,
+            origin: Origin {
+                tag: tag.into(),
+                unscaled: None,
+                since: now,
+                until: now,
+            },
         };
         Ok(())
     }
@@ -102,19 +153,44 @@ impl Parameter {
     /// gradient that was there, in its type, rounded once.
     ///
     /// # Errors
-    /// As [`set_grad`](Self::set_grad), and [`Error::OutOfMemory`] if `grad` must be converted first.
+    /// As [`set_grad`](Self::set_grad), [`Error::InvalidArgument`] if the gradient that is there was divided
+    /// by a loss scale already, and [`Error::OutOfMemory`] if `grad` must be converted first.
     pub fn accumulate_grad(&self, grad: Tensor) -> Result<()> {
-        self.check_grad("accumulate_grad", &grad)?;
+        self.accumulate_scaled_grad(grad, None)
+    }
+
+    /// [`accumulate_grad`](Self::accumulate_grad) for a gradient that is multiplied by a loss scale, and says
+    /// so as in [`set_scaled_grad`](Self::set_scaled_grad).
+    ///
+    /// # Errors
+    /// As [`accumulate_grad`](Self::accumulate_grad), and [`Error::InvalidArgument`] if the gradient that is
+    /// there has another tag.
+    pub fn accumulate_scaled_grad(
+        &self,
+        grad: Tensor,
+        tag: impl Into<Option<ScaleTag>>,
+    ) -> Result<()> {
+        let op = "accumulate_grad";
+        self.check_grad(op, &grad)?;
+        let tag = tag.into();
         let mut slot = self.inner.grad.lock();
         let Some(sum) = &slot.tensor else {
-            slot.tensor = Some(grad);
-            return Ok(());
+            drop(slot);
+            return self.set_scaled_grad(grad, tag);
         };
+        let refuse = |what: &str| Err(Error::argument(op, format!("`{}` {what}", self.inner.name)));
+        if slot.origin.unscaled.is_some() {
+            return refuse("has a gradient that was divided by the loss scale; drop it first");
+        }
+        if slot.origin.tag != tag {
+            return refuse("has a gradient that was made with another loss scale");
+        }
         let sum = sum.contiguous()?;
         let term = grad.cast(sum.dtype())?.contiguous()?;
         let stream = sum.context().stream();
         launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
         slot.tensor = Some(sum);
+        slot.origin.until = moment();
         Ok(())
     }
 
@@ -129,12 +205,35 @@ impl Parameter {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    pub(crate) fn unscaled(&self) -> Option<UnscaleMark> {
-        self.inner.grad.lock().unscaled
+    /// What is known of the scale in the gradient; `None` without a gradient.
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        let grad = self.inner.grad.lock();
+        grad.tensor.as_ref().map(|_| grad.origin)
     }
 
     pub(crate) fn mark_unscaled(&self, mark: UnscaleMark) {
-        self.inner.grad.lock().unscaled = Some(mark);
+        let origin = &mut self.inner.grad.lock().origin;
+        origin.unscaled = Some(mark);
+        origin.tag = None;
+    }
+
+    /// Refuses gradients that say they are still multiplied by a loss scale.
+    pub(crate) fn expect_unscaled(op: &'static str, parameters: &[Self]) -> Result<()> {
+        let is_scaled = |parameter: &&Self| {
+            parameter
+                .origin()
+                .is_some_and(|origin| origin.tag.is_some())
+        };
+        match parameters.iter().find(is_scaled) {
+            None => Ok(()),
+            Some(parameter) => Err(Error::argument(
+                op,
+                format!(
+                    "the gradient of `{}` is still scaled; unscale it first",
+                    parameter.name()
+                ),
+            )),
+        }
     }
 
     fn check_grad(&self, op: &'static str, grad: &Tensor) -> Result<()> {

@@ -108,9 +108,12 @@ impl Rows {
             .try_for_each(|(master, parameter)| master.copy_from(parameter.value()))
     }
 
-    /// The table of all parameters that have a gradient now.
+    /// The table of all parameters that have a gradient now, for a kernel that writes those parameters.
     pub(super) fn table(&mut self) -> Result<ChunkTable> {
         let mut gradients = present(&self.parameters);
+        for (index, _) in &gradients {
+            self.parameters[*index].value().mark_written();
+        }
         for (index, gradient) in &mut gradients {
             if !gradient.is_contiguous() {
                 *gradient = in_order(&mut self.ordered[*index], gradient)?;

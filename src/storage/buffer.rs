@@ -13,6 +13,7 @@ use std::fmt;
 use parking_lot::Mutex;
 
 use super::Context;
+use super::version::Version;
 use crate::driver::{DevicePtr, Stream};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -28,6 +29,7 @@ pub struct Buffer {
     bytes: u64,
     /// Only `record_stream` changes the block.
     block: Mutex<Block>,
+    version: Version,
 }
 
 impl Buffer {
@@ -42,6 +44,7 @@ impl Buffer {
             ptr: block.ptr(),
             bytes,
             block: Mutex::new(block),
+            version: Version::default(),
         })
     }
 
@@ -81,8 +84,20 @@ impl Buffer {
         self.block.lock().record_stream(stream);
     }
 
+    /// As [`record_stream`](Self::record_stream), but what `stream` is given from now on does not hold the
+    /// memory back. Records an event.
+    pub fn record_use(&self, stream: &Stream) {
+        self.block.lock().record_use(stream);
+    }
+
+    /// Changes with every write, if it is kept.
+    pub(super) fn version(&self) -> &Version {
+        &self.version
+    }
+
     /// Enqueues setting every byte to `value`.
     pub(super) fn fill_bytes(&self, value: u8) -> Result<()> {
+        self.version.advance();
         if self.bytes == 0 {
             return Ok(());
         }
@@ -120,6 +135,7 @@ impl Buffer {
 
     /// Enqueues a copy of `bytes` to the start of this buffer.
     pub(super) fn write(&self, bytes: &[u8]) -> Result<()> {
+        self.version.advance();
         assert!(
             bytes.len() as u64 <= self.bytes,
             "a write past the end of its buffer"
@@ -138,6 +154,7 @@ impl Buffer {
 
     /// Enqueues a copy of the first `bytes` bytes of `source` to the start of this buffer.
     pub(super) fn write_pinned(&self, source: &mut PinnedBlock, bytes: u64) -> Result<()> {
+        self.version.advance();
         assert!(bytes <= self.bytes, "a write past the end of its buffer");
         assert!(bytes <= source.bytes(), "a read past the end of a block");
         if bytes == 0 {
@@ -204,6 +221,7 @@ impl Buffer {
     /// Enqueues a copy of `bytes` bytes of `source`, from its byte `start` on, to the start of this buffer,
     /// in order with the streams of both.
     pub(super) fn copy_across(&self, source: &Self, start: u64, bytes: u64) -> Result<()> {
+        self.version.advance();
         assert!(bytes <= self.bytes, "a copy past the end of its buffer");
         assert!(
             start + bytes <= source.bytes,

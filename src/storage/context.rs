@@ -11,6 +11,9 @@ use crate::memory::{Allocate, Pool, PoolConfig};
 pub struct Context {
     allocator: Arc<dyn Allocate>,
     stream: Stream,
+    /// The same stream as cudarc has it, if it is shared with cudarc.
+    #[cfg(feature = "cuda")]
+    pub(super) shared: Option<Arc<super::device_buffer::Shared>>,
 }
 
 impl Context {
@@ -36,7 +39,7 @@ impl Context {
     /// [`Error::Driver`] if the device refuses a stream.
     pub fn with_allocator(allocator: Arc<dyn Allocate>) -> Result<Self> {
         let stream = allocator.device().create_stream()?;
-        Ok(Self { allocator, stream })
+        Ok(Self::of(allocator, stream))
     }
 
     /// A context on `stream`, with memory from `pool`.
@@ -50,10 +53,16 @@ impl Context {
                 "pool and stream differ in device",
             ));
         }
-        Ok(Self {
-            allocator: Arc::new(pool.clone()),
-            stream: stream.clone(),
-        })
+        Ok(Self::of(Arc::new(pool.clone()), stream.clone()))
+    }
+
+    fn of(allocator: Arc<dyn Allocate>, stream: Stream) -> Self {
+        Self {
+            allocator,
+            stream,
+            #[cfg(feature = "cuda")]
+            shared: None,
+        }
     }
 
     /// Where memory comes from.

@@ -11,6 +11,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Driver`] if it cannot be enqueued; for a view with gaps also [`Error::OutOfMemory`].
     pub fn fill(&self, value: f64) -> Result<()> {
+        self.mark_written();
         if self.is_contiguous() {
             return launch::fill(self.context().stream(), &self.storage_span(), value);
         }
@@ -35,6 +36,7 @@ impl Tensor {
         if self.is_same(source) {
             return Ok(());
         }
+        self.mark_written();
         let stream = self.context().stream();
         let (to, from) = (self.storage_span(), source.storage_span());
         if self.is_contiguous() && source.is_contiguous() {

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use crate::error::{Error, Result};
 
 /// Lengths of a tensor's dimensions, outermost first; no dimensions for a single number.
-#[derive(Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub struct Shape(SmallVec<[usize; 4]>);
 
 impl Shape {
@@ -77,7 +77,7 @@ impl From<&Shape> for Shape {
 }
 
 /// A shape with the stride of each dimension and the offset of the first element.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     shape: Shape,
     strides: SmallVec<[usize; 4]>,

@@ -9,16 +9,24 @@
 //! work already enqueued still has it. To use data on another stream or device, copy it there with
 //! [`Tensor::copy_to`], which orders the two streams.
 //!
+//! With the feature `cuda`, a [`DeviceBuffer`] is memory for code written against cudarc: its kernels,
+//! cuBLAS, NCCL.
+//!
 //! Must not know: what the numbers mean.
 
 mod buffer;
 mod context;
 mod convert;
+#[cfg(feature = "cuda")]
+mod device_buffer;
 mod layout;
 mod tensor;
 mod transfer;
+mod version;
 
 pub use buffer::Buffer;
 pub use context::Context;
+#[cfg(feature = "cuda")]
+pub use device_buffer::{DeviceBuffer, InUse};
 pub use layout::{Layout, Shape};
 pub use tensor::Tensor;

@@ -38,6 +38,16 @@ impl Tensor {
         })
     }
 
+    /// All elements of `buffer`, in the given shape and type, which it has room for.
+    #[cfg(feature = "cuda")]
+    pub(super) fn over(buffer: Buffer, layout: Layout, dtype: DType) -> Self {
+        Self {
+            buffer: Arc::new(buffer),
+            layout,
+            dtype,
+        }
+    }
+
     /// A tensor of zeros.
     ///
     /// # Errors

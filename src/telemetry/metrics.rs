@@ -46,6 +46,16 @@ impl<S> Metric<S> {
         }
     }
 
+    const fn seconds(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
+        let (unit, value) = (Unit::Seconds, Value::Gauge(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
     const fn counter(name: &'static str, help: &'static str, read: fn(&S) -> u64) -> Self {
         let (unit, value) = (Unit::Count, Value::Counter(read));
         Self {
@@ -197,6 +207,46 @@ const SCALER: &[Metric<ScalerStats>] = &[
         "kitsune.amp.overflow_steps",
         "Steps skipped because a gradient was infinite or NaN.",
         |amp| amp.skipped,
+    ),
+    Metric::gauge(
+        "kitsune.amp.last_good_scale",
+        "Scale of the last step that was applied, 0 before.",
+        |amp| amp.last_good_scale.unwrap_or(0.0),
+    ),
+    Metric::seconds(
+        "kitsune.amp.check_seconds",
+        "Device time in checks of gradients, if timed.",
+        |amp| amp.times.unwrap_or_default().check.as_secs_f64(),
+    ),
+    Metric::seconds(
+        "kitsune.amp.clip_seconds",
+        "Device time in clipping, if timed.",
+        |amp| amp.times.unwrap_or_default().clip.as_secs_f64(),
+    ),
+    Metric::seconds(
+        "kitsune.amp.step_seconds",
+        "Device time in optimizer steps, if timed.",
+        |amp| amp.times.unwrap_or_default().step.as_secs_f64(),
+    ),
+    Metric::gauge(
+        "kitsune.amp.alarm",
+        "1 while steps go on being skipped, else 0.",
+        |amp| f64::from(u8::from(amp.alarm.is_some())),
+    ),
+    Metric::bytes(
+        "kitsune.amp.scratch_bytes",
+        "Bytes of the pool that scaling, checking and clipping hold.",
+        |amp| real(amp.scratch_bytes),
+    ),
+    Metric::bytes(
+        "kitsune.amp.scratch_peak_bytes",
+        "Most bytes that they held.",
+        |amp| real(amp.scratch_peak_bytes),
+    ),
+    Metric::counter(
+        "kitsune.amp.nan_steps",
+        "Steps skipped with a NaN among the gradients.",
+        |amp| amp.nan_steps,
     ),
     Metric::counter(
         "kitsune.amp.scale_growths",

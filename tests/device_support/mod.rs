@@ -4,8 +4,27 @@
 //! of a GPU does, and runs the text of `kernels/` that `kitsune-shim` compiled for the host.
 //! `KITSUNE_TEST_DEVICE=simcuda` chooses the CUDA device over a simulated driver, which runs the same text. That
 //! driver is one for the whole process: the suites then need cargo-nextest, which gives each test its own.
+//! `KITSUNE_TEST_DEVICE=cuda` chooses the first CUDA device of the machine. With `REQUIRE_GPU=1` a test that would run on
+//! anything else fails.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(unsafe_code, reason = "drivers work on plain addresses")]
+
+/// Methods of `Driver` that ask `self.inner`.
+macro_rules! pass_on {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
+        $(fn $name(&self $(, $argument: $type)*) -> $out {
+            self.inner.$name($($argument),*)
+        })*
+    };
+    ($(unsafe fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
+        $(unsafe fn $name(&self $(, $argument: $type)*) -> $out {
+            // SAFETY: the caller promises the same.
+            unsafe { self.inner.$name($($argument),*) }
+        })*
+    };
+}
+
+mod capped;
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -17,20 +36,55 @@ use kitsune::driver::{
 use kitsune::{Device, HostConfig, Result};
 
 /// What `kernels/generate.py` made, in which entry points tell the sizes of their arguments.
-pub const PTX: [&str; 2] = [
+pub static PTX: [&str; 2] = [
     include_str!("../../kernels/ptx/kitsune.compute_80.ptx"),
     include_str!("../../kernels/ptx/kitsune.compute_90.ptx"),
 ];
 
-/// The device that the environment names.
+/// Which device the environment names.
+fn chosen() -> String {
+    let chosen = std::env::var("KITSUNE_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
+    let required = std::env::var("REQUIRE_GPU").is_ok_and(|value| value == "1");
+    assert!(
+        !required || chosen == "cuda",
+        "REQUIRE_GPU is set, and KITSUNE_TEST_DEVICE is `{chosen}`, not `cuda`"
+    );
+    chosen
+}
+
+/// The device that the environment names. A CUDA device seems to have no more memory than `config` gives.
 pub fn device(config: HostConfig) -> Device {
-    let host = Device::host(config.clone()).expect("the machine has memory");
-    match std::env::var("KITSUNE_TEST_DEVICE").as_deref() {
-        Err(_) | Ok("host") => host,
-        Ok("shim") => over_shim(&host),
-        Ok("simcuda") => over_simcuda(&config),
-        Ok(other) => panic!("KITSUNE_TEST_DEVICE is `{other}`, not `host`, `shim` or `simcuda`"),
+    let host = || Device::host(config.clone()).expect("the machine has memory");
+    match chosen().as_str() {
+        "host" => host(),
+        "shim" => over_shim(&host()),
+        "simcuda" => over_simcuda(&config),
+        "cuda" => capped::device(&cuda(), config.capacity),
+        other => {
+            panic!("KITSUNE_TEST_DEVICE is `{other}`, not `host`, `shim`, `simcuda` or `cuda`")
+        }
     }
+}
+
+/// The device that device kernels are compared on with the twins of `host`: a CUDA device if the environment names
+/// it, else the shim.
+pub fn with_kernels(host: &Device) -> Device {
+    if on_gpu() { cuda() } else { over_shim(host) }
+}
+
+/// Whether device kernels run on a CUDA device, whose `exp`, `log` and `pow` in f64 are not the host's.
+pub fn on_gpu() -> bool {
+    chosen() == "cuda"
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Device {
+    Device::cuda(0).expect("the environment asks for a CUDA device")
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Device {
+    panic!("built without the feature `cuda`")
 }
 
 /// The first device of the simulated CUDA driver, with the capacity that `config` gives.
@@ -118,20 +172,6 @@ pub fn argument_bytes() -> &'static HashMap<&'static str, usize> {
 #[derive(Debug)]
 struct ShimDriver {
     inner: Arc<dyn Driver>,
-}
-
-macro_rules! pass_on {
-    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
-        $(fn $name(&self $(, $argument: $type)*) -> $out {
-            self.inner.$name($($argument),*)
-        })*
-    };
-    ($(unsafe fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty;)*) => {
-        $(unsafe fn $name(&self $(, $argument: $type)*) -> $out {
-            // SAFETY: the caller promises the same.
-            unsafe { self.inner.$name($($argument),*) }
-        })*
-    };
 }
 
 impl Driver for ShimDriver {

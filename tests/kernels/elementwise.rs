@@ -3,7 +3,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, Activation, Span};
 
-use crate::support::{LEADS, LENGTHS, Nearness, Side, compare, numbers, with_specials};
+use crate::support::{LEADS, LENGTHS, Nearness, Side, compare, numbers, of_library, with_specials};
 
 /// All pairs of float types with all lengths, and with alignments that differ between the operands.
 fn for_cases(test: impl Fn(DType, DType, usize, [usize; 2])) {
@@ -146,10 +146,9 @@ fn scaling() {
 fn activations() {
     for_cases(|from, to, len, [lead, other]| {
         for f in [Activation::Relu, Activation::Gelu] {
-            // In f64 the exponential is the library's, on both sides the same one here.
             compare(
                 &format!("{f:?} {from} {to} {len}"),
-                Nearness::Bits,
+                of_library([from, to]),
                 |side| {
                     let x = side.array(from, lead, &with_specials(6, len, 6.0));
                     let grad = side.array(to, other, &with_specials(7, len, 3.0));

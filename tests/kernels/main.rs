@@ -6,9 +6,12 @@
 mod device_support;
 mod elementwise;
 mod entries;
+mod large;
 mod layouts;
+mod places;
 mod rows;
 mod shim;
 mod support;
 mod tables;
 mod training;
+mod transformer;

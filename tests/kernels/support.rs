@@ -1,4 +1,4 @@
-//! The same launches on two devices: twins on one, device kernels on the other.
+//! The same launches on two devices: twins on one, device kernels on the other, which is the shim or a GPU.
 #![allow(unsafe_code, reason = "spans are made of plain addresses")]
 
 use std::cell::RefCell;
@@ -8,10 +8,21 @@ use kitsune::driver::DevicePtr;
 use kitsune::launch::Span;
 use kitsune::{DType, Device, Element, HostConfig, Stream, bf16, f16};
 
-use crate::device_support::over_shim;
+use crate::device_support::{on_gpu, with_kernels};
 
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
+
+/// Ten million elements where they take seconds, in a release build; elsewhere enough for several blocks, warps and
+/// chunks. `KITSUNE_TEST_LARGE` decides otherwise, by 1 or 0.
+pub(crate) fn large() -> usize {
+    let is_large = match std::env::var("KITSUNE_TEST_LARGE").as_deref() {
+        Ok("1") => true,
+        Ok("0") => false,
+        _ => !cfg!(debug_assertions),
+    };
+    if is_large { 10_000_007 } else { 200_007 }
+}
 
 /// Elements before the first, by which arrays miss the alignment of packs.
 pub(crate) const LEADS: [usize; 4] = [0, 1, 3, 8];
@@ -96,8 +107,17 @@ fn devices() -> &'static [Device; 2] {
     static DEVICES: OnceLock<[Device; 2]> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let host = Device::host(HostConfig::default()).unwrap();
-        [host.clone(), over_shim(&host)]
+        [host.clone(), with_kernels(&host)]
     })
+}
+
+/// How near results of formulas with the library's `exp` must be: on a GPU that is another one in f64.
+pub(crate) fn of_library(dtypes: [DType; 2]) -> Nearness {
+    if on_gpu() && dtypes.contains(&DType::F64) {
+        Nearness::Ulps(8.0, 1e-13)
+    } else {
+        Nearness::Bits
+    }
 }
 
 /// How near two results must be.
@@ -109,8 +129,8 @@ pub(crate) enum Nearness {
     Ulps(f64, f64),
 }
 
-/// Launches on twins, on device kernels, and on device kernels in reverse order, and compares: the last two
-/// to the bit, the first two as `nearness` says. `launch` returns the arrays to compare.
+/// Launches on twins, on device kernels, and on device kernels in reverse order (on a GPU: once more), and compares: the
+/// last two to the bit, the first two as `nearness` says. `launch` returns the arrays to compare.
 #[track_caller]
 pub(crate) fn compare(what: &str, nearness: Nearness, launch: impl Fn(&Side) -> Vec<Span>) {
     let sides = devices().each_ref().map(Side::new);
@@ -138,6 +158,17 @@ pub(crate) fn compare(what: &str, nearness: Nearness, launch: impl Fn(&Side) -> 
         );
         assert_near(&what, nearness, twin, kernel);
     }
+}
+
+/// What each of the two devices makes of a launch, as numbers.
+pub(crate) fn on_each(launch: impl Fn(&Side) -> Vec<Span>) -> [Vec<Vec<f64>>; 2] {
+    devices().each_ref().map(|device| {
+        let side = Side::new(device);
+        let outputs = launch(&side);
+        side.stream.synchronize().unwrap();
+        let values = |span: &Span| to_values(span.dtype(), &side.read(span));
+        outputs.iter().map(values).collect()
+    })
 }
 
 #[track_caller]

@@ -4,7 +4,7 @@ use kitsune::amp::{AmpConfig, GradScaler, autocast};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Result, Tensor, ops};
 
-use crate::device_support::over_shim;
+use crate::device_support::with_kernels;
 use crate::support::numbers;
 
 const ROWS: usize = 48;
@@ -71,7 +71,7 @@ fn losses_agree_over_twenty_steps() {
     // Products are summed in another order: some gradients differ by a unit in the last place, and the
     // weights drift apart by as much a step.
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-3), (DType::Bf16, 2e-2)] {
-        let [twins, kernels] = [host.clone(), over_shim(&host)]
+        let [twins, kernels] = [host.clone(), with_kernels(&host)]
             .map(|device| train(&Context::new(&device).unwrap(), dtype).unwrap());
         for (step, ((loss, scale), (other, other_scale))) in twins.iter().zip(&kernels).enumerate()
         {

@@ -6,7 +6,7 @@ use kitsune::driver::fault::FaultDriver;
 use kitsune::{Device, Error, Pool, PoolConfig, Stream};
 
 use crate::driver_support::{fill, read};
-use crate::subject::{MIB, PAGE, Subject, limited, range, setup};
+use crate::subject_support::{MIB, PAGE, Subject, limited, range, setup};
 
 /// A pool whose driver counts calls.
 fn counted<S: Subject>(capacity: u64) -> (Arc<FaultDriver>, Device, Pool, Stream) {

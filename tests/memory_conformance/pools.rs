@@ -5,22 +5,42 @@ use std::sync::mpsc::channel;
 use kitsune::{Pool, PoolConfig};
 
 use crate::driver_support::fill;
-use crate::subject::{MIB, OWN, Subject, allocated, range, reserved, setup};
+use crate::subject_support::{MIB, OWN, Subject, allocated, range, reserved, setup};
 
-/// PyTorch routes what a thread allocates to the innermost pool of a scope. A pool here is a value that is
-/// passed to who allocates, so that nesting says nothing; that pools share nothing is left to show.
-pub(crate) fn case_33_pools_on_one_device_are_apart<S: Subject>() {
-    let (device, first, stream) = setup::<S>(256 * MIB);
-    let second = Pool::new(&device, PoolConfig::default()).unwrap();
-    let blocks = [&first, &second, &first].map(|pool| pool.allocate(MIB, &stream).unwrap());
-    let [a, b, c] = blocks.each_ref().map(range);
-    assert!(a.end <= b.start || b.end <= a.start);
-    assert!(c.end <= b.start || b.end <= c.start);
+/// PyTorch routes what a thread allocates to the innermost pool of a scope; here a pass of a private pool does.
+pub(crate) fn case_33_passes_nest_and_pools_are_apart<S: Subject>() {
+    let (_, pool, stream) = setup::<S>(256 * MIB);
+    let nested = [(); 3].map(|()| pool.private().unwrap());
+    let [outer, middle, inner] = &nested;
+    let take = || drop(pool.allocate(OWN, &stream).unwrap());
+    outer.prime(|| {
+        take();
+        middle.prime(|| {
+            inner.prime(take);
+            take();
+            // Ordinary memory goes back; what passes took stays for their captures.
+            pool.empty_cache().unwrap();
+        });
+        take();
+    });
+    assert_eq!(nested.each_ref().map(|p| p.reserved_bytes()), [OWN; 3]);
+    let blocks: Vec<_> = std::thread::scope(|scope| {
+        let work = || {
+            let private = pool.private().unwrap();
+            private.prime(|| pool.allocate(OWN, &stream).unwrap())
+        };
+        let threads = [(); 4].map(|()| scope.spawn(work));
+        threads.map(|thread| thread.join().unwrap()).into()
+    });
+    let mut ranges: Vec<_> = blocks.iter().map(range).collect();
+    ranges.sort_by_key(|range| range.start);
+    assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start));
+    let second = Pool::new(pool.device(), PoolConfig::default()).unwrap();
+    drop(second.allocate(OWN, &stream).unwrap());
     drop(blocks);
-    assert!(reserved(&first) > 0 && reserved(&second) > 0);
-    first.empty_cache().unwrap();
-    assert_eq!(reserved(&first), 0);
-    assert!(reserved(&second) > 0, "the other is left alone");
+    pool.empty_cache().unwrap();
+    assert_eq!(reserved(&pool), 3 * OWN, "three private pools are left");
+    assert_eq!(reserved(&second), OWN, "the other pool is left alone");
 }
 
 pub(crate) fn case_40_all_clones_are_one_pool<S: Subject>() {

@@ -3,7 +3,9 @@
 use kitsune::{Block, Pool, Stream};
 
 use crate::driver_support::{fill, read};
-use crate::subject::{GIB, KIB, MIB, PAGE, Subject, allocated, range, reserved, setup};
+use crate::subject_support::{
+    GIB, KIB, MIB, PAGE, Subject, allocated, merge, range, reserved, setup,
+};
 
 /// The three places of a block that are marked and looked at: filling all of it would test the memory.
 fn marks(block: &Block) -> [kitsune::driver::DevicePtr; 3] {
@@ -69,6 +71,7 @@ pub(crate) fn case_41_neighbors_coalesce_in_every_order<S: Subject>() {
         for part in order {
             parts[part] = None;
         }
+        merge(&pool);
         let whole = pool.allocate(3 * PAGE, &stream).unwrap();
         assert_eq!(whole.ptr(), base, "freed in order {order:?}");
         pool.check_invariants();
@@ -84,6 +87,7 @@ pub(crate) fn case_42_a_region_freed_in_mixed_order_is_whole<S: Subject>() {
     let mut random = fastrand::Rng::with_seed(42);
     random.shuffle(&mut parts);
     drop(parts);
+    merge(&pool);
     let held = reserved(&pool);
     let whole = pool.allocate(10 * PAGE, &stream).unwrap();
     assert_eq!(whole.ptr(), base);
@@ -97,12 +101,14 @@ pub(crate) fn case_55_a_split_block_merges_back<S: Subject>() {
         let whole = pool.allocate(4 * unit, &stream).unwrap();
         let base = whole.ptr();
         drop(whole);
+        merge(&pool);
         let mut halves = [(); 2].map(|()| Some(pool.allocate(2 * unit, &stream).unwrap()));
         let starts = halves.each_ref().map(|half| half.as_ref().unwrap().ptr());
         assert_eq!(starts, [base, base.offset(2 * unit)]);
         for half in order {
             halves[half] = None;
         }
+        merge(&pool);
         assert_eq!(pool.allocate(4 * unit, &stream).unwrap().ptr(), base);
     }
 }
@@ -114,6 +120,7 @@ pub(crate) fn case_58_a_block_in_use_keeps_its_segment<S: Subject>() {
     let whole = pool.allocate(MIB, &stream).unwrap();
     let base = whole.ptr();
     drop(whole);
+    merge(&pool);
     let [kept, freed] = [(); 2].map(|()| pool.allocate(512 * KIB, &stream).unwrap());
     assert_eq!(kept.ptr(), base);
     let address = freed.ptr();

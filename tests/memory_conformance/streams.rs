@@ -3,7 +3,7 @@
 use kitsune::{PoolConfig, ReusePolicy};
 
 use crate::driver_support::{copy, fill, read};
-use crate::subject::{MIB, OWN, Subject, setup, setup_with};
+use crate::subject_support::{MIB, OWN, Subject, setup, setup_with};
 
 pub(crate) fn case_15_a_recorded_block_waits_for_the_other_stream<S: Subject>() {
     let bytes = OWN;

@@ -52,7 +52,23 @@ fn main() {
     println!("cargo:rustc-env=KITSUNE_SHIM_LIBRARY={}", shared.display());
     println!("cargo:rustc-link-search=native={}", out.display());
     println!("cargo:rustc-link-lib=static=kitsune_kernels");
-    println!("cargo:rustc-link-lib=dylib=stdc++");
+    link_standard_library(&compiler);
+}
+
+/// Statically where the compiler has the archive, so that test binaries run on machines without the library.
+fn link_standard_library(compiler: &str) {
+    let mut ask = Command::new(compiler);
+    let answer = ask.arg("-print-file-name=libstdc++.a").output();
+    let answer = answer.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    // A compiler that has none repeats the name.
+    match answer.as_deref().map(Path::new) {
+        Ok(archive) if archive.is_absolute() => {
+            let folder = archive.parent().expect("an absolute path of a file");
+            println!("cargo:rustc-link-search=native={}", folder.display());
+            println!("cargo:rustc-link-lib=static:-bundle=stdc++");
+        }
+        _ => println!("cargo:rustc-link-lib=dylib=stdc++"),
+    }
 }
 
 /// One unit with all kernels, as NVRTC is given them.

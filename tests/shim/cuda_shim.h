@@ -14,6 +14,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -37,6 +38,12 @@ namespace shim {
 struct Index {
     u32 x;
 };
+
+// What a device's clock shows.
+inline u64 nanoseconds() {
+    auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return u64(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
+}
 
 typedef void (*Body)(const void* arguments);
 

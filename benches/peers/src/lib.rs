@@ -1,7 +1,7 @@
 //! Kitsune's pool behind the eight functions by which the harness drives an allocator.
 //!
 //! What a trainer does, the plug-in does: one pool, owned blocks, statistics on, a free by dropping the
-//! block. Between the calls the harness keeps a block as a number of eight bytes. A free on another stream is
+//! block. Between the calls the harness keeps a block as a pointer. A free on another stream is
 //! [`Block::record_stream`], then a drop.
 //!
 //! The options are words separated by commas: a reuse policy (`never`, `only-complete`, `wait`) and
@@ -9,9 +9,10 @@
 
 mod stub;
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::{ManuallyDrop, transmute};
-use std::sync::OnceLock;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use kitsune::{Block, Pool, PoolConfig, Result, Stream};
 
@@ -20,7 +21,7 @@ use kitsune::{Block, Pool, PoolConfig, Result, Stream};
 #[derive(Clone, Copy, Debug)]
 pub struct Handle {
     is_live: u64,
-    block: u64,
+    block: *mut c_void,
 }
 
 /// What the harness asks about an allocator. Bytes, but for the last.
@@ -39,10 +40,13 @@ struct Peer {
     streams: Vec<Stream>,
 }
 
-static PEER: OnceLock<Peer> = OnceLock::new();
+/// Null until [`peer_init`].
+static PEER: AtomicPtr<Peer> = AtomicPtr::new(ptr::null_mut());
 
 fn peer() -> &'static Peer {
-    PEER.get().expect("the harness calls peer_init first")
+    // SAFETY: null, or from a box that is never dropped.
+    let peer = unsafe { PEER.load(Ordering::Relaxed).as_ref() };
+    peer.expect("the harness calls peer_init first")
 }
 
 impl Peer {
@@ -67,10 +71,11 @@ impl Peer {
     }
 }
 
-/// A block as a number, which [`block`] takes back. The two types must have one size.
-fn number(block: Block) -> u64 {
-    // SAFETY: any eight initialized bytes are a number.
-    unsafe { transmute::<Block, u64>(block) }
+/// A block as a pointer, which [`block`] takes back: what it is but for its type. The compiler sees to it that
+/// both have one size.
+fn pointer(block: Block) -> *mut c_void {
+    // SAFETY: any initialized bytes of that size are a raw pointer.
+    unsafe { transmute::<Block, *mut c_void>(block) }
 }
 
 /// The block of a handle.
@@ -79,7 +84,7 @@ fn number(block: Block) -> u64 {
 /// The handle came from [`peer_alloc`], and no other value that owns its block is dropped.
 unsafe fn block(handle: Handle) -> Block {
     // SAFETY: the bits are those of a block, and the caller promises that it is owned once.
-    unsafe { transmute::<u64, Block>(handle.block) }
+    unsafe { transmute::<*mut c_void, Block>(handle.block) }
 }
 
 /// Makes the pool. 0 if that went well.
@@ -95,9 +100,11 @@ pub unsafe extern "C" fn peer_init(
     // SAFETY: the harness gives a string.
     let options = unsafe { CStr::from_ptr(options) };
     let made = Peer::new(device_bytes, streams, &options.to_string_lossy());
-    match made.map(|peer| PEER.set(peer)) {
-        Ok(Ok(())) => 0,
-        Ok(Err(_)) => 1,
+    match made {
+        Ok(peer) => {
+            PEER.store(Box::leak(Box::new(peer)), Ordering::Relaxed);
+            0
+        }
         Err(error) => {
             eprintln!("kitsune: {error}");
             1
@@ -118,11 +125,11 @@ pub extern "C" fn peer_alloc(bytes: usize, stream: u32) -> Handle {
     match peer.pool.allocate(bytes as u64, peer.stream(stream)) {
         Ok(block) => Handle {
             is_live: 1,
-            block: number(block),
+            block: pointer(block),
         },
         Err(_) => Handle {
             is_live: 0,
-            block: 0,
+            block: ptr::null_mut(),
         },
     }
 }
@@ -134,10 +141,17 @@ pub extern "C" fn peer_alloc(bytes: usize, stream: u32) -> Handle {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn peer_free(handle: Handle, _bytes: usize, home: u32, on: u32) {
     // SAFETY: the harness gives each handle up once.
-    let mut block = unsafe { block(handle) };
-    if on != home {
-        block.record_stream(peer().stream(on));
+    let block = unsafe { block(handle) };
+    if on == home {
+        drop(block);
+    } else {
+        free_on(block, on);
     }
+}
+
+#[inline(never)]
+fn free_on(mut block: Block, stream: u32) {
+    block.record_stream(peer().stream(stream));
 }
 
 /// Says that `stream` uses a block as well.
@@ -150,7 +164,7 @@ pub unsafe extern "C" fn peer_record(handle: Handle, _bytes: usize, stream: u32)
     let mut block = ManuallyDrop::new(unsafe { block(handle) });
     block.record_stream(peer().stream(stream));
     // The harness keeps the bits it has: a block must not move what it points to.
-    debug_assert_eq!(number(ManuallyDrop::into_inner(block)), handle.block);
+    debug_assert_eq!(pointer(ManuallyDrop::into_inner(block)), handle.block);
 }
 
 /// Waits for the device.

@@ -25,7 +25,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train a network that reads handwritten digits, in mixed precision.
+    /// Train a small network in mixed precision: one that reads handwritten digits, or one that writes.
     Train(TrainArgs),
     /// Play recorded allocations on a pool and tell what it took.
     Replay(ReplayArgs),
@@ -46,6 +46,10 @@ pub(crate) struct DoctorArgs {
 /// What `kitsune train` is asked to do.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct TrainArgs {
+    /// What is trained.
+    #[arg(long, value_enum, default_value_t = Model::Mlp)]
+    pub(crate) model: Model,
+
     /// Element type of the matrix products; f16 trains with a scaled loss.
     #[arg(long, default_value = "f16", value_parser = dtype_parser())]
     pub(crate) dtype: DType,
@@ -54,7 +58,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = value_parser!(u64).range(1..=STEPS_MAX))]
     pub(crate) steps: u64,
 
-    /// Seed of the first weights and of the order of the images.
+    /// Seed of the first weights and of the order of the data.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
 
@@ -62,7 +66,8 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub(crate) device: DeviceChoice,
 
-    /// Images to use instead of those built in: 64 pixels (0..=16) and the digit a line, comma-separated.
+    /// Data to use instead of that built in. For mlp, an image a line: 64 pixels (0..=16) and the digit,
+    /// comma-separated; for gpt, any text.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
 
@@ -82,13 +87,31 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) limit: Option<u64>,
 
-    /// Images a step.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
-    pub(crate) batch_size: u32,
+    /// Images (64 if not given) or sequences (8) a batch.
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    pub(crate) batch_size: Option<u32>,
 
-    /// Step width of the optimizer at the start; it falls to zero over the run.
-    #[arg(long, value_name = "X", default_value_t = 1e-2, value_parser = parse_learning_rate)]
-    pub(crate) learning_rate: f32,
+    /// Batches whose gradients are added up for one step.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = value_parser!(u32).range(1..=1024))]
+    pub(crate) accumulate: u32,
+
+    /// Clip gradients to this norm; gpt clips to 1 if not given.
+    #[arg(long, value_name = "NORM", value_parser = parse_learning_rate)]
+    pub(crate) clip: Option<f32>,
+
+    /// Step width of the optimizer at the start, 0.01 (mlp) or 0.003 (gpt) if not given; it falls to zero over
+    /// the run.
+    #[arg(long, value_name = "X", value_parser = parse_learning_rate)]
+    pub(crate) learning_rate: Option<f32>,
+}
+
+/// The networks that can be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Model {
+    /// Linear layers that read handwritten digits.
+    Mlp,
+    /// A small transformer that continues a text.
+    Gpt,
 }
 
 /// The devices that can be asked for.

@@ -46,6 +46,8 @@ struct DeviceFindings {
     kernels_for: Option<String>,
     /// The PTX version of those kernels.
     ptx_version: Option<String>,
+    /// Why matrix products are not made by cuBLASLt; `null` if they are.
+    why_not_cublaslt: Option<String>,
 }
 
 /// A library of the toolkit, which programs may use beside Kitsune.
@@ -88,6 +90,7 @@ fn cuda(_: &mut Findings) {}
 #[cfg(feature = "cuda")]
 fn cuda(findings: &mut Findings) {
     use kitsune::driver::cuda::{Installation, toolkit};
+    use kitsune::launch::why_not_cublaslt;
 
     findings.toolkit = toolkit()
         .into_iter()
@@ -118,6 +121,8 @@ fn cuda(findings: &mut Findings) {
             memory_pools: device.memory_pools,
             kernels_for: device.kernels_for.map(dotted),
             ptx_version: device.ptx_version.map(str::to_owned),
+            why_not_cublaslt: why_not_cublaslt(properties.ordinal.0)
+                .unwrap_or_else(|error| Some(error.to_string())),
         }
     });
     findings.devices = devices.collect();
@@ -171,12 +176,17 @@ impl DeviceFindings {
             (Some(target), Some(version)) => format!("for {target}, PTX {version}"),
             _ => "none for this device".to_owned(),
         };
+        let products = match &self.why_not_cublaslt {
+            None => "by cuBLASLt".to_owned(),
+            Some(reason) => format!("by a kernel of Kitsune's, as {reason}"),
+        };
         format!(
             "{}: {}, compute capability {}, {} multiprocessors\n\
              memory: {free} of {} free\n\
              virtual memory: {}, in units of {}\n\
              memory pools: {}\n\
-             kernels: {kernels}",
+             kernels: {kernels}\n\
+             matrix products: {products}",
             self.ordinal,
             self.name,
             self.compute_capability.as_deref().unwrap_or("unknown"),
@@ -212,6 +222,7 @@ mod tests {
                 memory_pools: true,
                 kernels_for: Some("9.0".to_owned()),
                 ptx_version: Some("8.0".to_owned()),
+                why_not_cublaslt: None,
             }],
             toolkit: vec![LibraryFindings {
                 name: "NCCL",
@@ -229,6 +240,7 @@ device         0: H, compute capability 9.0, 132 multiprocessors
                virtual memory: yes, in units of 2.0 MiB
                memory pools: yes
                kernels: for 9.0, PTX 8.0
+               matrix products: by cuBLASLt
 NCCL           none
 --device auto  H
 ";

@@ -4,7 +4,7 @@
 //! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
 //!
 //! - `args`: the command line, checked before anything runs.
-//! - `digits`, `random`, `batches`: the images, and the order in which they are shown.
+//! - `digits`, `batches`, `text`, `random`: what is learned, and the order in which it is shown.
 //! - `train`: the training run.
 //! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
 //! - `progress`, `metrics_server`: what is told meanwhile.
@@ -27,12 +27,12 @@ mod random;
 mod replay;
 mod report;
 mod summary;
+mod text;
 mod train;
 
 use std::process::ExitCode;
 
 use args::{Parsed, TrainArgs};
-use digits::Digits;
 use failure::Failure;
 use progress::Progress;
 
@@ -54,11 +54,11 @@ fn run() -> Result<(), Failure> {
 }
 
 fn train_command(args: &TrainArgs) -> Result<(), Failure> {
-    let digits = Digits::load(args.data.as_deref())?;
+    let data = train::Data::load(args)?;
     if let Some(address) = args.metrics {
         metrics_server::start(address)?;
     }
-    let report = train::run(args, &digits, &Progress::new(args.steps))?;
+    let report = train::run(args, data, &Progress::new(args.steps))?;
     if args.json {
         output::print(&report.to_json())
     } else {

@@ -14,15 +14,17 @@ pub(crate) struct Report {
     pub(crate) device: String,
     /// Element type of the matrix products.
     pub(crate) dtype: DType,
-    /// The network, as the widths of its layers.
+    /// The network: the widths of its layers, or the sizes of the transformer.
     pub(crate) model: String,
     pub(crate) steps: u64,
     pub(crate) seed: u64,
     /// Wall time of the training steps, without loading and testing.
     pub(crate) seconds: f64,
-    /// Loss of the last step's batch.
+    /// Loss of the last batch.
     pub(crate) final_loss: f32,
-    /// Share of the test images that are read correctly, in 0.0..=1.0.
+    /// Mean loss of every 16 steps, and of those that are left over.
+    pub(crate) loss_curve: Vec<f32>,
+    /// Share of the test images, or characters, that are predicted correctly, in 0.0..=1.0.
     pub(crate) test_accuracy: f64,
     /// The loss scale at the end.
     pub(crate) scale: f64,
@@ -118,6 +120,7 @@ mod tests {
             seed: 1,
             seconds: 2.0,
             final_loss: 0.25,
+            loss_curve: vec![0.5, 0.25],
             test_accuracy: 0.975,
             scale: 32768.0,
             overflow_steps: 1,

@@ -111,6 +111,11 @@ impl Context {
         })
     }
 
+    /// Whether `other` is this context.
+    pub(super) fn is(&self, other: CUcontext) -> bool {
+        self.raw.0 == other
+    }
+
     /// Makes this context current on the calling thread until the guard goes.
     pub(super) fn bind(&self, call: &'static str) -> Result<Bound> {
         let mut before = null_mut();

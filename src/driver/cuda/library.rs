@@ -181,7 +181,25 @@ const CANDIDATES: &[&str] = if cfg!(windows) {
     &["libcuda.so", "libcuda.so.1"]
 };
 
+/// The name that NVIDIA's own libraries ask for.
+const USUAL: &str = if cfg!(windows) {
+    "nvcuda.dll"
+} else {
+    "libcuda.so.1"
+};
+
 impl Library {
+    /// Whether a library that asks for the driver by its usual name gets this one.
+    pub(super) fn is_found_by_others(&self) -> bool {
+        // SAFETY: the driver's library, as in `open`.
+        let Ok(usual) = (unsafe { libloading::Library::new(USUAL) }) else {
+            return false;
+        };
+        // SAFETY: this is the signature in NVIDIA's header; it is compared, not called.
+        let found = unsafe { usual.get::<unsafe extern "C" fn(c_uint) -> c_int>(b"cuInit\0") };
+        found.is_ok_and(|found| *found as usize == self.functions.cuInit as usize)
+    }
+
     /// The driver's library, initialized.
     ///
     /// # Errors

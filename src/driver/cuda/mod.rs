@@ -32,7 +32,8 @@ mod toolkit;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
-pub use foreign::{borrow_stream, stream_handle};
+pub(crate) use foreign::{Entered, enter, is_found_by_others};
+pub use foreign::{borrow_stream, share_stream, stream_handle};
 pub use installation::{CudaDevice, Installation};
 use parking_lot::Mutex;
 pub use toolkit::{ToolkitLibrary, toolkit};

@@ -7,9 +7,12 @@
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cudarc::driver::CudaStream;
 use cudarc::driver::sys::{CUevent_flags, CUevent_st, CUstream, CUstream_flags, CUstream_st};
+use parking_lot::Mutex;
 
 use super::context::{Context, Raw};
 use super::failure::code;
@@ -25,8 +28,18 @@ const IDLE_EVENTS_MAX: usize = 256;
 pub(super) struct StreamEntry {
     pub(super) context: &'static Context,
     raw: Raw<CUstream_st>,
-    /// Whether it is ours to destroy.
-    owned: bool,
+    owner: Owner,
+}
+
+/// Who destroys a stream.
+#[derive(Debug)]
+enum Owner {
+    /// The entry.
+    Entry,
+    /// Somebody who promised to wait until the entry is gone.
+    Other,
+    /// cudarc, once the handle kept here is gone too.
+    Shared(Mutex<Option<Arc<CudaStream>>>),
 }
 
 impl StreamEntry {
@@ -40,7 +53,7 @@ impl StreamEntry {
         Ok(Self {
             context,
             raw: Raw(raw),
-            owned: true,
+            owner: Owner::Entry,
         })
     }
 
@@ -49,7 +62,16 @@ impl StreamEntry {
         Self {
             context,
             raw: Raw(raw),
-            owned: false,
+            owner: Owner::Other,
+        }
+    }
+
+    /// A stream of cudarc's, kept alive by the entry.
+    pub(super) fn shared(context: &'static Context, stream: Arc<CudaStream>) -> Self {
+        Self {
+            context,
+            raw: Raw(stream.cu_stream()),
+            owner: Owner::Shared(Mutex::new(Some(stream))),
         }
     }
 
@@ -93,12 +115,18 @@ impl Close for StreamEntry {
     const NAME: &'static str = "stream";
 
     fn close(&self, call: &'static str) -> Result<()> {
-        if !self.owned {
-            return Ok(());
+        match &self.owner {
+            Owner::Entry => {
+                let _bound = self.context.bind(call)?;
+                // SAFETY: the entry is the only one that knows the stream. Enqueued work still runs.
+                unsafe { ask!(self.context.library, call, cuStreamDestroy_v2(self.raw())) }
+            }
+            Owner::Other => Ok(()),
+            Owner::Shared(stream) => {
+                drop(stream.lock().take());
+                Ok(())
+            }
         }
-        let _bound = self.context.bind(call)?;
-        // SAFETY: the entry is the only one that knows the stream. Enqueued work still runs.
-        unsafe { ask!(self.context.library, call, cuStreamDestroy_v2(self.raw())) }
     }
 }
 

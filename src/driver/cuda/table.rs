@@ -58,7 +58,7 @@ impl<T: Close> Table<T> {
     pub(super) fn remove(&self, call: &'static str, number: u64) -> Result<()> {
         let entry = self.live.write().remove(&number);
         match Arc::into_inner(entry.ok_or_else(|| unknown::<T>(call, number))?) {
-            // Its `Drop`, which would close it again, is all that is left out: entries own nothing else.
+            // Its `Drop`, which would close it again, is all that is left out: what entries own, `close` gives back.
             Some(entry) => ManuallyDrop::new(entry).close(call),
             None => Ok(()),
         }

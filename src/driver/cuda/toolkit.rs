@@ -1,4 +1,4 @@
-//! Libraries of the CUDA toolkit, of which this crate needs none.
+//! Libraries of the CUDA toolkit. This crate needs none; cuBLASLt is used where it is found.
 
 use std::fs;
 use std::path::PathBuf;

@@ -27,6 +27,8 @@
 //! Must not know: pools, devices. A trace is a description and can be made by any program.
 
 mod error;
+#[cfg(all(test, feature = "cli"))]
+mod fuzz;
 mod log;
 #[cfg(feature = "cli")]
 mod open;

@@ -21,13 +21,20 @@ pub fn open(path: &Path) -> Result<TraceReader<Box<dyn BufRead + Send>>, TraceEr
 
 /// The file's text, decompressed.
 fn text(path: &Path) -> io::Result<Box<dyn BufRead + Send>> {
-    let mut file = File::open(path)?;
+    let file = File::open(path)?;
     if file.metadata()?.is_dir() {
         return Err(io::Error::new(
             io::ErrorKind::IsADirectory,
             "it is a directory",
         ));
     }
+    decompressed(file)
+}
+
+/// The text in `file`, which may be compressed.
+pub(super) fn decompressed(
+    mut file: impl Read + Send + 'static,
+) -> io::Result<Box<dyn BufRead + Send>> {
     let mut head = Vec::with_capacity(ZSTANDARD.len());
     (&mut file)
         .take(ZSTANDARD.len() as u64)

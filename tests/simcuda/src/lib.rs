@@ -15,8 +15,10 @@
 //! (`key=value,key=value`, as [`config`] reads it): which call fails and how, what the device is like, which
 //! calls were made, what is still held.
 //!
-//! What it does not have: time, threads that run by themselves, order between the legacy default stream and
-//! others, memory pools with attributes, peer access.
+//! - The legacy default stream runs in order with blocking streams; each thread has a default stream of its own.
+//!
+//! What it does not have: time of its own, threads that run by themselves, memory pools with attributes that mean
+//! anything, peer access.
 
 #![cfg(target_os = "linux")]
 

@@ -24,8 +24,8 @@ pub(crate) struct Shim {
 #[derive(Clone)]
 pub(crate) struct Function {
     pub(crate) name: String,
-    /// Bytes of its parameters, which are one struct.
-    pub(crate) argument_bytes: usize,
+    /// Bytes of each of its parameters.
+    pub(crate) parameters: Vec<usize>,
 }
 
 /// A kernel with its arguments, as they were at the launch.
@@ -35,7 +35,7 @@ pub(crate) struct Launch {
     pub(crate) blocks: c_uint,
     pub(crate) threads: c_uint,
     pub(crate) shared: c_uint,
-    /// Words, so that the struct in them is aligned.
+    /// The parameters as the fields of one struct. Words, so that it is aligned.
     pub(crate) arguments: Arc<[u64]>,
 }
 
@@ -73,8 +73,28 @@ pub(crate) fn find_entry(text: &str, name: &str) -> Result<Function, Code> {
     let sizes = parameters.split(".param").skip(1).map(parameter_bytes);
     Ok(Function {
         name: name.to_owned(),
-        argument_bytes: sizes.sum(),
+        parameters: sizes.collect(),
     })
+}
+
+/// Parameters as the fields of a struct, each at a multiple of its size; a struct is at a multiple of 8.
+///
+/// # Safety
+/// There are as many bytes at each of `places` as the parameter of the same number has.
+pub(crate) unsafe fn gather(places: *const *const u8, parameters: &[usize]) -> Arc<[u64]> {
+    let mut bytes: Vec<u8> = Vec::new();
+    for (index, size) in parameters.iter().enumerate() {
+        bytes.resize(bytes.len().next_multiple_of((*size).min(8)), 0);
+        // SAFETY: there is a place for each parameter.
+        let place = unsafe { places.add(index) };
+        // SAFETY: as above.
+        let place = unsafe { place.read() };
+        // SAFETY: the caller promises so many bytes there.
+        bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(place, *size) });
+    }
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    let word = |word: &[u8]| u64::from_ne_bytes(word.try_into().expect("8 bytes"));
+    bytes.chunks_exact(8).map(word).collect()
 }
 
 /// The size of a parameter such as `.align 8 .b8 name[40]` or `.u64 name`.
@@ -146,17 +166,30 @@ mod tests {
     #[test]
     fn entries_are_found_by_their_whole_name() {
         assert_eq!(
-            find_entry(TEXT, "fill_f32").map(|entry| entry.argument_bytes),
-            Ok(40)
+            find_entry(TEXT, "fill_f32").map(|entry| entry.parameters),
+            Ok(vec![40])
         );
         assert_eq!(
-            find_entry(TEXT, "fill").map(|entry| entry.argument_bytes),
-            Ok(12)
+            find_entry(TEXT, "fill").map(|entry| entry.parameters),
+            Ok(vec![8, 4])
         );
         assert_eq!(
-            find_entry(TEXT, "fill_f").map(|entry| entry.argument_bytes),
+            find_entry(TEXT, "fill_f").map(|entry| entry.parameters),
             Err(code::NOT_FOUND)
         );
+    }
+
+    #[test]
+    fn parameters_lie_where_a_struct_has_them() {
+        let (a, b, c) = (7_u32, 8_u64, 9_u32);
+        let places: [*const u8; 3] = [
+            (&raw const a).cast(),
+            (&raw const b).cast(),
+            (&raw const c).cast(),
+        ];
+        // SAFETY: the sizes are those of the numbers.
+        let gathered = unsafe { gather(places.as_ptr(), &[4, 8, 4]) };
+        assert_eq!(*gathered, [7, 8, 9]);
     }
 
     #[test]

@@ -1,17 +1,34 @@
 //! Streams, events, and the work they hold.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use crate::capture::Clock;
 use crate::memory::pointer;
 use crate::modules::Launch;
 use crate::sim::{Code, Sim, code};
 
-/// Handles of the default streams: the legacy one under both of its names, and the one of each thread, which
-/// is one stream for all of them here.
-const DEFAULTS: [usize; 3] = [0, 1, 2];
+/// The legacy default stream, one of whose two names is 1.
+const LEGACY: usize = 0;
+
+/// What the per-thread default streams are called here: this, and the number of the thread.
+const PER_THREAD: usize = 1 << 62;
+
+/// The stream that a handle means on this thread.
+pub(crate) fn queue(handle: usize) -> usize {
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static THREAD: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+    }
+    match handle {
+        0 | 1 => LEGACY,
+        2 => PER_THREAD + THREAD.with(|thread| *thread),
+        handle => handle,
+    }
+}
 
 #[derive(Default)]
 pub(crate) struct Stream {
@@ -20,12 +37,14 @@ pub(crate) struct Stream {
     pub(crate) capture: Option<usize>,
     /// Whether its handle is gone. What it holds still runs.
     pub(crate) is_destroyed: bool,
+    /// Whether it is ordered with the legacy default stream.
+    is_blocking: bool,
 }
 
 /// A point that a stream passes once.
 pub(crate) struct Mark {
     stream: usize,
-    is_passed: AtomicBool,
+    passed_at: OnceLock<Instant>,
 }
 
 #[derive(Default)]
@@ -38,6 +57,9 @@ pub(crate) enum EventMark {
     Plain(Arc<Mark>),
     Captured { capture: usize, clock: Clock },
 }
+
+/// A function that a stream calls.
+pub(crate) type HostFunction = extern "C" fn(*mut c_void);
 
 /// One entry of a queue.
 #[derive(Clone)]
@@ -57,6 +79,8 @@ pub(crate) enum Op {
         bytes: usize,
     },
     Launch(Launch),
+    /// A function of the host's, with what it is called with.
+    Call(HostFunction, usize),
     Free(usize),
     Record(Arc<Mark>),
     Wait(Arc<Mark>),
@@ -65,8 +89,9 @@ pub(crate) enum Op {
 
 impl Sim {
     pub(crate) fn stream(&mut self, handle: usize) -> Result<&mut Stream, Code> {
-        if DEFAULTS.contains(&handle) {
-            return Ok(self.streams.entry(handle).or_default());
+        if handle == LEGACY || handle >= PER_THREAD {
+            let stream = self.streams.entry(handle);
+            return Ok(stream.or_insert_with(|| Stream::new(handle != LEGACY)));
         }
         let stream = self.streams.get_mut(&handle);
         stream
@@ -76,12 +101,43 @@ impl Sim {
 
     /// Puts work at the end of a stream, or into the capture it is part of.
     pub(crate) fn push(&mut self, handle: usize, op: Op) -> Result<(), Code> {
-        let stream = self.stream(handle)?;
-        match stream.capture {
-            None => stream.queue.push_back(op),
-            Some(capture) => self.capture(capture).push(handle, op)?,
+        let capture = self.stream(handle)?.capture;
+        if let Some(capture) = capture {
+            return self.capture(capture).push(handle, op);
         }
+        self.order_with_legacy(handle);
+        self.stream(handle)?.queue.push_back(op);
         Ok(())
+    }
+
+    /// Puts what comes next on the legacy stream behind the blocking streams, or what comes next on one of
+    /// those behind the legacy stream.
+    fn order_with_legacy(&mut self, handle: usize) {
+        let behind: Vec<usize> = match self.streams.get(&handle) {
+            Some(stream) if stream.is_blocking => vec![LEGACY],
+            _ if handle == LEGACY => {
+                let blocking = self.streams.iter().filter(|(_, stream)| stream.is_blocking);
+                blocking.map(|(handle, _)| *handle).collect()
+            }
+            _ => Vec::new(),
+        };
+        for other in behind {
+            let Some(other_stream) = self
+                .streams
+                .get_mut(&other)
+                .filter(|other| !other.is_idle())
+            else {
+                continue;
+            };
+            let mark = Arc::new(Mark {
+                stream: other,
+                passed_at: OnceLock::new(),
+            });
+            other_stream.queue.push_back(Op::Record(Arc::clone(&mark)));
+            if let Some(stream) = self.streams.get_mut(&handle) {
+                stream.queue.push_back(Op::Wait(mark));
+            }
+        }
     }
 
     pub(crate) fn record(&mut self, event: usize, handle: usize) -> Result<(), Code> {
@@ -94,7 +150,7 @@ impl Sim {
             None => {
                 let mark = Arc::new(Mark {
                     stream: handle,
-                    is_passed: AtomicBool::new(false),
+                    passed_at: OnceLock::new(),
                 });
                 self.stream(handle)?
                     .queue
@@ -227,8 +283,10 @@ impl Sim {
                 unsafe { pointer(*dst).cast::<u8>().write_bytes(*value, *bytes) };
             }
             Op::Launch(launch) => self.run_kernel(launch)?,
+            Op::Call(function, data) => function(pointer(*data)),
             Op::Free(address) => self.memory.free(*address)?,
-            Op::Record(mark) => mark.is_passed.store(true, Ordering::Relaxed),
+            // A mark is passed once: captures keep no records.
+            Op::Record(mark) => drop(mark.passed_at.set(Instant::now())),
             Op::Wait(_) => {}
             Op::Graph(parts) => parts.iter().try_for_each(|part| self.run(part))?,
         }
@@ -253,6 +311,13 @@ impl Sim {
 }
 
 impl Stream {
+    pub(crate) fn new(is_blocking: bool) -> Self {
+        Self {
+            is_blocking,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn is_idle(&self) -> bool {
         self.queue.is_empty()
     }
@@ -260,7 +325,12 @@ impl Stream {
 
 impl Mark {
     pub(crate) fn is_passed(&self) -> bool {
-        self.is_passed.load(Ordering::Relaxed)
+        self.passed_at.get().is_some()
+    }
+
+    /// When the stream passed here, by the host's clock.
+    pub(crate) fn passed_at(&self) -> Option<Instant> {
+        self.passed_at.get().copied()
     }
 
     pub(crate) fn stream(&self) -> usize {

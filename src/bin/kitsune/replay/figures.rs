@@ -31,6 +31,9 @@ pub(crate) struct Figures {
     /// The same work on the system's allocator, for `churn`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) malloc_ns_per_pair: Option<Option<f64>>,
+    /// What stands for the addresses of all blocks, in deterministic mode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) address_digest: Option<String>,
     /// Smallest device on which the trace passes, where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) min_device_bytes: Option<u64>,
@@ -81,6 +84,9 @@ impl Figures {
             ("host waits", self.host_syncs.to_string()),
             ("out of memory", format!("{} allocations", self.ooms)),
         ]);
+        if let Some(digest) = &self.address_digest {
+            rows.push(("addresses", format!("digest {digest}")));
+        }
         if let Some(bytes) = self.min_device_bytes {
             rows.push((
                 "smallest device",
@@ -142,6 +148,7 @@ mod tests {
             ratio: Some(2.0),
             ns_per_pair: Some(45.25),
             driver_allocs: 1,
+            address_digest: Some("00ff00ff00ff00ff".to_owned()),
             malloc_ns_per_pair: Some(None),
             min_device_bytes: Some(1 << 21),
             times: vec![40.0, 45.25, 90.0],
@@ -158,6 +165,7 @@ driver calls       1 allocations in the first pass, 0 calls about memory in the 
 events recorded    0
 host waits         0
 out of memory      0 allocations
+addresses          digest 00ff00ff00ff00ff
 smallest device    2.0 MiB (2097152 bytes)
 check              all blocks kept their contents
 ";
@@ -168,7 +176,9 @@ check              all blocks kept their contents
     fn json_has_the_keys_that_were_asked_for() {
         let json = Figures::default().to_json();
         assert!(
-            json.contains("\"ratio\":null") && !json.contains("malloc"),
+            json.contains("\"ratio\":null")
+                && !json.contains("malloc")
+                && !json.contains("address"),
             "{json}"
         );
         let churn = Figures {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use indicatif::ProgressBar;
 use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule};
 
+use super::addresses::{self, DigestedBackend};
 use super::backend::{Backend, PoolBackend, SystemBackend};
 use super::check::CheckedBackend;
 use super::crew::{Pass, Stop, play};
@@ -23,7 +24,7 @@ use super::program::{Operation, Program};
 
 /// Least duration of a timed repeat: short ones would time the clock.
 const REPEAT_MIN: Duration = Duration::from_millis(20);
-/// Passes of a check: into an empty pool, and into one that reuses.
+/// Passes of a check or of a digest: into an empty pool, and into one that reuses.
 const CHECK_PASSES: u32 = 2;
 
 /// How to measure.
@@ -60,6 +61,10 @@ pub(crate) struct Setup {
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+
+    /// Whether the pool is deterministic. Only for one program.
+    #[arg(skip)]
+    pub(crate) deterministic: bool,
 }
 
 /// What ends a measurement early.
@@ -101,6 +106,7 @@ impl Bench {
         let config = PoolConfig {
             limit: setup.limit,
             reuse: setup.policy,
+            deterministic: setup.deterministic,
             ..PoolConfig::default()
         };
         let streams = programs
@@ -294,6 +300,24 @@ pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
     // Only now: while threads are about, the pool's books are on the move.
     backend.pool.check_invariants();
     Ok(())
+}
+
+/// Plays `program` on a new pool, and gives a digest of the addresses of all its blocks: into an empty pool,
+/// and into one that reuses.
+pub(crate) fn address_digest(setup: &Setup, program: &Program) -> Result<String, Halt> {
+    let programs = std::slice::from_ref(program);
+    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let digest = Arc::default();
+    let players = players(programs, &tools(&probe), |_| {
+        let (probe, digest) = (Arc::clone(&probe), Arc::clone(&digest));
+        Ok(DigestedBackend::new(backend.clone(), probe, digest))
+    })?;
+    let mut left = CHECK_PASSES + 1;
+    play(players, |_| {
+        left -= 1;
+        left.min(1)
+    })?;
+    Ok(addresses::text(&digest))
 }
 
 /// Whether `programs` find room for everything on a device of this size, from an empty pool.

@@ -2,8 +2,9 @@
 //!
 //! A trace becomes a `program`; a `player` plays it on a `backend`, which is the pool, a pool under `check`
 //! or the system's allocator, in a `crew` of one player a thread; a `probe` between pool and device counts what the pool asks for; `measure`
-//! puts them together, and `figures` tells the result. `kitsune churn` plays its workloads the same way.
+//! puts them together, and `figures` tells the result, with a digest of all `addresses` in deterministic mode. `kitsune churn` plays its workloads the same way.
 
+mod addresses;
 mod backend;
 mod check;
 mod crew;
@@ -25,6 +26,7 @@ pub(crate) use measure::{Halt, Setup, check, measure, time_system};
 
 use self::backend::Trouble;
 use self::crew::Stop;
+use self::measure::address_digest;
 use self::program::{Builder, Program};
 use crate::failure::Failure;
 use crate::output;
@@ -40,22 +42,32 @@ pub(crate) struct ReplayArgs {
     #[arg(long, conflicts_with = "limit")]
     min_device: bool,
 
+    /// Play on a deterministic pool, and tell a digest of the addresses of all blocks: the same on every run.
+    /// One thread then takes an event of each trace in turn.
+    #[arg(long)]
+    deterministic: bool,
+
     #[command(flatten)]
     setup: Setup,
 }
 
 /// Replays and prints the result.
 pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
-    let programs = args
+    let mut programs = args
         .files
         .iter()
         .map(|file| load(file))
         .collect::<Result<Vec<_>, _>>()?;
-    let names: Vec<_> = args
+    let mut names: Vec<_> = args
         .files
         .iter()
         .map(|file| file.display().to_string())
         .collect();
+    if args.deterministic {
+        // What threads do to each other differs from run to run.
+        programs = vec![program::in_turn(&programs)];
+        names = vec![names.join(", ")];
+    }
     let figures = replay(args, &programs).map_err(|halt| failure(halt, &names))?;
     if args.min_device && figures.min_device_bytes.is_none() {
         let size = kitsune::units::Bytes(args.setup.device_bytes);
@@ -66,13 +78,20 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
 }
 
 fn replay(args: &ReplayArgs, programs: &[Program]) -> Result<Figures, Halt> {
-    let bar = progress(&args.setup);
-    let mut figures = measure(&args.setup, programs, &bar)?;
-    if args.min_device {
-        figures.min_device_bytes = min_device::find(&args.setup, programs, &figures, &bar)?;
+    let setup = Setup {
+        deterministic: args.deterministic,
+        ..args.setup.clone()
+    };
+    let bar = progress(&setup);
+    let mut figures = measure(&setup, programs, &bar)?;
+    if let (true, [program]) = (setup.deterministic, programs) {
+        figures.address_digest = Some(address_digest(&setup, program)?);
     }
-    if args.setup.check {
-        check(&args.setup, programs)?;
+    if args.min_device {
+        figures.min_device_bytes = min_device::find(&setup, programs, &figures, &bar)?;
+    }
+    if setup.check {
+        check(&setup, programs)?;
         figures.checked = true;
     }
     bar.finish_and_clear();

@@ -1,4 +1,4 @@
-//! A driver that counts what it is asked for, and decides when events seem complete.
+//! A driver that counts what it is asked for, knows the ranges of addresses, and decides when events seem complete.
 //!
 //! The programs played here enqueue no kernels, so on the device below everything is done at once. What an
 //! allocator makes of a device that lags behind is seen by holding completion back: an event is complete
@@ -14,6 +14,8 @@ use kitsune::driver::{
     DeviceProperties, DevicePtr, Driver, Kernel, MemoryInfo, PageHandle, RawEvent, RawGraph,
     RawStream,
 };
+
+use super::addresses::Ranges;
 
 /// Allocations that all threads have asked for so far.
 #[derive(Debug, Default)]
@@ -57,6 +59,7 @@ pub(crate) struct ProbeDriver {
     /// Recorded events that the host has not waited for: their stream, and when they were recorded.
     /// Empty where the lag is 0.
     marks: Mutex<HashMap<RawEvent, (RawStream, u64)>>,
+    ranges: Mutex<Ranges>,
 }
 
 impl ProbeDriver {
@@ -71,6 +74,7 @@ impl ProbeDriver {
             records: AtomicU64::new(0),
             host_syncs: AtomicU64::new(0),
             marks: Mutex::default(),
+            ranges: Mutex::default(),
         }
     }
 
@@ -88,6 +92,15 @@ impl ProbeDriver {
             records: load(&self.records),
             host_syncs: load(&self.host_syncs),
         }
+    }
+
+    /// Where an address is, as [`Ranges::find`].
+    pub(crate) fn place(&self, ptr: DevicePtr) -> Option<(u64, u64)> {
+        self.ranges().find(ptr)
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, Ranges> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn marks(&self) -> MutexGuard<'_, HashMap<RawEvent, (RawStream, u64)>> {
@@ -136,13 +149,17 @@ impl Driver for ProbeDriver {
     fn allocate(&self, bytes: u64) -> Result<DevicePtr> {
         count(&self.allocations);
         count(&self.memory);
-        self.inner.allocate(bytes)
+        let ptr = self.inner.allocate(bytes)?;
+        self.ranges().take(ptr);
+        Ok(ptr)
     }
 
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()> {
         count(&self.memory);
         // SAFETY: the caller promises what the inner driver asks for.
-        unsafe { self.inner.free(ptr) }
+        unsafe { self.inner.free(ptr) }?;
+        self.ranges().give_back(ptr);
+        Ok(())
     }
 
     fn allocate_pinned(&self, bytes: u64) -> Result<DevicePtr> {
@@ -156,12 +173,16 @@ impl Driver for ProbeDriver {
 
     fn reserve(&self, bytes: u64) -> Result<DevicePtr> {
         count(&self.memory);
-        self.inner.reserve(bytes)
+        let ptr = self.inner.reserve(bytes)?;
+        self.ranges().take(ptr);
+        Ok(ptr)
     }
 
     fn release(&self, ptr: DevicePtr, bytes: u64) -> Result<()> {
         count(&self.memory);
-        self.inner.release(ptr, bytes)
+        self.inner.release(ptr, bytes)?;
+        self.ranges().give_back(ptr);
+        Ok(())
     }
 
     fn create_page(&self, bytes: u64) -> Result<PageHandle> {

@@ -78,6 +78,55 @@ impl Program {
     }
 }
 
+/// What several threads do, done by one that takes an operation of each in turn. No operation may hand a
+/// block on.
+pub(crate) fn in_turn(programs: &[Program]) -> Program {
+    let mut all = Program::default();
+    let first_slots: Vec<_> = programs
+        .iter()
+        .map(|program| {
+            let first = Slot::try_from(all.slots).expect("fewer than 2^32 blocks fit in memory");
+            all.slots += program.slots;
+            all.streams = all.streams.max(program.streams);
+            all.allocations += program.allocations;
+            first
+        })
+        .collect();
+    let longest = programs
+        .iter()
+        .map(|program| program.operations.len())
+        .max();
+    for at in 0..longest.unwrap_or(0) {
+        for (program, first) in programs.iter().zip(&first_slots) {
+            if let Some(operation) = program.operations.get(at) {
+                all.operations.push(operation.shifted(*first));
+                // A line says nothing without its file.
+                all.lines.push(if programs.len() == 1 {
+                    program.lines[at]
+                } else {
+                    0
+                });
+            }
+        }
+    }
+    all
+}
+
+impl Operation {
+    /// The same with slots counted from `first`.
+    fn shifted(mut self, first: Slot) -> Self {
+        match &mut self {
+            Self::Allocate { slot, .. }
+            | Self::Free { slot }
+            | Self::RecordStream { slot, .. }
+            | Self::Send { slot }
+            | Self::Receive { slot } => *slot += first,
+            Self::Wait { .. } | Self::Synchronize { .. } | Self::Trim => {}
+        }
+        self
+    }
+}
+
 /// Makes a program out of events. Ids must be followed by the caller, as a trace reader does: naming one
 /// that is not live, or allocating one that is, is a bug.
 #[derive(Debug, Default)]
@@ -182,6 +231,36 @@ impl Builder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_take_turns_with_slots_of_their_own() {
+        let program = |stream, blocks: u64| {
+            let mut builder = Builder::default();
+            for id in 0..blocks {
+                let bytes = 8;
+                builder.push(&Event::Allocate { id, bytes, stream }, id + 2);
+            }
+            builder.finish()
+        };
+        let all = in_turn(&[program(0, 1), program(2, 2)]);
+        let allocate = |slot, stream| Operation::Allocate {
+            slot,
+            stream,
+            bytes: 8,
+        };
+        let expected = [
+            allocate(0, 0),
+            allocate(1, 2),
+            Operation::Free { slot: 0 },
+            allocate(2, 2),
+            Operation::Free { slot: 1 },
+            Operation::Free { slot: 2 },
+        ];
+        assert_eq!(all.operations, expected);
+        assert_eq!((all.slots, all.streams, all.allocations), (3, 3, 3));
+        let alone = in_turn(&[program(0, 2)]);
+        assert_eq!((alone.line(1), all.line(1)), (3, 0));
+    }
 
     #[test]
     fn operations_are_small() {

@@ -2,96 +2,92 @@
 //!
 //! Every step enqueues everything on one stream and goes on; the host waits only where it shows numbers.
 
-mod network;
+mod digits;
+mod gpt;
+mod mlp;
+mod task;
 
 use std::time::Instant;
 
-use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, autocast};
-use kitsune::ops::{self, Loss};
+use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, ScalingMode};
+use kitsune::ops;
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, telemetry};
 
-use self::network::Network;
-use crate::args::{DeviceChoice, TrainArgs};
-use crate::batches::Batches;
-use crate::digits::{Digits, Images, PIXELS};
+use self::digits::DigitsTask;
+use self::gpt::GptTask;
+use self::task::{Pass, Task};
+use crate::args::{DeviceChoice, Model, TrainArgs};
+use crate::digits::Digits;
 use crate::failure::Failure;
 use crate::progress::{Progress, Standing};
 use crate::report::{Overflow, Report};
+use crate::text::Text;
 
-/// Steps between two looks at the scaler, for which the host waits. It remembers the last 16 skipped steps,
-/// so that no overflow is missed.
+/// Steps between two looks at the scaler and the losses, for which the host waits. The scaler remembers the
+/// last 16 skipped steps, so that no overflow is missed.
 const STEPS_PER_LOOK: u64 = 16;
 
-/// Steps after which every size of a run has been seen.
+/// Steps after which every size of a run of the digits has been seen.
 const WARM_UP_STEPS: u64 = 3;
 
-/// Trains as `args` say and tests the result.
-pub(crate) fn run(
-    args: &TrainArgs,
-    digits: &Digits,
-    progress: &Progress,
-) -> Result<Report, Failure> {
-    let (size, count) = (args.batch_size as usize, digits.train.count());
-    if size > count {
-        let reason = format!("--batch-size {size}: there are {count} images to train with");
-        return Err(Failure::Input(reason));
+/// What is learned from.
+#[derive(Debug)]
+pub(crate) enum Data {
+    Digits(Digits),
+    Text(Text),
+}
+
+impl Data {
+    /// The data that `args` name.
+    pub(crate) fn load(args: &TrainArgs) -> Result<Self, Failure> {
+        let path = args.data.as_deref();
+        Ok(match args.model {
+            Model::Mlp => Self::Digits(Digits::load(path)?),
+            Model::Gpt => Self::Text(Text::load(path)?),
+        })
     }
-    let mut trainer = Trainer::new(args)?;
-    let mut batches = Batches::new(count, size, args.seed);
+}
+
+/// Trains as `args` say and tests the result.
+pub(crate) fn run(args: &TrainArgs, data: Data, progress: &Progress) -> Result<Report, Failure> {
+    let mut trainer = Trainer::new(args, data)?;
     let began = Instant::now();
     for step in 1..=args.steps {
-        let batch = Batch::upload(&trainer.context, &digits.train, batches.advance())?;
-        trainer.step(step, &batch)?;
+        trainer.step(step)?;
         if step.is_multiple_of(STEPS_PER_LOOK) {
             trainer.look()?;
         }
-        progress.advance(step, || trainer.standing(&batch))?;
+        progress.advance(step, || trainer.standing())?;
     }
     trainer.look()?;
     let seconds = began.elapsed().as_secs_f64();
-    let test_accuracy = trainer.accuracy(&digits.test)?;
+    let test_accuracy = trainer.task.test()?;
     trainer.report(seconds, test_accuracy)
-}
-
-/// Images and their digits on the device.
-struct Batch {
-    pixels: Tensor,
-    labels: Tensor,
-}
-
-impl Batch {
-    /// Copies the images at `indices`.
-    fn upload(context: &Context, images: &Images, indices: &[usize]) -> kitsune::Result<Self> {
-        let _tag = kitsune::memory::tag("batches");
-        let mut pixels = Vec::with_capacity(indices.len() * PIXELS);
-        for &index in indices {
-            pixels.extend_from_slice(&images.pixels[index * PIXELS..][..PIXELS]);
-        }
-        let labels: Vec<u32> = indices.iter().map(|&index| images.labels[index]).collect();
-        Ok(Self {
-            pixels: Tensor::from_slice(context, [indices.len(), PIXELS], &pixels)?,
-            labels: Tensor::from_slice(context, [indices.len()], &labels)?,
-        })
-    }
 }
 
 /// Everything that lives from step to step.
 struct Trainer<'a> {
     args: &'a TrainArgs,
     context: Context,
-    network: Network,
+    task: Box<dyn Task>,
     optimizer: AdamW,
     scaler: GradScaler,
-    /// Loss and logits of the last step.
-    last: Option<(Loss, Tensor)>,
+    /// What each of the added batches counts, an f32 on the device; `None` for one.
+    share: Option<Tensor>,
+    clip: Option<f32>,
+    learning_rate: f32,
+    last: Option<Pass>,
+    /// Losses since the last look, and the means of those before.
+    losses: Vec<Tensor>,
+    loss_curve: Vec<f32>,
     overflows: Vec<OverflowReport>,
     /// Driver allocations when the warm-up ended.
     warm_up_allocs: u64,
 }
 
 impl<'a> Trainer<'a> {
-    fn new(args: &'a TrainArgs) -> Result<Self, Failure> {
+    fn new(args: &'a TrainArgs, data: Data) -> Result<Self, Failure> {
         let device = match args.device {
             DeviceChoice::Auto => Device::auto()?,
             DeviceChoice::Host => Device::host(HostConfig::default())?,
@@ -102,48 +98,67 @@ impl<'a> Trainer<'a> {
             ..PoolConfig::default()
         };
         let context = Context::with_pool(&Pool::new(&device, config)?)?;
-        let network = Network::new(&context, args.seed)?;
+        let (dtype, size, seed) = (args.dtype, args.batch_size, args.seed);
+        let (task, learning_rate, clip): (Box<dyn Task>, _, _) = match data {
+            Data::Digits(digits) => {
+                let task = DigitsTask::new(&context, dtype, digits, size, seed)?;
+                (Box::new(task), 1e-2, None)
+            }
+            Data::Text(text) => {
+                let task = GptTask::new(&context, dtype, text, size, seed)?;
+                (Box::new(task), 3e-3, Some(1.0))
+            }
+        };
         let config = AdamWConfig {
             weight_decay: 0.1,
             ..AdamWConfig::default()
         };
-        let optimizer = AdamW::new(network.parameters(), config)?;
-        let scaler = GradScaler::new(&context, scaler_config(args.dtype))?;
+        let optimizer = AdamW::new(task.parameters(), config)?;
+        let scaler = GradScaler::new(&context, scaler_config(dtype))?;
+        let share = (args.accumulate > 1)
+            .then(|| Tensor::full(&context, [], DType::F32, 1.0 / f64::from(args.accumulate)))
+            .transpose()?;
         if args.metrics.is_some() {
             telemetry::describe();
         }
         Ok(Self {
             args,
             context,
-            network,
+            task,
             optimizer,
             scaler,
+            share,
+            clip: args.clip.or(clip),
+            learning_rate: args.learning_rate.unwrap_or(learning_rate),
             last: None,
+            losses: Vec::new(),
+            loss_curve: Vec::new(),
             overflows: Vec::new(),
             warm_up_allocs: 0,
         })
     }
 
     /// Enqueues one step.
-    fn step(&mut self, step: u64, batch: &Batch) -> kitsune::Result<()> {
-        let _tag = kitsune::memory::tag("activations");
-        let scope = autocast(self.args.dtype.is_half(), self.args.dtype);
-        let forward = self.network.forward(&batch.pixels)?;
-        let loss = ops::softmax_cross_entropy(forward.logits(), &batch.labels)?;
-        drop(scope);
-
-        let scaled = self.scaler.scale(&loss)?;
-        self.network.backward(&forward, scaled.backward()?)?;
+    fn step(&mut self, step: u64) -> kitsune::Result<()> {
+        let tag = kitsune::memory::tag("activations");
+        for _ in 0..self.args.accumulate {
+            let pass = self.task.pass(&self.scaler, self.share.as_ref())?;
+            self.losses.push(pass.loss.value().clone());
+            self.last = Some(pass);
+        }
+        drop(tag);
         if self.args.inject_overflow == Some(step) {
             poison(&self.optimizer.parameters()[0])?;
         }
-        self.optimizer.set_learning_rate(self.learning_rate(step))?;
+        self.optimizer.set_learning_rate(self.width(step))?;
+        if let Some(norm) = self.clip {
+            self.scaler
+                .clip_grad_norm(&self.optimizer, f64::from(norm))?;
+        }
         // The outcome is not asked for here, which would wait for the device: `look` reads the overflows.
         let _ = self.scaler.step(&mut self.optimizer)?;
         self.scaler.update()?;
         self.optimizer.zero_grad();
-
-        self.last = Some((loss, forward.logits().clone()));
         if step == WARM_UP_STEPS.min(self.args.steps) {
             self.warm_up_allocs = self.context.pool().stats().num_device_alloc;
         }
@@ -151,13 +166,20 @@ impl<'a> Trainer<'a> {
     }
 
     /// The step width falls evenly, from the one asked for towards zero.
-    fn learning_rate(&self, step: u64) -> f64 {
+    fn width(&self, step: u64) -> f64 {
         let done = (step - 1) as f64 / self.args.steps as f64;
-        f64::from(self.args.learning_rate) * (1.0 - done)
+        f64::from(self.learning_rate) * (1.0 - done)
     }
 
-    /// Waits for the device, notes the steps that were skipped since the last look, publishes metrics.
+    /// Waits for the device, notes the steps that were skipped since the last look and the mean loss of all,
+    /// publishes metrics.
     fn look(&mut self) -> kitsune::Result<()> {
+        let losses = self.losses.drain(..).map(|loss| loss.item::<f32>());
+        let losses = losses.collect::<kitsune::Result<Vec<_>>>()?;
+        if !losses.is_empty() {
+            let mean = losses.iter().sum::<f32>() / losses.len() as f32;
+            self.loss_curve.push(mean);
+        }
         let known = self.overflows.last().map_or(0, |report| report.step);
         let news = self
             .scaler
@@ -173,15 +195,15 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// How the run stands after the last step, which was with `batch`. Waits for the device.
-    fn standing(&self, batch: &Batch) -> kitsune::Result<Standing> {
-        let Some((loss, logits)) = &self.last else {
+    /// How the run stands after the last step. Waits for the device.
+    fn standing(&self) -> kitsune::Result<Standing> {
+        let Some(last) = &self.last else {
             return Ok(Standing::default());
         };
         let (pool, amp) = (self.context.pool().stats(), self.scaler.stats()?);
         Ok(Standing {
-            loss: loss.value().item()?,
-            accuracy: ops::accuracy(logits, &batch.labels)?,
+            loss: last.loss.value().item()?,
+            accuracy: ops::accuracy(&last.logits, &last.labels)?,
             scale: amp.scale,
             overflow_steps: amp.skipped,
             pool_hits: pool.cache_hits as f64 / pool.allocation.allocated.max(1) as f64,
@@ -189,36 +211,21 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Share of `images` that the network reads correctly.
-    fn accuracy(&self, images: &Images) -> kitsune::Result<f64> {
-        let scope = autocast(self.args.dtype.is_half(), self.args.dtype);
-        let indices: Vec<_> = (0..images.count()).collect();
-        let mut right = 0.0;
-        // In batches of the size that training used, for which the pool has memory.
-        for indices in indices.chunks(self.args.batch_size as usize) {
-            let batch = Batch::upload(&self.context, images, indices)?;
-            let forward = self.network.forward(&batch.pixels)?;
-            right += ops::accuracy(forward.logits(), &batch.labels)? * indices.len() as f64;
-        }
-        drop(scope);
-        // Each share came from a whole number of images, which rounding gives back.
-        Ok(right.round() / images.count() as f64)
-    }
-
     fn report(&self, seconds: f64, test_accuracy: f64) -> Result<Report, Failure> {
         let (pool, amp) = (self.context.pool().stats(), self.scaler.stats()?);
         let final_loss = match &self.last {
-            Some((loss, _)) => loss.value().item()?,
+            Some(last) => last.loss.value().item()?,
             None => f32::NAN,
         };
         Ok(Report {
             device: self.context.device().properties().name.clone(),
             dtype: self.args.dtype,
-            model: Network::shape(),
+            model: self.task.model(),
             steps: self.args.steps,
             seed: self.args.seed,
             seconds,
             final_loss,
+            loss_curve: self.loss_curve.clone(),
             test_accuracy,
             scale: amp.scale,
             overflow_steps: amp.skipped,
@@ -239,9 +246,7 @@ fn scaler_config(dtype: DType) -> AmpConfig {
         return AmpConfig::default();
     }
     AmpConfig {
-        init_scale: 1.0,
-        min_scale: 1.0,
-        max_scale: 1.0,
+        mode: ScalingMode::CheckOnly,
         ..AmpConfig::default()
     }
 }

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_uint, c_ulonglong};
 use super::{exports, get, put};
 use crate::pages::GRANULARITY;
 use crate::sim::{Code, Sim, code};
-use crate::streams::Op;
+use crate::streams::{Op, queue};
 
 /// The head of `CUmemAllocationProp`: what kind of memory, and where.
 #[derive(Clone, Copy)]
@@ -31,6 +31,9 @@ pub struct AccessDesc {
     location: Location,
     flags: c_int,
 }
+
+/// The handle of every device's own pool. Its attributes can be set and change nothing.
+const DEFAULT_POOL: usize = 0x9001;
 
 const KIND_PINNED: c_int = 1;
 const LOCATION_DEVICE: c_int = 1;
@@ -84,12 +87,12 @@ exports! {
         if sim.config.pools == 0 {
             return Err(code::NOT_SUPPORTED);
         }
-        sim.stream(stream)?;
+        sim.stream(queue(stream))?;
         let capacity = sim.config.memory;
         let address = match sim.memory.allocate(bytes, capacity) {
             Err(code::OUT_OF_MEMORY) => {
                 // What was given back on this stream may be taken again.
-                sim.drain(stream)?;
+                sim.drain(queue(stream))?;
                 sim.memory.allocate(bytes, capacity)?
             }
             outcome => outcome?,
@@ -102,7 +105,18 @@ exports! {
         if !sim.memory.holds_device(ptr, 1) {
             return Err(code::INVALID_VALUE);
         }
-        sim.push(stream, Op::Free(ptr))
+        sim.push(queue(stream), Op::Free(ptr))
+    }
+
+    fn cuDeviceGetDefaultMemPool(sim, pool: *mut usize, _device: c_int) {
+        if sim.config.pools == 0 {
+            return Err(code::NOT_SUPPORTED);
+        }
+        put(pool, DEFAULT_POOL)
+    }
+
+    fn cuMemPoolSetAttribute(_sim, pool: usize, _attribute: c_int, _value: *const c_ulonglong) {
+        if pool == DEFAULT_POOL { Ok(()) } else { Err(code::INVALID_VALUE) }
     }
 
     fn cuMemHostAlloc(sim, ptr: *mut usize, bytes: usize, _flags: c_uint) {

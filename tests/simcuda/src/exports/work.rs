@@ -2,10 +2,10 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
-use super::{exports, get, put};
-use crate::modules::{Launch, check_ptx, find_entry};
+use super::{exports, put};
+use crate::modules::{Launch, check_ptx, find_entry, gather};
 use crate::sim::code;
-use crate::streams::Op;
+use crate::streams::{HostFunction, Op, queue};
 
 /// Threads of a block at most.
 const THREADS_MAX: c_uint = 1024;
@@ -25,12 +25,12 @@ exports! {
         if !sim.is_reachable(dst, bytes) || !sim.is_reachable(src, bytes) {
             return Err(code::INVALID_VALUE);
         }
-        sim.push(stream, Op::Copy { dst, src, bytes })
+        sim.push(queue(stream), Op::Copy { dst, src, bytes })
     }
 
     fn cuMemcpyDtoDAsync_v2(sim, dst: usize, src: usize, bytes: usize, stream: usize) {
         sim.device()?;
-        sim.push(stream, Op::Copy { dst, src, bytes })
+        sim.push(queue(stream), Op::Copy { dst, src, bytes })
     }
 
     // Pinned memory is read when the stream gets here, other memory at once.
@@ -41,22 +41,22 @@ exports! {
         }
         let address = src.expose_provenance();
         if sim.memory.holds_pinned(address, bytes) {
-            return sim.push(stream, Op::Copy { dst, src: address, bytes });
+            return sim.push(queue(stream), Op::Copy { dst, src: address, bytes });
         }
         // SAFETY: the caller has so many bytes there.
         let staged = unsafe { std::slice::from_raw_parts(src, bytes) }.into();
-        sim.push(stream, Op::Upload { dst, staged })
+        sim.push(queue(stream), Op::Upload { dst, staged })
     }
 
     // Into ordinary memory the copy is over when the call returns.
     fn cuMemcpyDtoHAsync_v2(sim, dst: *mut u8, src: usize, bytes: usize, stream: usize) {
         sim.device()?;
         let address = dst.expose_provenance();
-        let is_captured = sim.stream(stream)?.capture.is_some();
+        let is_captured = sim.stream(queue(stream))?.capture.is_some();
         if sim.memory.holds_pinned(address, bytes) || is_captured {
-            return sim.push(stream, Op::Copy { dst: address, src, bytes });
+            return sim.push(queue(stream), Op::Copy { dst: address, src, bytes });
         }
-        sim.drain(stream)?;
+        sim.drain(queue(stream))?;
         if !sim.is_reachable(src, bytes) {
             return Err(code::INVALID_VALUE);
         }
@@ -71,7 +71,13 @@ exports! {
         if !sim.is_reachable(dst, bytes) {
             return Err(code::INVALID_VALUE);
         }
-        sim.push(stream, Op::Fill { dst, value, bytes })
+        sim.push(queue(stream), Op::Fill { dst, value, bytes })
+    }
+
+    // On whichever thread makes the stream move on. Must not call the library, as with the real one.
+    fn cuLaunchHostFunc(sim, stream: usize, function: HostFunction, data: usize) {
+        sim.device()?;
+        sim.push(queue(stream), Op::Call(function, data))
     }
 
     fn cuModuleLoadDataEx(
@@ -134,18 +140,15 @@ exports! {
         if !is_flat || grid_x == 0 || !(1..=THREADS_MAX).contains(&block_x) {
             return Err(code::INVALID_VALUE);
         }
-        // Entry points take one struct, so there is one pointer.
-        let mut arguments = vec![0_u64; entry.argument_bytes.div_ceil(8)];
-        let source = get(parameters);
-        // SAFETY: the caller passes as many bytes as the entry point's struct has.
-        unsafe { arguments.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(source, entry.argument_bytes) };
+        // SAFETY: the caller passes a place for each parameter, as long as the entry point says.
+        let arguments = unsafe { gather(parameters.cast(), &entry.parameters) };
         let launch = Launch {
             entry: entry.name,
             blocks: grid_x,
             threads: block_x,
             shared,
-            arguments: arguments.into(),
+            arguments,
         };
-        sim.push(stream, Op::Launch(launch))
+        sim.push(queue(stream), Op::Launch(launch))
     }
 }

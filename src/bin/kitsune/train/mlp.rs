@@ -85,7 +85,7 @@ impl Network {
         Ok(Forward { linears })
     }
 
-    /// Enqueues the backward pass from the gradient by the logits, and sets the gradient of every parameter.
+    /// Enqueues the backward pass from the gradient by the logits, and adds to the gradient of every parameter.
     pub(super) fn backward(&self, forward: &Forward, grad_logits: Tensor) -> Result<()> {
         let mut grad = grad_logits;
         let mut after = None;
@@ -94,9 +94,9 @@ impl Network {
                 grad = ops::relu_backward(linear.output(), &input_grad)?;
             }
             let gradients = linear.backward(&grad)?;
-            layer.weight.set_grad(gradients.weight)?;
+            layer.weight.accumulate_grad(gradients.weight)?;
             if let Some(bias) = gradients.bias {
-                layer.bias.set_grad(bias)?;
+                layer.bias.accumulate_grad(bias)?;
             }
             after = Some(gradients.input);
         }

@@ -1,0 +1,124 @@
+//! A scaler's device memory.
+//!
+//! Scale, inverse, trackers, flags and journal are made once and lie where they are as long as the scaler
+//! lives: a captured step finds them there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::amp::config::narrow;
+use crate::amp::journal::Journal;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch::journal::CLOCK;
+use crate::launch::stopwatch::stopwatch;
+use crate::launch::{ScaleOperands, inverse_scale};
+use crate::memory;
+use crate::optim::Parameter;
+use crate::storage::{Context, Tensor};
+
+/// Optimizers one scaler can drive at a time: the size of its block of flags.
+pub(super) const OPTIMIZERS: usize = 256;
+
+/// Device memory of a scaler.
+#[derive(Debug)]
+pub(super) struct ScaleMemory {
+    pub(super) scale: Tensor,
+    pub(super) inv_scale: Tensor,
+    trackers: Tensor,
+    flags: Tensor,
+    pub(super) journal: Arc<Journal>,
+    names: AtomicU64,
+    timing: bool,
+}
+
+/// How the trackers stand.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Trackers {
+    /// Clean updates since the scale last changed.
+    pub(super) growth: u32,
+    /// Overflows that were tolerated and not forgotten.
+    pub(super) overflows: u32,
+}
+
+impl ScaleMemory {
+    pub(super) fn new(context: &Context, scale: f64, timing: bool) -> Result<Self> {
+        let _tag = memory::tag("amp");
+        let memory = Self {
+            scale: Tensor::uninit(context, [], DType::F32)?,
+            inv_scale: Tensor::uninit(context, [], DType::F32)?,
+            trackers: Tensor::uninit(context, [2], DType::U32)?,
+            flags: Tensor::zeros(context, [OPTIMIZERS], DType::F32)?,
+            journal: Arc::new(Journal::new(context)?),
+            names: AtomicU64::new(0),
+            timing,
+        };
+        memory.set(scale, Trackers::default())?;
+        Ok(memory)
+    }
+
+    pub(super) fn context(&self) -> &Context {
+        self.scale.context()
+    }
+
+    pub(super) fn set(&self, scale: f64, trackers: Trackers) -> Result<()> {
+        let scale = narrow(scale);
+        self.scale.copy_from_slice(&[scale])?;
+        self.inv_scale.copy_from_slice(&[inverse_scale(scale)])?;
+        self.trackers
+            .copy_from_slice(&[trackers.growth, trackers.overflows])
+    }
+
+    /// Waits for the device.
+    pub(super) fn trackers(&self) -> Result<Trackers> {
+        let words = self.trackers.to_vec::<u32>()?;
+        Ok(Trackers {
+            growth: words[0],
+            overflows: words[1],
+        })
+    }
+
+    /// Enqueues `work`; if steps are timed, the device adds what it takes to word `total` of the journal.
+    pub(super) fn timed<R>(&self, total: usize, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if !self.timing {
+            return work();
+        }
+        let stream = self.context().stream();
+        let clock = self.journal.word(CLOCK)?.span()?;
+        stopwatch(stream, &clock, None)?;
+        let result = work()?;
+        stopwatch(stream, &clock, Some(&self.journal.word(total)?.span()?))?;
+        Ok(result)
+    }
+
+    /// A zero-dimensional view of flag `index`.
+    pub(super) fn flag(&self, index: usize) -> Result<Tensor> {
+        self.flags.narrow(0, index, 1)?.reshape([])
+    }
+
+    /// The number under which the journal will know optimizers with these parameters, and their names. It may
+    /// forget those under `old`.
+    pub(super) fn name(&self, parameters: &[Parameter], old: Option<u64>) -> (u64, Arc<[String]>) {
+        // Relaxed: the number only has to be unique.
+        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        let names: Arc<[String]> = parameters
+            .iter()
+            .map(|parameter| parameter.name().to_owned())
+            .collect();
+        self.journal.name(number, names.clone());
+        if let Some(old) = old {
+            self.journal.retire(old);
+        }
+        (number, names)
+    }
+
+    pub(super) fn operands(&self) -> Result<ScaleOperands> {
+        Ok(ScaleOperands {
+            scale: self.scale.span()?,
+            inv_scale: self.inv_scale.span()?,
+            trackers: self.trackers.span()?,
+            flags: self.flags.span()?,
+            journal: self.journal.words().span()?,
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! Continuing a text, a character at a time, with a small transformer.
+
+mod block;
+mod network;
+
+use kitsune::amp::{GradScaler, autocast};
+use kitsune::optim::Parameter;
+use kitsune::{Context, DType, Result, Tensor, ops};
+
+use self::network::Network;
+use super::task::{Pass, Task, seed};
+use crate::random::Random;
+use crate::text::{Sequences, Text};
+
+/// Sequences a batch, unless asked for otherwise.
+const BATCH_SIZE: usize = 8;
+
+/// The text, the network that continues it, and what it sees next.
+#[derive(Debug)]
+pub(super) struct GptTask {
+    context: Context,
+    dtype: DType,
+    text: Text,
+    network: Network,
+    random: Random,
+    size: usize,
+}
+
+/// Sequences on the device.
+struct Batch {
+    length: usize,
+    characters: Tensor,
+    next: Tensor,
+}
+
+impl Batch {
+    fn upload(context: &Context, sequences: &Sequences) -> Result<Self> {
+        let _tag = kitsune::memory::tag("batches");
+        let upload = |numbers: &[u32]| Tensor::from_slice(context, [numbers.len()], numbers);
+        Ok(Self {
+            length: sequences.length,
+            characters: upload(&sequences.characters)?,
+            next: upload(&sequences.next)?,
+        })
+    }
+}
+
+impl GptTask {
+    /// A fresh network for `text`, of which it sees `size` sequences at a time.
+    pub(super) fn new(
+        context: &Context,
+        dtype: DType,
+        text: Text,
+        size: Option<u32>,
+        seed: u64,
+    ) -> Result<Self> {
+        Ok(Self {
+            network: Network::new(context, text.vocabulary, seed)?,
+            random: Random::new(seed),
+            size: size.map_or(BATCH_SIZE, |size| size as usize),
+            context: context.clone(),
+            dtype,
+            text,
+        })
+    }
+}
+
+impl Task for GptTask {
+    fn model(&self) -> String {
+        self.network.shape()
+    }
+
+    fn parameters(&self) -> Vec<Parameter> {
+        self.network.parameters()
+    }
+
+    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Pass> {
+        let sequences = self.text.draw(self.size, &mut self.random);
+        let batch = Batch::upload(&self.context, &sequences)?;
+        let scope = autocast(self.dtype.is_half(), self.dtype);
+        let forward = self.network.forward(&batch.characters, batch.length)?;
+        let loss = ops::softmax_cross_entropy(forward.logits(), &batch.next)?;
+        drop(scope);
+        let grad_logits = seed(&loss, scaler, share)?;
+        self.network.backward(&forward, &grad_logits)?;
+        Ok(Pass {
+            logits: forward.logits().clone(),
+            labels: batch.next,
+            loss,
+        })
+    }
+
+    fn test(&mut self) -> Result<f64> {
+        let _scope = autocast(self.dtype.is_half(), self.dtype);
+        let (mut right, mut count) = (0.0, 0);
+        for sequences in self.text.tests(self.size) {
+            let batch = Batch::upload(&self.context, &sequences)?;
+            let forward = self.network.forward(&batch.characters, batch.length)?;
+            let characters = sequences.next.len();
+            right += ops::accuracy(forward.logits(), &batch.next)? * characters as f64;
+            count += characters;
+        }
+        // Each share came from a whole number of characters, which rounding gives back.
+        Ok(right.round() / f64::from(u32::try_from(count).unwrap_or(u32::MAX)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,41 @@
+//! What a trainer trains: a network with its data, and what one pass over a batch gives.
+
+use kitsune::amp::GradScaler;
+use kitsune::ops::Loss;
+use kitsune::optim::Parameter;
+use kitsune::{Result, Tensor};
+
+/// What one batch gave.
+#[derive(Debug)]
+pub(super) struct Pass {
+    /// Before scaling.
+    pub(super) loss: Loss,
+    /// A row of scores for each label.
+    pub(super) logits: Tensor,
+    pub(super) labels: Tensor,
+}
+
+/// A network and its data. Both are fixed by the seed: the same calls give the same bits.
+pub(super) trait Task {
+    /// The network, for people.
+    fn model(&self) -> String;
+
+    /// All parameters, in an order that never changes.
+    fn parameters(&self) -> Vec<Parameter>;
+
+    /// Enqueues the forward and the backward pass over the next batch, and adds to the gradients. The loss is
+    /// multiplied by `share` and by the scaler's scale before the backward pass.
+    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Pass>;
+
+    /// Share of the test set that is predicted right, in the present weights.
+    fn test(&mut self) -> Result<f64>;
+}
+
+/// The gradient that the backward pass of `loss` begins with.
+pub(super) fn seed(loss: &Loss, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Tensor> {
+    let scaled = match share {
+        Some(share) => scaler.scale(&loss.scaled_by(share)?)?,
+        None => scaler.scale(loss)?,
+    };
+    scaled.backward()
+}

@@ -1,0 +1,202 @@
+//! Waiting on the host, for as little as will do.
+//!
+//! Streams are waited for one after the other, and the search starts anew after each: first the stream with
+//! the least memory that suffices, else the one with most. A stream is waited for twice at most, because a
+//! block that came back from other streams may have work of its own stream behind it that the first wait did
+//! not cover. Streams that failed keep their memory pending, and so do those that are part of a capture,
+//! which waiting would end.
+//!
+//! All waits happen without the pool's lock.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::backing::Refusal;
+use super::cache::Close;
+use super::config::PoolConfig;
+use super::fences::{Fence, is_free_to_wait};
+use super::pool::Shared;
+use super::state::{Found, State, Wanted};
+use super::territory::Owner;
+use crate::driver::Stream;
+use crate::sync::MutexGuard;
+
+/// Waits for one stream in the ladder.
+pub(super) const WAITS_MAX: u32 = 2;
+/// Pauses between two looks at an event while there is a deadline.
+const PAUSE_MIN: Duration = Duration::from_micros(20);
+const PAUSE_MAX: Duration = Duration::from_millis(1);
+
+/// How long one allocation may wait, and whether it did.
+#[derive(Debug)]
+pub(super) struct Patience {
+    deadline: Option<Instant>,
+    has_waited: bool,
+}
+
+impl Patience {
+    /// That of an allocation which begins to wait now.
+    pub(super) fn new(config: &PoolConfig) -> Self {
+        let patience = config.wait_deadline;
+        Self {
+            deadline: patience.and_then(|patience| Instant::now().checked_add(patience)),
+            has_waited: false,
+        }
+    }
+
+    pub(super) fn has_waited(&self) -> bool {
+        self.has_waited
+    }
+
+    /// Waits for the present end of `stream`; whether it has been passed.
+    fn wait(&mut self, stream: &Stream) -> bool {
+        if !is_free_to_wait(stream) {
+            return false;
+        }
+        match self.deadline {
+            Some(deadline) => self.wait_until(deadline, stream),
+            None => {
+                self.has_waited = true;
+                stream.synchronize().is_ok()
+            }
+        }
+    }
+
+    /// Drivers wait for ever or not at all, so this looks again and again.
+    fn wait_until(&mut self, deadline: Instant, stream: &Stream) -> bool {
+        let Ok(end) = stream.record() else {
+            return false;
+        };
+        let mut pause = PAUSE_MIN;
+        loop {
+            match end.is_complete() {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(_) => return false,
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            self.has_waited = true;
+            thread::sleep(pause.min(left));
+            pause = (2 * pause).min(PAUSE_MAX);
+        }
+    }
+}
+
+/// Waits for streams until `search` finds a block, nothing is left to wait for, or patience is at its end.
+pub(super) fn wait_for_room(
+    shared: &Shared,
+    state: &mut MutexGuard<'_, State>,
+    wanted: Wanted<'_>,
+    patience: &mut Patience,
+    search: impl Fn(&mut State, Wanted<'_>) -> Result<Found, Refusal>,
+) -> Option<Found> {
+    let mut waits: BTreeMap<Owner, u32> = BTreeMap::new();
+    loop {
+        let mut behind = state.bytes_behind(wanted);
+        behind.retain(|owner, _| waits.get(owner).is_none_or(|count| *count < WAITS_MAX));
+        let owner = cheapest(&behind, state.missing(wanted))?;
+        *waits.entry(owner).or_default() += 1;
+        if !wait_for(shared, state, owner, patience) {
+            continue;
+        }
+        // What others freed meanwhile may lie in their caches.
+        shared.empty_caches(state, Close::No);
+        if let Ok(found) = search(state, wanted) {
+            return Some(found);
+        }
+    }
+}
+
+/// The stream with the least bytes that are at least `missing`, else that with most.
+fn cheapest(behind: &BTreeMap<Owner, u64>, missing: u64) -> Option<Owner> {
+    let enough = behind.iter().filter(|(_, bytes)| **bytes >= missing);
+    let least = enough.min_by_key(|(_, bytes)| **bytes);
+    let most = || behind.iter().max_by_key(|(_, bytes)| **bytes);
+    least.or_else(most).map(|(owner, _)| *owner)
+}
+
+/// Waits for what was freed for `owner` so far; whether that has been passed.
+fn wait_for(
+    shared: &Shared,
+    state: &mut MutexGuard<'_, State>,
+    owner: Owner,
+    patience: &mut Patience,
+) -> bool {
+    let Some((fence, stream)) = state.fences.close_epoch(owner) else {
+        return false;
+    };
+    let has_passed = MutexGuard::unlocked(state, || patience.wait(&stream));
+    // A stream is let go of only when nobody else holds it.
+    drop(stream);
+    shared.take_in_freed(state);
+    if has_passed {
+        state.take_in_passed(&[fence]);
+    }
+    has_passed
+}
+
+/// Waits for every stream that idle or pending memory is behind, the requester's own included, unless there
+/// is a deadline.
+pub(super) fn wait_for_idle(
+    shared: &Shared,
+    state: &mut MutexGuard<'_, State>,
+    patience: &mut Patience,
+) {
+    if patience.deadline.is_none() {
+        patience.has_waited |= wait_for_ends(shared, state, State::ends_behind);
+    }
+}
+
+/// Waits until every stream has passed what was freed so far, and takes in what that makes free.
+pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
+    wait_for_ends(shared, state, |state| state.fences.close_epochs());
+}
+
+/// Waits for `ends`; whether there were any.
+fn wait_for_ends(
+    shared: &Shared,
+    state: &mut MutexGuard<'_, State>,
+    ends: impl Fn(&mut State) -> Vec<(Fence, Stream)>,
+) -> bool {
+    // Blocks that came back from other streams are free for their own streams only; a second wait covers
+    // those too.
+    shared.empty_caches(state, Close::No);
+    let mut has_waited = false;
+    for _ in 0..WAITS_MAX {
+        let ends = ends(state);
+        has_waited |= !ends.is_empty();
+        let passed = MutexGuard::unlocked(state, || reached(ends));
+        shared.take_in_freed(state);
+        if !state.take_in_passed(&passed) {
+            break;
+        }
+    }
+    state.settle();
+    has_waited
+}
+
+/// Waits on the host for ends of streams; gives those that were reached.
+pub(super) fn reached(ends: Vec<(Fence, Stream)>) -> Vec<Fence> {
+    let reached = ends
+        .into_iter()
+        .filter(|(_, stream)| is_free_to_wait(stream) && stream.synchronize().is_ok());
+    reached.map(|(fence, _)| fence).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_that_suffices_is_waited_for_and_else_the_most() {
+        let behind = BTreeMap::from([(1, 50), (2, 20), (3, 30)]);
+        assert_eq!(cheapest(&behind, 25), Some(3));
+        assert_eq!(cheapest(&behind, 1), Some(2));
+        assert_eq!(cheapest(&behind, 51), Some(1));
+        assert_eq!(cheapest(&BTreeMap::new(), 1), None);
+    }
+}

@@ -1,0 +1,53 @@
+//! Rows of a table picked by number.
+
+use super::matrix_shape;
+use crate::error::{Error, Result};
+use crate::launch;
+use crate::storage::Tensor;
+
+/// The rows of `table[v, d]` that `ids[n]` (u32) name, `[n, d]`, in the type of the table. A number that is no
+/// row gives NaN: to refuse it, the host would have to wait.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
+/// [`Error::UnsupportedDtype`] for a table of u32; [`Error::OutOfMemory`].
+pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    const OP: &str = "embedding";
+    let [_, columns] = matrix_shape(OP, "table", table)?;
+    let out = Tensor::uninit(table.context(), [ids.len(), columns], table.dtype())?;
+    launch::embedding(
+        table.context().stream(),
+        &table.contiguous()?.span()?,
+        &ids.contiguous()?.span()?,
+        &out.span()?,
+        columns,
+    )?;
+    Ok(out)
+}
+
+/// The gradient by the table, in its shape and type, given the one by the rows that `ids` picked: each row is
+/// the sum over its uses, taken in f64 in their order.
+///
+/// # Errors
+/// As [`embedding`].
+pub fn embedding_backward(table: &Tensor, ids: &Tensor, grad_out: &Tensor) -> Result<Tensor> {
+    const OP: &str = "embedding_backward";
+    let [_, columns] = matrix_shape(OP, "table", table)?;
+    if grad_out.shape()[..] != [ids.len(), columns] {
+        let reason = format!(
+            "a gradient of shape {} for {}",
+            grad_out.shape(),
+            ids.shape()
+        );
+        return Err(Error::argument(OP, reason));
+    }
+    let grad = Tensor::uninit(table.context(), table.shape(), table.dtype())?;
+    launch::embedding_backward(
+        table.context().stream(),
+        &grad_out.contiguous()?.span()?,
+        &ids.contiguous()?.span()?,
+        &grad.span()?,
+        columns,
+    )?;
+    Ok(grad)
+}

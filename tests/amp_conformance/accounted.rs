@@ -1,0 +1,56 @@
+//! That no number is left out.
+
+use std::collections::BTreeMap;
+
+const SOURCES: [&str; 11] = [
+    include_str!("autocast.rs"),
+    include_str!("capture.rs"),
+    include_str!("clip.rs"),
+    include_str!("gradients.rs"),
+    include_str!("order.rs"),
+    include_str!("peers.rs"),
+    include_str!("scale.rs"),
+    include_str!("several.rs"),
+    include_str!("steps.rs"),
+    include_str!("training.rs"),
+    include_str!("update.rs"),
+];
+
+/// Cases without a test, and why: what they are about does not exist here.
+const ABSENT: [(&str, &str); 5] = [
+    (
+        "66",
+        "no optimizer splits master weights into 16 bits and a remainder",
+    ),
+    ("67", "no optimizer rounds stochastically"),
+    ("68", "no scaling of 8-bit floats"),
+    ("69", "no scaling of 8-bit floats"),
+    ("70", "no scaling of 8-bit floats"),
+];
+
+#[test]
+fn every_case_is_there_once() {
+    let mut found = BTreeMap::new();
+    for source in SOURCES {
+        for (start, _) in source.match_indices("\nfn case_") {
+            let name = source[start + "\nfn case_".len()..]
+                .split('(')
+                .next()
+                .unwrap();
+            let number = name.split('_').next().unwrap().to_owned();
+            assert!(source[..start].ends_with("#[test]"), "{name} runs");
+            *found.entry(number).or_insert(0) += 1;
+        }
+    }
+    for (number, reason) in ABSENT {
+        assert!(!reason.is_empty());
+        *found.entry(number.to_owned()).or_insert(0) += 1;
+    }
+    let mut expected: Vec<String> = (1..=74).map(|number| format!("{number:02}")).collect();
+    expected.push("51a".to_owned());
+    assert_eq!(expected.len(), 75);
+    for number in &expected {
+        assert_eq!(found.remove(number), Some(1), "case {number}");
+    }
+    assert!(found.is_empty(), "{found:?}");
+}

@@ -1,0 +1,406 @@
+//! What bounds and shrinks a pool from outside: limits, trimming, decay, deterministic mode.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::time::Duration;
+
+use kitsune::{Block, Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+
+const MIB: u64 = 1 << 20;
+const CAPACITY: u64 = 64 * MIB;
+
+fn device(schedule: Schedule) -> Device {
+    Device::host(HostConfig {
+        capacity: CAPACITY,
+        schedule,
+        ..HostConfig::default()
+    })
+    .unwrap()
+}
+
+fn held(pool: &Pool) -> u64 {
+    pool.stats().reserved_bytes.current
+}
+
+#[test]
+fn trimming_returns_what_is_idle_down_to_its_target() {
+    for contiguous in [false, true] {
+        let device = device(Schedule::Threads);
+        let config = PoolConfig {
+            contiguous,
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let kept = pool.allocate(12 * MIB, &stream).unwrap();
+        let blocks = [(); 3].map(|()| pool.allocate(16 * MIB, &stream).unwrap());
+        drop(blocks);
+        let full = held(&pool);
+        pool.trim(full).unwrap();
+        assert_eq!(held(&pool), full, "nothing to do");
+        pool.trim(30 * MIB).unwrap();
+        let least = if contiguous { 12 } else { 28 };
+        assert!(
+            (least * MIB..=30 * MIB).contains(&held(&pool)),
+            "{}",
+            held(&pool)
+        );
+        pool.trim(MIB).unwrap();
+        assert_eq!(held(&pool), 12 * MIB, "a block is in use");
+        drop(kept);
+        pool.trim(0).unwrap();
+        assert_eq!(held(&pool), 0);
+        pool.check_invariants();
+    }
+}
+
+#[test]
+fn a_fraction_is_a_limit_and_the_smaller_counts() {
+    let device = device(Schedule::Threads);
+    let stream = device.create_stream().unwrap();
+    let of = |limit, fraction| {
+        let config = PoolConfig {
+            limit,
+            fraction,
+            ..PoolConfig::default()
+        };
+        Pool::new(&device, config)
+    };
+    for (limit, fraction, effective) in [
+        (None, Some(1.0), Some(CAPACITY)),
+        (None, Some(0.5), Some(32 * MIB)),
+        (Some(16 * MIB), Some(0.5), Some(16 * MIB)),
+        (Some(48 * MIB), Some(0.5), Some(32 * MIB)),
+        (None, None, None),
+    ] {
+        assert_eq!(of(limit, fraction).unwrap().limit(), effective);
+    }
+    for fraction in [
+        0.0,
+        -0.1,
+        2.0,
+        1.0 + f64::EPSILON,
+        f64::NAN,
+        f64::INFINITY,
+        1e-3,
+    ] {
+        match of(None, Some(fraction)) {
+            Err(Error::InvalidConfig { key, reason }) => {
+                assert_eq!(key, "fraction", "{reason}");
+            }
+            other => panic!("{fraction} gave {other:?}"),
+        }
+    }
+    let half = of(None, Some(0.5)).unwrap();
+    drop(half.allocate(CAPACITY / 2, &stream).unwrap());
+    assert!(half.allocate(CAPACITY / 2 + 1, &stream).is_err());
+    assert!(half.allocate(CAPACITY / 2, &stream).is_ok());
+}
+
+#[test]
+fn limits_can_be_changed_and_read_back() {
+    let device = device(Schedule::Threads);
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let stream = device.create_stream().unwrap();
+    for limit in [Some(CAPACITY), Some(2 * MIB), Some(3 * MIB + 7), None] {
+        pool.set_limit(limit).unwrap();
+        assert_eq!(pool.limit(), limit);
+    }
+    for bad in [0, 2 * MIB - 1, CAPACITY + 1, u64::MAX] {
+        assert!(pool.set_limit(Some(bad)).is_err());
+        assert_eq!(pool.limit(), None, "nothing was changed");
+    }
+    let in_use = pool.allocate(20 * MIB, &stream).unwrap();
+    drop(pool.allocate(30 * MIB, &stream).unwrap());
+    pool.set_limit(Some(10 * MIB)).unwrap();
+    assert_eq!(held(&pool), 20 * MIB, "what is idle went back");
+    let Err(Error::OutOfMemory(report)) = pool.allocate(4 * MIB, &stream) else {
+        panic!("growth is refused")
+    };
+    assert!(report.limited && report.limit == Some(10 * MIB));
+    drop(in_use);
+    assert!(pool.allocate(20 * MIB, &stream).is_ok(), "nothing is taken");
+    pool.empty_cache().unwrap();
+    assert!(pool.allocate(20 * MIB, &stream).is_err());
+    pool.set_limit(None).unwrap();
+    assert!(pool.allocate(20 * MIB, &stream).is_ok());
+    pool.check_invariants();
+}
+
+#[test]
+fn limits_count_private_memory_and_leave_it_alone() {
+    for contiguous in [false, true] {
+        let device = device(Schedule::Threads);
+        let config = PoolConfig {
+            contiguous,
+            limit: Some(4 * MIB),
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let private = pool.private().unwrap();
+        let allocate = |mib| pool.allocate(mib * MIB, &stream);
+        assert!(private.prime(|| allocate(20)).is_err());
+        pool.set_limit(Some(24 * MIB)).unwrap();
+        drop(private.prime(|| allocate(20)).unwrap());
+        assert_eq!(private.reserved_bytes(), 20 * MIB);
+        // Free, but set aside.
+        pool.set_limit(Some(8 * MIB)).unwrap();
+        assert_eq!(held(&pool), 20 * MIB);
+        pool.check_invariants();
+        assert!(allocate(2).is_err());
+        drop(private.prime(|| allocate(20)).unwrap());
+        drop(private);
+        assert!(allocate(8).is_ok(), "released memory goes back");
+        assert!(held(&pool) <= 8 * MIB);
+        pool.check_invariants();
+    }
+}
+
+#[test]
+fn what_was_idle_for_a_period_goes_back_at_the_next_slow_call() {
+    for contiguous in [false, true] {
+        let device = device(Schedule::Threads);
+        let config = PoolConfig {
+            contiguous,
+            // Every slow call ends a period.
+            decay: Some(Duration::ZERO),
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let kept = pool.allocate(24 * MIB, &stream).unwrap();
+        drop(pool.allocate(30 * MIB, &stream).unwrap());
+        stream.synchronize().unwrap();
+        // Each round is a slow call with a stream that is new to this thread's cache. What the pool asked of
+        // the device it may learn one call later.
+        let mut rounds = 0;
+        while held(&pool) > 32 * MIB {
+            let passing = device.create_stream().unwrap();
+            drop(pool.allocate(4096, &passing).unwrap());
+            rounds += 1;
+            assert!(rounds < 10_000, "{} are held", held(&pool));
+        }
+        assert!(held(&pool) >= 24 * MIB);
+        drop(kept);
+        pool.check_invariants();
+    }
+}
+
+#[test]
+fn decay_by_hand_needs_no_clock_and_none_is_looked_at_without_one() {
+    let device = device(Schedule::Threads);
+    let pool = Pool::new(&device, PoolConfig::default()).unwrap();
+    let stream = device.create_stream().unwrap();
+    drop(pool.allocate(30 * MIB, &stream).unwrap());
+    for _ in 0..100 {
+        let other = device.create_stream().unwrap();
+        drop(pool.allocate(4096, &other).unwrap());
+    }
+    assert!(held(&pool) >= 30 * MIB);
+    pool.decay_now();
+    assert!(held(&pool) >= 30 * MIB, "it was needed in this period");
+    let mut rounds = 0;
+    while held(&pool) > 0 {
+        pool.decay_now();
+        rounds += 1;
+        assert!(rounds < 10_000, "{:?}", pool.stats());
+        std::thread::yield_now();
+    }
+    pool.check_invariants();
+}
+
+#[test]
+fn a_deterministic_pool_has_no_clock_and_a_policy_without_pace() {
+    let device = device(Schedule::Threads);
+    let config = PoolConfig {
+        deterministic: true,
+        ..PoolConfig::default()
+    };
+    for (reuse, effective) in [
+        (ReusePolicy::OnlyComplete, ReusePolicy::Wait),
+        (ReusePolicy::Wait, ReusePolicy::Wait),
+        (ReusePolicy::Never, ReusePolicy::Never),
+    ] {
+        let config = PoolConfig {
+            reuse,
+            ..config.clone()
+        };
+        assert_eq!(
+            Pool::new(&device, config).unwrap().config().reuse,
+            effective
+        );
+    }
+    let second = Some(Duration::from_secs(1));
+    let timed = [
+        PoolConfig {
+            decay: second,
+            ..config.clone()
+        },
+        PoolConfig {
+            wait_deadline: second,
+            ..config
+        },
+    ];
+    for config in timed {
+        let refused = Pool::new(&device, config);
+        assert!(matches!(refused, Err(Error::InvalidConfig { .. })));
+    }
+}
+
+/// A program with three streams at the brink of its memory.
+struct Program {
+    pool: Pool,
+    streams: Vec<Stream>,
+    blocks: Vec<Block>,
+    random: fastrand::Rng,
+    /// Where the first block lay, and what every block's address was, told so that it can be compared: by
+    /// distance from the first where that is in the pool's range of pages, else by when it was seen first.
+    base: Option<u64>,
+    ranges: Vec<u64>,
+    told: Vec<(bool, u64)>,
+}
+
+impl Program {
+    fn tell(&mut self, address: u64) {
+        let base = *self.base.get_or_insert(address);
+        let distance = address.wrapping_sub(base);
+        if distance < 4 * CAPACITY {
+            return self.told.push((true, distance));
+        }
+        let known = self.ranges.iter().position(|range| *range == address);
+        let number = known.unwrap_or_else(|| {
+            self.ranges.push(address);
+            self.ranges.len() - 1
+        });
+        self.told.push((false, number as u64));
+    }
+
+    fn allocate(&mut self) {
+        let bytes = match self.random.u32(0..10) {
+            0..4 => self.random.u64(1..64 << 10),
+            4..8 => self.random.u64(1..5 * MIB),
+            _ => self.random.u64(1..24 * MIB),
+        };
+        let stream = self.random.choice(&self.streams).unwrap().clone();
+        match self.pool.allocate(bytes, &stream) {
+            Ok(block) => {
+                self.tell(block.ptr().0);
+                self.blocks.push(block);
+            }
+            Err(Error::OutOfMemory(_)) => self.told.push((false, u64::MAX)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn step(&mut self) {
+        match self.random.u32(0..100) {
+            0..50 => self.allocate(),
+            50..80 if !self.blocks.is_empty() => {
+                let index = self.random.usize(0..self.blocks.len());
+                drop(self.blocks.swap_remove(index));
+            }
+            80..90 => {
+                let stream = self.random.choice(&self.streams).unwrap().clone();
+                if let Some(block) = self.random.choice(self.blocks.iter_mut()) {
+                    block.record_stream(&stream);
+                }
+            }
+            90..94 => self.blocks.truncate(self.blocks.len() / 2),
+            94..96 => {
+                let stream = self.pool.device().create_stream().unwrap();
+                let index = self.random.usize(0..self.streams.len());
+                self.streams[index] = stream;
+            }
+            96..97 => self.pool.trim(self.random.u64(0..CAPACITY)).unwrap(),
+            _ => self.streams[0].wait_for(&self.streams[1]).unwrap(),
+        }
+    }
+}
+
+/// What every block's address was, and the peak and driver calls that the program took.
+type Run = (Vec<(bool, u64)>, u64, u64);
+
+/// Plays the program number `seed`; `pace` changes nothing but how far the device is at each call.
+fn run(
+    seed: u64,
+    reuse: ReusePolicy,
+    deterministic: bool,
+    contiguous: bool,
+    pace: Schedule,
+) -> Run {
+    let device = device(pace);
+    let config = PoolConfig {
+        reuse,
+        deterministic,
+        contiguous,
+        ..PoolConfig::default()
+    };
+    let pool = Pool::new(&device, config).unwrap();
+    let streams = (0..3).map(|_| device.create_stream().unwrap()).collect();
+    let mut program = Program {
+        pool,
+        streams,
+        blocks: Vec::new(),
+        random: fastrand::Rng::with_seed(seed),
+        base: None,
+        ranges: Vec::new(),
+        told: Vec::new(),
+    };
+    for _ in 0..600 {
+        program.step();
+    }
+    program.pool.check_invariants();
+    let stats = program.pool.stats();
+    let peak = stats.reserved_bytes.peak;
+    (program.told, peak, stats.num_device_alloc)
+}
+
+/// Whether program `seed` runs alike on devices of every pace.
+fn is_same_at_every_pace(seed: u64, reuse: ReusePolicy, deterministic: bool) -> bool {
+    let first = run(seed, reuse, deterministic, false, Schedule::Seeded(0));
+    let paces = [
+        Schedule::Seeded(0),
+        Schedule::Seeded(1),
+        Schedule::Seeded(2),
+        Schedule::Threads,
+    ];
+    paces
+        .into_iter()
+        .all(|pace| run(seed, reuse, deterministic, false, pace) == first)
+}
+
+#[test]
+fn a_deterministic_pool_gives_the_same_addresses_and_peaks_at_every_pace() {
+    for reuse in [ReusePolicy::Wait, ReusePolicy::Never] {
+        for seed in support::seeds(40) {
+            assert!(
+                is_same_at_every_pace(seed, reuse, true),
+                "{reuse}, seed {seed}"
+            );
+        }
+    }
+}
+
+#[test]
+fn other_pools_do_not() {
+    let differs = |seed| !is_same_at_every_pace(seed, ReusePolicy::OnlyComplete, false);
+    assert!((0..40).any(differs));
+}
+
+#[test]
+fn plain_allocations_are_as_many_at_every_pace() {
+    // Where the driver puts them is its own affair.
+    for seed in support::seeds(20) {
+        let outcomes = [Schedule::Seeded(0), Schedule::Seeded(1), Schedule::Threads].map(|pace| {
+            let (_, peak, allocations) = run(seed, ReusePolicy::Wait, true, true, pace);
+            (peak, allocations)
+        });
+        assert!(
+            outcomes.iter().all(|outcome| *outcome == outcomes[0]),
+            "seed {seed}: {outcomes:?}"
+        );
+    }
+}
