@@ -97,7 +97,7 @@ fn consumer_sees_every_value(seed: u64, order: Order) -> bool {
 #[test]
 fn recorded_blocks_are_not_reused_too_early_on_any_schedule() {
     for order in [Order::RecordStream, Order::RecordUse] {
-        for seed in support::seeds(2_000) {
+        for seed in support::seeds(10_000) {
             assert!(consumer_sees_every_value(seed, order), "seed {seed}");
         }
     }

@@ -21,32 +21,46 @@ pub(crate) fn library_path() -> PathBuf {
     test.with_file_name("libsimcuda.so")
 }
 
+/// The library, which the first test of the process loads.
+fn library() -> &'static Library {
+    static LIBRARY: OnceLock<Library> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let path = library_path();
+        // SAFETY: our own library, without initializers. It has the name that a driver has, and whoever
+        // asks for that gets it from now on.
+        unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{path:?}: {error}"))
+    })
+}
+
+fn function<T>(name: &str) -> Symbol<'static, T> {
+    // SAFETY: the callers below name functions of tests/simcuda/src/control.rs with their types.
+    unsafe { library().get(name.as_bytes()) }.unwrap()
+}
+
+/// Changes a setting. For tests that have taken the driver.
+pub(crate) fn set(key: &str, value: &str) {
+    let set =
+        function::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>("simcuda_set");
+    let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());
+    // SAFETY: both texts end with zero.
+    let code = unsafe { set(key.as_ptr(), value.as_ptr()) };
+    assert_eq!(code, 0, "{key:?} is understood");
+}
+
 /// The simulated driver, held by one test.
 pub(crate) struct Sim {
-    library: &'static Library,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Sim {
     /// Loads the library, unless that was done, and puts it back to where it began.
     pub(crate) fn take() -> Self {
-        static LIBRARY: OnceLock<Library> = OnceLock::new();
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock();
-        let library = LIBRARY.get_or_init(|| {
-            let path = library_path();
-            // SAFETY: our own library, without initializers. It has the name that a driver has, and whoever
-            // asks for that gets it from now on.
-            unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{path:?}: {error}"))
-        });
-        let sim = Self {
-            library,
-            _alone: alone,
-        };
-        let reset = sim.function::<unsafe extern "C" fn()>("simcuda_reset");
+        let reset = function::<unsafe extern "C" fn()>("simcuda_reset");
         // SAFETY: takes nothing and may be called at any time.
         unsafe { reset() };
-        sim
+        Self { _alone: alone }
     }
 
     /// The library, and its first device.
@@ -56,23 +70,13 @@ impl Sim {
         (sim, device)
     }
 
-    fn function<T>(&self, name: &str) -> Symbol<'static, T> {
-        // SAFETY: the callers below name functions of tests/simcuda/src/control.rs with their types.
-        unsafe { self.library.get(name.as_bytes()) }.unwrap()
-    }
-
     pub(crate) fn set(&self, key: &str, value: &str) {
-        let set = self
-            .function::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>("simcuda_set");
-        let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());
-        // SAFETY: both texts end with zero.
-        let code = unsafe { set(key.as_ptr(), value.as_ptr()) };
-        assert_eq!(code, 0, "{key:?} is understood");
+        set(key, value);
     }
 
     /// Makes the `nth` call of `name` from now on return `code`.
     pub(crate) fn fail(&self, name: &str, nth: u64, code: c_int) {
-        let fail = self.function::<unsafe extern "C" fn(*const c_char, u64, c_int)>("simcuda_fail");
+        let fail = function::<unsafe extern "C" fn(*const c_char, u64, c_int)>("simcuda_fail");
         let name = CString::new(name).unwrap();
         // SAFETY: the text ends with zero.
         unsafe { fail(name.as_ptr(), nth, code) };
@@ -80,14 +84,14 @@ impl Sim {
 
     /// Faults that have not fired.
     pub(crate) fn armed(&self) -> usize {
-        let armed = self.function::<unsafe extern "C" fn() -> usize>("simcuda_armed");
+        let armed = function::<unsafe extern "C" fn() -> usize>("simcuda_armed");
         // SAFETY: takes nothing.
         unsafe { armed() }
     }
 
     /// How often a function of the library was called.
     pub(crate) fn calls(&self, name: &str) -> u64 {
-        let calls = self.function::<unsafe extern "C" fn(*const c_char) -> u64>("simcuda_calls");
+        let calls = function::<unsafe extern "C" fn(*const c_char) -> u64>("simcuda_calls");
         let name = CString::new(name).unwrap();
         // SAFETY: the text ends with zero.
         unsafe { calls(name.as_ptr()) }
@@ -95,7 +99,7 @@ impl Sim {
 
     /// How much of a kind of things is held.
     pub(crate) fn held(&self, kind: &str) -> usize {
-        let held = self.function::<unsafe extern "C" fn(*const c_char) -> usize>("simcuda_held");
+        let held = function::<unsafe extern "C" fn(*const c_char) -> usize>("simcuda_held");
         let kind = CString::new(kind).unwrap();
         // SAFETY: the text ends with zero.
         unsafe { held(kind.as_ptr()) }
@@ -103,7 +107,7 @@ impl Sim {
 
     /// The calls so far, each with its code, and what work complained about.
     pub(crate) fn log(&self) -> String {
-        let log = self.function::<unsafe extern "C" fn(*mut u8, usize) -> usize>("simcuda_log");
+        let log = function::<unsafe extern "C" fn(*mut u8, usize) -> usize>("simcuda_log");
         // SAFETY: nothing is written to no bytes.
         let len = unsafe { log(std::ptr::null_mut(), 0) };
         let mut bytes = vec![0; len];

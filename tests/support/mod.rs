@@ -12,6 +12,12 @@ pub fn seeds(count: u64) -> std::ops::Range<u64> {
     }
 }
 
+/// Seeds to run out of `all`: the one that `KITSUNE_SEED` names, if it is among them, or all.
+pub fn seeds_in(all: std::ops::Range<u64>) -> std::ops::Range<u64> {
+    let named = seeds(all.end);
+    named.start.max(all.start)..named.end.min(all.end)
+}
+
 /// Runs `test` for one seed and names the seed if it panics.
 pub fn with_seed(seed: u64, test: impl FnOnce(u64)) {
     struct Report(u64);
