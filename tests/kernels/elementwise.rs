@@ -3,7 +3,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, Activation, Span};
 
-use crate::support::{LEADS, LENGTHS, Nearness, Side, compare, numbers, of_library, with_specials};
+use super::support::{LEADS, LENGTHS, Nearness, Side, compare, numbers, of_library, with_specials};
 
 /// All pairs of float types with all lengths, and with alignments that differ between the operands.
 fn for_cases(test: impl Fn(DType, DType, usize, [usize; 2])) {
