@@ -18,6 +18,7 @@ mod gradients;
 mod optimizer;
 mod parameter;
 mod rows;
+mod settings;
 mod sgd;
 mod table;
 

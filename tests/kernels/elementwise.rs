@@ -3,7 +3,7 @@
 use kitsune::launch::{self, Activation, Span};
 use kitsune::{DType, F8E4M3, F8E5M2, Overflow};
 
-use crate::support::{
+use super::support::{
     LEADS, LENGTHS, Nearness, Side, compare, floats, numbers, of_library, with_specials,
 };
 

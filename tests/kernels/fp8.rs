@@ -3,7 +3,7 @@
 use kitsune::launch::{self, QuantizeTo};
 use kitsune::{DType, F8E4M3, F8E5M2, Overflow};
 
-use crate::support::{LEADS, LENGTHS, Nearness, compare, large, numbers, with_specials};
+use super::support::{LEADS, LENGTHS, Nearness, compare, large, numbers, with_specials};
 
 /// Everything that quantizing `len` elements writes, twice, so that it goes on from what it finds.
 fn quantized(dtypes: [DType; 2], len: usize, leads: [usize; 2], overflow: Overflow, scale: f64) {

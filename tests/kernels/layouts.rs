@@ -3,7 +3,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, StridedCopy};
 
-use crate::support::{Nearness, compare, floats, with_specials};
+use super::support::{Nearness, compare, floats, with_specials};
 
 /// Shape, strides of the source, strides of the destination.
 type Layout = (&'static [usize], &'static [usize], &'static [usize]);

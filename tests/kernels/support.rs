@@ -8,7 +8,7 @@ use kitsune::driver::DevicePtr;
 use kitsune::launch::Span;
 use kitsune::{DType, Device, Element, F8E4M3, F8E5M2, HostConfig, Stream, bf16, f16};
 
-use crate::device_support::{on_gpu, with_kernels};
+use super::device_support::{on_gpu, with_kernels};
 
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
