@@ -78,8 +78,7 @@ fn open(call: &'static str, device: &Device, stream: CUstream) -> Result<Arc<Cud
         return Err(refuse(call, code::INVALID_DEVICE, reason));
     }
     if stream.addr() == PER_THREAD {
-        let reason =
-            "the per-thread default stream is another stream on each thread: make one of your own, as CudaContext::new_stream does";
+        let reason = "the per-thread default stream is another stream on each thread: make one of your own, as CudaContext::new_stream does";
         return Err(refuse(call, code::INVALID_VALUE, reason));
     }
     CudaDriver::get(properties.ordinal.0)
