@@ -290,7 +290,7 @@ mod tests {
         let mut memory = PagedMemory::new(Pages::new(&device, None).unwrap());
         let mut fences = Fences::new(false);
         let owner = fences.owner(&device.create_stream().unwrap());
-        let mut place = |memory: &mut PagedMemory, fences: &mut Fences, pages: u64| {
+        let place = |memory: &mut PagedMemory, fences: &mut Fences, pages: u64| {
             let request = Request {
                 bytes: pages * PAGE,
                 owner,
