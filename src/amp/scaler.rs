@@ -17,7 +17,7 @@ use crate::launch::journal::{
     BACKOFFS, GROWTHS, NAN_STEPS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
 };
 use crate::launch::{Change, NormKind, scale_update};
-use crate::optim::{Optimizer, OptimizerId, ScaleTag, UnscaleMark, moment};
+use crate::optim::{CheckAtOnce, Optimizer, OptimizerId, Parameter, ScaleTag, UnscaleMark, moment};
 use crate::storage::{Context, Tensor};
 
 /// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
@@ -109,6 +109,39 @@ impl GradScaler {
             scaler: *self.id,
             since: self.since,
         })
+    }
+
+    /// Adds `grad` to the parameter's gradient, as
+    /// [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad) does with this
+    /// scaler's [`tag`](Self::tag), and checks the sum in the pass that writes it.
+    ///
+    /// [`check`](Self::check), [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) then do not read that
+    /// gradient to check it: what they find, norm included, is the same to the bit. They read it as ever if it was
+    /// made by no such sum (the first term becomes the gradient as it is), or belongs to another iteration, for norms
+    /// other than L2, and if it was written since through this crate. Who writes it otherwise, say in an all-reduce,
+    /// calls [`Tensor::mark_written`] on it.
+    ///
+    /// # Errors
+    /// As [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad), and
+    /// [`Error::InvalidArgument`] for a parameter on another stream than the scaler's. Nothing was added.
+    pub fn accumulate(&self, parameter: &Parameter, grad: Tensor) -> Result<()> {
+        let op = "accumulate";
+        let Some(memory) = &self.memory else {
+            return parameter.accumulate(op, grad, None, None);
+        };
+        if parameter.value().context().stream().id() != memory.context().stream().id() {
+            let name = parameter.name();
+            let reason = format!("parameter `{name}` is on another stream than the scaler");
+            return Err(Error::argument(op, reason));
+        }
+        let check = CheckAtOnce {
+            by: ScaleTag {
+                scaler: *self.id,
+                since: self.since,
+            },
+            inv_scale: &memory.inv_scale,
+        };
+        parameter.accumulate(op, grad, self.tag(), Some(&check))
     }
 
     /// Checks the optimizer's gradients for infinities and NaN without changing them. [`step`](Self::step) does

@@ -7,7 +7,8 @@ use crate::error::{Error, Result, ScalerMisuse};
 use crate::launch::NormKind;
 use crate::launch::journal::{CHECK_TIME, CLIP_TIME, RecordOperands, STEP_TIME, record_step};
 use crate::optim::{
-    Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs, UnscaleMark,
+    CheckAtOnce, Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs,
+    UnscaleMark,
 };
 use crate::storage::Tensor;
 
@@ -125,7 +126,7 @@ impl Slot {
             Stage::Checked | Stage::Unscaled => return Err(ScalerMisuse::AlreadyUnscaled.into()),
             Stage::Stepped => return Err(ScalerMisuse::UnscaleAfterStep.into()),
         }
-        let pass = Pass::Check(Some(&memory.inv_scale), NormKind::L2);
+        let pass = still_scaled(memory, mark, NormKind::L2);
         self.pass(op, memory, parameters, mark, pass)?;
         // Should the step fail, the flag still counts in the next update, which clears it.
         self.stage = Stage::Checked;
@@ -152,8 +153,12 @@ impl Slot {
                 format!("max_norm is {max_norm}, not zero or more"),
             ));
         }
-        let inv_scale = (!in_place).then_some(&memory.inv_scale);
-        self.pass(op, memory, parameters, mark, Pass::Check(inv_scale, kind))?;
+        let pass = if in_place {
+            Pass::Check(None, kind)
+        } else {
+            still_scaled(memory, mark, kind)
+        };
+        self.pass(op, memory, parameters, mark, pass)?;
         if !in_place {
             // Should the rest fail, the flag still counts in the next update, which clears it.
             self.stage = Stage::Checked;
@@ -230,10 +235,26 @@ impl Slot {
             (self.recorded_as, self.names) = (Some(number), names);
         }
         let (gradients, flag) = (&mut self.gradients, self.found_inf.span()?);
-        if memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag))? {
-            return Ok(());
+        let any = memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag));
+        if any.is_err() && self.gradients.is_half_done() {
+            // The flag that may be set counts in the next update, which clears it.
+            self.stage = Stage::Checked;
         }
-        Err(ScalerMisuse::NothingChecked.into())
+        match any? {
+            true => Ok(()),
+            false => Err(ScalerMisuse::NothingChecked.into()),
+        }
+    }
+}
+
+/// The pass over gradients that are still multiplied by the scale.
+fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass<'_> {
+    match kind {
+        NormKind::L2 => Pass::CheckUnlessProduced(CheckAtOnce {
+            by: mark.tag(),
+            inv_scale: &memory.inv_scale,
+        }),
+        _ => Pass::Check(Some(&memory.inv_scale), kind),
     }
 }
 

@@ -8,7 +8,7 @@ use super::compute::{
     check_floats, check_streams, entry_name, for_chunks, map, with_compute, with_element,
 };
 use super::device::push_spans;
-use crate::driver::{Arguments, Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -62,6 +62,13 @@ impl Kernel for Cast {
     fn arguments(&self, into: &mut Arguments) {
         push_spans(into, &[&self.src, &self.dst]);
         into.u64(self.elements());
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic {
+            read: self.src.bytes(),
+            written: self.dst.bytes(),
+        })
     }
 
     unsafe fn run(&self) {

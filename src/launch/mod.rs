@@ -27,6 +27,7 @@ mod elementwise;
 mod embedding;
 mod fill;
 pub(crate) mod gradient_check;
+pub(crate) mod gradient_produce;
 pub(crate) mod journal;
 mod layer_norm;
 mod matmul;

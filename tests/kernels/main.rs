@@ -13,5 +13,6 @@ mod rows;
 mod shim;
 mod support;
 mod tables;
+mod traffic;
 mod training;
 mod transformer;
