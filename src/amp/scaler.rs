@@ -151,7 +151,7 @@ impl GradScaler {
     /// As [`unscale`](Self::unscale).
     pub fn check<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
-        match self.slot("check", optimizer.id())? {
+        match self.slot("check", optimizer)? {
             Some((memory, slot)) => slot.check("check", memory, optimizer.parameters(), mark),
             None => Ok(()),
         }
@@ -168,7 +168,7 @@ impl GradScaler {
     /// two, lies on another stream, or shares memory with another one. Nothing was changed.
     pub fn unscale<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
-        match self.slot("unscale", optimizer.id())? {
+        match self.slot("unscale", optimizer)? {
             Some((memory, slot)) => slot.unscale(memory, optimizer.parameters(), mark),
             None => Ok(()),
         }
@@ -227,7 +227,7 @@ impl GradScaler {
     ) -> Result<Tensor> {
         let mark = self.mark(optimizer.id());
         let parameters = optimizer.parameters();
-        match self.slot("clip_grad_norm", optimizer.id())? {
+        match self.slot("clip_grad_norm", optimizer)? {
             Some((memory, slot)) => slot.clip(memory, parameters, mark, (max_norm, kind)),
             None => {
                 let Some(first) = parameters.first() else {
@@ -249,9 +249,8 @@ impl GradScaler {
     /// otherwise as [`unscale`](Self::unscale) and the optimizer's step.
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
-        let id = optimizer.id().clone();
         let number = self.steps + 1;
-        match self.slot("step", &id)? {
+        match self.slot("step", optimizer)? {
             None => {
                 optimizer.step_unscaled()?;
                 self.steps += 1;
@@ -537,11 +536,12 @@ impl GradScaler {
     }
 
     /// The optimizer's slot, made at its first call; `None` if disabled.
-    fn slot(
+    fn slot<O: Optimizer + ?Sized>(
         &mut self,
         call: &'static str,
-        id: &OptimizerId,
+        optimizer: &O,
     ) -> Result<Option<(&ScaleMemory, &mut Slot)>> {
+        let id = optimizer.id();
         let Some(memory) = &self.memory else {
             return Ok(None);
         };
@@ -563,7 +563,8 @@ impl GradScaler {
         };
         if known.is_none() {
             if !id.claim(&self.id) {
-                return Err(ScalerMisuse::OtherScaler.into());
+                let parameters = told(optimizer.parameters());
+                return Err(ScalerMisuse::OtherScaler { parameters }.into());
             }
             // With one flag for all, whoever overflows skips all steps.
             let slot = Slot::new(id, memory.flag(if all_or_none { 0 } else { index })?);
@@ -576,5 +577,14 @@ impl GradScaler {
             }
         }
         Ok(Some((memory, &mut self.slots[index])))
+    }
+}
+
+/// An optimizer by its parameters: the first, and how many more.
+fn told(parameters: &[Parameter]) -> String {
+    match parameters {
+        [] => "no parameters".to_owned(),
+        [one] => format!("`{}`", one.name()),
+        [first, more @ ..] => format!("`{}` and {} more", first.name(), more.len()),
     }
 }

@@ -37,6 +37,8 @@ pub(super) struct Slot {
     stage: Stage,
     found_inf: Tensor,
     gradients: Gradients,
+    /// What the last pass went over: for each parameter the moment of its gradient's last term, if it had a gradient.
+    seen: Vec<Option<u64>>,
     /// Taken since the last update; the coefficient too if the step is to apply it.
     norm_taken: bool,
     clip: Option<Tensor>,
@@ -52,6 +54,7 @@ impl Slot {
             stage: Stage::Ready,
             found_inf,
             gradients: Gradients::new("gradients"),
+            seen: Vec::new(),
             norm_taken: false,
             clip: None,
         }
@@ -154,6 +157,7 @@ impl Slot {
             ));
         }
         let pass = if in_place {
+            self.check_unchanged(op, parameters)?;
             Pass::Check(None, kind)
         } else {
             still_scaled(memory, mark, kind)
@@ -193,8 +197,14 @@ impl Slot {
                 self.check("step", memory, optimizer.parameters(), mark)?;
                 Some(memory.inv_scale.clone())
             }
-            Stage::Checked => Some(memory.inv_scale.clone()),
-            Stage::Unscaled => None,
+            Stage::Checked => {
+                self.check_unchanged("step", optimizer.parameters())?;
+                Some(memory.inv_scale.clone())
+            }
+            Stage::Unscaled => {
+                self.check_unchanged("step", optimizer.parameters())?;
+                None
+            }
             Stage::Stepped => return Err(ScalerMisuse::AlreadyStepped.into()),
         };
         let inputs = StepInputs {
@@ -240,11 +250,49 @@ impl Slot {
             // The flag that may be set counts in the next update, which clears it.
             self.stage = Stage::Checked;
         }
-        match any? {
-            true => Ok(()),
-            false => Err(ScalerMisuse::NothingChecked.into()),
+        if !any? {
+            return Err(ScalerMisuse::NothingChecked.into());
         }
+        self.seen.clear();
+        self.seen.extend(parameters.iter().map(last_term));
+        Ok(())
     }
+
+    /// Refuses gradients that the last pass did not go over. One that was dropped since is no harm: its parameter
+    /// stays where it is. Unscaled ones may have been replaced by others, which the caller vouches for.
+    fn check_unchanged(&self, op: &'static str, parameters: &[Parameter]) -> Result<()> {
+        if parameters.len() != self.seen.len() {
+            let reason = format!(
+                "the optimizer has {} parameters, and had {} when its gradients were checked",
+                parameters.len(),
+                self.seen.len()
+            );
+            return Err(Error::argument(op, reason));
+        }
+        for (parameter, seen) in parameters.iter().zip(&self.seen) {
+            let Some(origin) = parameter.origin() else {
+                continue;
+            };
+            let is_same = *seen == Some(origin.until);
+            let what = match (seen, self.stage) {
+                (None, _) => "was not there when the optimizer's gradients were checked",
+                (_, Stage::Checked) if !is_same => "changed after it was checked",
+                (_, Stage::Unscaled) if origin.tag.is_some() => "is still scaled",
+                _ => continue,
+            };
+            let name = parameter.name();
+            let reason = format!(
+                "the gradient of `{name}` {what}; check, unscale or clip when all are there"
+            );
+            return Err(Error::argument(op, reason));
+        }
+        Ok(())
+    }
+}
+
+/// The moment of the last term of a parameter's gradient.
+fn last_term(parameter: &Parameter) -> Option<u64> {
+    parameter.origin().map(|origin| origin.until)
 }
 
 /// The pass over gradients that are still multiplied by the scale.

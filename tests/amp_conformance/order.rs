@@ -103,10 +103,14 @@ fn case_43_double_unscale_unscale_after_step_step_twice() {
     );
     scaler.update().unwrap();
     let mut second = crate::amp_support::scaler(&context, 4.0);
-    assert_eq!(
-        misuse(second.step(&mut optimizer)),
-        ScalerMisuse::OtherScaler
-    );
+    let other = ScalerMisuse::OtherScaler {
+        parameters: "`w`".to_owned(),
+    };
+    assert_eq!(misuse(second.step(&mut optimizer)), other);
+    assert_eq!(misuse(second.unscale(&optimizer)), other);
+    assert_eq!(misuse(second.clip_grad_norm(&optimizer, 1.0)), other);
+    let told = other.to_string();
+    assert!(told.contains("the optimizer of `w`"), "{told}");
     drop(scaler);
     let _ = second.step(&mut optimizer).unwrap();
 }
