@@ -199,3 +199,58 @@ fn settings_are_checked() {
         }
     }
 }
+
+#[test]
+fn state_written_back_goes_on_to_the_bit() {
+    let context = context();
+    let make = || {
+        let weight = ones(&context, "w", &[bf16::from_f32(0.75); 300]);
+        let other = ones(&context, "v", &[0.75f32; 5]);
+        let parameters = vec![other, weight];
+        AdamW::new(parameters, AdamWConfig::default()).unwrap()
+    };
+    let everything = |optimizer: &AdamW| {
+        let each = |(index, parameter): (usize, &kitsune::optim::Parameter)| {
+            let mut tensors = optimizer.state(index);
+            tensors.push(("value", parameter.value().clone()));
+            tensors
+        };
+        let parameters = optimizer.parameters().iter().enumerate();
+        parameters.flat_map(each).collect::<Vec<_>>()
+    };
+    let (mut first, mut second) = (make(), make());
+    for _ in 0..3 {
+        first.step_unscaled().unwrap();
+    }
+    for ((name, from), (same, to)) in everything(&first).into_iter().zip(everything(&second)) {
+        assert_eq!(name, same);
+        to.copy_from(&from).unwrap();
+    }
+    for optimizer in [&mut first, &mut second] {
+        optimizer.step_unscaled().unwrap();
+    }
+    let numbers = |optimizer: &AdamW| {
+        let read = |(name, tensor): (_, kitsune::Tensor)| {
+            let values = match tensor.dtype() {
+                DType::U32 => tensor
+                    .to_vec::<u32>()
+                    .unwrap()
+                    .into_iter()
+                    .map(f64::from)
+                    .collect(),
+                _ => tensor.cast(DType::F64).unwrap().to_vec::<f64>().unwrap(),
+            };
+            (name, values)
+        };
+        everything(optimizer)
+            .into_iter()
+            .map(read)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(numbers(&first), numbers(&second));
+    let names: Vec<_> = first.state(1).iter().map(|(name, _)| *name).collect();
+    assert_eq!(
+        names,
+        ["master_weight", "first_moment", "second_moment", "steps"]
+    );
+}

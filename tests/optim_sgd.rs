@@ -251,3 +251,68 @@ fn identities_are_never_given_twice() {
         .collect();
     assert_eq!(ids.len(), 100);
 }
+
+#[test]
+fn state_and_settings_are_known_by_name() {
+    let context = context();
+    let weight = parameter(&context, "w", &[f16::ONE; 3]);
+    let config = SgdConfig {
+        momentum: 0.9,
+        ..SgdConfig::default()
+    };
+    let mut optimizer = Sgd::new(vec![weight], config).unwrap();
+    let names = |optimizer: &Sgd, index| {
+        let state = optimizer.state(index).into_iter();
+        state.map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&optimizer, 0), ["master_weight", "momentum"]);
+    assert_eq!(names(&optimizer, 1), [""; 0]);
+    assert!(
+        optimizer.state(0)[1]
+            .1
+            .is_same(optimizer.momentum_buffer(0).unwrap())
+    );
+    assert_eq!(optimizer.groups().len(), 1);
+    let expected = [
+        ("learning_rate", 1e-3),
+        ("momentum", 0.9),
+        ("weight_decay", 0.0),
+    ];
+    assert_eq!(optimizer.settings(0), expected);
+    assert_eq!(optimizer.settings(1), []);
+
+    let refused = |optimizer: &mut Sgd, group, changes: &[(&str, f64)]| {
+        let error = optimizer.set_settings(group, changes).unwrap_err();
+        assert_eq!(optimizer.settings(0), expected, "all or nothing");
+        error.to_string()
+    };
+    let message = refused(
+        &mut optimizer,
+        0,
+        &[("learning_rate", 1.0), ("momentum", -1.0)],
+    );
+    assert!(message.contains("momentum: group 0: -1"), "{message}");
+    let message = refused(&mut optimizer, 0, &[("rate", 1.0)]);
+    assert!(
+        message.contains("no `rate`, only learning_rate, momentum"),
+        "{message}"
+    );
+    let message = refused(&mut optimizer, 1, &[]);
+    assert!(message.contains("group 1 of 1"), "{message}");
+    optimizer
+        .set_settings(0, &[("learning_rate", 0.5), ("momentum", 0.0)])
+        .unwrap();
+    assert_eq!(optimizer.config().learning_rate, 0.5);
+}
+
+#[test]
+fn momentum_needs_the_buffers_it_was_made_with() {
+    let context = context();
+    let weight = parameter(&context, "w", &[1f32]);
+    let mut optimizer = Sgd::new(vec![weight], SgdConfig::default()).unwrap();
+    let refused = optimizer.set_settings(0, &[("momentum", 0.9)]).unwrap_err();
+    assert!(
+        refused.to_string().contains("made without momentum"),
+        "{refused}"
+    );
+}

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::launch::adamw::{AdamWNumbers, AdamWSteps, COLUMNS, adamw};
 use crate::memory;
 use crate::optim::rows::{Needs, Rows};
+use crate::optim::settings::{Settings, changed, named, of_group};
 use crate::optim::sgd::not_negative;
 use crate::optim::{Optimizer, OptimizerId, Parameter, StepInputs};
 use crate::storage::Tensor;
@@ -54,6 +55,26 @@ impl AdamWConfig {
                 ));
             }
         }
+        Ok(())
+    }
+}
+
+impl Settings for AdamWConfig {
+    fn numbers(&mut self) -> Vec<(&'static str, &mut f64)> {
+        vec![
+            ("learning_rate", &mut self.learning_rate),
+            ("beta1", &mut self.betas.0),
+            ("beta2", &mut self.betas.1),
+            ("epsilon", &mut self.epsilon),
+            ("weight_decay", &mut self.weight_decay),
+        ]
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+
+    fn allows(&self, _changed: &Self) -> Result<()> {
         Ok(())
     }
 }
@@ -152,6 +173,27 @@ impl Optimizer for AdamW {
 
     fn parameters(&self) -> &[Parameter] {
         &self.rows.parameters
+    }
+
+    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        let mut state = self.rows.named(index, &["first_moment", "second_moment"]);
+        if let Ok(steps) = self.steps.narrow(0, index, 1) {
+            state.push(("steps", steps));
+        }
+        state
+    }
+
+    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
+        if group > 0 {
+            return Vec::new();
+        }
+        named(&self.config)
+    }
+
+    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.expect_group(group)?;
+        self.config = of_group(group, changed(&self.config, changes))?;
+        Ok(())
     }
 
     fn step(&mut self, inputs: &StepInputs) -> Result<()> {

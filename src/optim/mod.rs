@@ -19,6 +19,7 @@ mod optimizer;
 mod parameter;
 mod produced;
 mod rows;
+mod settings;
 mod sgd;
 mod table;
 

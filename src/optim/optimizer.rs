@@ -1,12 +1,13 @@
 //! What an optimizer is to those who drive it.
 
 use std::hash::{Hash, Hasher};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::update_pass::StepScalars;
 use crate::optim::Parameter;
 use crate::storage::Tensor;
@@ -120,18 +121,70 @@ pub trait Optimizer {
     /// only read.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the inputs do not fit or two gradients
-    /// share memory; [`Error::OutOfMemory`](crate::Error::OutOfMemory) in a first step. Nothing was moved.
+    /// [`Error::InvalidArgument`] if the inputs do not fit or two gradients share memory;
+    /// [`Error::OutOfMemory`] in a first step. Nothing was moved.
     fn step(&mut self, inputs: &StepInputs) -> Result<()>;
 
     /// One step with gradients that need neither unscaling nor clipping, which is always applied.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a gradient
-    /// that says it is still multiplied by a loss scale.
+    /// As [`step`](Self::step), and [`Error::InvalidArgument`] for a gradient that says it is still multiplied by a loss scale.
     fn step_unscaled(&mut self) -> Result<()> {
         Parameter::expect_unscaled("step", self.parameters())?;
         self.step(&StepInputs::default())
+    }
+
+    /// What a step reads and writes beside parameter `index` and its gradient, each with a name that no other
+    /// tensor of that parameter has, always in the same order. A skipped step leaves all of it alone. Saved with the
+    /// parameters and written back later (in stream order, `tensor.copy_from(…)`), it lets a training go on to
+    /// the bit. Empty for a parameter that does not exist.
+    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        let _ = index;
+        Vec::new()
+    }
+
+    /// The groups of parameters that share settings, as ranges of [`parameters`](Self::parameters).
+    fn groups(&self) -> Vec<Range<usize>> {
+        std::iter::once(0..self.parameters().len()).collect()
+    }
+
+    /// The settings of a group that may change between steps, each with its name. Empty for a group that does
+    /// not exist.
+    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
+        let _ = group;
+        Vec::new()
+    }
+
+    /// Changes settings of a group by their names: all of `changes`, or none. Holds for steps enqueued from now
+    /// on, and for launches of graphs that captured one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] with the name of a setting that is unknown or cannot have that value, and the
+    /// number of the group; [`Error::InvalidArgument`] if there is no such group. Nothing was changed.
+    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.expect_group(group)?;
+        match changes.first() {
+            None => Ok(()),
+            Some((name, _)) => Err(Error::config(
+                "settings",
+                format!("group {group}: there is no `{name}`"),
+            )),
+        }
+    }
+
+    /// Refuses the number of a group that does not exist.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`].
+    fn expect_group(&self, group: usize) -> Result<()> {
+        let groups = self.groups().len();
+        if group < groups {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "settings",
+            format!("group {group} of {groups}, counted from 0"),
+        ))
     }
 
     /// Drops the gradients of all parameters.

@@ -100,6 +100,21 @@ impl Rows {
         self.masters.get(index)?.as_ref()
     }
 
+    /// Master weight and state of parameter `index`; `names` are those of the state tensors.
+    pub(super) fn named(
+        &self,
+        index: usize,
+        names: &[&'static str],
+    ) -> Vec<(&'static str, Tensor)> {
+        let master = self.master(index).map(|master| ("master_weight", master));
+        let states = self.states.get(index).into_iter().flatten();
+        let states = names.iter().copied().zip(states);
+        let tensors = master.into_iter().chain(states);
+        tensors
+            .map(|(name, tensor)| (name, tensor.clone()))
+            .collect()
+    }
+
     /// Makes the master weights equal to the parameters again, after those were written by someone else.
     pub(super) fn reload_masters(&self) -> Result<()> {
         let pairs = self.masters.iter().zip(&self.parameters);

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
 use crate::optim::rows::{Needs, Rows};
+use crate::optim::settings::{Settings, changed, named, of_group};
 use crate::optim::{Optimizer, OptimizerId, Parameter, StepInputs};
 use crate::storage::Tensor;
 
@@ -45,6 +46,28 @@ impl SgdConfig {
         not_negative("weight_decay", self.weight_decay)?;
         if self.nesterov && self.momentum == 0.0 {
             return Err(Error::config("nesterov", "needs a momentum above 0"));
+        }
+        Ok(())
+    }
+}
+
+impl Settings for SgdConfig {
+    fn numbers(&mut self) -> Vec<(&'static str, &mut f64)> {
+        vec![
+            ("learning_rate", &mut self.learning_rate),
+            ("momentum", &mut self.momentum),
+            ("weight_decay", &mut self.weight_decay),
+        ]
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+
+    fn allows(&self, changed: &Self) -> Result<()> {
+        if self.momentum == 0.0 && changed.momentum != 0.0 {
+            let reason = "the optimizer was made without momentum and has no buffers for it";
+            return Err(Error::config("momentum", reason));
         }
         Ok(())
     }
@@ -135,6 +158,23 @@ impl Optimizer for Sgd {
 
     fn parameters(&self) -> &[Parameter] {
         &self.rows.parameters
+    }
+
+    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        self.rows.named(index, &["momentum"])
+    }
+
+    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
+        if group > 0 {
+            return Vec::new();
+        }
+        named(&self.config)
+    }
+
+    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.expect_group(group)?;
+        self.config = of_group(group, changed(&self.config, changes))?;
+        Ok(())
     }
 
     fn step(&mut self, inputs: &StepInputs) -> Result<()> {
