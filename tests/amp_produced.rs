@@ -241,10 +241,13 @@ fn noting() -> (Arc<counted::Log>, Context) {
     (log, context)
 }
 
+/// A way to write a gradient: given its parameter, and one of its elements.
+type Write = fn(&Parameter, Tensor);
+
 #[test]
 fn a_gradient_that_was_written_since_is_read() {
     let bad = |weight: &Parameter| weight.grad().unwrap().narrow(0, 2, 1).unwrap();
-    let writes: [(&str, fn(&Parameter, Tensor)); 5] = [
+    let writes: [(&str, Write); 5] = [
         ("fill", |_, element| element.fill(f64::INFINITY).unwrap()),
         ("copy", |_, element| {
             let whole = Tensor::full(element.context(), [1], DType::F32, f64::NAN).unwrap();

@@ -188,6 +188,15 @@ fn case_47_grads_broken_after_unscale() {
         weight.grad().unwrap().fill(bad).unwrap();
         assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
         assert!(!value::<f32>(&weight)[0].is_finite());
+        // Whoever clips, as one does after changing gradients, has them looked at again.
+        scaler.update().unwrap();
+        weight.value().fill(1.0).unwrap();
+        set_grad(&weight, &[1f32]);
+        scaler.unscale(&optimizer).unwrap();
+        weight.grad().unwrap().fill(bad).unwrap();
+        scaler.clip_grad_norm(&optimizer, 1.0).unwrap();
+        assert!(!scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+        assert_eq!(value::<f32>(&weight), [1.0]);
     }
 }
 
