@@ -29,22 +29,20 @@ __device__ Partial check_chunk(const Chunk& chunk, float inv_scale, u32 kind) {
     constexpr int PACK = PackOf<Typed<T>>::value;
     u64 len = chunk.len(), offset = chunk.offset(), head = aligned_from<PACK>(len, g);
     Partial own;
-    walk<PACK>(len, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
+    auto load = [&](u64 index, C* r, auto count) { g.template load<decltype(count)::value>(index, r); };
+    auto use = [&](u64 index, C* r, auto count) {
         constexpr int COUNT = decltype(count)::value;
-        C r[COUNT];
-        g.template load<COUNT>(index, r);
         if (multiply) {
 #pragma unroll
             for (int i = 0; i < COUNT; i++) r[i] = r[i] * inv;
             if (WRITE) g.template store<COUNT>(index, r);
         }
+        // What was rounded into the gradient is what counts.
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            // What was rounded into the gradient is what counts.
-            if (WRITE) r[i] = widen<C>(Narrow<T>::from(r[i]));
-            own.take(r[i], offset + index + i, kind);
-        }
-    });
+        for (int i = 0; i < COUNT && WRITE; i++) r[i] = widen<C>(Narrow<T>::from(r[i]));
+        own.take<COUNT>(r, offset + index, kind);
+    };
+    walk_pairs<C, PACK>(len, head, threadIdx.x, blockDim.x, load, use);
     return over_block(own, kind);
 }
 
@@ -86,5 +84,5 @@ __device__ void gradient_check(const GradientCheckArguments& g) {
     if (is_last) finish(g, partials);
 }
 
-ENTRY(gradient_check, GradientCheckArguments) { gradient_check<false>(arguments); }
+ENTRY_IN_BLOCKS(gradient_check, GradientCheckArguments, 4) { gradient_check<false>(arguments); }
 ENTRY(gradient_unscale, GradientCheckArguments) { gradient_check<true>(arguments); }

@@ -57,9 +57,11 @@ __device__ Partial produce_chunk(const ProduceArguments& g, S term, Typed<T> sum
         sum.template store<COUNT>(index, values);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            C r = widen<C>(Narrow<T>::from(values[i]));
-            own.take(multiply ? r * inv : r, offset + index + i, L2);
+            // What was rounded is what counts.
+            values[i] = widen<C>(Narrow<T>::from(values[i]));
+            if (multiply) values[i] = values[i] * inv;
         }
+        own.take<COUNT>(values, offset + index, L2);
     });
     return over_block(own, L2);
 }
