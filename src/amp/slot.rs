@@ -337,3 +337,12 @@ fn check_origin(op: &'static str, parameter: &Parameter, mark: UnscaleMark) -> R
     }
     Ok(())
 }
+
+/// An optimizer by its parameters: the first, and how many more.
+pub(super) fn told(parameters: &[Parameter]) -> String {
+    match parameters {
+        [] => "no parameters".to_owned(),
+        [one] => format!("`{}`", one.name()),
+        [first, more @ ..] => format!("`{}` and {} more", first.name(), more.len()),
+    }
+}

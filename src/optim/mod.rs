@@ -14,22 +14,29 @@
 
 mod adamw;
 mod clip;
+mod ema;
 mod gradients;
 mod optimizer;
 mod parameter;
 mod produced;
 mod rows;
+mod schedule;
 mod settings;
 mod sgd;
+mod state;
 mod table;
 
 pub use crate::launch::NormKind;
 pub use adamw::{AdamW, AdamWConfig};
 pub use clip::{clip_grad_norm, clip_grad_norm_};
+pub use ema::{Ema, EmaState};
 pub(crate) use gradients::{Gradients, Pass};
 pub(crate) use optimizer::OptimizerLife;
 pub use optimizer::{Optimizer, OptimizerId, StepInputs};
 pub use parameter::{Parameter, ScaleTag};
 pub(crate) use parameter::{UnscaleMark, moment};
 pub(crate) use produced::CheckAtOnce;
+pub use schedule::{Decay, Schedule};
 pub use sgd::{Sgd, SgdConfig};
+pub use state::{GroupState, NamedTensors, OptimizerState};
+pub(crate) use state::{load as load_optimizer, match_named, save_named, values};
