@@ -15,13 +15,13 @@
 //!
 //! Twins: [`Advance`], [`AdamW`].
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::Compute;
 use crate::launch::device::push_spans;
-use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row};
+use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row, traffic};
 use crate::launch::vector::vectorized;
 use crate::launch::{Span, enqueue};
 
@@ -116,6 +116,10 @@ impl Kernel for Advance {
         push_spans(into, &[&self.steps.steps, &self.steps.corrections]);
         into.f64(self.betas.0);
         into.f64(self.betas.1);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic::default())
     }
 
     fn grid(&self) -> Grid {
@@ -243,6 +247,10 @@ impl Kernel for AdamW {
         into.f64(self.numbers.betas.1);
         into.f64(self.numbers.epsilon);
         into.f64(self.numbers.weight_decay);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(traffic(&self.table))
     }
 
     fn grid(&self) -> Grid {

@@ -11,12 +11,12 @@
 //!
 //! Twin: [`Sgd`].
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::error::Result;
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::Compute;
 use crate::launch::enqueue;
-use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row};
+use crate::launch::update_pass::{Rule, STATE, StepScalars, for_each_row, traffic};
 
 /// Columns of the table.
 pub(crate) const COLUMNS: usize = STATE + 1;
@@ -108,6 +108,10 @@ impl Kernel for Sgd {
         into.f64(self.numbers.momentum);
         into.f64(self.numbers.weight_decay);
         into.u32(u32::from(self.numbers.nesterov));
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(traffic(&self.table))
     }
 
     fn grid(&self) -> Grid {

@@ -15,7 +15,7 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Arguments, Stream};
+use crate::driver::{Arguments, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
@@ -87,6 +87,21 @@ pub(super) trait Rule: Sync {
         gradients: &[C],
         states: [&mut [C]; MAX_STATES],
     );
+}
+
+/// What a pass over `table` moves: weights, gradients and state are read; weights and state are written, and so are
+/// parameters beside master weights.
+pub(super) fn traffic(table: &ChunkTable) -> Traffic {
+    let states: u64 = (STATE..table.columns())
+        .map(|column| table.bytes(column))
+        .sum();
+    let parameters = table.bytes(PARAMETER);
+    let masters = table.bytes(MASTER);
+    Traffic {
+        // A parameter that has a master weight is not read.
+        read: parameters - table.bytes_beside(MASTER) + table.bytes(GRADIENT) + masters + states,
+        written: parameters + masters + states,
+    }
 }
 
 /// Applies `rule` to every row of `table`, gradients multiplied by `factors`.

@@ -103,10 +103,14 @@ impl PagedMemory {
     /// The latest fence of each owner over the pages of an idle range; `None` if one is not free.
     fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
         let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
+        let mut near: Option<Hole> = None;
         for (position, page) in self.ranges.get(range).pages.iter().enumerate() {
-            let hole = self
-                .territory
-                .hole_over_front(*page, need.units_at(position))?;
+            let units = need.units_at(position);
+            let hole = match near.filter(|hole| hole.has_front(*page, units)) {
+                Some(hole) => hole,
+                None => self.territory.hole_over_front(*page, units)?,
+            };
+            near = Some(hole);
             let fence = self.territory.fence_of_page(&hole, *page);
             match latest.iter_mut().find(|known| known.owner == fence.owner) {
                 Some(known) => known.epoch = known.epoch.max(fence.epoch),

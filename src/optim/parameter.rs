@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::optim::produced::{CheckAtOnce, Produced};
 use crate::storage::Tensor;
 
 /// A weight that is trained. Cheap to clone; clones are the same parameter.
@@ -31,6 +32,14 @@ struct Inner {
 struct Grad {
     tensor: Option<Tensor>,
     origin: Origin,
+    produced: Produced,
+}
+
+impl Grad {
+    fn put(&mut self, tensor: Option<Tensor>, origin: Origin) {
+        (self.tensor, self.origin) = (tensor, origin);
+        self.produced.forget();
+    }
 }
 
 /// What is known of the scale in a gradient.
@@ -67,6 +76,16 @@ pub(crate) struct UnscaleMark {
     pub(crate) scaler: u64,
     pub(crate) since: u64,
     pub(crate) optimizer: u64,
+}
+
+impl UnscaleMark {
+    /// The scaler, and since when it has its scale.
+    pub(crate) fn tag(&self) -> ScaleTag {
+        ScaleTag {
+            scaler: self.scaler,
+            since: self.since,
+        }
+    }
 }
 
 impl Parameter {
@@ -137,15 +156,13 @@ impl Parameter {
     pub fn set_scaled_grad(&self, grad: Tensor, tag: impl Into<Option<ScaleTag>>) -> Result<()> {
         self.check_grad("set_grad", &grad)?;
         let now = moment();
-        *self.inner.grad.lock() = Grad {
-            tensor: Some(grad),
-            origin: Origin {
-                tag: tag.into(),
-                unscaled: None,
-                since: now,
-                until: now,
-            },
+        let origin = Origin {
+            tag: tag.into(),
+            unscaled: None,
+            since: now,
+            until: now,
         };
+        self.inner.grad.lock().put(Some(grad), origin);
         Ok(())
     }
 
@@ -170,9 +187,19 @@ impl Parameter {
         grad: Tensor,
         tag: impl Into<Option<ScaleTag>>,
     ) -> Result<()> {
-        let op = "accumulate_grad";
+        self.accumulate("accumulate_grad", grad, tag.into(), None)
+    }
+
+    /// [`accumulate_scaled_grad`](Self::accumulate_scaled_grad), and checks the sum in the same pass if there is one
+    /// and a kernel does so for its types.
+    pub(crate) fn accumulate(
+        &self,
+        op: &'static str,
+        grad: Tensor,
+        tag: Option<ScaleTag>,
+        check: Option<&CheckAtOnce<'_>>,
+    ) -> Result<()> {
         self.check_grad(op, &grad)?;
-        let tag = tag.into();
         let mut slot = self.inner.grad.lock();
         let Some(sum) = &slot.tensor else {
             drop(slot);
@@ -186,9 +213,18 @@ impl Parameter {
             return refuse("has a gradient that was made with another loss scale");
         }
         let sum = sum.contiguous()?;
-        let term = grad.cast(sum.dtype())?.contiguous()?;
-        let stream = sum.context().stream();
-        launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
+        let grad = grad.contiguous()?;
+        slot.produced.forget();
+        let is_added = match check {
+            Some(check) => slot.produced.add(op, &sum, &grad, check)?,
+            None => false,
+        };
+        if !is_added {
+            let term = grad.cast(sum.dtype())?;
+            sum.mark_written();
+            let stream = sum.context().stream();
+            launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
+        }
         slot.tensor = Some(sum);
         slot.origin.until = moment();
         Ok(())
@@ -196,7 +232,7 @@ impl Parameter {
 
     /// Drops the gradient. Its memory goes back to the pool unless someone else holds it.
     pub fn zero_grad(&self) {
-        *self.inner.grad.lock() = Grad::default();
+        self.inner.grad.lock().put(None, Origin::default());
     }
 
     /// Whether both are the same parameter.
@@ -209,6 +245,14 @@ impl Parameter {
     pub(crate) fn origin(&self) -> Option<Origin> {
         let grad = self.inner.grad.lock();
         grad.tensor.as_ref().map(|_| grad.origin)
+    }
+
+    /// What was found about the gradient where it was made, if that was for this scaler and scale and the gradient is
+    /// as it was then.
+    pub(crate) fn produced(&self, by: ScaleTag) -> Option<Tensor> {
+        let grad = self.inner.grad.lock();
+        let tensor = grad.tensor.as_ref()?;
+        grad.produced.partials(by, tensor).cloned()
     }
 
     pub(crate) fn mark_unscaled(&self, mark: UnscaleMark) {
