@@ -194,7 +194,7 @@ pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Cou
 /// Folds what the calling thread has counted.
 pub(super) fn fold_of_thread(pool: PoolId, state: &mut State) {
     let mut fold = |cache: &ThreadCache| {
-        cache.with_owner(|contents| contents.fold(state));
+        cache.with_owner(|contents| contents.fold_counts(state));
     };
     if let Some(cache) = current().filter(|cache| cache.pool == pool) {
         return fold(cache);

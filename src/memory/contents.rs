@@ -266,6 +266,12 @@ impl Contents {
     }
 
     /// Folds the counters into the pool's.
+    #[inline]
+    pub(super) fn fold_counts(&mut self, state: &mut State) {
+        self.counts.fold(state);
+    }
+
+    /// Folds the counters into the pool's, and learns how much may be kept.
     pub(super) fn fold(&mut self, state: &mut State) {
         self.learn(state);
         self.counts.fold(state);
