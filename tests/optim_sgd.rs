@@ -4,7 +4,7 @@
 mod amp_support;
 
 use amp_support::{context, grad, ones, parameter, set_grad, tensor, value};
-use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
+use kitsune::optim::{MasterWeights, Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Element, Error, Tensor, bf16, f16};
 
 /// One weight after another step, in f64.
@@ -78,7 +78,7 @@ fn every_type_follows_the_formula() {
         follows_the_reference::<f16>(&context, config, 1000, 1.0);
         follows_the_reference::<bf16>(&context, config, 1000, 1.0);
         let alone = SgdConfig {
-            master_weights: false,
+            master_weights: MasterWeights::Off,
             ..config
         };
         follows_the_reference::<f16>(&context, alone, 1000, 8.0);

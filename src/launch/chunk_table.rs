@@ -23,7 +23,7 @@ use crate::launch::device::{push_sizes, push_spans, type_code};
 use crate::units::{StreamId, to_usize};
 
 /// Most places in which one row can name its elements.
-pub(crate) const MAX_COLUMNS: usize = 5;
+pub(crate) const MAX_COLUMNS: usize = 6;
 
 /// Most elements of one chunk: enough that its bookkeeping does not show, few enough that one large tensor
 /// still feeds every core.
