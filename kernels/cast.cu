@@ -1,5 +1,5 @@
 // Conversion between float types: `dst[i] = src[i]`, rounded once. Between equal types (u32 included) the
-// bits are copied.
+// bits are copied. What is converted to an 8-bit type is brought to at most `limit` in magnitude before.
 //
 // Shapes: any length; `dst` may be `src` if their elements have one size. Launch: steps of the grid. Same
 // bits as the twin, src/launch/cast.rs, but for the payload of NaN.
@@ -9,6 +9,7 @@ struct CastArguments {
     u64 src;
     u64 dst;
     u64 len;
+    double limit;
 };
 
 // Equal types differ in size only, as far as a copy is concerned.
@@ -29,7 +30,13 @@ struct Cast {
     static __device__ void run(const CastArguments& g) {
         // A value of either type is a value of the compute type, so that only the store rounds.
         typedef typename ComputeOf<S, D>::type C;
-        map<C>(Typed<S>(g.src), Typed<D>(g.dst), g.len, [](C value) { return value; });
+        C limit = C(g.limit);
+        map<C>(Typed<S>(g.src), Typed<D>(g.dst), g.len, [=](C value) {
+            if (!IsF8<D>::value) return value;
+            // Neither holds for NaN.
+            if (value > limit) return limit;
+            return value < -limit ? -limit : value;
+        });
     }
 };
 template <class T>
@@ -42,5 +49,5 @@ __device__ void cast(const CastArguments& g) {
     Cast<S, D>::run(g);
 }
 
-ENTRIES_BY_PAIR(cast, CastArguments, cast)
+ENTRIES_BY_ANY_PAIR(cast, CastArguments, cast)
 ENTRY(cast_u32_u32, CastArguments) { copy<u32>(arguments); }

@@ -21,14 +21,6 @@ struct CrossEntropyArguments {
     u64 columns;
 };
 
-// The larger; where one does not compare, the first.
-struct Larger {
-    template <class T>
-    __device__ T operator()(T a, T b) const {
-        return b > a ? b : a;
-    }
-};
-
 template <class C, class T>
 __device__ void cross_entropy(const CrossEntropyArguments& g) {
     u32 lane = threadIdx.x % WARP;

@@ -11,6 +11,7 @@
 #pragma once
 
 #ifndef KITSUNE_SHIM
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -47,6 +48,29 @@ __device__ inline u64 threads_of_grid() { return u64(gridDim.x) * blockDim.x; }
     ENTRY(op##_bf16, Arguments) { body<float, bf16>(arguments); }                      \
     ENTRY(op##_f32, Arguments) { body<float, float>(arguments); }                      \
     ENTRY(op##_f64, Arguments) { body<double, double>(arguments); }
+
+// One entry point for each float type of the main operand, and an 8-bit one that it is converted to.
+#define ENTRIES_TO_F8(op, Arguments, body)                                             \
+    ENTRIES_TO_EITHER_F8(op##_f16, f16, Arguments, body)                               \
+    ENTRIES_TO_EITHER_F8(op##_bf16, bf16, Arguments, body)                             \
+    ENTRIES_TO_EITHER_F8(op##_f32, float, Arguments, body)                             \
+    ENTRIES_TO_EITHER_F8(op##_f64, double, Arguments, body)
+#define ENTRIES_TO_EITHER_F8(op, From, Arguments, body)                                \
+    ENTRY(op##_f8e4m3, Arguments) { body<From, f8e4m3>(arguments); }                   \
+    ENTRY(op##_f8e5m2, Arguments) { body<From, f8e5m2>(arguments); }
+
+// One entry point for each 8-bit type, and a float type that it is converted to.
+#define ENTRIES_FROM_F8(op, Arguments, body)                                           \
+    ENTRIES_FROM(op##_f8e4m3, f8e4m3, Arguments, body)                                 \
+    ENTRIES_FROM(op##_f8e5m2, f8e5m2, Arguments, body)
+
+// One entry point for each pair of types that can be converted into each other.
+#define ENTRIES_BY_ANY_PAIR(op, Arguments, body)                                       \
+    ENTRIES_BY_PAIR(op, Arguments, body)                                               \
+    ENTRIES_TO_F8(op, Arguments, body)                                                 \
+    ENTRIES_FROM_F8(op, Arguments, body)                                               \
+    ENTRIES_TO_EITHER_F8(op##_f8e4m3, f8e4m3, Arguments, body)                         \
+    ENTRIES_TO_EITHER_F8(op##_f8e5m2, f8e5m2, Arguments, body)
 
 // One entry point for each pair of float types.
 #define ENTRIES_BY_PAIR(op, Arguments, body)                                           \

@@ -28,4 +28,6 @@ ENTRY(fill_f16, FillArguments) { fill<f16>(arguments); }
 ENTRY(fill_bf16, FillArguments) { fill<bf16>(arguments); }
 ENTRY(fill_f32, FillArguments) { fill<float>(arguments); }
 ENTRY(fill_f64, FillArguments) { fill<double>(arguments); }
+ENTRY(fill_f8e4m3, FillArguments) { fill<f8e4m3>(arguments); }
+ENTRY(fill_f8e5m2, FillArguments) { fill<f8e5m2>(arguments); }
 ENTRY(fill_u32, FillArguments) { fill<u32>(arguments); }

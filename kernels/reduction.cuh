@@ -26,6 +26,14 @@ struct Minimum {
     }
 };
 
+// Where one does not compare, the first.
+struct Larger {
+    template <class T>
+    __device__ T operator()(T a, T b) const {
+        return b > a ? b : a;
+    }
+};
+
 // Of non-negative numbers; NaN wins.
 struct MaximumOrNan {
     template <class T>

@@ -53,5 +53,5 @@ __device__ void copy_strided(const StridedArguments& g) {
     else copy_all<u64, S, D>(g);
 }
 
-ENTRIES_BY_PAIR(copy_strided, StridedArguments, copy_strided)
+ENTRIES_BY_ANY_PAIR(copy_strided, StridedArguments, copy_strided)
 ENTRY(copy_strided_u32_u32, StridedArguments) { copy_strided<u32, u32>(arguments); }

@@ -21,7 +21,7 @@ use cudarc::nvrtc::Ptx;
 use cudarc::{cublas, cublaslt, nccl};
 use kitsune::driver::cuda::{borrow_stream, share_stream};
 use kitsune::storage::DeviceBuffer;
-use kitsune::{Context, Device, Error, Pool, PoolConfig, f16};
+use kitsune::{Context, DType, Device, Error, Pool, PoolConfig, Tensor, f16};
 
 /// An entry point that the library of kernels has, with its struct's fields as parameters.
 const FILL: &str = ".version 8.0\n.target sm_80\n.visible .entry fill_f32(.param .u64 dst, .param .u64 len, \
@@ -325,6 +325,120 @@ fn the_legacy_default_stream_runs_in_order_with_blocking_streams_only() {
 }
 
 #[test]
+fn parts_are_used_as_the_whole_is() {
+    let bench = Bench::new();
+    let fill = bench.fill();
+    let mut a = bench.buffer(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+    let mut b = DeviceBuffer::<f32>::zeros(&bench.context, 4).unwrap();
+    let source = a.slice(1..).unwrap().slice(1..=2).unwrap();
+    let mut target = b.slice_mut(1..3).unwrap();
+    assert_eq!((source.len(), target.num_bytes()), (2, 8));
+    bench.home.memcpy_dtod(&source, &mut target).unwrap();
+    assert_eq!(bench.home.clone_dtoh(&b).unwrap(), [0.0, 2.0, 3.0, 0.0]);
+    let mut part = a.slice_mut(4..).unwrap();
+    let mut last = part.slice_mut(1..).unwrap();
+    let (guard, len) = (last.on_mut(&bench.home), 1_u64);
+    let config = LaunchConfig::for_num_elems(1);
+    let mut builder = bench.home.launch_builder(&fill);
+    // SAFETY: the kernel takes an address, a length and a value.
+    unsafe { builder.arg(&guard).arg(&len).arg(&9.0_f64).launch(config) }.unwrap();
+    drop(guard);
+    bench
+        .home
+        .memset_zeros(&mut part.slice_mut(..1).unwrap())
+        .unwrap();
+    assert_eq!(
+        bench.home.clone_dtoh(&a).unwrap(),
+        [0.0, 1.0, 2.0, 3.0, 0.0, 9.0]
+    );
+    assert!(a.slice(4..7).is_none() && a.slice_mut(7..).is_none() && a.split_at_mut(7).is_none());
+    assert!(a.slice(6..).unwrap().is_empty());
+}
+
+/// How many waits for events `act` enqueues.
+fn waits(sim: &Sim, act: impl FnOnce()) -> usize {
+    let before = sim.log();
+    act();
+    let calls = sim.names_since(&before);
+    let waits = calls.iter().filter(|name| *name == "cuStreamWaitEvent");
+    waits.count()
+}
+
+#[test]
+fn parts_apart_do_not_wait_for_each_other_and_what_overlaps_does() {
+    let bench = Bench::new();
+    let mut a = bench.buffer(&[1.0; 64]);
+    let [one, two] = [(); 2].map(|()| bench.cuda.new_stream().unwrap());
+    let (mut left, mut right) = a.split_at_mut(32).unwrap();
+    // Both learn of home and of themselves once.
+    let first = waits(&bench.sim, || one.memset_zeros(&mut left).unwrap());
+    let second = waits(&bench.sim, || two.memset_zeros(&mut right).unwrap());
+    assert_eq!(
+        first, second,
+        "two has nothing to wait for that one had not"
+    );
+    let across = waits(&bench.sim, || two.memset_zeros(&mut a).unwrap());
+    assert_eq!(across, second + 2, "the end on one, and its own");
+    // Waits for the stream that wrote the part, which runs the rest before.
+    assert_eq!(
+        bench.home.clone_dtoh(&a.slice(60..).unwrap()).unwrap(),
+        [0.0; 4]
+    );
+    // The memory is not had before the use of a part is over.
+    let address = a.buffer().ptr();
+    let mut copy = DeviceBuffer::<f32>::uninit(&bench.context, 4).unwrap();
+    bench.home.memcpy_htod(&[7.0; 64], &mut a).unwrap();
+    one.memcpy_dtod(&a.slice(8..12).unwrap(), &mut copy)
+        .unwrap();
+    drop(a);
+    let other = bench.buffer(&[0.0; 64]);
+    assert_ne!(other.buffer().ptr(), address);
+    bench.home.synchronize().unwrap();
+    assert_eq!(one.clone_dtoh(&copy).unwrap(), [7.0; 4]);
+}
+
+#[test]
+fn tensors_become_buffers_and_buffers_tensors_without_a_copy() {
+    let bench = Bench::new();
+    let tensor = Tensor::full(&bench.context, [2, 8], DType::F32, 3.0).unwrap();
+    let address = tensor.ptr();
+    let mut buffer = DeviceBuffer::<f32>::from_tensor(tensor).unwrap();
+    assert_eq!((buffer.buffer().ptr(), buffer.len()), (address, 16));
+    assert_eq!(bench.home.clone_dtoh(&buffer).unwrap(), [3.0; 16]);
+    let side = bench.cuda.new_stream().unwrap();
+    side.memset_zeros(&mut buffer.slice_mut(8..).unwrap())
+        .unwrap();
+    let tensor = buffer.into_tensor([4, 4]).unwrap();
+    assert_eq!(tensor.ptr(), address);
+    assert_eq!(
+        tensor.to_vec::<f32>().unwrap(),
+        [[3.0; 8], [0.0; 8]].concat()
+    );
+
+    let refused = |tensor: Tensor| {
+        let refused = DeviceBuffer::<f32>::from_tensor(tensor).unwrap_err();
+        assert!(
+            matches!(refused, Error::InvalidArgument { .. }),
+            "{refused}"
+        );
+        refused.to_string()
+    };
+    let clone = tensor.clone();
+    assert!(refused(clone).contains("shares the memory"));
+    assert!(refused(tensor.narrow(0, 1, 2).unwrap()).contains("first elements"));
+    assert!(refused(tensor.transpose(0, 1).unwrap()).contains("first elements"));
+    assert!(refused(tensor.cast(DType::F16).unwrap()).contains("f16, not f32"));
+    let plain = Context::with_pool(&bench.pool).unwrap();
+    let elsewhere = Tensor::zeros(&plain, [4], DType::F32).unwrap();
+    assert!(refused(elsewhere).contains("Context::on_cuda_stream"));
+    // The first rows are the first elements, once nobody else has them.
+    let rows = tensor.narrow(0, 0, 2).unwrap();
+    drop(tensor);
+    let rows = DeviceBuffer::<f32>::from_tensor(rows).unwrap();
+    assert_eq!(bench.home.clone_dtoh(&rows).unwrap(), [3.0; 8]);
+}
+
+#[test]
 fn what_cannot_be_is_refused() {
     let bench = Bench::new();
     let plain = Context::with_pool(&bench.pool).unwrap();
@@ -394,6 +508,12 @@ fn every_library_takes_a_buffer(
     comm.all_reduce(a, out, &nccl::ReduceOp::Sum)
         .map_err(|error| format!("{error:?}"))?;
     comm.broadcast(Some(a), out, 0)
+        .map_err(|error| format!("{error:?}"))?;
+    let part = a.slice(..4).ok_or("four elements each")?;
+    let mut place = out.slice_mut(..4).ok_or("four elements each")?;
+    // SAFETY: as above.
+    unsafe { Matmul::<f16>::matmul(lt, config, &part, &part, &mut place, None, None) }?;
+    comm.all_reduce(&part, &mut place, &nccl::ReduceOp::Sum)
         .map_err(|error| format!("{error:?}"))?;
     Ok(())
 }

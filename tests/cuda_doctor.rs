@@ -176,6 +176,40 @@ fn a_missing_function_is_named() {
     }
 }
 
+/// Memory can be had on it, so it opens; but nobody is led there without asking.
+#[test]
+fn a_device_that_is_too_old_for_the_kernels_is_told_and_passed_over() {
+    let folder = folder("doctor-old-device", |_| {});
+    let expected = "has compute capability 7.5, and the kernels need 8.0";
+    assert_no_cuda(&folder, "capability=75", expected);
+    let found = findings(&folder, "capability=75");
+    assert_eq!(found["devices"][0]["kernels_for"], Value::Null);
+}
+
+/// A container without the driver's compiler, and a driver that was told to compile nothing.
+#[test]
+fn code_that_cannot_be_compiled_is_told_in_one_line() {
+    let folder = folder("doctor-no-compiler", |_| {});
+    for code in [218, 221, 223] {
+        let settings = format!("fail=cuModuleLoadDataEx:1:{code}");
+        let output = run(
+            &["train", "--device", "cuda", "--steps", "1"],
+            &folder,
+            &settings,
+        );
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(
+            told.starts_with("error: launch failed: cuModuleLoadDataEx: "),
+            "{told}"
+        );
+        assert!(
+            told.contains(&code.to_string()) && told.lines().count() == 1,
+            "{told}"
+        );
+    }
+}
+
 #[test]
 fn a_cublaslt_that_cannot_be_used_is_told_and_passed_over() {
     let folder = folder("doctor-cublaslt", |_| {});

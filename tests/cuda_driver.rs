@@ -235,6 +235,56 @@ fn devices_share_streams_events_and_addresses() {
     );
 }
 
+/// A page of `device` where it can be used.
+fn mapped(device: &Device) -> DevicePtr {
+    let driver = device.driver();
+    let ptr = driver.reserve(PAGE).unwrap();
+    let page = driver.create_page(PAGE).unwrap();
+    driver.map(ptr, &[page]).unwrap();
+    ptr
+}
+
+/// Mapped memory is reached by its own device alone, so a copy between two has to name both.
+#[test]
+fn copies_between_devices_name_both_and_others_ask_nothing() {
+    let (sim, one) = Sim::device();
+    sim.set("devices", "2");
+    let (left, a, near) = (one.create_stream().unwrap(), mapped(&one), mapped(&one));
+    fill(&left, a, 42, KIB);
+    let before = sim.log();
+    copy(&left, near, a, KIB);
+    assert_eq!(
+        sim.names_since(&before),
+        ["cuMemcpyAsync"],
+        "with one device"
+    );
+    let two = Device::cuda(1).unwrap();
+    let (right, b) = (two.create_stream().unwrap(), mapped(&two));
+    right.wait_for(&left).unwrap();
+    copy(&right, b, a, KIB);
+    assert_eq!(read(&right, b, 1024), vec![42; 1024]);
+    // Either end may be plain memory, and the stream that of either device.
+    let (plain, pinned) = (
+        allocate(&one, KIB),
+        one.driver().allocate_pinned(KIB).unwrap(),
+    );
+    left.wait_for(&right).unwrap();
+    copy(&left, plain, b, KIB);
+    assert_eq!(read(&left, plain, 1024), vec![42; 1024]);
+    assert_eq!(sim.calls("cuMemcpyPeerAsync"), 2);
+    copy(&right, pinned, b, KIB);
+    copy(&left, near, plain, KIB);
+    assert_eq!(sim.calls("cuMemcpyPeerAsync"), 2, "one device each");
+    right.synchronize().unwrap();
+    left.synchronize().unwrap();
+    sim.fail("cuMemcpyPeerAsync", 1, 217);
+    // SAFETY: both ranges are there.
+    let refused = unsafe { one.driver().copy(plain, b, KIB, left.raw()) };
+    let (call, code, reason) = refusal(refused);
+    assert_eq!((call, code), ("copy", 217));
+    assert!(reason.starts_with("cuMemcpyPeerAsync"), "{reason}");
+}
+
 #[test]
 fn unknown_handles_are_refused_before_the_library_sees_them() {
     let (sim, device) = Sim::device();

@@ -37,6 +37,7 @@ fn the_json_object_has_its_keys_and_right_figures() {
         .map(String::as_str)
         .collect();
     let mut expected = [
+        "device",
         "allocs",
         "peak_requested_bytes",
         "peak_reserved_bytes",
@@ -52,6 +53,7 @@ fn the_json_object_has_its_keys_and_right_figures() {
     let mut sorted = keys.clone();
     sorted.sort_unstable();
     assert_eq!(sorted, expected);
+    assert_eq!(report["device"], "host");
     assert_eq!(number(&report, "allocs"), 8);
     // Blocks 1, 2 and 5 are the most that live at once.
     assert_eq!(

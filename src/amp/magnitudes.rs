@@ -117,6 +117,8 @@ fn exponents(dtype: DType) -> Option<(i32, i32)> {
         DType::Bf16 => Some((-133, 127)),
         DType::F32 => Some((-149, 127)),
         DType::F64 => Some((-1074, 1023)),
+        DType::F8E4M3 => Some((-9, 8)),
+        DType::F8E5M2 => Some((-16, 15)),
         DType::U32 => None,
     }
 }

@@ -14,7 +14,7 @@ pub trait Scalable {
     /// Multiplied by `scale`, an f32 on the device; or the same, sharing memory, for `None`.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for integers; [`Error::InvalidArgument`] on another stream than the
+    /// [`Error::UnsupportedDtype`] for integers and 8-bit types; [`Error::InvalidArgument`] on another stream than the
     /// scale; [`Error::OutOfMemory`].
     fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self::Output>;
 }
@@ -28,7 +28,7 @@ impl Scalable for Tensor {
         let Some(scale) = scale else {
             return Ok(self.clone());
         };
-        if !self.dtype().is_float() {
+        if !self.dtype().is_computed() {
             return Err(Error::UnsupportedDtype {
                 op: "scale",
                 dtype: self.dtype(),

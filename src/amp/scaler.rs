@@ -91,7 +91,7 @@ impl GradScaler {
     /// that no product overflows 16 bits.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for integers; [`Error::InvalidArgument`] on another stream than the
+    /// [`Error::UnsupportedDtype`] for integers and 8-bit types; [`Error::InvalidArgument`] on another stream than the
     /// scaler's; [`Error::OutOfMemory`].
     pub fn scale<S: Scalable + ?Sized>(&self, outputs: &S) -> Result<S::Output> {
         let memory = self.memory.as_ref().filter(|_| self.is_scaling());

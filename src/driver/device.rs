@@ -13,19 +13,29 @@ pub struct Device {
 }
 
 impl Device {
-    /// The best device of this machine: the first CUDA device, or where none can be opened the host device
-    /// with its default settings. [`why_not_cuda`](Self::why_not_cuda) tells why that is.
+    /// The best device of this machine: the first CUDA device, or the host device with its default settings
+    /// where that cannot be opened or is too old for the kernels. [`why_not_cuda`](Self::why_not_cuda) tells
+    /// why that is.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
     pub fn auto() -> Result<Self> {
-        if let Ok(device) = Self::cuda(0) {
+        if let Ok(device) = Self::complete_cuda() {
             return Ok(device);
         }
         Self::host(HostConfig::default())
     }
 
-    /// The CUDA device with this number. Opening a device again gives another handle of the same one.
+    /// The first CUDA device, if kernels can run on it.
+    fn complete_cuda() -> Result<Self> {
+        let device = Self::cuda(0)?;
+        #[cfg(feature = "cuda")]
+        super::cuda::check_kernels(device.properties())?;
+        Ok(device)
+    }
+
+    /// The CUDA device with this number. Opening a device again gives another handle of the same one. Memory
+    /// can be had on every device that a driver has; kernels need compute capability 8.0.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no CUDA driver, if it is too old
@@ -43,10 +53,11 @@ impl Device {
         device
     }
 
-    /// Why the first CUDA device cannot be opened; `None` if it can.
+    /// Why [`auto`](Self::auto) does not take the first CUDA device; `None` if it does.
     #[must_use]
     pub fn why_not_cuda() -> Option<String> {
-        Self::cuda(0).err().map(|error| error.to_string())
+        let refused = Self::complete_cuda().err();
+        refused.map(|error| error.to_string())
     }
 
     /// A host device: the processor and its memory, with real streams, events and page mapping.

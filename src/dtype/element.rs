@@ -2,14 +2,15 @@
 
 use half::{bf16, f16};
 
-use super::DType;
 use super::round::{bf16_from_f64, f16_from_f64};
+use super::{DType, F8E4M3, F8E5M2};
 
 mod sealed {
     pub trait Sealed {}
 }
 
-/// A Rust type that a tensor can hold. Implemented for `f16`, `bf16`, `f32`, `f64` and `u32`; sealed.
+/// A Rust type that a tensor can hold. Implemented for `f16`, `bf16`, `f32`, `f64`, `u32`, [`F8E4M3`] and
+/// [`F8E5M2`]; sealed.
 pub trait Element:
     sealed::Sealed
     + bytemuck::Pod
@@ -24,10 +25,11 @@ pub trait Element:
     /// The run-time name of this type.
     const DTYPE: DType;
 
-    /// Converts with one rounding, to nearest, ties to even. Integers truncate and saturate.
+    /// Converts with one rounding, to nearest, ties to even. What is too large becomes infinity (NaN in
+    /// [`F8E4M3`], which has none); integers truncate and saturate.
     fn from_f64(value: f64) -> Self;
 
-    /// Converts with one rounding, to nearest, ties to even. Integers truncate and saturate.
+    /// As [`from_f64`](Self::from_f64).
     fn from_f32(value: f32) -> Self;
 
     /// The value as `f64`; exact for every element type.
@@ -77,6 +79,22 @@ element!(
     bf16::from_f32,
     bf16::to_f64,
     bf16::to_f32
+);
+element!(
+    F8E4M3,
+    F8E4M3,
+    F8E4M3::from_f64,
+    F8E4M3::from_f32,
+    F8E4M3::to_f64,
+    F8E4M3::to_f32
+);
+element!(
+    F8E5M2,
+    F8E5M2,
+    F8E5M2::from_f64,
+    F8E5M2::from_f32,
+    F8E5M2::to_f64,
+    F8E5M2::to_f32
 );
 #[expect(
     clippy::cast_possible_truncation,

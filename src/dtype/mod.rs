@@ -1,16 +1,19 @@
 //! Element types: their bits, their sizes, and conversions with one rounding.
 //!
 //! [`DType`] names a type at run time, [`Element`] ties it to a Rust type at compile time.
-//! All narrowing conversions round once, to nearest, ties to even; overflow goes to infinity.
+//! All narrowing conversions round once, to nearest, ties to even; overflow goes to infinity, where a type has
+//! one. The 8-bit types can also saturate, see [`Overflow`]; they store numbers, and nothing computes with them.
 //! This module allocates nothing and knows no device.
 
 mod element;
+mod f8;
 mod round;
 
 use std::fmt;
 use std::str::FromStr;
 
 pub use element::Element;
+pub use f8::{F8E4M3, F8E5M2, Overflow};
 pub use half::{bf16, f16};
 pub use round::{bf16_from_f64, f16_from_f64};
 
@@ -31,18 +34,34 @@ pub enum DType {
     F64,
     /// Unsigned 32-bit integer: class labels, counters, flags. Not for arithmetic.
     U32,
+    /// OCP e4m3 ([`F8E4M3`](struct@F8E4M3)): largest value 448, no infinity. For storage.
+    F8E4M3,
+    /// OCP e5m2 ([`F8E5M2`](struct@F8E5M2)): largest value 57344. For storage.
+    F8E5M2,
 }
 
 impl DType {
     /// Every element type.
-    pub const ALL: [Self; 5] = [Self::F16, Self::Bf16, Self::F32, Self::F64, Self::U32];
-    /// The floating-point element types.
+    pub const ALL: [Self; 7] = [
+        Self::F16,
+        Self::Bf16,
+        Self::F32,
+        Self::F64,
+        Self::U32,
+        Self::F8E4M3,
+        Self::F8E5M2,
+    ];
+    /// The 8-bit floating-point element types. Tensors of them can be made, filled, converted, copied and
+    /// viewed; no operation computes with them.
+    pub const F8: [Self; 2] = [Self::F8E4M3, Self::F8E5M2];
+    /// The floating-point element types that operations compute with: all but the 8-bit ones.
     pub const FLOATS: [Self; 4] = [Self::F16, Self::Bf16, Self::F32, Self::F64];
 
     /// Bits of one element.
     #[must_use]
     pub const fn bits(self) -> u64 {
         match self {
+            Self::F8E4M3 | Self::F8E5M2 => 8,
             Self::F16 | Self::Bf16 => 16,
             Self::F32 | Self::U32 => 32,
             Self::F64 => 64,
@@ -61,13 +80,26 @@ impl DType {
         !matches!(self, Self::U32)
     }
 
+    /// Whether elements are 8-bit floating-point numbers, as in [`F8`](Self::F8).
+    #[must_use]
+    pub const fn is_f8(self) -> bool {
+        matches!(self, Self::F8E4M3 | Self::F8E5M2)
+    }
+
+    /// Whether operations compute with elements of this type, as with those of [`FLOATS`](Self::FLOATS).
+    #[must_use]
+    pub const fn is_computed(self) -> bool {
+        self.is_float() && !self.is_f8()
+    }
+
     /// Whether elements are 16-bit floating-point numbers.
     #[must_use]
     pub const fn is_half(self) -> bool {
         matches!(self, Self::F16 | Self::Bf16)
     }
 
-    /// The name used in configuration, metrics and `Display`: `f16`, `bf16`, `f32`, `f64`, `u32`.
+    /// The name used in configuration, metrics and `Display`: `f16`, `bf16`, `f32`, `f64`, `u32`, `f8e4m3`,
+    /// `f8e5m2`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -76,6 +108,8 @@ impl DType {
             Self::F32 => "f32",
             Self::F64 => "f64",
             Self::U32 => "u32",
+            Self::F8E4M3 => "f8e4m3",
+            Self::F8E5M2 => "f8e5m2",
         }
     }
 
@@ -88,6 +122,22 @@ impl DType {
             Self::F32 => f32::EPSILON as f64,
             Self::F64 => f64::EPSILON,
             Self::U32 => 0.0,
+            Self::F8E4M3 => 0.125,
+            Self::F8E5M2 => 0.25,
+        }
+    }
+
+    /// The largest finite value.
+    #[must_use]
+    pub const fn largest(self) -> f64 {
+        match self {
+            Self::F16 => 65504.0,
+            Self::Bf16 => bf16::MAX.to_f32_const() as f64,
+            Self::F32 => f32::MAX as f64,
+            Self::F64 => f64::MAX,
+            Self::U32 => u32::MAX as f64,
+            Self::F8E4M3 => 448.0,
+            Self::F8E5M2 => 57344.0,
         }
     }
 }

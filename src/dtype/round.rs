@@ -8,7 +8,7 @@
 use half::{bf16, f16};
 
 /// `value` in `f32`, rounded to odd: toward zero, with the last bit set if anything was lost.
-fn to_odd_f32(value: f64) -> f32 {
+pub(super) fn to_odd_f32(value: f64) -> f32 {
     #[expect(
         clippy::cast_possible_truncation,
         reason = "the rounding is corrected below"

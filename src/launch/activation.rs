@@ -38,7 +38,7 @@ impl Activation {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for operands of different lengths, of another
-/// stream, or that overlap; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32.
+/// stream, or that overlap; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32 and 8-bit types.
 pub fn activation(stream: &Stream, f: Activation, x: &Span, out: &Span) -> Result<()> {
     let op = f.name();
     check_streams(op, stream, &[x, out])?;

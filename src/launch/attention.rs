@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for operands that are not whole squares, of different lengths, of another
-/// stream, or that overlap without being one; [`Error::UnsupportedDtype`] for u32.
+/// stream, or that overlap without being one; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
 pub fn causal_softmax(
     stream: &Stream,
     scores: &Span,

@@ -23,7 +23,7 @@ const BLOCK_ROWS: usize = 256;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for an `x` that is not whole rows, an `out` of another length, for operands
-/// of another stream, or that overlap; [`Error::UnsupportedDtype`] for u32.
+/// of another stream, or that overlap; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
 pub fn add_bias(stream: &Stream, x: &Span, bias: &Span, out: &Span) -> Result<()> {
     const OP: &str = "add_bias";
     check_streams(OP, stream, &[x, bias, out])?;

@@ -5,12 +5,13 @@
 
 use super::Span;
 use super::compute::{
-    check_floats, check_streams, entry_name, for_chunks, map, with_compute, with_element,
+    Compute, check_convertible, check_streams, entry_name, for_chunks, map, with_compute,
+    with_element,
 };
 use super::device::push_spans;
 use crate::driver::{Arguments, Kernel, Stream};
-use crate::dtype::DType;
-use crate::error::Result;
+use crate::dtype::{DType, Element, Overflow};
+use crate::error::{Error, Result};
 
 /// Enqueues `dst[i] = src[i]`, rounded once. `dst` may be `src` if their elements have one size.
 ///
@@ -19,13 +20,40 @@ use crate::error::Result;
 /// stream, or that overlap; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for a conversion
 /// from or to u32.
 pub fn cast(stream: &Stream, src: &Span, dst: &Span) -> Result<()> {
-    const OP: &str = "cast";
-    check_streams(OP, stream, &[src, dst])?;
-    if src.dtype() != dst.dtype() {
-        check_floats(OP, &[src, dst])?;
+    enqueue_cast("cast", stream, [src, dst], f64::INFINITY)
+}
+
+/// As [`cast`], to an 8-bit type. What is too large for it becomes what `overflow` says.
+///
+/// # Errors
+/// As [`cast`]; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for a wider `dst`.
+pub fn cast_with(stream: &Stream, src: &Span, dst: &Span, overflow: Overflow) -> Result<()> {
+    const OP: &str = "cast_with";
+    if !dst.dtype().is_f8() {
+        return Err(Error::UnsupportedDtype {
+            op: OP,
+            dtype: dst.dtype(),
+        });
     }
-    dst.check_len(OP, src.len())?;
-    dst.check_in_place_or_disjoint(OP, src)?;
+    let limit = match overflow {
+        Overflow::Infinity => f64::INFINITY,
+        Overflow::Saturate => dst.dtype().largest(),
+    };
+    enqueue_cast(OP, stream, [src, dst], limit)
+}
+
+fn enqueue_cast(
+    op: &'static str,
+    stream: &Stream,
+    [src, dst]: [&Span; 2],
+    limit: f64,
+) -> Result<()> {
+    check_streams(op, stream, &[src, dst])?;
+    if src.dtype() != dst.dtype() {
+        check_convertible(op, &[src, dst])?;
+    }
+    dst.check_len(op, src.len())?;
+    dst.check_in_place_or_disjoint(op, src)?;
     if src.is_empty() || src == dst {
         return Ok(());
     }
@@ -34,6 +62,7 @@ pub fn cast(stream: &Stream, src: &Span, dst: &Span) -> Result<()> {
         Cast {
             src: *src,
             dst: *dst,
+            limit,
         },
     )
 }
@@ -42,6 +71,8 @@ pub fn cast(stream: &Stream, src: &Span, dst: &Span) -> Result<()> {
 struct Cast {
     src: Span,
     dst: Span,
+    /// What is converted to an 8-bit type is brought to at most this magnitude before.
+    limit: f64,
 }
 
 impl Kernel for Cast {
@@ -52,6 +83,8 @@ impl Kernel for Cast {
             DType::F32 => entry_name!("cast_f32", self.dst.dtype()),
             DType::F64 => entry_name!("cast_f64", self.dst.dtype()),
             DType::U32 => entry_name!("cast_u32", self.dst.dtype()),
+            DType::F8E4M3 => entry_name!("cast_f8e4m3", self.dst.dtype()),
+            DType::F8E5M2 => entry_name!("cast_f8e5m2", self.dst.dtype()),
         }
     }
 
@@ -62,6 +95,7 @@ impl Kernel for Cast {
     fn arguments(&self, into: &mut Arguments) {
         push_spans(into, &[&self.src, &self.dst]);
         into.u64(self.elements());
+        into.f64(self.limit);
     }
 
     unsafe fn run(&self) {
@@ -78,9 +112,22 @@ impl Kernel for Cast {
         }
         // A value of either type is a value of the compute type, so that only the store rounds.
         with_compute!([src, dst], C => {
+            let limit = <C as Element>::from_f64(self.limit);
             // SAFETY: the caller promises what `map` needs of both spans.
-            unsafe { map::<C>(src, dst, |value| value) };
+            unsafe { map::<C>(src, dst, |value| bounded(value, limit)) };
         });
+    }
+}
+
+/// `value`, or the number of its sign and magnitude `limit` if it is larger. NaN is not.
+#[inline]
+fn bounded<C: Compute>(value: C, limit: C) -> C {
+    if value > limit {
+        limit
+    } else if value < -limit {
+        -limit
+    } else {
+        value
     }
 }
 
@@ -90,17 +137,26 @@ mod tests {
     use crate::launch::testing::{Array, LENGTHS, numbers, rounded, run};
     use crate::launch::tolerance::assert_same;
 
+    fn floats() -> impl Iterator<Item = DType> {
+        DType::ALL.into_iter().filter(|dtype| dtype.is_float())
+    }
+
+    fn plain(src: &Array, dst: &Array) -> Cast {
+        Cast {
+            src: src.span(),
+            dst: dst.span(),
+            limit: f64::INFINITY,
+        }
+    }
+
     #[test]
     fn every_pair_of_floats_rounds_once() {
-        for from in DType::FLOATS {
-            for to in DType::FLOATS {
+        for from in floats() {
+            for to in floats() {
                 for len in LENGTHS {
                     let values = rounded(from, &numbers(1, len, 70_000.0));
                     let (src, dst) = (Array::new(from, &values), Array::filled(to, len));
-                    run(&Cast {
-                        src: src.span(),
-                        dst: dst.span(),
-                    });
+                    run(&plain(&src, &dst));
                     assert_same(
                         &format!("{from} to {to}"),
                         &dst.values(),
@@ -124,14 +180,11 @@ mod tests {
             -3e38,
             1e-8,
         ];
-        for from in DType::FLOATS {
-            for to in DType::FLOATS {
+        for from in floats() {
+            for to in floats() {
                 let inputs = rounded(from, &values);
                 let (src, dst) = (Array::new(from, &inputs), Array::filled(to, values.len()));
-                run(&Cast {
-                    src: src.span(),
-                    dst: dst.span(),
-                });
+                run(&plain(&src, &dst));
                 assert_same(
                     &format!("{from} to {to}"),
                     &dst.values(),
@@ -140,10 +193,7 @@ mod tests {
                 // NaN of every kind that f32 has at the ends: the rounding must not carry out of it.
                 let nan = Array::new(from, &[f64::NAN, -f64::NAN]);
                 let dst = Array::filled(to, 2);
-                run(&Cast {
-                    src: nan.span(),
-                    dst: dst.span(),
-                });
+                run(&plain(&nan, &dst));
                 assert!(
                     dst.values().iter().all(|value| value.is_nan()),
                     "{from} to {to}"
@@ -159,10 +209,7 @@ mod tests {
         let elements = unsafe { src.span().slice_mut::<f32>() };
         elements[0] = f32::from_bits(u32::MAX);
         let dst = Array::filled(DType::Bf16, 1);
-        run(&Cast {
-            src: src.span(),
-            dst: dst.span(),
-        });
+        run(&plain(&src, &dst));
         assert!(dst.values()[0].is_nan());
     }
 
@@ -174,7 +221,11 @@ mod tests {
         // SAFETY: bf16 has the size and alignment of f16.
         let dst =
             unsafe { Span::new(src.ptr(), src.len(), DType::Bf16, crate::units::StreamId(0)) };
-        run(&Cast { src, dst });
+        run(&Cast {
+            src,
+            dst,
+            limit: f64::INFINITY,
+        });
         // SAFETY: the twin has ended.
         let got: Vec<f64> = unsafe { dst.slice::<half::bf16>() }
             .iter()
@@ -184,13 +235,44 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_large_saturates_if_told_to() {
+        let mut values = vec![f64::INFINITY, f64::NEG_INFINITY, 3e38, -449.0, 1.0, -0.0];
+        values.extend(numbers(3, 3000, 70_000.0));
+        for from in floats() {
+            let inputs = rounded(from, &values);
+            for to in DType::F8 {
+                let (src, dst) = (Array::new(from, &inputs), Array::filled(to, inputs.len()));
+                let limit = to.largest();
+                run(&Cast {
+                    limit,
+                    ..plain(&src, &dst)
+                });
+                // A copy between equal types keeps infinities.
+                let bound = if from == to { f64::INFINITY } else { limit };
+                let expected: Vec<_> = inputs
+                    .iter()
+                    .map(|v| {
+                        if v.is_nan() {
+                            *v
+                        } else {
+                            v.clamp(-bound, bound)
+                        }
+                    })
+                    .collect();
+                assert_same(
+                    &format!("{from} to {to}"),
+                    &dst.values(),
+                    &rounded(to, &expected),
+                );
+            }
+        }
+    }
+
+    #[test]
     fn labels_are_copied() {
         let src = Array::new(DType::U32, &[1.0, 4e9, 7.0]);
         let dst = Array::filled(DType::U32, 3);
-        run(&Cast {
-            src: src.span(),
-            dst: dst.span(),
-        });
+        run(&plain(&src, &dst));
         assert_eq!(dst.values(), [1.0, 4e9, 7.0]);
     }
 }

@@ -50,6 +50,14 @@ macro_rules! with_element {
                 type $type = u32;
                 $body
             }
+            $crate::dtype::DType::F8E4M3 => {
+                type $type = $crate::dtype::F8E4M3;
+                $body
+            }
+            $crate::dtype::DType::F8E5M2 => {
+                type $type = $crate::dtype::F8E5M2;
+                $body
+            }
         }
     };
 }
@@ -76,6 +84,8 @@ macro_rules! entry_name {
             $crate::dtype::DType::F32 => concat!($op, "_f32"),
             $crate::dtype::DType::F64 => concat!($op, "_f64"),
             $crate::dtype::DType::U32 => concat!($op, "_u32"),
+            $crate::dtype::DType::F8E4M3 => concat!($op, "_f8e4m3"),
+            $crate::dtype::DType::F8E5M2 => concat!($op, "_f8e5m2"),
         }
     };
 }
@@ -112,7 +122,7 @@ impl Compute for f64 {
 
 /// `dst[i] = src[i]`, rounded once, to nearest, ties to even.
 pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
-    use DType::{Bf16, F16, F32, F64};
+    use DType::{Bf16, F8E4M3, F8E5M2, F16, F32, F64};
     // The casts of slices only give the compiler names for types that the match has already fixed.
     match (S::DTYPE, D::DTYPE) {
         (from, to) if from == to => dst.copy_from_slice(bytemuck::cast_slice(src)),
@@ -123,8 +133,10 @@ pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
             bytemuck::cast_slice_mut::<D, f16>(dst)
                 .convert_from_f32_slice(bytemuck::cast_slice(src));
         }
-        // Through f32, which holds every half, in vectors.
-        (F16 | Bf16, F64) => {
+        (F8E4M3 | F8E5M2, F32) => widen_f8::<f32, S>(bytemuck::cast_slice_mut(dst), src),
+        (F32, F8E4M3 | F8E5M2) => narrow_f8::<f32, D>(bytemuck::cast_slice(src), dst),
+        // Through f32, which holds every narrower number, in vectors.
+        (F16 | Bf16 | F8E4M3 | F8E5M2, F64 | F8E4M3 | F8E5M2) | (F8E4M3 | F8E5M2, F16 | Bf16) => {
             let mut single = [0.0f32; 256];
             for (src, dst) in src.chunks(single.len()).zip(dst.chunks_mut(single.len())) {
                 let single = &mut single[..src.len()];
@@ -164,6 +176,22 @@ vectorized! {
     fn narrow_bf16<C: Compute>(src: &[C], dst: &mut [bf16]) {
         for (to, from) in dst.iter_mut().zip(src) {
             *to = bf16_nearest(from.to_f32());
+        }
+    }
+}
+
+vectorized! {
+    fn widen_f8<C: Compute, F: Element>(dst: &mut [C], src: &[F]) {
+        for (to, from) in dst.iter_mut().zip(src) {
+            *to = C::from_f32(from.to_f32());
+        }
+    }
+}
+
+vectorized! {
+    fn narrow_f8<C: Compute, F: Element>(src: &[C], dst: &mut [F]) {
+        for (to, from) in dst.iter_mut().zip(src) {
+            *to = F::from_f32(from.to_f32());
         }
     }
 }
@@ -323,9 +351,18 @@ pub(super) fn check_streams(op: &'static str, stream: &Stream, spans: &[&Span]) 
         .try_for_each(|span| span.check_stream(op, stream))
 }
 
-/// Refuses operands that are not floating-point numbers.
+/// Refuses operands that are no floating-point numbers to compute with: integers, and the 8-bit types.
 pub(super) fn check_floats(op: &'static str, spans: &[&Span]) -> Result<()> {
-    match spans.iter().find(|span| !span.dtype().is_float()) {
+    check_all(op, spans, DType::is_computed)
+}
+
+/// Refuses operands that are no floating-point numbers of any width.
+pub(super) fn check_convertible(op: &'static str, spans: &[&Span]) -> Result<()> {
+    check_all(op, spans, DType::is_float)
+}
+
+fn check_all(op: &'static str, spans: &[&Span], is_taken: fn(DType) -> bool) -> Result<()> {
+    match spans.iter().find(|span| !is_taken(span.dtype())) {
         Some(span) => Err(Error::UnsupportedDtype {
             op,
             dtype: span.dtype(),

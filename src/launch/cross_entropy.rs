@@ -34,7 +34,7 @@ use crate::units::to_usize;
 /// # Errors
 /// [`Error::InvalidArgument`] for lengths or types that do not fit (`labels` are u32, `losses` f64, `loss`
 /// and `probabilities` what [`sum_dtype`] gives), for operands of another stream, or that overlap
-/// (`probabilities` may be `logits`); [`Error::UnsupportedDtype`] for logits of u32.
+/// (`probabilities` may be `logits`); [`Error::UnsupportedDtype`] for logits of u32 or an 8-bit type.
 pub fn cross_entropy(
     stream: &Stream,
     logits: &Span,

@@ -40,6 +40,8 @@ pub(super) fn type_code(dtype: DType) -> u32 {
         DType::F32 => 2,
         DType::F64 => 3,
         DType::U32 => 4,
+        DType::F8E4M3 => 5,
+        DType::F8E5M2 => 6,
     }
 }
 

@@ -22,7 +22,7 @@ use crate::error::Result;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for operands of different lengths, of another
-/// stream, or that overlap; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32.
+/// stream, or that overlap; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32 and 8-bit types.
 pub fn add(stream: &Stream, a: &Span, b: &Span, out: &Span) -> Result<()> {
     let kernel = Binary {
         op: BinaryOp::Add,
@@ -184,7 +184,9 @@ impl Kernel for Scale {
             DType::Bf16 => entry_name!("scale_bf16", self.out.dtype()),
             DType::F32 => entry_name!("scale_f32", self.out.dtype()),
             DType::F64 => entry_name!("scale_f64", self.out.dtype()),
-            DType::U32 => unreachable!("the launcher admits floats only"),
+            DType::U32 | DType::F8E4M3 | DType::F8E5M2 => {
+                unreachable!("the launcher admits floats to compute with only")
+            }
         }
     }
 

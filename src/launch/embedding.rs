@@ -22,7 +22,7 @@ use crate::units::to_usize;
 /// # Errors
 /// [`Error::InvalidArgument`] for a table or `out` that is not whole rows, one for each of `ids` (u32) in
 /// `out`, for different types, operands of another stream, or that overlap; [`Error::UnsupportedDtype`] for
-/// a table of u32.
+/// a table of u32 and 8-bit types.
 pub fn embedding(
     stream: &Stream,
     table: &Span,

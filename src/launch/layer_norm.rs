@@ -38,7 +38,7 @@ pub struct LayerNorm<'a> {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for lengths or types that do not fit, operands of another stream, or that
-/// overlap; [`Error::UnsupportedDtype`] for u32.
+/// overlap; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
 pub fn layer_norm(stream: &Stream, operands: &LayerNorm<'_>) -> Result<()> {
     const OP: &str = "layer_norm";
     let LayerNorm {

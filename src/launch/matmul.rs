@@ -163,7 +163,7 @@ pub fn matmul(
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, and for
-/// an `out` or `workspace` that overlaps what else is given; [`Error::UnsupportedDtype`] for u32;
+/// an `out` or `workspace` that overlaps what else is given; [`Error::UnsupportedDtype`] for u32 and 8-bit types;
 /// [`Error::Driver`] if the product cannot be enqueued.
 pub fn matmul_with(
     workspace: Option<&Span>,

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::InvalidArgument`] for an `out` of other than one element or of another type than
 /// [`sum_dtype`] gives, for operands of another stream, or that overlap; [`Error::UnsupportedDtype`] for
-/// u32.
+/// u32 and 8-bit types.
 pub fn sum(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
     enqueue_total(
         "sum",
@@ -59,7 +59,7 @@ fn enqueue_total(op: &'static str, stream: &Stream, total: Total) -> Result<()> 
 /// # Errors
 /// [`Error::InvalidArgument`] if `x` does not have as many elements in every row, or rows without any,
 /// for an `out` that is not u32, for operands of another stream, or that overlap;
-/// [`Error::UnsupportedDtype`] if `x` is u32.
+/// [`Error::UnsupportedDtype`] if `x` is u32 or of an 8-bit type.
 pub fn argmax_rows(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
     const OP: &str = "argmax_rows";
     check_streams(OP, stream, &[x, out])?;

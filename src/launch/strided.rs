@@ -11,7 +11,7 @@
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use super::compute::{CHUNK, check_floats, check_streams, convert, entry_name, with_element};
+use super::compute::{CHUNK, check_convertible, check_streams, convert, entry_name, with_element};
 use super::device::{push_sizes, push_spans};
 use super::{PARALLEL_MIN, Span};
 use crate::driver::{Arguments, Kernel, Stream};
@@ -79,7 +79,7 @@ impl Strided {
             dst_strides,
         } = *copy;
         if src.dtype() != dst.dtype() {
-            check_floats(OP, &[src, dst])?;
+            check_convertible(OP, &[src, dst])?;
         }
         let rank = shape.len();
         if rank > RANK_MAX || src_strides.len() != rank || dst_strides.len() != rank {
@@ -179,6 +179,8 @@ impl Kernel for Strided {
             DType::F32 => entry_name!("copy_strided_f32", self.dst.dtype()),
             DType::F64 => entry_name!("copy_strided_f64", self.dst.dtype()),
             DType::U32 => entry_name!("copy_strided_u32", self.dst.dtype()),
+            DType::F8E4M3 => entry_name!("copy_strided_f8e4m3", self.dst.dtype()),
+            DType::F8E5M2 => entry_name!("copy_strided_f8e5m2", self.dst.dtype()),
         }
     }
 

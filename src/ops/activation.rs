@@ -11,7 +11,7 @@ use crate::storage::Tensor;
 /// `max(x, 0)`, in the shape and type of `x`. NaN stays NaN.
 ///
 /// # Errors
-/// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32;
+/// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32 and 8-bit types;
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     forward(Activation::Relu, x)

@@ -52,10 +52,16 @@ impl Heads {
 /// `[n, heads·width]`. In an autocast scope it runs, and gives its result, in the type of the scope.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for shapes that do not fit; [`Error::UnsupportedDtype`] for u32;
+/// [`Error::InvalidArgument`] for shapes that do not fit; [`Error::UnsupportedDtype`] for u32 and 8-bit types;
 /// [`Error::OutOfMemory`].
 pub fn causal_attention(qkv: &Tensor, heads: usize, length: usize) -> Result<Attention> {
     let [rows, columns] = matrix_shape(OP, "qkv", qkv)?;
+    if !qkv.dtype().is_computed() {
+        return Err(Error::UnsupportedDtype {
+            op: OP,
+            dtype: qkv.dtype(),
+        });
+    }
     let fits = heads > 0
         && length > 0
         && columns > 0
@@ -143,7 +149,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
-    /// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+    /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<Tensor> {
         super::check_same_shape("causal_attention_backward", &self.output, grad_out)?;
         let (shape, context) = (self.shape, self.packed.context());

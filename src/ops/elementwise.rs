@@ -12,7 +12,7 @@ use crate::storage::Tensor;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for different shapes or streams;
-/// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32;
+/// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for u32 and 8-bit types;
 /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     check_same_shape("add", a, b)?;

@@ -10,7 +10,7 @@ use crate::storage::Tensor;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
-/// [`Error::UnsupportedDtype`] for a table of u32; [`Error::OutOfMemory`].
+/// [`Error::UnsupportedDtype`] for a table of u32 or an 8-bit type; [`Error::OutOfMemory`].
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     const OP: &str = "embedding";
     let [_, columns] = matrix_shape(OP, "table", table)?;

@@ -43,8 +43,8 @@ pub struct LayerNormGradients {
 /// autocast scope all operands are cast to f32 first.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for shapes or streams that do not fit; [`Error::UnsupportedDtype`] for u32;
-/// [`Error::OutOfMemory`].
+/// [`Error::InvalidArgument`] for shapes or streams that do not fit; [`Error::UnsupportedDtype`] for u32 and
+/// 8-bit types; [`Error::OutOfMemory`].
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<LayerNorm> {
     let [rows, columns] = matrix_shape(OP, "x", x)?;
     if weight.shape()[..] != [columns] || bias.shape()[..] != [columns] {
@@ -92,7 +92,7 @@ impl LayerNorm {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
-    /// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+    /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<LayerNormGradients> {
         super::check_same_shape("layer_norm_backward", &self.output, grad_out)?;
         let (x, context) = (&self.x, self.x.context());

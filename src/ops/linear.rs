@@ -41,7 +41,7 @@ pub struct LinearGradients {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
-/// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+/// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Linear> {
     let ([rows, inner], [outer, inner_too]) = (
         matrix_shape(OP, "x", x)?,
@@ -121,7 +121,7 @@ impl Linear {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
-    /// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+    /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<LinearGradients> {
         super::check_same_shape("linear_backward", &self.output, grad_out)?;
         let dtype = self.x.dtype();

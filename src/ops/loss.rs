@@ -27,7 +27,7 @@ pub struct Loss {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
-/// [`Error::UnsupportedDtype`] for logits of u32; [`Error::OutOfMemory`].
+/// [`Error::UnsupportedDtype`] for logits of u32 or an 8-bit type; [`Error::OutOfMemory`].
 pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
     const OP: &str = "softmax_cross_entropy";
     let [rows, columns] = matrix_shape(OP, "logits", logits)?;
@@ -41,7 +41,7 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
             ),
         ));
     }
-    if !logits.dtype().is_float() {
+    if !logits.dtype().is_computed() {
         return Err(Error::UnsupportedDtype {
             op: OP,
             dtype: logits.dtype(),

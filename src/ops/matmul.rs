@@ -13,7 +13,7 @@ use crate::units::to_usize;
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
-/// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+/// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
 pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     const OP: &str = "matmul";
     let ([m, k], [k_too, n]) = (matrix_shape(OP, "a", a)?, matrix_shape(OP, "b", b)?);

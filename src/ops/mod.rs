@@ -50,8 +50,17 @@ fn promoted(a: DType, b: DType) -> DType {
     }
 }
 
-/// Refuses operands of different types.
+/// Refuses operands of different types, and those of 8 bits, which no cast of autocast's helps.
 fn check_same_dtype(op: &'static str, first: &Tensor, second: &Tensor) -> Result<()> {
+    if let Some(narrow) = [first, second]
+        .into_iter()
+        .find(|tensor| tensor.dtype().is_f8())
+    {
+        return Err(Error::UnsupportedDtype {
+            op,
+            dtype: narrow.dtype(),
+        });
+    }
     if first.dtype() == second.dtype() {
         return Ok(());
     }

@@ -12,7 +12,7 @@ use crate::storage::Tensor;
 /// The sum of all elements, one number; 0 if there are none.
 ///
 /// # Errors
-/// [`Error::UnsupportedDtype`] for u32; [`Error::OutOfMemory`].
+/// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
 pub fn sum(x: &Tensor) -> Result<Tensor> {
     let out = Tensor::uninit(x.context(), [], launch::sum_dtype(x.dtype()))?;
     launch::sum(x.context().stream(), &x.contiguous()?.span()?, &out.span()?)?;
@@ -33,8 +33,8 @@ pub fn mean(x: &Tensor) -> Result<Tensor> {
 /// all.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if `x` is no matrix or has no columns; [`Error::UnsupportedDtype`] for u32;
-/// [`Error::OutOfMemory`].
+/// [`Error::InvalidArgument`] if `x` is no matrix or has no columns; [`Error::UnsupportedDtype`] for u32 and
+/// 8-bit types; [`Error::OutOfMemory`].
 pub fn argmax(x: &Tensor) -> Result<Tensor> {
     let [rows, _] = matrix_shape("argmax", "x", x)?;
     let out = Tensor::uninit(x.context(), [rows], DType::U32)?;

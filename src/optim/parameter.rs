@@ -92,11 +92,11 @@ impl Parameter {
     /// A parameter without a gradient. Its elements are those of `value`, not a copy.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for integers, [`Error::InvalidArgument`] for a view whose elements do not
+    /// [`Error::UnsupportedDtype`] for integers and 8-bit types, [`Error::InvalidArgument`] for a view whose elements do not
     /// stand one after another.
     pub fn new(name: impl Into<String>, value: Tensor) -> Result<Self> {
         let op = "Parameter::new";
-        if !value.dtype().is_float() {
+        if !value.dtype().is_computed() {
             return Err(Error::UnsupportedDtype {
                 op,
                 dtype: value.dtype(),
@@ -290,7 +290,7 @@ impl Parameter {
             )
         } else if grad.context().stream().id() != value.context().stream().id() {
             format!("a gradient on another stream than `{name}`; copy_to its context first")
-        } else if !grad.dtype().is_float() {
+        } else if !grad.dtype().is_computed() {
             return Err(Error::UnsupportedDtype {
                 op,
                 dtype: grad.dtype(),

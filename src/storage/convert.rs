@@ -1,7 +1,7 @@
 //! Filling, converting and rearranging elements on one stream.
 
 use super::Tensor;
-use crate::dtype::DType;
+use crate::dtype::{DType, Overflow};
 use crate::error::{Error, Result};
 use crate::launch;
 
@@ -52,8 +52,8 @@ impl Tensor {
         launch::copy_strided(stream, &copy)
     }
 
-    /// The same values in another element type, rounded once. The tensor itself, sharing its memory, if it
-    /// has that type already.
+    /// The same values in another element type, rounded once; what is too large becomes infinity (NaN in e4m3,
+    /// which has none). The tensor itself, sharing its memory, if it has that type already.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; [`Error::UnsupportedDtype`] for a conversion between float and integer.
@@ -63,6 +63,40 @@ impl Tensor {
         }
         let converted = Self::uninit(self.context(), self.shape(), dtype)?;
         converted.copy_from(self)?;
+        Ok(converted)
+    }
+
+    /// The same values in an 8-bit type, rounded once; what is too large for it becomes what `overflow` says, where
+    /// [`cast`](Self::cast) gives infinity. The tensor itself, sharing its memory, if it has that type already.
+    ///
+    /// # Errors
+    /// As [`cast`](Self::cast); [`Error::UnsupportedDtype`] if `dtype` has more than 8 bits.
+    ///
+    /// # Examples
+    /// ```
+    /// # use kitsune::{Context, DType, Device, F8E4M3, Overflow, Tensor};
+    /// # let context = Context::new(&Device::auto()?)?;
+    /// let x = Tensor::from_slice(&context, [3], &[17.0f32, -1000.0, f32::INFINITY])?;
+    /// let saturated = x.cast_with(DType::F8E4M3, Overflow::Saturate)?;
+    /// assert_eq!(saturated.cast(DType::F32)?.to_vec::<f32>()?, [16.0, -448.0, 448.0]);
+    /// let plain = x.cast(DType::F8E4M3)?.to_vec::<F8E4M3>()?;
+    /// assert!(plain[1].is_nan() && plain[2].is_nan());
+    /// # Ok::<(), kitsune::Error>(())
+    /// ```
+    pub fn cast_with(&self, dtype: DType, overflow: Overflow) -> Result<Self> {
+        if !dtype.is_f8() {
+            return Err(Error::UnsupportedDtype {
+                op: "cast_with",
+                dtype,
+            });
+        }
+        if self.dtype() == dtype {
+            return Ok(self.clone());
+        }
+        let converted = Self::uninit(self.context(), self.shape(), dtype)?;
+        let dense = self.contiguous()?;
+        let stream = self.context().stream();
+        launch::cast_with(stream, &dense.span()?, &converted.span()?, overflow)?;
         Ok(converted)
     }
 

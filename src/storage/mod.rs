@@ -27,6 +27,6 @@ mod version;
 pub use buffer::Buffer;
 pub use context::Context;
 #[cfg(feature = "cuda")]
-pub use device_buffer::{DeviceBuffer, InUse};
+pub use device_buffer::{DeviceBuffer, DeviceView, DeviceViewMut, InUse};
 pub use layout::{Layout, Shape};
 pub use tensor::Tensor;

@@ -48,6 +48,12 @@ impl Tensor {
         }
     }
 
+    /// The memory below; `None` if another tensor shares it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn into_buffer(self) -> Option<Buffer> {
+        Arc::into_inner(self.buffer)
+    }
+
     /// A tensor of zeros.
     ///
     /// # Errors

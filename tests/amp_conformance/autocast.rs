@@ -8,9 +8,9 @@ use kitsune::ops::autocast::{Autocast, autocast_dtype, autocast_state};
 use kitsune::optim::{Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Tensor, f16, ops};
 
-use crate::amp_support::device_support::device;
-use crate::amp_support::{context, ones, sgd, tensor};
-use crate::shaped;
+use super::amp_support::device_support::device;
+use super::amp_support::{context, ones, sgd, tensor};
+use super::shaped;
 
 #[test]
 fn case_71_autocast_types_nesting_unwind_threads() {

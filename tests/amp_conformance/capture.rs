@@ -4,8 +4,8 @@ use kitsune::amp::{AmpConfig, Outcome, StepOutcome};
 use kitsune::optim::{AdamW, AdamWConfig};
 use kitsune::{DType, Tensor, f16};
 
-use crate::amp_support::{context, ones, scaler_with, sgd, value};
-use crate::config;
+use super::amp_support::{context, ones, scaler_with, sgd, value};
+use super::config;
 
 #[test]
 fn case_65_graph_capture() {

@@ -3,8 +3,8 @@
 use kitsune::optim::{NormKind, Parameter, clip_grad_norm};
 use kitsune::{Context, DType, Tensor, f16};
 
-use crate::amp_support::oracle::{assert_same, number, numbers, oracle};
-use crate::amp_support::{context, ones, scaler, sgd, tensor, value};
+use super::amp_support::oracle::{assert_same, number, numbers, oracle};
+use super::amp_support::{context, ones, scaler, sgd, tensor, value};
 
 /// The norm, and the gradients after clipping.
 fn clip(context: &Context, gradients: &[Tensor], max_norm: f64) -> (f64, Vec<f64>) {

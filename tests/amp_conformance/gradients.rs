@@ -4,8 +4,8 @@ use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs};
 use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor, f16};
 
-use crate::amp_support::oracle::{misuse, oracle};
-use crate::amp_support::{context, flag, grad, ones, scaler, set_grad, sgd, tensor, value};
+use super::amp_support::oracle::{misuse, oracle};
+use super::amp_support::{context, flag, grad, ones, scaler, set_grad, sgd, tensor, value};
 
 /// Weights of zeros with these gradients, and an optimizer for them.
 fn weights(gradients: &[Tensor]) -> (Vec<Parameter>, Sgd) {

@@ -5,8 +5,8 @@ use kitsune::error::ScalerMisuse;
 use kitsune::optim::{NormKind, Optimizer, clip_grad_norm};
 use kitsune::{Error, Tensor, f16};
 
-use crate::amp_support::oracle::{misuse, oracle};
-use crate::amp_support::{
+use super::amp_support::oracle::{misuse, oracle};
+use super::amp_support::{
     context, grad, ones, parameter, scaler, scaler_with, set_grad, sgd, tensor, value,
 };
 
@@ -102,7 +102,7 @@ fn case_43_double_unscale_unscale_after_step_step_twice() {
         "was divided",
     );
     scaler.update().unwrap();
-    let mut second = crate::amp_support::scaler(&context, 4.0);
+    let mut second = super::amp_support::scaler(&context, 4.0);
     assert_eq!(
         misuse(second.step(&mut optimizer)),
         ScalerMisuse::OtherScaler

@@ -4,8 +4,8 @@ use kitsune::amp::{AlarmKind, AmpConfig, GradScaler, NanPolicy, ScaleProfile, Sc
 use kitsune::optim::{Parameter, Sgd};
 use kitsune::{Context, DType, Error, f16};
 
-use crate::amp_support::{context, ones, scaler_with, set_grad, sgd, value};
-use crate::{config, scale_and_tracker};
+use super::amp_support::{context, ones, scaler_with, set_grad, sgd, value};
+use super::{config, scale_and_tracker};
 
 /// A scaler, and one weight whose gradient it sees.
 struct Run {

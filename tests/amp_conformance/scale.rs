@@ -3,9 +3,9 @@
 use kitsune::amp::{AmpConfig, GradScaler, ScalerState};
 use kitsune::{DType, Error, Tensor};
 
-use crate::amp_support::oracle::{number, oracle};
-use crate::amp_support::{context, scaler, scaler_with, tensor};
-use crate::{config, scale_and_tracker};
+use super::amp_support::oracle::{number, oracle};
+use super::amp_support::{context, scaler, scaler_with, tensor};
+use super::{config, scale_and_tracker};
 
 #[test]
 fn case_25_scale_nested() {

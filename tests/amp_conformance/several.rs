@@ -4,11 +4,11 @@ use kitsune::amp::GradScaler;
 use kitsune::optim::{Optimizer, Parameter};
 use kitsune::{Context, Device, HostConfig};
 
-use crate::amp_support::oracle::oracle;
-use crate::amp_support::{
+use super::amp_support::oracle::oracle;
+use super::amp_support::{
     context, flag, ones, parameter, scaler, scaler_with, set_grad, sgd, value,
 };
-use crate::config;
+use super::config;
 
 /// The gradient of scale · w² / 2.
 fn set_scaled(weight: &Parameter, scaler: &GradScaler) {
@@ -127,7 +127,7 @@ fn case_40_both_overflow_one_backoff() {
         let _ = scaler.step(optimizer).unwrap();
     }
     scaler.update().unwrap();
-    assert_eq!(crate::scale_and_tracker(&scaler), (64.0, 0));
+    assert_eq!(super::scale_and_tracker(&scaler), (64.0, 0));
 }
 
 #[test]

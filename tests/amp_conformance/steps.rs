@@ -9,9 +9,9 @@ use kitsune::optim::{
 };
 use kitsune::{Context, DType, Result, Tensor, bf16};
 
-use crate::amp_support::oracle::{assert_same, number, oracle, to_f64};
-use crate::amp_support::{context, grad, ones, scaler, set_grad, sgd, tensor, value};
-use crate::scale_and_tracker;
+use super::amp_support::oracle::{assert_same, number, oracle, to_f64};
+use super::amp_support::{context, grad, ones, scaler, set_grad, sgd, tensor, value};
+use super::scale_and_tracker;
 
 fn adamw(weight: &Parameter, weight_decay: f64) -> AdamW {
     let config = AdamWConfig {

@@ -4,8 +4,8 @@ use kitsune::amp::{AmpConfig, GradScaler, autocast};
 use kitsune::optim::{NormKind, Optimizer, Parameter, Sgd, clip_grad_norm};
 use kitsune::{Context, DType, Result, Tensor, ops};
 
-use crate::amp_support::{context, parameter, sgd, tensor, value};
-use crate::{config, shaped};
+use super::amp_support::{context, parameter, sgd, tensor, value};
+use super::{config, shaped};
 
 const ROWS: usize = 8;
 

@@ -3,9 +3,9 @@
 use kitsune::Context;
 use kitsune::amp::{AmpConfig, ScalePolicy, ScaleState, ScalerState, next_scale};
 
-use crate::amp_support::oracle::oracle;
-use crate::amp_support::{context, ones, scaler_with, sgd};
-use crate::{config, scale_and_tracker};
+use super::amp_support::oracle::oracle;
+use super::amp_support::{context, ones, scaler_with, sgd};
+use super::{config, scale_and_tracker};
 
 /// Scale and tracker after updates that see these flags, from `config`'s scale and this tracker on.
 fn updates(context: &Context, config: AmpConfig, tracker: u32, flags: &[f32]) -> Vec<(f64, u32)> {

@@ -47,6 +47,25 @@ pub(crate) fn set(key: &str, value: &str) {
     assert_eq!(code, 0, "{key:?} is understood");
 }
 
+/// How often a function of the library was called.
+pub(crate) fn calls(name: &str) -> u64 {
+    let calls = function::<unsafe extern "C" fn(*const c_char) -> u64>("simcuda_calls");
+    let name = CString::new(name).unwrap();
+    // SAFETY: the text ends with zero.
+    unsafe { calls(name.as_ptr()) }
+}
+
+/// The calls so far, each with its code, and what work complained about.
+pub(crate) fn log() -> String {
+    let log = function::<unsafe extern "C" fn(*mut u8, usize) -> usize>("simcuda_log");
+    // SAFETY: nothing is written to no bytes.
+    let len = unsafe { log(std::ptr::null_mut(), 0) };
+    let mut bytes = vec![0; len];
+    // SAFETY: `len` bytes are there.
+    unsafe { log(bytes.as_mut_ptr(), len) };
+    String::from_utf8(bytes).unwrap()
+}
+
 /// The simulated driver, held by one test.
 pub(crate) struct Sim {
     _alone: MutexGuard<'static, ()>,
@@ -91,10 +110,7 @@ impl Sim {
 
     /// How often a function of the library was called.
     pub(crate) fn calls(&self, name: &str) -> u64 {
-        let calls = function::<unsafe extern "C" fn(*const c_char) -> u64>("simcuda_calls");
-        let name = CString::new(name).unwrap();
-        // SAFETY: the text ends with zero.
-        unsafe { calls(name.as_ptr()) }
+        calls(name)
     }
 
     /// How much of a kind of things is held.
@@ -107,13 +123,7 @@ impl Sim {
 
     /// The calls so far, each with its code, and what work complained about.
     pub(crate) fn log(&self) -> String {
-        let log = function::<unsafe extern "C" fn(*mut u8, usize) -> usize>("simcuda_log");
-        // SAFETY: nothing is written to no bytes.
-        let len = unsafe { log(std::ptr::null_mut(), 0) };
-        let mut bytes = vec![0; len];
-        // SAFETY: `len` bytes are there.
-        unsafe { log(bytes.as_mut_ptr(), len) };
-        String::from_utf8(bytes).unwrap()
+        log()
     }
 
     /// The names of the calls since `before`, an earlier log.

@@ -35,12 +35,6 @@ use kitsune::driver::{
 };
 use kitsune::{Device, HostConfig, Result};
 
-/// What `kernels/generate.py` made, in which entry points tell the sizes of their arguments.
-pub static PTX: [&str; 2] = [
-    include_str!("../../kernels/ptx/kitsune.compute_80.ptx"),
-    include_str!("../../kernels/ptx/kitsune.compute_90.ptx"),
-];
-
 /// Which device the environment names.
 fn chosen() -> String {
     let chosen = std::env::var("KITSUNE_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
@@ -156,7 +150,7 @@ impl Kernel for OverShim {
 pub fn argument_bytes() -> &'static HashMap<&'static str, usize> {
     static SIZES: OnceLock<HashMap<&'static str, usize>> = OnceLock::new();
     SIZES.get_or_init(|| {
-        let entries = PTX[0].split(".visible .entry ").skip(1);
+        let entries = kitsune_shim::PTX[0].split(".visible .entry ").skip(1);
         entries
             .map(|entry| {
                 let (name, rest) = entry.split_once('(').expect("an entry has parameters");

@@ -1,14 +1,20 @@
 //! Kernels that compute each element by itself: all types, lengths and alignments, bit for bit.
 
-use kitsune::DType;
 use kitsune::launch::{self, Activation, Span};
+use kitsune::{DType, F8E4M3, F8E5M2, Overflow};
 
-use crate::support::{LEADS, LENGTHS, Nearness, Side, compare, numbers, of_library, with_specials};
+use super::support::{
+    LEADS, LENGTHS, Nearness, Side, compare, floats, numbers, of_library, with_specials,
+};
 
 /// All pairs of float types with all lengths, and with alignments that differ between the operands.
 fn for_cases(test: impl Fn(DType, DType, usize, [usize; 2])) {
-    for from in DType::FLOATS {
-        for to in DType::FLOATS {
+    for_cases_of(&DType::FLOATS, test);
+}
+
+fn for_cases_of(dtypes: &[DType], test: impl Fn(DType, DType, usize, [usize; 2])) {
+    for &from in dtypes {
+        for &to in dtypes {
             for (number, len) in LENGTHS.into_iter().enumerate() {
                 let lead = LEADS[number % LEADS.len()];
                 test(from, to, len, [lead, lead]);
@@ -22,7 +28,8 @@ fn for_cases(test: impl Fn(DType, DType, usize, [usize; 2])) {
 
 #[test]
 fn casts() {
-    for_cases(|from, to, len, [lead, other]| {
+    let dtypes: Vec<_> = floats().collect();
+    for_cases_of(&dtypes, |from, to, len, [lead, other]| {
         compare(&format!("cast {from} {to} {len}"), Nearness::Bits, |side| {
             let src = side.array(from, lead, &with_specials(1, len, 70_000.0));
             let dst = side.rubbish(to, other, len);
@@ -38,13 +45,40 @@ fn casts() {
     });
 }
 
-/// Every f16 and bf16, and the f32 and f64 around every midpoint between two.
 #[test]
-fn conversions_of_every_half() {
-    for (half, codes) in [(DType::F16, 0x7c00u16), (DType::Bf16, 0x7f80)] {
+fn saturating_casts() {
+    for from in floats() {
+        for to in DType::F8 {
+            for (number, len) in LENGTHS.into_iter().enumerate() {
+                let lead = LEADS[number % LEADS.len()];
+                for overflow in [Overflow::Infinity, Overflow::Saturate] {
+                    let what = format!("{overflow:?} cast {from} {to} {len}");
+                    compare(&what, Nearness::Bits, |side| {
+                        let src = side.array(from, lead, &with_specials(1, len, 70_000.0));
+                        let dst = side.rubbish(to, lead, len);
+                        launch::cast_with(&side.stream, &src, &dst, overflow).unwrap();
+                        vec![dst]
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Every number of 8 and 16 bits, and the f32 and f64 around every midpoint between two.
+#[test]
+fn conversions_of_every_narrow_number() {
+    for (half, codes) in [
+        (DType::F16, 0x7c00u16),
+        (DType::Bf16, 0x7f80),
+        (DType::F8E4M3, 0x7f),
+        (DType::F8E5M2, 0x7c),
+    ] {
         let value = |code: u16| match half {
             DType::F16 => kitsune::f16::from_bits(code).to_f64(),
-            _ => kitsune::bf16::from_bits(code).to_f64(),
+            DType::Bf16 => kitsune::bf16::from_bits(code).to_f64(),
+            DType::F8E4M3 => F8E4M3::from_bits(u8::try_from(code).unwrap()).to_f64(),
+            _ => F8E5M2::from_bits(u8::try_from(code).unwrap()).to_f64(),
         };
         let mut values = Vec::new();
         for code in 0..codes {
@@ -60,6 +94,11 @@ fn conversions_of_every_half() {
             ]);
             values.extend([middle * (1.0 + 1e-7), middle * (1.0 - 1e-7)]);
         }
+        // Around the tie with what would follow the largest, too.
+        let step = value(codes - 1) - value(codes - 2);
+        let tie = value(codes - 1) + step / 2.0;
+        values.extend([tie, -tie, tie.next_up(), tie.next_down()]);
+        values.extend([tie * (1.0 + 1e-7), tie * (1.0 - 1e-7)]);
         for wide in [DType::F32, DType::F64] {
             compare(&format!("{half} of {wide}"), Nearness::Bits, |side| {
                 let src = side.array(wide, 0, &values);

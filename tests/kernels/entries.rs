@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::device_support::{PTX, argument_bytes};
+use kitsune_shim::PTX;
+
+use super::device_support::argument_bytes;
 
 fn names(ptx: &str) -> BTreeSet<&str> {
     let entries = ptx.split(".visible .entry ").skip(1);

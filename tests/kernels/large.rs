@@ -3,7 +3,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, Activation, StridedCopy};
 
-use crate::support::{Nearness, compare, large, numbers, of_library};
+use super::support::{Nearness, compare, large, numbers, of_library};
 
 const COLUMNS: usize = 101;
 

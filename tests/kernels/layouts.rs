@@ -3,7 +3,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, StridedCopy};
 
-use crate::support::{Nearness, compare, with_specials};
+use super::support::{Nearness, compare, floats, with_specials};
 
 /// Shape, strides of the source, strides of the destination.
 type Layout = (&'static [usize], &'static [usize], &'static [usize]);
@@ -37,12 +37,8 @@ fn strided_copies() {
                 .sum::<usize>()
                 + 1
         };
-        let pairs = DType::FLOATS.map(|from| DType::FLOATS.map(|to| (from, to)));
-        for (from, to) in pairs
-            .into_iter()
-            .flatten()
-            .chain([(DType::U32, DType::U32)])
-        {
+        let pairs = floats().flat_map(|from| floats().map(move |to| (from, to)));
+        for (from, to) in pairs.chain([(DType::U32, DType::U32)]) {
             compare(
                 &format!("copy {from} {to} {shape:?}"),
                 Nearness::Bits,

@@ -6,6 +6,7 @@
 mod device_support;
 mod elementwise;
 mod entries;
+mod fp8;
 mod large;
 mod layouts;
 mod places;

@@ -6,8 +6,8 @@ use kitsune::launch::{self, Activation, Span, StridedCopy};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Device, HostConfig, Result, Stream, Tensor};
 
-use crate::device_support::with_kernels;
-use crate::support::on_each;
+use super::device_support::with_kernels;
+use super::support::on_each;
 
 /// More than a chunk of 65536, and no multiple of a pack.
 const LEN: usize = 65_536 + 4_099;

@@ -6,7 +6,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, Accumulate, Matrix};
 
-use crate::support::{Nearness, compare, numbers, with_specials};
+use super::support::{Nearness, compare, numbers, with_specials};
 
 /// Rows and columns.
 const SHAPES: [(usize, usize); 9] = [

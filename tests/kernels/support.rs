@@ -6,9 +6,9 @@ use std::sync::OnceLock;
 
 use kitsune::driver::DevicePtr;
 use kitsune::launch::Span;
-use kitsune::{DType, Device, Element, HostConfig, Stream, bf16, f16};
+use kitsune::{DType, Device, Element, F8E4M3, F8E5M2, HostConfig, Stream, bf16, f16};
 
-use crate::device_support::{on_gpu, with_kernels};
+use super::device_support::{on_gpu, with_kernels};
 
 /// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
 pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
@@ -22,6 +22,11 @@ pub(crate) fn large() -> usize {
         _ => !cfg!(debug_assertions),
     };
     if is_large { 10_000_007 } else { 200_007 }
+}
+
+/// The types that convert into each other.
+pub(crate) fn floats() -> impl Iterator<Item = DType> {
+    DType::FLOATS.into_iter().chain(DType::F8)
 }
 
 /// Elements before the first, by which arrays miss the alignment of packs.
@@ -214,6 +219,8 @@ fn to_bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
         DType::Bf16 => as_type::<bf16>(values),
         DType::F32 => as_type::<f32>(values),
         DType::F64 => as_type::<f64>(values),
+        DType::F8E4M3 => as_type::<F8E4M3>(values),
+        DType::F8E5M2 => as_type::<F8E5M2>(values),
         _ => as_type::<u32>(values),
     }
 }
@@ -230,6 +237,8 @@ fn to_values(dtype: DType, bytes: &[u8]) -> Vec<f64> {
         DType::Bf16 => of_type::<bf16>(bytes),
         DType::F32 => of_type::<f32>(bytes),
         DType::F64 => of_type::<f64>(bytes),
+        DType::F8E4M3 => of_type::<F8E4M3>(bytes),
+        DType::F8E5M2 => of_type::<F8E5M2>(bytes),
         _ => of_type::<u32>(bytes),
     }
 }

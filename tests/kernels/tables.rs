@@ -8,8 +8,8 @@ use kitsune::optim::{
 };
 use kitsune::{Context, DType, Device, Element, HostConfig, Tensor, bf16, f16};
 
-use crate::device_support::{on_gpu, with_kernels};
-use crate::support::{large, numbers};
+use super::device_support::{on_gpu, with_kernels};
+use super::support::{large, numbers};
 
 /// Sizes of parameters: none, one, odd, around a chunk of 65536, several chunks.
 const SIZES: [usize; 7] = [0, 1, 33, 257, 65_536, 65_537, 150_001];

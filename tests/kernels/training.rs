@@ -4,8 +4,8 @@ use kitsune::amp::{AmpConfig, GradScaler, autocast};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Result, Tensor, ops};
 
-use crate::device_support::with_kernels;
-use crate::support::numbers;
+use super::device_support::with_kernels;
+use super::support::numbers;
 
 const ROWS: usize = 48;
 const WIDTHS: [usize; 3] = [37, 70, 10];

@@ -6,7 +6,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, LayerNorm, LayerNormBackward};
 
-use crate::support::{Nearness, compare, numbers};
+use super::support::{Nearness, compare, numbers};
 
 const NEAR: Nearness = Nearness::Ulps(4.0, 1e-5);
 

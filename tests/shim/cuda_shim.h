@@ -26,6 +26,7 @@
 // All threads of a block run on one host thread, one block at a time.
 #define __shared__ static thread_local
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -137,6 +138,12 @@ template <class T>
 T atomicAdd(T* address, T value) {
     T before = *address;
     *address = before + value;
+    return before;
+}
+template <class T>
+T atomicMax(T* address, T value) {
+    T before = *address;
+    if (value > before) *address = value;
     return before;
 }
 

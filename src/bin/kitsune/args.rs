@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
-use kitsune::DType;
+use kitsune::{DType, Device, HostConfig};
 
 use crate::churn::ChurnArgs;
 use crate::failure::Failure;
@@ -123,6 +123,25 @@ pub(crate) enum DeviceChoice {
     Host,
     /// The first CUDA device.
     Cuda,
+}
+
+impl DeviceChoice {
+    /// With `Auto` decided: the first CUDA device where it can be opened, else the host.
+    pub(crate) fn decided(self) -> Self {
+        match self {
+            Self::Auto if Device::why_not_cuda().is_none() => Self::Cuda,
+            Self::Auto => Self::Host,
+            chosen => chosen,
+        }
+    }
+
+    /// Opens the device; `config` is for the host.
+    pub(crate) fn open(self, config: HostConfig) -> kitsune::Result<Device> {
+        match self.decided() {
+            Self::Cuda => Device::cuda(0),
+            _ => Device::host(config),
+        }
+    }
 }
 
 /// What the command line asks for.

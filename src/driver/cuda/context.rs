@@ -111,6 +111,11 @@ impl Context {
         })
     }
 
+    /// The library's handle.
+    pub(super) fn raw(&self) -> CUcontext {
+        self.raw.0
+    }
+
     /// Whether `other` is this context.
     pub(super) fn is(&self, other: CUcontext) -> bool {
         self.raw.0 == other

@@ -14,7 +14,7 @@ use super::context::{Context, Raw};
 use super::failure::{code, code_of, refuse};
 use super::library::ask;
 use super::streams::StreamEntry;
-use crate::driver::{Arguments, Kernel};
+use crate::driver::{Arguments, DeviceProperties, Kernel};
 use crate::error::{Error, Result};
 
 const CALL: &str = "launch";
@@ -156,7 +156,8 @@ impl Code {
             return Ok(module);
         }
         let capability = context.properties.compute_capability;
-        let ptx = Ptx::choose(capability).ok_or_else(|| too_old(context))?;
+        let too_old = || too_old(CALL, &context.properties);
+        let ptx = Ptx::choose(capability).ok_or_else(too_old)?;
         let mut module = null_mut();
         let (place, text) = (&raw mut module, ptx.text.as_ptr().cast::<c_void>());
         // SAFETY: the text ends with zero, there are no options, `module` takes the answer.
@@ -186,13 +187,21 @@ fn no_code(entry: &str) -> Error {
     refuse(CALL, code::NOT_FOUND, format!("no code for {entry}"))
 }
 
-fn too_old(context: &Context) -> Error {
-    let (major, minor) = context.properties.compute_capability.unwrap_or_default();
+/// Refuses a device that none of the code can run on.
+pub(crate) fn check(properties: &DeviceProperties) -> Result<()> {
+    match Ptx::choose(properties.compute_capability) {
+        Some(_) => Ok(()),
+        None => Err(too_old("open", properties)),
+    }
+}
+
+fn too_old(call: &'static str, properties: &DeviceProperties) -> Error {
+    let (major, minor) = properties.compute_capability.unwrap_or_default();
     let reason = format!(
         "{} has compute capability {major}.{minor}, and the kernels need 8.0",
-        context.properties.name
+        properties.name
     );
-    refuse(CALL, code::NO_BINARY_FOR_GPU, reason)
+    refuse(call, code::NO_BINARY_FOR_GPU, reason)
 }
 
 #[cfg(test)]

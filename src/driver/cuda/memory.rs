@@ -172,19 +172,29 @@ pub(super) unsafe fn upload(
             cuMemcpyHtoDAsync_v2(dst.0, start, bytes, stream.raw())
         )
     }?;
-    let mut kind: c_uint = 0;
-    let place = (&raw mut kind).cast();
-    let attribute = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-    // SAFETY: `kind` takes the answer, and any address may be asked about.
-    let known = unsafe {
-        (library.functions.cuPointerGetAttribute)(
-            place,
-            attribute,
-            start.expose_provenance() as u64,
-        )
-    };
+    let kind = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
     // The library knows nothing of ordinary memory.
-    Ok(known == code::SUCCESS)
+    Ok(attribute(
+        stream.context,
+        kind,
+        DevicePtr(start.expose_provenance() as u64),
+    )
+    .is_some())
+}
+
+/// What the library knows about an address, where that is a number of 32 bits; `None` if it knows nothing.
+/// The context is current.
+pub(super) fn attribute(
+    context: &Context,
+    attribute: CUpointer_attribute,
+    ptr: DevicePtr,
+) -> Option<c_uint> {
+    let mut value: c_uint = 0;
+    let place = (&raw mut value).cast();
+    let ask = context.library.functions.cuPointerGetAttribute;
+    // SAFETY: `value` takes the answer, and any address may be asked about.
+    let known = unsafe { ask(place, attribute, ptr.0) };
+    (known == code::SUCCESS).then_some(value)
 }
 
 /// # Safety

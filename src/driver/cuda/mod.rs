@@ -9,7 +9,8 @@
 //! primary context until the process ends, and nothing is called then.
 //!
 //! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current),
-//! `table` (numbers for handles), `streams`, `memory`, `pages`, `graphs`, `kernels`; here, the driver;
+//! `table` (numbers for handles), `streams`, `memory`, `pages`, `peers` (copies between devices), `graphs`,
+//! `kernels`; here, the driver;
 //! `foreign` (streams shared with other code), `installation` and `toolkit` (what is there, for people).
 //!
 //! Run so far on a simulated library only (`tests/simcuda`), not on a GPU.
@@ -25,6 +26,7 @@ mod kernels;
 mod library;
 mod memory;
 mod pages;
+mod peers;
 mod streams;
 mod table;
 mod toolkit;
@@ -35,6 +37,7 @@ use std::sync::{Arc, LazyLock};
 pub(crate) use foreign::{Entered, enter, is_found_by_others};
 pub use foreign::{borrow_stream, share_stream, stream_handle};
 pub use installation::{CudaDevice, Installation};
+pub(crate) use kernels::check as check_kernels;
 use parking_lot::Mutex;
 pub use toolkit::{ToolkitLibrary, toolkit};
 
@@ -42,6 +45,7 @@ use self::context::Context;
 use self::failure::{code, code_of};
 use self::graphs::{GraphEntry, Staging};
 use self::pages::Pages;
+use self::peers::Peers;
 use self::streams::{EventEntry, StreamEntry};
 use self::table::Table;
 use super::{
@@ -60,6 +64,7 @@ static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
     graphs: Table::new(),
     pages: Pages::new(),
     staging: Staging::default(),
+    peers: Peers::default(),
 });
 
 #[derive(Debug)]
@@ -69,6 +74,7 @@ struct Tables {
     graphs: Table<GraphEntry>,
     pages: Pages,
     staging: Staging,
+    peers: Peers,
 }
 
 /// One CUDA device.
@@ -86,10 +92,12 @@ impl CudaDriver {
         if let Some(driver) = opened.get(&ordinal) {
             return Ok(Arc::clone(driver));
         }
+        let context = Context::open(ordinal)?;
         let driver = Arc::new(Self {
-            context: Context::open(ordinal)?,
+            context,
             tables: &TABLES,
         });
+        driver.tables.peers.add(context);
         opened.insert(ordinal, Arc::clone(&driver));
         Ok(driver)
     }
@@ -261,6 +269,11 @@ impl Driver for CudaDriver {
         let stream = self.stream("copy", stream)?;
         if bytes == 0 {
             return Ok(());
+        }
+        let Tables { peers, pages, .. } = self.tables;
+        if let Some(between) = peers.between(pages, stream.context, [dst, src])? {
+            // SAFETY: as in `free`.
+            return unsafe { peers::copy(&stream, between, [dst, src], bytes) };
         }
         // SAFETY: as in `free`.
         unsafe { memory::copy(&stream, dst, src, bytes) }

@@ -100,10 +100,17 @@ pub(super) struct Pages {
 
 #[derive(Debug, Default)]
 struct Addresses {
-    /// Reserved ranges: address to bytes.
-    ranges: BTreeMap<u64, u64>,
+    /// Reserved ranges by address.
+    ranges: BTreeMap<u64, ReservedRange>,
     /// Mappings: address to bytes. They are disjoint, and each lies in one range.
     mappings: BTreeMap<u64, u64>,
+}
+
+/// A range of addresses, and the device that reaches what is mapped there.
+#[derive(Debug)]
+struct ReservedRange {
+    bytes: u64,
+    context: &'static Context,
 }
 
 impl Pages {
@@ -114,7 +121,14 @@ impl Pages {
         }
     }
 
-    pub(super) fn reserve(&self, context: &Context, bytes: u64) -> Result<DevicePtr> {
+    /// The device that reaches what is mapped at `ptr`; `None` for other memory.
+    pub(super) fn device_of(&self, ptr: DevicePtr) -> Option<&'static Context> {
+        let addresses = self.addresses.lock();
+        let (start, range) = addresses.ranges.range(..=ptr.0).next_back()?;
+        (ptr.0 < start + range.bytes).then_some(range.context)
+    }
+
+    pub(super) fn reserve(&self, context: &'static Context, bytes: u64) -> Result<DevicePtr> {
         const CALL: &str = "reserve";
         check_length(context, CALL, bytes)?;
         let _bound = context.bind(CALL)?;
@@ -129,14 +143,16 @@ impl Pages {
                 cuMemAddressReserve(place, to_usize(bytes), alignment, 0, 0)
             )
         }?;
-        self.addresses.lock().ranges.insert(ptr, bytes);
+        let range = ReservedRange { bytes, context };
+        self.addresses.lock().ranges.insert(ptr, range);
         Ok(DevicePtr(ptr))
     }
 
     pub(super) fn release(&self, context: &Context, ptr: DevicePtr, bytes: u64) -> Result<()> {
         const CALL: &str = "release";
         let mut addresses = self.addresses.lock();
-        if addresses.ranges.get(&ptr.0) != Some(&bytes) {
+        let range = addresses.ranges.get(&ptr.0);
+        if range.is_none_or(|range| range.bytes != bytes) {
             let reason = format!("{bytes} bytes at {:#x} are not one reserved range", ptr.0);
             return Err(invalid(CALL, reason));
         }
@@ -267,7 +283,7 @@ impl Addresses {
     /// Refuses a range that does not lie in one reserved range.
     fn check_reserved(&self, call: &'static str, from: u64, to: u64) -> Result<()> {
         let before = self.ranges.range(..=from).next_back();
-        if before.is_some_and(|(start, bytes)| to <= start + bytes) {
+        if before.is_some_and(|(start, range)| to <= start + range.bytes) {
             return Ok(());
         }
         let reason = format!(

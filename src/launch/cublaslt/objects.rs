@@ -44,6 +44,8 @@ pub(super) fn element_type(dtype: DType) -> cudaDataType {
         DType::Bf16 => cudaDataType::CUDA_R_16BF,
         DType::F64 => cudaDataType::CUDA_R_64F,
         DType::F32 | DType::U32 => cudaDataType::CUDA_R_32F,
+        DType::F8E4M3 => cudaDataType::CUDA_R_8F_E4M3,
+        DType::F8E5M2 => cudaDataType::CUDA_R_8F_E5M2,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Plain and pinned memory, and whether addresses are good.
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::ptr::{null_mut, with_exposed_provenance_mut};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -17,6 +17,8 @@ pub(crate) struct Memory {
     /// Bytes on devices, pages included. All devices share one capacity.
     pub(crate) used: usize,
     device: BTreeMap<usize, usize>,
+    /// The device of each piece.
+    homes: BTreeMap<usize, c_int>,
     pinned: BTreeMap<usize, usize>,
 }
 
@@ -31,7 +33,12 @@ impl Memory {
         Ok(())
     }
 
-    pub(crate) fn allocate(&mut self, bytes: usize, capacity: usize) -> Result<usize, Code> {
+    pub(crate) fn allocate(
+        &mut self,
+        bytes: usize,
+        capacity: usize,
+        device: c_int,
+    ) -> Result<usize, Code> {
         if bytes == 0 {
             return Err(code::INVALID_VALUE);
         }
@@ -41,11 +48,13 @@ impl Memory {
         self.take(rounded, capacity)?;
         let address = map(rounded).inspect_err(|_| self.used -= rounded)?;
         self.device.insert(address, rounded);
+        self.homes.insert(address, device);
         Ok(address)
     }
 
     pub(crate) fn free(&mut self, address: usize) -> Result<(), Code> {
         let bytes = self.device.remove(&address).ok_or(code::INVALID_VALUE)?;
+        self.homes.remove(&address);
         self.used -= bytes;
         unmap(address, bytes)
     }
@@ -62,6 +71,12 @@ impl Memory {
     pub(crate) fn free_pinned(&mut self, address: usize) -> Result<(), Code> {
         let bytes = self.pinned.remove(&address).ok_or(code::INVALID_VALUE)?;
         unmap(address, bytes)
+    }
+
+    /// The device that an address is of.
+    pub(crate) fn home(&self, address: usize) -> Option<c_int> {
+        let (_, home) = self.homes.range(..=address).next_back()?;
+        self.holds_device(address, 1).then_some(*home)
     }
 
     pub(crate) fn holds_device(&self, address: usize, bytes: usize) -> bool {

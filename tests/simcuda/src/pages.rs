@@ -1,6 +1,7 @@
 //! Virtual memory: runs of one file, shown at reserved addresses.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_int;
 use std::os::fd::OwnedFd;
 use std::ptr::null_mut;
 
@@ -35,7 +36,8 @@ struct Page {
 struct Mapping {
     bytes: usize,
     page: usize,
-    has_access: bool,
+    /// The device that may reach it.
+    access: Option<c_int>,
 }
 
 /// Bytes given back to the device.
@@ -169,14 +171,19 @@ impl Pages {
         let mapping = Mapping {
             bytes,
             page: handle,
-            has_access: false,
+            access: None,
         };
         self.mappings.insert(address, mapping);
         Ok(())
     }
 
     /// Gives access to mappings that cover the range exactly.
-    pub(crate) fn set_access(&mut self, address: usize, bytes: usize) -> Result<(), Code> {
+    pub(crate) fn set_access(
+        &mut self,
+        address: usize,
+        bytes: usize,
+        device: c_int,
+    ) -> Result<(), Code> {
         let end = address.checked_add(bytes).ok_or(code::INVALID_VALUE)?;
         let mut at = address;
         for (start, mapping) in self.mappings.range(address..end) {
@@ -198,7 +205,7 @@ impl Pages {
         }
         .map_err(|_| code::OUT_OF_MEMORY)?;
         for (_, mapping) in self.mappings.range_mut(address..end) {
-            mapping.has_access = true;
+            mapping.access = Some(device);
         }
         Ok(())
     }
@@ -228,12 +235,18 @@ impl Pages {
             .next_back()
             .map_or(address, |(start, _)| *start);
         for (start, mapping) in self.mappings.range(first..end) {
-            if *start > at || !mapping.has_access {
+            if *start > at || mapping.access.is_none() {
                 return false;
             }
             at = at.max(start + mapping.bytes);
         }
         at >= end && first <= address && self.mappings.contains_key(&first)
+    }
+
+    /// The device that may reach what is mapped at an address.
+    pub(crate) fn home(&self, address: usize) -> Option<c_int> {
+        let (start, mapping) = self.mappings.range(..=address).next_back()?;
+        mapping.access.filter(|_| address < start + mapping.bytes)
     }
 
     pub(crate) fn live(&self) -> usize {

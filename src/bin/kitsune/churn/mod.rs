@@ -48,21 +48,22 @@ pub(crate) struct ChurnArgs {
 
 /// Plays the workload and prints the result.
 pub(crate) fn run(args: &ChurnArgs) -> Result<(), Failure> {
-    let shape = shape(args)?;
+    let setup = args.setup.decided()?;
+    let shape = shape(args, &setup)?;
     let names: Vec<_> = (0..shape.threads)
         .map(|thread| format!("thread {thread}"))
         .collect();
-    let figures = churn(args, &shape).map_err(|halt| replay::failure(halt, &names))?;
-    replay::print(&figures, args.setup.json)
+    let figures = churn(&setup, &shape).map_err(|halt| replay::failure(halt, &names))?;
+    replay::print(&figures, setup.json)
 }
 
-fn churn(args: &ChurnArgs, shape: &Shape) -> Result<Figures, Halt> {
-    let bar = replay::progress(&args.setup);
+fn churn(setup: &Setup, shape: &Shape) -> Result<Figures, Halt> {
+    let bar = replay::progress(setup);
     let programs = shape.programs();
-    let mut figures = replay::measure(&args.setup, &programs, &bar)?;
-    figures.malloc_ns_per_pair = Some(replay::time_system(&args.setup, &programs)?);
-    if args.setup.check {
-        replay::check(&args.setup, &programs)?;
+    let mut figures = replay::measure(setup, &programs, &bar)?;
+    figures.malloc_ns_per_pair = Some(replay::time_system(setup, &programs)?);
+    if setup.check {
+        replay::check(setup, &programs)?;
         figures.checked = true;
     }
     bar.finish_and_clear();
@@ -70,7 +71,7 @@ fn churn(args: &ChurnArgs, shape: &Shape) -> Result<Figures, Halt> {
 }
 
 /// The workload's numbers, or why they do not go together.
-fn shape(args: &ChurnArgs) -> Result<Shape, Failure> {
+fn shape(args: &ChurnArgs, setup: &Setup) -> Result<Shape, Failure> {
     let workload = args.workload;
     let refuse = |reason: String| Err(Failure::Input(reason));
     let pairs = workload == Workload::ProducerConsumer;
@@ -81,7 +82,7 @@ fn shape(args: &ChurnArgs) -> Result<Shape, Failure> {
         Workload::ProducerConsumer => Some(64 << 10),
         Workload::Priming => {
             let at_once = cases::PRIMED_BLOCKS * u64::from(threads);
-            Some((args.setup.device_bytes / 10 * 9 / at_once).max(1))
+            Some((setup.memory()? / 10 * 9 / at_once).max(1))
         }
         _ => None,
     };
@@ -113,6 +114,6 @@ fn shape(args: &ChurnArgs) -> Result<Shape, Failure> {
         max_bytes: args.max_mib.unwrap_or(64) * MIB,
         threads,
         streams: args.streams.unwrap_or(streams),
-        seed: args.setup.seed,
+        seed: setup.seed,
     })
 }

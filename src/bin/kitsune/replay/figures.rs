@@ -8,6 +8,8 @@ use crate::summary::table;
 /// The result. The names are those of the JSON output and part of the program's interface.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Figures {
+    /// Name of the device.
+    pub(crate) device: String,
     /// Allocations of one pass.
     pub(crate) allocs: u64,
     /// Most bytes that were live at once, as requested.
@@ -57,6 +59,7 @@ impl Figures {
             .ratio
             .map_or(String::new(), |ratio| format!(", {ratio:.3} times as much"));
         let mut rows = vec![
+            ("device", self.device.clone()),
             ("allocations", format!("{} a pass", self.allocs)),
             (
                 "peak requested",
@@ -142,6 +145,7 @@ mod tests {
     #[test]
     fn the_table_reads() {
         let figures = Figures {
+            device: "host".to_owned(),
             allocs: 3,
             peak_requested_bytes: 1 << 20,
             peak_reserved_bytes: 2 << 20,
@@ -156,6 +160,7 @@ mod tests {
             ..Figures::default()
         };
         let expected = "\
+device             host
 allocations        3 a pass
 peak requested     1.0 MiB
 peak reserved      2.0 MiB, 2.000 times as much

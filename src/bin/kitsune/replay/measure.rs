@@ -1,6 +1,6 @@
 //! Measures a pool on programs: what it holds, what it asks of the driver, and how long it takes.
 //!
-//! Every measurement opens a device and a pool of its own. The first pass meets an empty pool, the second
+//! Every measurement makes a pool of its own, on a device of its own where that is the host. The first pass meets an empty pool, the second
 //! one a pool that knows the sizes; the timed ones follow. Memory is not touched, except in a check, which
 //! is a run apart.
 
@@ -10,6 +10,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use indicatif::ProgressBar;
+use kitsune::units::GIB;
 use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule};
 
 use super::addresses::{self, DigestedBackend};
@@ -21,9 +22,13 @@ use super::meter::Meter;
 use super::player::{HANDOFF_CAPACITY, Handoff, Player, Tools};
 use super::probe::ProbeDriver;
 use super::program::{Operation, Program};
+use crate::args::DeviceChoice;
+use crate::failure::Failure;
 
 /// Least duration of a timed repeat: short ones would time the clock.
 const REPEAT_MIN: Duration = Duration::from_millis(20);
+/// Memory of the host device where no other size is asked for.
+const DEVICE_BYTES: u64 = 80 * GIB;
 /// Passes of a check or of a digest: into an empty pool, and into one that reuses.
 const CHECK_PASSES: u32 = 2;
 
@@ -34,9 +39,13 @@ pub(crate) struct Setup {
     #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
     pub(crate) limit: Option<u64>,
 
-    /// Memory of the device; more than the machine has is fine, since it is not touched.
-    #[arg(long, value_name = "BYTES", default_value = "80GiB", value_parser = crate::args::parse_bytes)]
-    pub(crate) device_bytes: u64,
+    /// Where to play: a CUDA device has the memory it has, and does its work in its own order.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Host)]
+    pub(crate) device: DeviceChoice,
+
+    /// Memory of the host device [default: 80GiB]; more than the machine has is fine, since it is not touched.
+    #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
+    pub(crate) device_bytes: Option<u64>,
 
     /// Whether a stream may have memory that another one freed: never, only-complete or wait.
     #[arg(long, value_name = "POLICY", default_value_t)]
@@ -46,7 +55,7 @@ pub(crate) struct Setup {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) event_lag: u64,
 
-    /// Seed of the order in which the device's streams make progress, and of random workloads.
+    /// Seed of the order in which the host device's streams make progress, and of random workloads.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
 
@@ -65,6 +74,48 @@ pub(crate) struct Setup {
     /// Whether the pool is deterministic. Only for one program.
     #[arg(skip)]
     pub(crate) deterministic: bool,
+}
+
+impl Setup {
+    /// With `--device auto` decided.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] for what only the host device can do.
+    pub(crate) fn decided(&self) -> Result<Self, Failure> {
+        let device = self.device.decided();
+        if device == DeviceChoice::Cuda && self.device_bytes.is_some() {
+            let reason = "--device-bytes: a CUDA device has the memory it has; see --limit";
+            return Err(Failure::Input(reason.to_owned()));
+        }
+        Ok(Self {
+            device,
+            ..self.clone()
+        })
+    }
+
+    /// Memory of the device: of one that others use too, what they leave.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if there is no such device.
+    pub(crate) fn memory(&self) -> Result<u64, Error> {
+        match self.device {
+            DeviceChoice::Cuda => Ok(self.open(0)?.memory_info()?.free),
+            _ => Ok(self.host_bytes()),
+        }
+    }
+
+    /// Memory of the host device.
+    pub(super) fn host_bytes(&self) -> u64 {
+        self.device_bytes.unwrap_or(DEVICE_BYTES)
+    }
+
+    fn open(&self, host_bytes: u64) -> Result<Device, Error> {
+        self.device.open(HostConfig {
+            capacity: host_bytes,
+            schedule: Schedule::Seeded(self.seed),
+            ..HostConfig::default()
+        })
+    }
 }
 
 /// What ends a measurement early.
@@ -95,13 +146,12 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(setup: &Setup, device_bytes: u64, programs: &[Program]) -> Result<Self, Error> {
-        let host = Device::host(HostConfig {
-            capacity: device_bytes,
-            schedule: Schedule::Seeded(setup.seed),
-            ..HostConfig::default()
-        })?;
-        let probe = Arc::new(ProbeDriver::new(Arc::clone(host.driver()), setup.event_lag));
+    fn new(setup: &Setup, host_bytes: u64, programs: &[Program]) -> Result<Self, Error> {
+        let below = setup.open(host_bytes)?;
+        let probe = Arc::new(ProbeDriver::new(
+            Arc::clone(below.driver()),
+            setup.event_lag,
+        ));
         let device = Device::from_driver(Arc::clone(&probe) as _);
         let config = PoolConfig {
             limit: setup.limit,
@@ -217,7 +267,7 @@ pub(crate) fn measure(
     programs: &[Program],
     bar: &ProgressBar,
 ) -> Result<Figures, Halt> {
-    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
     let streams = backend.streams.len() as u64;
     let meter = Arc::new(Meter::default());
     let tools = Tools {
@@ -226,6 +276,7 @@ pub(crate) fn measure(
     };
     let players = players(programs, &tools, |_| Ok(backend.clone()))?;
     let mut figures = Figures {
+        device: backend.pool.device().properties().name.clone(),
         allocs: programs.iter().map(|program| program.allocations).sum(),
         ..Figures::default()
     };
@@ -283,7 +334,7 @@ pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<
 
 /// Plays `programs` on a new pool while writing to every block, and looks whether the bytes stay.
 pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
-    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
     let next_stamp = Arc::new(AtomicU64::new(0));
     let players = players(programs, &tools(&probe), |program| {
         CheckedBackend::new(
@@ -306,7 +357,7 @@ pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
 /// and into one that reuses.
 pub(crate) fn address_digest(setup: &Setup, program: &Program) -> Result<String, Halt> {
     let programs = std::slice::from_ref(program);
-    let Bench { probe, backend } = Bench::new(setup, setup.device_bytes, programs)?;
+    let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
     let digest = Arc::default();
     let players = players(programs, &tools(&probe), |_| {
         let (probe, digest) = (Arc::clone(&probe), Arc::clone(&digest));
@@ -320,9 +371,9 @@ pub(crate) fn address_digest(setup: &Setup, program: &Program) -> Result<String,
     Ok(addresses::text(&digest))
 }
 
-/// Whether `programs` find room for everything on a device of this size, from an empty pool.
-pub(crate) fn passes(setup: &Setup, device_bytes: u64, programs: &[Program]) -> Result<bool, Halt> {
-    let Bench { probe, backend } = Bench::new(setup, device_bytes, programs)?;
+/// Whether `programs` find room for everything on a host device of this size, from an empty pool.
+pub(crate) fn passes(setup: &Setup, host_bytes: u64, programs: &[Program]) -> Result<bool, Halt> {
+    let Bench { probe, backend } = Bench::new(setup, host_bytes, programs)?;
     let players = players(programs, &tools(&probe), |_| Ok(backend.clone()))?;
     let mut room = true;
     play(players, |before| match before {

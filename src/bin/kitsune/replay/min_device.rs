@@ -32,17 +32,17 @@ pub(crate) fn find(
     // What is requested at once is the least that can pass.
     let mut too_small = requested.max(GRANULE) - 1;
     let tolerance = (requested / TOLERANCE_SHARE).max(GRANULE);
-    let mut enough = figures.peak_reserved_bytes.min(setup.device_bytes);
+    let mut enough = figures.peak_reserved_bytes.min(setup.host_bytes());
     // With less to spare a pool may go other ways and need more than it held before.
     while !passes(setup, enough, programs)? {
         bar.inc(1);
-        if enough == setup.device_bytes {
+        if enough == setup.host_bytes() {
             return Ok(None);
         }
         too_small = enough;
         enough = enough
             .saturating_add(enough / 16 + tolerance)
-            .min(setup.device_bytes);
+            .min(setup.host_bytes());
     }
     while enough - too_small > tolerance {
         bar.inc(1);

@@ -28,6 +28,7 @@ use self::backend::Trouble;
 use self::crew::Stop;
 use self::measure::address_digest;
 use self::program::{Builder, Program};
+use crate::args::DeviceChoice;
 use crate::failure::Failure;
 use crate::output;
 
@@ -53,6 +54,14 @@ pub(crate) struct ReplayArgs {
 
 /// Replays and prints the result.
 pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
+    let setup = Setup {
+        deterministic: args.deterministic,
+        ..args.setup.decided()?
+    };
+    if args.min_device && setup.device == DeviceChoice::Cuda {
+        let reason = "--min-device: a CUDA device has one size; see --device host";
+        return Err(Failure::Input(reason.to_owned()));
+    }
     let mut programs = args
         .files
         .iter()
@@ -68,30 +77,26 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
         programs = vec![program::in_turn(&programs)];
         names = vec![names.join(", ")];
     }
-    let figures = replay(args, &programs).map_err(|halt| failure(halt, &names))?;
+    let figures = replay(args, &setup, &programs).map_err(|halt| failure(halt, &names))?;
     if args.min_device && figures.min_device_bytes.is_none() {
-        let size = kitsune::units::Bytes(args.setup.device_bytes);
+        let size = kitsune::units::Bytes(setup.host_bytes());
         let message = format!("--min-device: the traces do not pass on {size}, see --device-bytes");
         return Err(Failure::Run(message));
     }
-    print(&figures, args.setup.json)
+    print(&figures, setup.json)
 }
 
-fn replay(args: &ReplayArgs, programs: &[Program]) -> Result<Figures, Halt> {
-    let setup = Setup {
-        deterministic: args.deterministic,
-        ..args.setup.clone()
-    };
-    let bar = progress(&setup);
-    let mut figures = measure(&setup, programs, &bar)?;
+fn replay(args: &ReplayArgs, setup: &Setup, programs: &[Program]) -> Result<Figures, Halt> {
+    let bar = progress(setup);
+    let mut figures = measure(setup, programs, &bar)?;
     if let (true, [program]) = (setup.deterministic, programs) {
-        figures.address_digest = Some(address_digest(&setup, program)?);
+        figures.address_digest = Some(address_digest(setup, program)?);
     }
     if args.min_device {
-        figures.min_device_bytes = min_device::find(&setup, programs, &figures, &bar)?;
+        figures.min_device_bytes = min_device::find(setup, programs, &figures, &bar)?;
     }
     if setup.check {
-        check(&setup, programs)?;
+        check(setup, programs)?;
         figures.checked = true;
     }
     bar.finish_and_clear();

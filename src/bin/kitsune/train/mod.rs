@@ -12,12 +12,12 @@ use std::time::Instant;
 use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, ScalingMode};
 use kitsune::ops;
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
-use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, telemetry};
+use kitsune::{Context, DType, HostConfig, Pool, PoolConfig, Tensor, telemetry};
 
 use self::digits::DigitsTask;
 use self::gpt::GptTask;
 use self::task::{Pass, Task};
-use crate::args::{DeviceChoice, Model, TrainArgs};
+use crate::args::{Model, TrainArgs};
 use crate::digits::Digits;
 use crate::failure::Failure;
 use crate::progress::{Progress, Standing};
@@ -88,11 +88,7 @@ struct Trainer<'a> {
 
 impl<'a> Trainer<'a> {
     fn new(args: &'a TrainArgs, data: Data) -> Result<Self, Failure> {
-        let device = match args.device {
-            DeviceChoice::Auto => Device::auto()?,
-            DeviceChoice::Host => Device::host(HostConfig::default())?,
-            DeviceChoice::Cuda => Device::cuda(0)?,
-        };
+        let device = args.device.open(HostConfig::default())?;
         let config = PoolConfig {
             limit: args.limit,
             ..PoolConfig::default()

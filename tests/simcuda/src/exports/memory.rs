@@ -39,6 +39,7 @@ const KIND_PINNED: c_int = 1;
 const LOCATION_DEVICE: c_int = 1;
 const READ_WRITE: c_int = 3;
 const MEMORY_TYPE: c_int = 2;
+const DEVICE_ORDINAL: c_int = 9;
 const TYPE_HOST: c_uint = 1;
 const TYPE_DEVICE: c_uint = 2;
 
@@ -71,8 +72,8 @@ exports! {
     }
 
     fn cuMemAlloc_v2(sim, ptr: *mut usize, bytes: usize) {
-        sim.device()?;
-        put(ptr, sim.memory.allocate(bytes, sim.config.memory)?)
+        let device = sim.device()?;
+        put(ptr, sim.memory.allocate(bytes, sim.config.memory, device)?)
     }
 
     // Waits for all work, as the real one does. What is being captured is not work yet.
@@ -83,17 +84,17 @@ exports! {
     }
 
     fn cuMemAllocAsync(sim, ptr: *mut usize, bytes: usize, stream: usize) {
-        sim.device()?;
+        let device = sim.device()?;
         if sim.config.pools == 0 {
             return Err(code::NOT_SUPPORTED);
         }
         sim.stream(queue(stream))?;
         let capacity = sim.config.memory;
-        let address = match sim.memory.allocate(bytes, capacity) {
+        let address = match sim.memory.allocate(bytes, capacity, device) {
             Err(code::OUT_OF_MEMORY) => {
                 // What was given back on this stream may be taken again.
                 sim.drain(queue(stream))?;
-                sim.memory.allocate(bytes, capacity)?
+                sim.memory.allocate(bytes, capacity, device)?
             }
             outcome => outcome?,
         };
@@ -130,6 +131,10 @@ exports! {
     }
 
     fn cuPointerGetAttribute(sim, data: *mut c_uint, attribute: c_int, ptr: usize) {
+        if attribute == DEVICE_ORDINAL {
+            let home = sim.memory.home(ptr).or_else(|| sim.pages.home(ptr));
+            return put(data, home.ok_or(code::INVALID_VALUE)?.unsigned_abs());
+        }
         if attribute != MEMORY_TYPE {
             return Err(code::INVALID_VALUE);
         }
@@ -178,7 +183,7 @@ exports! {
         if count != 1 || access.flags != READ_WRITE {
             return Err(code::INVALID_VALUE);
         }
-        sim.pages.set_access(ptr, bytes)
+        sim.pages.set_access(ptr, bytes, access.location.id)
     }
 
     // Does not wait, as the real one does not: work that comes after finds nothing there.

@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use super::{exports, put};
 use crate::modules::{Launch, check_ptx, find_entry, gather};
-use crate::sim::code;
+use crate::sim::{CONTEXT, code};
 use crate::streams::{HostFunction, Op, queue};
 
 /// Threads of a block at most.
@@ -20,10 +20,32 @@ fn text(start: *const c_char) -> Result<String, crate::sim::Code> {
 }
 
 exports! {
+    // Mapped memory is reached by the device that access was set for alone.
     fn cuMemcpyAsync(sim, dst: usize, src: usize, bytes: usize, stream: usize) {
-        sim.device()?;
-        if !sim.is_reachable(dst, bytes) || !sim.is_reachable(src, bytes) {
+        let device = sim.device()?;
+        let is_near = |address| sim.pages.home(address).is_none_or(|home| home == device);
+        if ![dst, src].into_iter().all(|end| sim.is_reachable(end, bytes) && is_near(end)) {
             return Err(code::INVALID_VALUE);
+        }
+        sim.push(queue(stream), Op::Copy { dst, src, bytes })
+    }
+
+    fn cuMemcpyPeerAsync(
+        sim,
+        dst: usize,
+        dst_context: usize,
+        src: usize,
+        src_context: usize,
+        bytes: usize,
+        stream: usize
+    ) {
+        sim.device()?;
+        for (end, context) in [(dst, dst_context), (src, src_context)] {
+            let home = sim.memory.home(end).or_else(|| sim.pages.home(end));
+            let is_there = home.is_some_and(|home| context == CONTEXT + home.unsigned_abs() as usize);
+            if !is_there || !sim.is_reachable(end, bytes) {
+                return Err(code::INVALID_VALUE);
+            }
         }
         sim.push(queue(stream), Op::Copy { dst, src, bytes })
     }

@@ -28,31 +28,38 @@
 //! itself is not held up by the drop.
 //!
 //! Every stream of use has an event of its own, so that several streams may read at once and none is
-//! forgotten. While cudarc tracks no events (`disable_event_tracking`, as captures need), nothing is ordered or
+//! forgotten. With the event goes the part that the stream has used since the buffer was made: uses of parts
+//! that share nothing, [views](DeviceView) of one buffer, do not wait for each other. While cudarc tracks no events (`disable_event_tracking`, as captures need), nothing is ordered or
 //! marked here either: that is what its caller promised to do.
 //!
 //! A kernel launch does not tell its arguments the stream, so a buffer is no argument by itself:
 //! [`on`](DeviceBuffer::on) and [`on_mut`](DeviceBuffer::on_mut) name it. Errors of a guard come out of the
 //! next call of cudarc's on its context, as its own do.
+//!
+//! Code map: here, the buffer and its way from and to tensors; `uses`, who used which part; `view`, parts.
 
 #![allow(
     unsafe_code,
     reason = "passing a kernel argument is an unsafe trait of cudarc's"
 )]
 
+mod uses;
+mod view;
+
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::thread::{self, ThreadId};
+use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{
-    CudaEvent, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, DriverError, LaunchArgs,
-    PushKernelArg, SyncOnDrop,
+    CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, DriverError, LaunchArgs, PushKernelArg,
+    SyncOnDrop,
 };
 
+use self::uses::{Access, Uses};
+pub use self::view::{DeviceView, DeviceViewMut};
 use super::{Buffer, Context, Layout, Shape, Tensor};
 use crate::driver::Stream;
 use crate::driver::cuda::share_stream;
@@ -96,6 +103,13 @@ impl Context {
     }
 }
 
+/// cudarc's side of `context`, if it has one.
+fn shared_of(op: &'static str, context: &Context) -> Result<Arc<Shared>> {
+    let reason = "the context's stream is not cudarc's: make it by Context::on_cuda_stream";
+    let shared = context.shared.clone();
+    shared.ok_or_else(|| Error::argument(op, reason))
+}
+
 /// `len` elements of pool memory, for use through cudarc. See the [module](super) for what orders its uses.
 pub struct DeviceBuffer<T> {
     shared: Arc<Shared>,
@@ -129,12 +143,7 @@ impl<T: Pod> DeviceBuffer<T> {
         make: impl FnOnce(&Context, u64) -> Result<Buffer>,
     ) -> Result<Self> {
         const OP: &str = "DeviceBuffer";
-        let shared = context.shared.clone().ok_or_else(|| {
-            Error::argument(
-                OP,
-                "the context's stream is not cudarc's: make it by Context::on_cuda_stream",
-            )
-        })?;
+        let shared = shared_of(OP, context)?;
         let bytes = (len as u64).checked_mul(size_of::<T>() as u64);
         let bytes = bytes.ok_or_else(|| Error::argument(OP, format!("{len} elements overflow")))?;
         Ok(Self {
@@ -157,32 +166,47 @@ impl<T> DeviceBuffer<T> {
     /// A use on `stream` that reads, for as long as the guard lives: an argument of a kernel.
     #[must_use]
     pub fn on<'a>(&'a self, stream: &'a CudaStream) -> InUse<'a, T> {
-        InUse {
-            ptr: self.buffer.ptr().0,
-            _end: self.begin(stream, false),
-            marker: PhantomData,
-        }
+        self.use_part(0..self.len, stream, Access::Read)
     }
 
     /// A use on `stream` that writes, for as long as the guard lives: an argument of a kernel.
     #[must_use]
     pub fn on_mut<'a>(&'a mut self, stream: &'a CudaStream) -> InUse<'a, T> {
+        self.use_part(0..self.len, stream, Access::Write)
+    }
+
+    fn use_part<'a>(
+        &'a self,
+        part: Range<usize>,
+        stream: &'a CudaStream,
+        access: Access,
+    ) -> InUse<'a, T> {
         InUse {
-            ptr: self.buffer.ptr().0,
-            _end: self.begin(stream, true),
+            ptr: self.address(part.start),
+            _end: self.begin(part, stream, access),
             marker: PhantomData,
         }
     }
 
-    /// Orders a use on `stream` behind what it must follow, and gives the guard that marks its end.
-    fn begin<'a>(&'a self, stream: &'a CudaStream, writes: bool) -> SyncOnDrop<'a> {
+    /// Where an element is.
+    fn address(&self, index: usize) -> CUdeviceptr {
+        self.buffer.ptr().0 + index as u64 * size_of::<T>() as u64
+    }
+
+    /// Orders a use of a part on `stream` behind what it must follow, and gives the guard that marks its end.
+    fn begin<'a>(
+        &'a self,
+        part: Range<usize>,
+        stream: &'a CudaStream,
+        access: Access,
+    ) -> SyncOnDrop<'a> {
         let context = stream.context();
         if !context.is_event_tracking() {
             return SyncOnDrop::Record(None);
         }
         for usage in self.uses.iter() {
-            if writes || usage.has_written.load(Ordering::Acquire) {
-                context.record_err(stream.wait(&usage.end));
+            if usage.is_before(&part, access) {
+                context.record_err(stream.wait(usage.end()));
             }
         }
         let home = &self.shared.home;
@@ -193,10 +217,8 @@ impl<T> DeviceBuffer<T> {
         match self.uses.on(stream) {
             // Before cudarc knows of a second stream, it passes over marks.
             Ok(usage) if context.is_managing_stream_synchronization() => {
-                if writes {
-                    usage.has_written.store(true, Ordering::Release);
-                }
-                SyncOnDrop::Record(Some((&usage.end, stream)))
+                usage.add(&part, access);
+                SyncOnDrop::Record(Some((usage.end(), stream)))
             }
             Ok(_) => SyncOnDrop::Sync(Some(stream)),
             Err(error) => {
@@ -208,7 +230,38 @@ impl<T> DeviceBuffer<T> {
 }
 
 impl<T: Element> DeviceBuffer<T> {
-    /// The elements as a tensor of this shape: its work goes to home, behind every use so far.
+    /// The elements of a tensor, without a copy; its context's stream is home. What was enqueued for the tensor
+    /// comes before what the buffer is used for.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the tensor's context was not made by [`Context::on_cuda_stream`], for
+    /// another element type, for a view of a part or out of order, and if a clone or view shares the memory.
+    /// The tensor is dropped then.
+    pub fn from_tensor(tensor: Tensor) -> Result<Self> {
+        const OP: &str = "from_tensor";
+        let shared = shared_of(OP, tensor.context())?;
+        if tensor.dtype() != T::DTYPE {
+            let reason = format!("the tensor is {}, not {}", tensor.dtype(), T::DTYPE);
+            return Err(Error::argument(OP, reason));
+        }
+        if !tensor.is_contiguous() || tensor.layout().offset() != 0 {
+            let reason = "a view that is not the first elements of its memory, one after another";
+            return Err(Error::argument(OP, reason));
+        }
+        let len = tensor.len();
+        let buffer = tensor.into_buffer();
+        let buffer = buffer
+            .ok_or_else(|| Error::argument(OP, "a clone or a view still shares the memory"))?;
+        Ok(Self {
+            shared,
+            buffer,
+            len,
+            uses: Uses::default(),
+            marker: PhantomData,
+        })
+    }
+
+    /// The elements as a tensor of this shape, without a copy: its work goes to home, behind every use so far.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the shape has another number of elements; [`Error::Driver`] if home cannot
@@ -225,7 +278,7 @@ impl<T: Element> DeviceBuffer<T> {
             return Err(Error::argument(OP, reason));
         }
         for usage in self.uses.iter() {
-            let waits = self.shared.home.wait(&usage.end);
+            let waits = self.shared.home.wait(usage.end());
             waits.map_err(|error| Error::Driver {
                 call: "stream_wait",
                 code: error.0 as i32,
@@ -235,6 +288,8 @@ impl<T: Element> DeviceBuffer<T> {
         let empty = Buffer::uninit(self.buffer.context(), 0)?;
         self.uses = Uses::default();
         let buffer = std::mem::replace(&mut self.buffer, empty);
+        // Uses may have written it.
+        buffer.version().advance();
         Ok(Tensor::over(buffer, layout, T::DTYPE))
     }
 }
@@ -245,14 +300,14 @@ impl<T> Drop for DeviceBuffer<T> {
         let context = relay.context();
         let mut is_held = false;
         for usage in self.uses.iter() {
-            if matches!(usage.end.try_is_complete(), Ok(true)) {
+            if matches!(usage.end().try_is_complete(), Ok(true)) {
                 continue;
             }
-            match relay.wait(&usage.end) {
+            match relay.wait(usage.end()) {
                 Ok(()) => is_held = true,
                 // The memory must not be had before the use is over: where the device cannot be made to wait,
                 // the host has to.
-                Err(_) => context.record_err(usage.end.synchronize()),
+                Err(_) => context.record_err(usage.end().synchronize()),
             }
         }
         if is_held {
@@ -273,13 +328,15 @@ impl<T> DeviceSlice<T> for DeviceBuffer<T> {
 
 impl<T> DevicePtr<T> for DeviceBuffer<T> {
     fn device_ptr<'a>(&'a self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
-        (self.buffer.ptr().0, self.begin(stream, false))
+        let end = self.begin(0..self.len, stream, Access::Read);
+        (self.address(0), end)
     }
 }
 
 impl<T> DevicePtrMut<T> for DeviceBuffer<T> {
     fn device_ptr_mut<'a>(&'a mut self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
-        (self.buffer.ptr().0, self.begin(stream, true))
+        let end = self.begin(0..self.len, stream, Access::Write);
+        (self.address(0), end)
     }
 }
 
@@ -294,7 +351,7 @@ impl<T> fmt::Debug for DeviceBuffer<T> {
     }
 }
 
-/// A use of a [`DeviceBuffer`] on one stream. Its end is marked when this is dropped, so keep it until the
+/// A use of a [`DeviceBuffer`], or of a part of one, on one stream. Its end is marked when this is dropped, so keep it until the
 /// launch that it is an argument of.
 #[derive(Debug)]
 pub struct InUse<'a, T> {
@@ -303,66 +360,11 @@ pub struct InUse<'a, T> {
     marker: PhantomData<fn() -> T>,
 }
 
-// SAFETY: what is pushed is the address of the first element, as for cudarc's own slices, at a place that
+// SAFETY: what is pushed is the address of the first element of the part, as for cudarc's own slices, at a place that
 // outlives the launch.
 unsafe impl<'a, 'b: 'a, 'c: 'b, T> PushKernelArg<&'b InUse<'c, T>> for LaunchArgs<'a> {
     #[inline(always)]
     fn arg(&mut self, arg: &'b InUse<'c, T>) -> &mut Self {
         self.arg(&arg.ptr)
-    }
-}
-
-/// A stream, as cudarc names it: context, handle, and for the per-thread default stream the thread.
-type Name = (usize, usize, Option<ThreadId>);
-
-fn name(stream: &CudaStream) -> Name {
-    let handle = stream.cu_stream().addr();
-    let per_thread = (handle == 2).then(|| thread::current().id());
-    (stream.context().cu_ctx().addr(), handle, per_thread)
-}
-
-/// Streams other than home that used a buffer: a list that only grows, so that events can be lent from it.
-#[derive(Default)]
-struct Uses(OnceLock<Box<Use>>);
-
-struct Use {
-    stream: Name,
-    has_written: AtomicBool,
-    /// The end of the last use. Marks nothing before the first one ends.
-    end: CudaEvent,
-    next: Uses,
-}
-
-impl Uses {
-    fn iter(&self) -> impl Iterator<Item = &Use> {
-        let first = self.0.get();
-        std::iter::successors(first, |usage| usage.next.0.get()).map(|usage| &**usage)
-    }
-
-    /// The entry of `stream`, made if there is none.
-    fn on(&self, stream: &CudaStream) -> Result<&Use, DriverError> {
-        let wanted = name(stream);
-        let mut place = self;
-        loop {
-            let usage = match place.0.get() {
-                Some(usage) => usage,
-                None => {
-                    let new = Box::new(Use {
-                        stream: wanted,
-                        has_written: AtomicBool::new(false),
-                        end: stream.context().new_event(None)?,
-                        next: Self::default(),
-                    });
-                    // Another thread may have been faster: then its entry counts, and the walk goes on.
-                    place.0.get_or_init(|| new)
-                }
-            };
-            if usage.stream == wanted {
-                // A stream that is gone may have left its handle to this one.
-                stream.wait(&usage.end)?;
-                return Ok(usage);
-            }
-            place = &usage.next;
-        }
     }
 }

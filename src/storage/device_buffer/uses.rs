@@ -1,0 +1,105 @@
+//! Which streams used a buffer, which part of it, and where each use ends.
+//!
+//! Home is not among them: its order is the buffer's own.
+//!
+//! Must not know: what memory is used, who waits.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, ThreadId};
+
+use cudarc::driver::{CudaEvent, CudaStream, DriverError};
+
+/// What a use does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
+}
+
+/// A stream, as cudarc names it: context, handle, and for the per-thread default stream the thread.
+type Name = (usize, usize, Option<ThreadId>);
+
+fn name(stream: &CudaStream) -> Name {
+    let handle = stream.cu_stream().addr();
+    let per_thread = (handle == 2).then(|| thread::current().id());
+    (stream.context().cu_ctx().addr(), handle, per_thread)
+}
+
+/// Streams other than home that used a buffer: a list that only grows, so that events can be lent from it.
+#[derive(Default)]
+pub(super) struct Uses(OnceLock<Box<Use>>);
+
+/// The uses of one stream.
+pub(super) struct Use {
+    stream: Name,
+    has_written: AtomicBool,
+    /// The elements from the first to the last that it used.
+    first: AtomicUsize,
+    end_of_last: AtomicUsize,
+    /// The end of the last use. Marks nothing before the first one ends.
+    end: CudaEvent,
+    next: Uses,
+}
+
+impl Use {
+    /// The end of the last use.
+    pub(super) fn end(&self) -> &CudaEvent {
+        &self.end
+    }
+
+    /// Whether a use of `part` has to come behind this one: they share elements, and one of them writes.
+    pub(super) fn is_before(&self, part: &Range<usize>, access: Access) -> bool {
+        // Acquire, here and below: pairs with the Release in `add`. A use that another thread adds at the same
+        // time is of a part that the borrow of this one excludes, or both read.
+        let first = self.first.load(Ordering::Acquire);
+        let is_shared = first < part.end && part.start < self.end_of_last.load(Ordering::Acquire);
+        is_shared && (access == Access::Write || self.has_written.load(Ordering::Acquire))
+    }
+
+    /// Notes a use.
+    pub(super) fn add(&self, part: &Range<usize>, access: Access) {
+        if access == Access::Write {
+            self.has_written.store(true, Ordering::Release);
+        }
+        self.first.fetch_min(part.start, Ordering::Release);
+        self.end_of_last.fetch_max(part.end, Ordering::Release);
+    }
+}
+
+impl Uses {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Use> {
+        let first = self.0.get();
+        std::iter::successors(first, |usage| usage.next.0.get()).map(|usage| &**usage)
+    }
+
+    /// The entry of `stream`, made if there is none.
+    pub(super) fn on(&self, stream: &CudaStream) -> Result<&Use, DriverError> {
+        let wanted = name(stream);
+        let mut place = self;
+        loop {
+            let usage = match place.0.get() {
+                Some(usage) => usage,
+                None => {
+                    let new = Box::new(Use {
+                        stream: wanted,
+                        has_written: AtomicBool::new(false),
+                        first: AtomicUsize::new(usize::MAX),
+                        end_of_last: AtomicUsize::new(0),
+                        end: stream.context().new_event(None)?,
+                        next: Self::default(),
+                    });
+                    // Another thread may have been faster: then its entry counts, and the walk goes on.
+                    place.0.get_or_init(|| new)
+                }
+            };
+            if usage.stream == wanted {
+                // A stream that is gone may have left its handle to this one.
+                stream.wait(&usage.end)?;
+                return Ok(usage);
+            }
+            place = &usage.next;
+        }
+    }
+}
