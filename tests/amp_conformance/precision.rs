@@ -6,7 +6,7 @@ use kitsune::optim::{
 };
 use kitsune::{Context, DType, Tensor, bf16};
 
-use crate::amp_support::{context, parameter, scaler, set_grad, tensor, value};
+use super::amp_support::{context, parameter, scaler, set_grad, tensor, value};
 
 /// `len` numbers of many magnitudes.
 fn random(seed: u64, len: usize, range: f32) -> Vec<bf16> {
