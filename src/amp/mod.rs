@@ -72,6 +72,7 @@
 
 mod alarm;
 mod config;
+pub mod fp8;
 mod journal;
 mod magnitudes;
 mod memory;

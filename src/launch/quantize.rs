@@ -29,17 +29,25 @@ use crate::driver::{Arguments, Kernel, Stream};
 use crate::dtype::{DType, Element, F8E4M3, F8E5M2, Overflow};
 use crate::error::{Error, Result};
 
-// Words of the counts.
+// Words of a tensor's counts, f64. The first four are written here, the others by `fp8_update`.
 /// Elements converted.
-const ELEMENTS: usize = 0;
+pub(crate) const ELEMENTS: usize = 0;
 /// Elements that overflowed.
-const OVERFLOWED: usize = 1;
+pub(crate) const OVERFLOWED: usize = 1;
 /// Elements that vanished.
-const VANISHED: usize = 2;
+pub(crate) const VANISHED: usize = 2;
 /// Elements whose product is NaN.
-const NAN: usize = 3;
-/// How many there are.
+pub(crate) const NAN: usize = 3;
+/// How many there are before those of updates.
 const QUANTIZE_WORDS: usize = 4;
+/// Updates of the scale.
+pub(crate) const UPDATES: usize = 4;
+/// Updates that saw an infinity or NaN.
+pub(crate) const NOT_FINITE: usize = 5;
+/// The largest magnitude that the last update with one saw.
+pub(crate) const LAST_AMAX: usize = 6;
+/// How many there are.
+pub(crate) const FP8_COUNTS: usize = 7;
 
 /// What to convert to 8 bits, and what is asked for beside it.
 #[derive(Clone, Copy, Debug)]

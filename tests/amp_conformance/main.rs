@@ -18,6 +18,7 @@ mod accounted;
 mod autocast;
 mod capture;
 mod clip;
+mod fp8;
 mod gradients;
 mod order;
 mod peers;

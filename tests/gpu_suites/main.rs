@@ -8,6 +8,8 @@
 mod amp_conformance;
 #[path = "../amp_edges.rs"]
 mod amp_edges;
+#[path = "../amp_fp8.rs"]
+mod amp_fp8;
 #[path = "../amp_oracle_gradients.rs"]
 mod amp_oracle_gradients;
 #[path = "../amp_oracle_scale.rs"]
@@ -34,6 +36,8 @@ mod memory_model;
 mod ops_autocast;
 #[path = "../ops_autocast_cache.rs"]
 mod ops_autocast_cache;
+#[path = "../ops_fp8.rs"]
+mod ops_fp8;
 #[path = "../ops_gradients.rs"]
 mod ops_gradients;
 #[path = "../ops_results.rs"]

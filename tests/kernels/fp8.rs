@@ -1,8 +1,10 @@
 //! Scaled conversions to and from 8 bits.
 
+use kitsune::amp::fp8::{AmaxAlgorithm, Fp8Config, Fp8Scaler};
 use kitsune::launch::{self, QuantizeTo};
-use kitsune::{DType, F8E4M3, F8E5M2, Overflow};
+use kitsune::{Context, DType, Device, F8E4M3, F8E5M2, HostConfig, Overflow, Tensor};
 
+use super::device_support::with_kernels;
 use super::support::{LEADS, LENGTHS, Nearness, compare, large, numbers, with_specials};
 
 /// Everything that quantizing `len` elements writes, twice, so that it goes on from what it finds.
@@ -106,6 +108,73 @@ fn dequantizing() {
                         vec![y]
                     },
                 );
+            }
+        }
+    }
+}
+
+/// Scales and histories after iterations of every kind, on this device.
+fn scales(device: &Device, config: &Fp8Config) -> String {
+    let context = Context::new(device).unwrap();
+    let tensors = [
+        ("a", DType::F8E4M3),
+        ("b", DType::F8E5M2),
+        ("c", DType::F8E4M3),
+    ];
+    let mut scaler = Fp8Scaler::new(&context, config.clone(), &tensors).unwrap();
+    let mut random = fastrand::Rng::with_seed(12);
+    let mut state = scaler.state_dict().unwrap();
+    for saved in &mut state.tensors {
+        for amax in &mut saved.history[1..] {
+            *amax = random.f32() * 9.0;
+        }
+    }
+    scaler.load_state_dict(&state).unwrap();
+    for amax in [5.0, 0.3, f32::INFINITY, 0.0, 20.0, f32::NAN, 1e-40, 7.7] {
+        for (place, (name, _)) in tensors.iter().enumerate() {
+            // The third is not converted in every iteration.
+            if place < 2 || amax > 1.0 {
+                let x = Tensor::from_slice(&context, [2], &[amax, 0.1]).unwrap();
+                scaler.quantize(name, &x).unwrap();
+            }
+        }
+        scaler.update().unwrap();
+    }
+    format!(
+        "{:?} {:?}",
+        scaler.state_dict().unwrap(),
+        scaler.stats().unwrap()
+    )
+}
+
+#[test]
+fn updates_of_scales() {
+    let host = Device::host(HostConfig::default()).unwrap();
+    let kernels = with_kernels(&host);
+    for history_length in [1, 2, 3, 255, 256, 257, 1024] {
+        for algorithm in [AmaxAlgorithm::Max, AmaxAlgorithm::MostRecent] {
+            for (margin, power_of_two) in [(0, false), (2, true)] {
+                let delayed = Fp8Config {
+                    history_length,
+                    algorithm,
+                    margin,
+                    power_of_two,
+                    ..Fp8Config::default()
+                };
+                let current = Fp8Config {
+                    margin,
+                    power_of_two,
+                    epsilon: 0.2,
+                    ..Fp8Config::current()
+                };
+                for config in [delayed, current] {
+                    let expected = scales(&host, &config);
+                    for reversed in [false, true] {
+                        kitsune_shim::reverse(reversed);
+                        assert_eq!(scales(&kernels, &config), expected, "{config:?} {reversed}");
+                    }
+                    kitsune_shim::reverse(false);
+                }
             }
         }
     }

@@ -1,0 +1,272 @@
+//! The scaler of 8-bit tensors.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Fp8Config, Fp8Scaling, Fp8State, Fp8Stats, Fp8TensorStats, Quantized};
+use crate::dtype::DType;
+use crate::error::{Error, Result, ScalerMisuse};
+use crate::launch::fp8_update::{Fp8Operands, fp8_update};
+use crate::launch::quantize::FP8_COUNTS;
+use crate::launch::{self, QuantizeTo};
+use crate::memory;
+use crate::storage::{Context, Tensor};
+
+/// Keeps a scale for each of some tensors, and converts them to 8 bits with it. The [module](super) tells how scales
+/// come about.
+///
+/// One scaler serves one stream. No call but those that say so waits for the device.
+///
+/// ```
+/// use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
+/// use kitsune::{Context, DType, Device, Tensor};
+///
+/// # fn main() -> kitsune::Result<()> {
+/// let context = Context::new(&Device::auto()?)?;
+/// let tensors = [("x", DType::F8E4M3), ("grad", DType::F8E5M2)];
+/// let mut scaler = Fp8Scaler::new(&context, Fp8Config::default(), &tensors)?;
+/// let x = Tensor::from_slice(&context, [2], &[0.5f32, -0.007])?;
+/// for _ in 0..2 {
+///     let narrow = scaler.quantize("x", &x)?;
+///     // Products and the like take the values and their inverse scale, or what they stand for:
+///     let wide = narrow.dequantize(DType::Bf16)?;
+///     scaler.update()?;
+/// }
+/// // 448 / 0.5, since the first update.
+/// assert_eq!(scaler.scale("x")?, 896.0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Fp8Scaler {
+    config: Fp8Config,
+    tensors: Vec<(String, DType)>,
+    /// f32, one a tensor.
+    scales: Tensor,
+    /// f32, one a tensor: the largest number of its type.
+    largest: Tensor,
+    /// f32, a row a tensor; the running largest magnitude is the first.
+    history: Tensor,
+    /// f64, a row a tensor.
+    counts: Tensor,
+    /// Whether something was converted since the last update. Atomic so that `quantize` needs no exclusive access;
+    /// nothing is published through it.
+    is_due: AtomicBool,
+}
+
+impl Fp8Scaler {
+    /// A scaler for `tensors`, by names of which no two are equal, and the 8-bit types they are to have: mostly e4m3
+    /// for weights and activations, e5m2 for gradients. Scales begin at 1.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no tensors, or a name that comes twice;
+    /// [`Error::UnsupportedDtype`] for a type that has more than 8 bits; [`Error::OutOfMemory`].
+    pub fn new(context: &Context, config: Fp8Config, tensors: &[(&str, DType)]) -> Result<Self> {
+        const OP: &str = "Fp8Scaler::new";
+        config.validate()?;
+        if tensors.is_empty() {
+            return Err(Error::argument(OP, "no tensors"));
+        }
+        for (place, (name, dtype)) in tensors.iter().enumerate() {
+            if !dtype.is_f8() {
+                return Err(Error::UnsupportedDtype {
+                    op: OP,
+                    dtype: *dtype,
+                });
+            }
+            if tensors[..place].iter().any(|(earlier, _)| earlier == name) {
+                return Err(Error::argument(OP, format!("two tensors named `{name}`")));
+            }
+        }
+        let _tag = memory::tag("amp");
+        let number = tensors.len();
+        let scaler = Self {
+            scales: Tensor::full(context, [number], DType::F32, 1.0)?,
+            largest: Tensor::uninit(context, [number], DType::F32)?,
+            history: Tensor::zeros(context, [number, config.places()], DType::F32)?,
+            counts: Tensor::zeros(context, [number, FP8_COUNTS], DType::F64)?,
+            tensors: tensors
+                .iter()
+                .map(|(name, dtype)| ((*name).to_owned(), *dtype))
+                .collect(),
+            is_due: AtomicBool::new(false),
+            config,
+        };
+        for (place, (_, dtype)) in tensors.iter().enumerate() {
+            scaler.largest.narrow(0, place, 1)?.fill(dtype.largest())?;
+        }
+        Ok(scaler)
+    }
+
+    /// `x` times the tensor's scale, rounded to its 8-bit type. A tensor may be converted in parts, in as many calls:
+    /// its largest magnitude is that of all since the last [`update`](Self::update).
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a name that was not told to [`new`](Self::new), or another stream than the
+    /// scaler's; [`Error::UnsupportedDtype`] if `x` is no float of 16 bits or more; [`Error::OutOfMemory`].
+    pub fn quantize(&self, name: &str, x: &Tensor) -> Result<Quantized> {
+        const OP: &str = "quantize";
+        let place = self.place(OP, name)?;
+        if !x.dtype().is_computed() {
+            return Err(Error::UnsupportedDtype {
+                op: OP,
+                dtype: x.dtype(),
+            });
+        }
+        let stream = self.scales.context().stream();
+        if x.context().stream().id() != stream.id() {
+            let reason = format!("`{name}` is on another stream; copy_to the scaler's first");
+            return Err(Error::argument(OP, reason));
+        }
+        let dense = x.contiguous()?;
+        let values = Tensor::uninit(x.context(), x.shape(), self.tensors[place].1)?;
+        let inverse = Tensor::uninit(x.context(), [], DType::F32)?;
+        let row = self.row(place)?;
+        let running = row.history.sub(0, 1);
+        let is_delayed = self.config.scaling == Fp8Scaling::Delayed;
+        if !is_delayed {
+            launch::amax(stream, &dense.span()?, &running)?;
+            fp8_update(stream, &row, &self.config.policy())?;
+        }
+        let to = QuantizeTo {
+            y: &values.span()?,
+            scale: &row.scales,
+            overflow: self.config.overflow,
+            inverse: Some(&inverse.span()?),
+            amax: is_delayed.then_some(&running),
+            counts: Some(&row.counts),
+        };
+        launch::quantize(stream, &dense.span()?, &to)?;
+        // Relaxed: see the field.
+        self.is_due.store(is_delayed, Ordering::Relaxed);
+        Ok(Quantized { values, inverse })
+    }
+
+    /// Moves all scales by what was converted since the last update, and rolls the histories. Tensors that were not
+    /// converted, held only zeros, or held an infinity or NaN keep both. Does nothing to current scales.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if it cannot be enqueued.
+    pub fn update(&mut self) -> Result<()> {
+        if self.config.scaling == Fp8Scaling::Current {
+            return Ok(());
+        }
+        let operands = Fp8Operands {
+            scales: self.scales.span()?,
+            largest: self.largest.span()?,
+            history: self.history.span()?,
+            counts: self.counts.span()?,
+            length: self.config.places(),
+        };
+        fp8_update(
+            self.scales.context().stream(),
+            &operands,
+            &self.config.policy(),
+        )?;
+        // Relaxed: see the field.
+        self.is_due.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The tensor's scale. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an unknown name; [`Error::Driver`] if work of the stream failed.
+    pub fn scale(&self, name: &str) -> Result<f32> {
+        let place = self.place("scale", name)?;
+        self.scales.narrow(0, place, 1)?.item()
+    }
+
+    /// The histories, f32 of `[tensors, length]` in the order they were told in: the running largest magnitudes are
+    /// the first column. Where several ranks hold parts of the tensors, combine that column over all of them with a
+    /// maximum before [`update`](Self::update). For current scales the only column means nothing between calls.
+    #[must_use]
+    pub fn history(&self) -> &Tensor {
+        &self.history
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn config(&self) -> &Fp8Config {
+        &self.config
+    }
+
+    /// Names and types of the tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, DType)> {
+        self.tensors
+            .iter()
+            .map(|(name, dtype)| (name.as_str(), *dtype))
+    }
+
+    /// What happened so far. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if work of the stream failed.
+    pub fn stats(&self) -> Result<Fp8Stats> {
+        let (scales, counts) = (self.scales.to_vec()?, self.counts.to_vec::<f64>()?);
+        let rows = scales.iter().zip(counts.chunks_exact(FP8_COUNTS));
+        let tensors = self.tensors.iter().zip(rows);
+        Ok(Fp8Stats {
+            tensors: tensors
+                .map(|((name, dtype), (scale, counts))| {
+                    Fp8TensorStats::read(name, *dtype, *scale, counts)
+                })
+                .collect(),
+        })
+    }
+
+    /// What is needed to go on later. Waits for the device.
+    ///
+    /// # Errors
+    /// [`ScalerMisuse::MidIteration`] if something was converted since the last update; [`Error::Driver`] if work of
+    /// the stream failed.
+    pub fn state_dict(&self) -> Result<Fp8State> {
+        // Relaxed: see the field.
+        if self.is_due.load(Ordering::Relaxed) {
+            return Err(ScalerMisuse::MidIteration.into());
+        }
+        Ok(Fp8State::new(
+            &self.tensors,
+            &self.scales.to_vec()?,
+            &self.history.to_vec()?,
+        ))
+    }
+
+    /// Goes on from a saved state: scales and histories become those of `state`, whatever was converted since the last
+    /// update is forgotten, and settings and counters stay.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] if `state` is not of these tensors with histories of this length, or holds numbers that
+    /// cannot be; [`Error::OutOfMemory`]. Nothing was changed.
+    pub fn load_state_dict(&mut self, state: &Fp8State) -> Result<()> {
+        let (scales, history) = state.unpack(&self.tensors, self.config.places())?;
+        let context = self.scales.context();
+        let scales = Tensor::from_slice(context, self.scales.shape(), &scales)?;
+        let history = Tensor::from_slice(context, self.history.shape(), &history)?;
+        self.scales.copy_from(&scales)?;
+        self.history.copy_from(&history)?;
+        // Relaxed: see the field.
+        self.is_due.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn place(&self, op: &'static str, name: &str) -> Result<usize> {
+        let place = self.tensors.iter().position(|(known, _)| known == name);
+        place.ok_or_else(|| {
+            let known: Vec<_> = self.tensors().map(|(name, _)| name).collect();
+            let reason = format!("no tensor `{name}`; known are {}", known.join(", "));
+            Error::argument(op, reason)
+        })
+    }
+
+    /// The memory of one tensor.
+    fn row(&self, place: usize) -> Result<Fp8Operands> {
+        let length = self.config.places();
+        Ok(Fp8Operands {
+            scales: self.scales.span()?.sub(place, 1),
+            largest: self.largest.span()?.sub(place, 1),
+            history: self.history.span()?.sub(place * length, length),
+            counts: self.counts.span()?.sub(place * FP8_COUNTS, FP8_COUNTS),
+            length,
+        })
+    }
+}

@@ -1,0 +1,129 @@
+//! The saved state of a scaler of 8-bit tensors.
+
+use std::ops::RangeInclusive;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Version of the layout.
+const VERSION: u32 = 1;
+
+/// Scales that an update can give.
+const SCALES: RangeInclusive<f32> = f32::MIN_POSITIVE..=f32::MAX;
+
+/// What an [`Fp8Scaler`](super::Fp8Scaler) needs to go on where it was.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fp8State {
+    /// Version of this layout.
+    pub version: u32,
+    /// The tensors, in the order in which the scaler was told of them.
+    pub tensors: Vec<Fp8TensorState>,
+}
+
+/// Scale and history of one tensor.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fp8TensorState {
+    /// Its name.
+    pub name: String,
+    /// Its 8-bit type.
+    pub dtype: DType,
+    /// Its scale.
+    pub scale: f32,
+    /// Its largest magnitudes: the running one, which is 0, then the oldest to the newest. One 0 for current scales.
+    pub history: Vec<f32>,
+}
+
+impl Fp8State {
+    pub(super) fn new(tensors: &[(String, DType)], scales: &[f32], history: &[f32]) -> Self {
+        let rows = history.chunks_exact(history.len() / tensors.len());
+        Self {
+            version: VERSION,
+            tensors: tensors
+                .iter()
+                .zip(scales.iter().zip(rows))
+                .map(|((name, dtype), (scale, row))| Fp8TensorState {
+                    name: name.clone(),
+                    dtype: *dtype,
+                    scale: *scale,
+                    history: row.to_vec(),
+                })
+                .collect(),
+        }
+    }
+
+    /// Scales and histories of `tensors`, whose order may be another.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] for the first that is missing, too much, or cannot be.
+    pub(super) fn unpack(
+        &self,
+        tensors: &[(String, DType)],
+        length: usize,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let invalid = |key, reason: String| Err(Error::InvalidState { key, reason });
+        if self.version != VERSION {
+            let reason = format!("{} is not known; this is version {VERSION}", self.version);
+            return invalid("version", reason);
+        }
+        for (place, saved) in self.tensors.iter().enumerate() {
+            let name = &saved.name;
+            if !tensors.iter().any(|(known, _)| known == name) {
+                return invalid("tensors", format!("`{name}` is not one of the scaler's"));
+            }
+            if self.tensors[..place]
+                .iter()
+                .any(|other| other.name == *name)
+            {
+                return invalid("tensors", format!("`{name}` comes twice"));
+            }
+        }
+        let (mut scales, mut history) = (Vec::new(), Vec::new());
+        for (name, dtype) in tensors {
+            let Some(saved) = self.tensors.iter().find(|saved| saved.name == *name) else {
+                return invalid("tensors", format!("`{name}` is missing"));
+            };
+            saved.check(*dtype, length)?;
+            scales.push(saved.scale);
+            history.extend(&saved.history);
+        }
+        Ok((scales, history))
+    }
+}
+
+impl Fp8TensorState {
+    fn check(&self, dtype: DType, length: usize) -> Result<()> {
+        let name = &self.name;
+        let (key, reason) = if self.dtype != dtype {
+            let reason = format!("`{name}` was {}, and is {dtype}", self.dtype);
+            ("dtype", reason)
+        } else if !SCALES.contains(&self.scale) {
+            let reason = format!(
+                "{:e}, of `{name}`, is not from 2^-126 to the largest f32",
+                self.scale
+            );
+            ("scale", reason)
+        } else if self.history.len() != length {
+            let reason = format!(
+                "`{name}` has {}, the scaler keeps {length}",
+                self.history.len()
+            );
+            ("history", reason)
+        } else if let Some(amax) = self
+            .history
+            .iter()
+            .find(|amax| !(0.0..=f32::MAX).contains(*amax))
+        {
+            ("history", format!("{amax:e}, of `{name}`, is no magnitude"))
+        } else if self.history[0] != 0.0 {
+            (
+                "history",
+                format!("`{name}` begins with {:e}, not with 0", self.history[0]),
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::InvalidState { key, reason })
+    }
+}
