@@ -180,7 +180,7 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
     /// The settings of the first group.
     #[must_use]
     pub fn config(&self) -> &AdamFamilyConfig<DECOUPLED> {
-        self.groups.get(0).expect("there are parameters")
+        self.groups.first()
     }
 
     /// The settings of a group.

@@ -87,6 +87,11 @@ impl<S: Settings> Groups<S> {
         &self.ranges
     }
 
+    /// The first group's: there is one, as there are parameters.
+    pub(super) fn first(&self) -> &S {
+        &self.settings[0]
+    }
+
     pub(super) fn get(&self, group: usize) -> Option<&S> {
         self.settings.get(group)
     }

@@ -141,7 +141,7 @@ impl Sgd {
     /// The settings of the first group.
     #[must_use]
     pub fn config(&self) -> &SgdConfig {
-        self.groups.get(0).expect("there are parameters")
+        self.groups.first()
     }
 
     /// The settings of a group.

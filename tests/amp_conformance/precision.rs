@@ -26,85 +26,78 @@ fn joined(high: &[bf16], low: &Tensor) -> Vec<u32> {
     high.iter().zip(halves).map(join).collect()
 }
 
+/// Six optimizers, by number.
+fn make(kind: usize, weights: Vec<Parameter>, master_weights: MasterWeights) -> Box<dyn Optimizer> {
+    let adam = AdamConfig {
+        learning_rate: 0.01,
+        master_weights,
+        amsgrad: kind == 1,
+        weight_decay: [0.0, 0.1][kind % 2],
+        ..AdamConfig::default()
+    };
+    let adamw = AdamWConfig {
+        learning_rate: 0.01,
+        master_weights,
+        moments: [Moments::Full, Moments::Bf16][kind % 2],
+        ..AdamWConfig::default()
+    };
+    let sgd = SgdConfig {
+        learning_rate: 0.03,
+        momentum: [0.0, 0.9][kind % 2],
+        master_weights,
+        ..SgdConfig::default()
+    };
+    match kind {
+        0 | 1 => Box::new(Adam::new(weights, adam).unwrap()),
+        2 | 3 => Box::new(AdamW::new(weights, adamw).unwrap()),
+        _ => Box::new(Sgd::new(weights, sgd).unwrap()),
+    }
+}
+
 #[test]
 fn case_66_split_master() {
     // TransformerEngine's test holds master weights to be equal to the bit, and rounds ties away from zero too.
     const LEN: usize = 3001;
-    let adam =
-        |weights: Vec<Parameter>, master_weights, amsgrad, weight_decay| -> Box<dyn Optimizer> {
-            let config = AdamConfig {
-                learning_rate: 0.01,
-                master_weights,
-                amsgrad,
-                weight_decay,
-                ..AdamConfig::default()
-            };
-            Box::new(Adam::new(weights, config).unwrap())
-        };
-    let adamw = |weights, master_weights, moments| -> Box<dyn Optimizer> {
-        let config = AdamWConfig {
-            learning_rate: 0.01,
-            master_weights,
-            moments,
-            ..AdamWConfig::default()
-        };
-        Box::new(AdamW::new(weights, config).unwrap())
-    };
-    let sgd = |weights, master_weights, momentum| -> Box<dyn Optimizer> {
-        let config = SgdConfig {
-            learning_rate: 0.03,
-            momentum,
-            master_weights,
-            ..SgdConfig::default()
-        };
-        Box::new(Sgd::new(weights, config).unwrap())
-    };
-    let make = |kind: usize, weights: Vec<Parameter>, masters| match kind {
-        0 => adam(weights, masters, false, 0.0),
-        1 => adam(weights, masters, true, 0.1),
-        2 => adamw(weights, masters, Moments::Full),
-        3 => adamw(weights, masters, Moments::Bf16),
-        4 => sgd(weights, masters, 0.0),
-        _ => sgd(weights, masters, 0.9),
-    };
     for kind in 0..6 {
         let context = context();
         let weights = [0, 1].map(|_| parameter(&context, "w", &random(1, LEN, 1.0)));
         let masters = [MasterWeights::F32, MasterWeights::Split];
-        let mut optimizers: Vec<_> = (0..2)
-            .map(|which| make(kind, vec![weights[which].clone()], masters[which]))
+        let mut optimizers: Vec<_> = weights
+            .iter()
+            .zip(masters)
+            .map(|(weight, masters)| make(kind, vec![weight.clone()], masters))
             .collect();
-        let mut moved_little = 0;
+        let mut lower_in_use = 0;
         for step in 0..20u64 {
             let mut gradient = random(100 + step, LEN, 2.0);
-            if step % 7 == 3 {
+            let overflows = step % 7 == 3;
+            if overflows {
                 gradient[LEN / 2] = bf16::INFINITY;
             }
             for (weight, optimizer) in weights.iter().zip(&mut optimizers) {
                 set_grad(weight, &gradient);
                 let mut scaler = scaler(&context, 1.0);
                 let outcome = scaler.step(&mut **optimizer).unwrap();
-                assert_eq!(outcome.is_applied().unwrap(), step % 7 != 3);
+                assert_eq!(outcome.is_applied().unwrap(), !overflows);
             }
+            let [whole, split] = [0, 1].map(|which| value::<bf16>(&weights[which]));
             let states = [optimizers[0].state(0), optimizers[1].state(0)];
             let names = [states[0][0].0, states[1][0].0];
             assert_eq!(names, ["master_weight", "master_remainder"]);
-            let master = states[0][0].1.to_vec::<f32>().unwrap();
-            let [whole, split] = [0, 1].map(|which| value::<bf16>(&weights[which]));
+            let expected = bits(&states[0][0].1);
             let got = joined(&split, &states[1][0].1);
-            let expected: Vec<u32> = master.iter().map(|value| value.to_bits()).collect();
             assert_eq!(got, expected, "{kind}, step {step}");
             // The parameters are the same but for ties.
             for ((whole, split), bits) in whole.iter().zip(&split).zip(&expected) {
                 assert!(whole == split || bits & 0xffff == 0x8000, "{whole} {split}");
             }
-            moved_little += got.iter().filter(|bits| *bits & 0xffff != 0).count();
+            lower_in_use += got.iter().filter(|bits| *bits & 0xffff != 0).count();
             for ((name, whole), (same, split)) in states[0].iter().zip(&states[1]).skip(1) {
                 assert_eq!(name, same);
                 assert_eq!(bits(whole), bits(split), "{kind}, step {step}: {name}");
             }
         }
-        assert!(moved_little > LEN, "the lower halves are in use");
+        assert!(lower_in_use > LEN);
     }
 }
 
