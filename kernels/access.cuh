@@ -125,6 +125,34 @@ __device__ inline void walk(u64 len, u64 head, u64 thread, u64 threads, Body bod
     }
 }
 
+// As `walk`, with two packs of the compute type loaded before either is used: a kernel that only reads needs that
+// much under way for each thread to keep memory busy. `load(index, values, Count<n>)`, then `use` likewise.
+template <class C, int PACK, class Load, class Use>
+__device__ inline void walk_pairs(u64 len, u64 head, u64 thread, u64 threads, Load load, Use use) {
+    u64 packs = (len - head) / PACK, tail = head + packs * PACK, pack = thread;
+    Count<PACK> whole;
+    for (; pack + threads < packs; pack += 2 * threads) {
+        u64 first = head + pack * PACK, second = first + threads * PACK;
+        C of_first[PACK], of_second[PACK];
+        load(first, of_first, whole);
+        load(second, of_second, whole);
+        use(first, of_first, whole);
+        use(second, of_second, whole);
+    }
+    if (pack < packs) {
+        C values[PACK];
+        load(head + pack * PACK, values, whole);
+        use(head + pack * PACK, values, whole);
+    }
+    Count<1> single;
+    for (u64 edge = thread; edge < head + (len - tail); edge += threads) {
+        u64 index = edge < head ? edge : tail + (edge - head);
+        C value[1];
+        load(index, value, single);
+        use(index, value, single);
+    }
+}
+
 // `out[i] = f(x[i])`, by the whole grid. `out` may be `x`.
 template <class C, class X, class O, class F>
 __device__ inline void map(X x, O out, u64 len, F f) {

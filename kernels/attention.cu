@@ -42,6 +42,9 @@ __device__ void causal_softmax(const CausalSoftmaxArguments& g) {
             largest = LargerScore{}(largest, load_one<C>(x, start + column) * scale);
         }
         largest = reduce_warp(largest, LargerScore{});
+        // The row may be overwritten from here on: every lane has read its first element, and a shuffle orders no
+        // memory.
+        __syncwarp();
         double sum = 0;
         for (u64 column = lane; column < seen; column += WARP) {
             sum += double(exponential(load_one<C>(x, start + column) * scale - largest));

@@ -16,6 +16,11 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 #define ENTRY(name, Arguments) extern "C" __global__ void name(Arguments arguments)
+// With so few registers that `blocks` of BLOCK threads fit into a multiprocessor at a time.
+#define ENTRY_IN_BLOCKS(name, Arguments, blocks) \
+    extern "C" __global__ void __launch_bounds__(BLOCK, blocks) name(Arguments arguments)
+#else
+#define ENTRY_IN_BLOCKS(name, Arguments, blocks) ENTRY(name, Arguments)
 #endif
 
 constexpr u32 BLOCK = 256;

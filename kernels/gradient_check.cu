@@ -31,14 +31,32 @@ struct Partial {
     u64 nan = 0;
     u64 first = NO_INDEX;
 
-    template <class C>
-    __device__ void take(C r, u64 index, u32 kind) {
-        double value = double(r), magnitude = value < 0 ? -value : value;
-        norm = CombineNorms{kind}(norm, kind == L2 ? value * value : magnitude);
-        if (is_finite(r)) return;
-        if (is_nan(r)) nan++;
-        else inf++;
-        if (index < first) first = index;
+    // Takes elements of which the first has the number `index`. For 16-bit types memory is fast enough that every
+    // instruction for an element shows, so kind and finiteness cost one branch each for all of them.
+    template <int COUNT, class C>
+    __device__ void take(const C* r, u64 index, u32 kind) {
+        C off = C(0);
+        if (kind == L2) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) norm = norm + double(r[i]) * double(r[i]);
+        } else {
+            CombineNorms combine = {kind};
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                double value = double(r[i]);
+                norm = combine(norm, value < 0 ? -value : value);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) off = off + (r[i] - r[i]);
+        // NaN if any element is infinite or NaN.
+        if (off == C(0)) return;
+        for (int i = 0; i < COUNT; i++) {
+            if (is_finite(r[i])) continue;
+            if (is_nan(r[i])) nan++;
+            else inf++;
+            if (index + i < first) first = index + i;
+        }
     }
 };
 
@@ -63,22 +81,20 @@ __device__ Partial check_chunk(const Chunk& chunk, float inv_scale, u32 kind) {
     constexpr int PACK = PackOf<Typed<T>>::value;
     u64 len = chunk.len(), offset = chunk.offset(), head = aligned_from<PACK>(len, g);
     Partial own;
-    walk<PACK>(len, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
+    auto load = [&](u64 index, C* r, auto count) { g.template load<decltype(count)::value>(index, r); };
+    auto use = [&](u64 index, C* r, auto count) {
         constexpr int COUNT = decltype(count)::value;
-        C r[COUNT];
-        g.template load<COUNT>(index, r);
         if (multiply) {
 #pragma unroll
             for (int i = 0; i < COUNT; i++) r[i] = r[i] * inv;
             if (WRITE) g.template store<COUNT>(index, r);
         }
+        // What was rounded into the gradient is what counts.
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            // What was rounded into the gradient is what counts.
-            if (WRITE) r[i] = widen<C>(Narrow<T>::from(r[i]));
-            own.take(r[i], offset + index + i, kind);
-        }
-    });
+        for (int i = 0; i < COUNT && WRITE; i++) r[i] = widen<C>(Narrow<T>::from(r[i]));
+        own.take<COUNT>(r, offset + index, kind);
+    };
+    walk_pairs<C, PACK>(len, head, threadIdx.x, blockDim.x, load, use);
     return over_block(own, kind);
 }
 
@@ -141,5 +157,5 @@ __device__ void gradient_check(const GradientCheckArguments& g) {
     if (is_last) finish(g, partials);
 }
 
-ENTRY(gradient_check, GradientCheckArguments) { gradient_check<false>(arguments); }
+ENTRY_IN_BLOCKS(gradient_check, GradientCheckArguments, 4) { gradient_check<false>(arguments); }
 ENTRY(gradient_unscale, GradientCheckArguments) { gradient_check<true>(arguments); }

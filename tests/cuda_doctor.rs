@@ -50,6 +50,10 @@ fn assert_no_cuda(folder: &PathBuf, settings: &str, expected: &str) {
     let found = findings(folder, settings);
     let reason = found["why_not_cuda"].as_str().unwrap_or_default();
     assert!(reason.contains(expected), "{settings}: {reason}");
+    let file = folder.join("libcuda.so");
+    if file.exists() {
+        assert_eq!(found["driver_library"], file.to_str().unwrap());
+    }
     assert_eq!(found["host_fallback"], true);
     assert_eq!(found["auto"], "host");
     let output = run(
@@ -263,7 +267,14 @@ fn without_a_driver_the_host_takes_over() {
         );
         assert_no_cuda(&empty, "", "no NVIDIA driver");
     }
-    // A file that is no library is as good as none.
+    // A file that is no library is as good as none, and named.
     let junk = folder("doctor-junk", |library| *library = b"no library".to_vec());
-    assert_eq!(findings(&junk, "")["why_not_cuda"], found["why_not_cuda"]);
+    let of_junk = findings(&junk, "");
+    let told = of_junk["why_not_cuda"].as_str().unwrap();
+    let file = junk.join("libcuda.so");
+    assert!(
+        told.contains("cannot be loaded (") && told.contains(file.to_str().unwrap()),
+        "{told}"
+    );
+    assert_eq!(of_junk["driver_library"], Value::Null);
 }

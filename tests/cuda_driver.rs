@@ -87,6 +87,55 @@ fn a_pinned_source_may_be_reused_at_once_too() {
     assert_eq!(read(&stream, a, 8), [1; 8]);
 }
 
+/// A device that reaches ordinary memory may read it after the call: what is copied must not depend on that.
+#[test]
+fn a_source_may_be_reused_at_once_where_the_device_reaches_it() {
+    let sim = Sim::take();
+    sim.set("devices", "4");
+    sim.set("pageable", "1");
+    // No other test opens this one.
+    let device = Device::cuda(3).unwrap();
+    let stream = device.create_stream().unwrap();
+    let small = allocate(&device, KIB);
+    let mut source = vec![0; 1024];
+    // More copies than are kept under way, and none runs before somebody waits.
+    for value in 0..=255_u8 {
+        source.fill(value);
+        write(&stream, small, &source[..100]);
+        write(&stream, small.offset(100), &source[..924]);
+    }
+    source.fill(1);
+    assert_eq!(read(&stream, small, 1024), [255; 1024]);
+    // More bytes than the ring has, in two goes, from odd places.
+    let bytes = 21 * MIB + 77;
+    let large = allocate(&device, bytes);
+    let numbers = |seed: u64| -> Vec<u8> {
+        (0..bytes)
+            .map(|place| (place * 31 + place / 4099 + seed).to_le_bytes()[0])
+            .collect()
+    };
+    for seed in [3, 8] {
+        let mut source = numbers(seed);
+        write(&stream, large, &source);
+        source.fill(0);
+    }
+    assert!(read(&stream, large, usize::try_from(bytes).unwrap()) == numbers(8));
+    assert_eq!(sim.held("pinned"), 1, "the ring");
+    for (function, is_reported) in [("cuMemcpyHtoDAsync_v2", true), ("cuEventRecord", false)] {
+        sim.fail(function, 1, 46);
+        // SAFETY: the destination is there.
+        let outcome = unsafe {
+            device
+                .driver()
+                .copy_from_host(small, &[9; 100], stream.raw())
+        };
+        assert_eq!(outcome.is_err(), is_reported, "{function}: {outcome:?}");
+        assert_eq!(sim.armed(), 0);
+        write(&stream, small, &[7; 50]);
+        assert_eq!(read(&stream, small, 50), [7; 50]);
+    }
+}
+
 #[test]
 fn streams_are_ordered_by_events_and_by_nothing_else() {
     let (_sim, device) = Sim::device();

@@ -19,7 +19,7 @@ struct Findings {
     kitsune: &'static str,
     /// Why no CUDA device can be used; `null` if one can.
     why_not_cuda: Option<String>,
-    /// The file of the driver's library.
+    /// The file of the driver's library, whether it can be used or not.
     driver_library: Option<String>,
     /// The newest CUDA version that the driver supports.
     driver_cuda_version: Option<String>,
@@ -99,6 +99,8 @@ fn cuda(findings: &mut Findings) {
             file: library.file.map(|file| file.display().to_string()),
         })
         .collect();
+    // One that cannot be used is somewhere, too.
+    findings.driver_library = Installation::library().map(|file| file.display().to_string());
     // Why there is none was said above.
     let Ok(installation) = Installation::find() else {
         return;
@@ -183,7 +185,7 @@ impl DeviceFindings {
         format!(
             "{}: {}, compute capability {}, {} multiprocessors\n\
              memory: {free} of {} free\n\
-             virtual memory: {}, in units of {}\n\
+             virtual memory: {}\n\
              memory pools: {}\n\
              kernels: {kernels}\n\
              matrix products: {products}",
@@ -192,8 +194,10 @@ impl DeviceFindings {
             self.compute_capability.as_deref().unwrap_or("unknown"),
             self.multiprocessors,
             Bytes(self.total_bytes),
-            yes(self.virtual_memory),
-            Bytes(self.page_granularity),
+            match self.virtual_memory {
+                true => format!("yes, in units of {}", Bytes(self.page_granularity)),
+                false => "no".to_owned(),
+            },
             yes(self.memory_pools),
         )
     }

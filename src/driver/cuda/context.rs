@@ -16,6 +16,7 @@ use super::failure::{code, refuse};
 use super::kernels::Code;
 use super::library::{Library, ask};
 use super::pages;
+use super::uploads::Uploads;
 use crate::driver::{DeviceKind, DeviceProperties};
 use crate::error::Result;
 use crate::units::DeviceOrdinal;
@@ -43,6 +44,8 @@ pub(super) struct Abilities {
     /// Whether memory can be taken and given back in stream order.
     pub(super) memory_pools: bool,
     pub(super) multiprocessors: u32,
+    /// Whether the device can reach ordinary memory of the host.
+    pub(super) pageable_access: bool,
 }
 
 /// An opened device.
@@ -56,6 +59,8 @@ pub(super) struct Context {
     raw: Raw<CUctx_st>,
     /// Events that nobody uses, to be handed out again.
     pub(super) idle_events: Mutex<Vec<Raw<CUevent_st>>>,
+    /// What copies from ordinary memory go through, where the device can reach that.
+    pub(super) uploads: Uploads,
 }
 
 /// Devices in the library.
@@ -108,6 +113,7 @@ impl Context {
             code: Code::default(),
             raw: Raw(raw),
             idle_events: Mutex::default(),
+            uploads: Uploads::default(),
         })
     }
 
@@ -175,6 +181,7 @@ fn describe(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED as MEMORY_POOLS,
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
+        CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS as PAGEABLE_ACCESS,
         CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as VIRTUAL_MEMORY,
     };
     let attribute = |wanted| attribute(library, device, wanted);
@@ -208,6 +215,7 @@ fn describe(
     let abilities = Abilities {
         memory_pools: attribute(MEMORY_POOLS)? != 0,
         multiprocessors: attribute(MULTIPROCESSORS)?,
+        pageable_access: attribute(PAGEABLE_ACCESS)? != 0,
     };
     Ok((properties, abilities))
 }

@@ -6,8 +6,10 @@
 //! Two handles of CUDA's stand for no stream that somebody made. The *legacy* default stream (0 or 1) is one
 //! stream of the context. Work on it runs behind the work that every *blocking* stream of the context was given
 //! before, and theirs behind it; the streams made here and by cudarc are non-blocking and not ordered with it.
-//! The *per-thread* default stream (2) is another stream on each thread. Memory may be given back by any
-//! thread, which then could not tell how far that stream is: it is refused.
+//! The *per-thread* default stream (2) is another stream on each thread, and has no other handle by which a
+//! second thread could name it. Memory may be given back by any thread, and whoever is short of it asks how far the
+//! stream is: no thread but one could tell, so it is refused as a home. As a stream of use it is fine: each
+//! thread marks its own uses of a [`DeviceBuffer`](crate::storage::DeviceBuffer).
 //!
 //! Sharing a stream twice gives two streams to a pool, which orders them by events like any two.
 
@@ -76,8 +78,7 @@ fn open(call: &'static str, device: &Device, stream: CUstream) -> Result<Arc<Cud
         return Err(refuse(call, code::INVALID_DEVICE, reason));
     }
     if stream.addr() == PER_THREAD {
-        let reason =
-            "the per-thread default stream is another stream on each thread: make one of your own";
+        let reason = "the per-thread default stream is another stream on each thread: make one of your own, as CudaContext::new_stream does";
         return Err(refuse(call, code::INVALID_VALUE, reason));
     }
     CudaDriver::get(properties.ordinal.0)

@@ -38,6 +38,12 @@ pub struct CudaDevice {
 }
 
 impl Installation {
+    /// The file of the driver's library, whether it can be used or not; `None` if there is none.
+    #[must_use]
+    pub fn library() -> Option<PathBuf> {
+        Library::first_file()
+    }
+
     /// Looks for the driver and opens each device.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //!
 //! A library that was opened stays open, and nothing is called when the process ends.
 
+use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::path::PathBuf;
 use std::ptr::null;
@@ -227,10 +228,14 @@ impl Library {
     /// install and which sometimes stand before the driver's own.
     fn open() -> Result<Self> {
         let mut refused = None;
+        let mut damaged = String::new();
         for name in CANDIDATES {
-            // SAFETY: loading the driver's library runs its initializers, which is what it is made for.
-            let Ok(handle) = (unsafe { libloading::Library::new(*name) }) else {
-                continue;
+            let handle = match load(name) {
+                Ok(handle) => handle,
+                Err(reason) => {
+                    damaged.extend(reason);
+                    continue;
+                }
             };
             match Self::initialize(name, handle) {
                 Err(error) if failure::code_of(&error) == Some(code::STUB_LIBRARY) => {
@@ -241,7 +246,7 @@ impl Library {
         }
         Err(refused.unwrap_or_else(|| {
             let reason = format!(
-                "no NVIDIA driver: {} cannot be loaded",
+                "no NVIDIA driver: {} cannot be loaded{damaged}",
                 CANDIDATES.join(" or ")
             );
             failure::refuse("open", code::SHARED_OBJECT_INIT_FAILED, reason)
@@ -282,19 +287,24 @@ impl Library {
 
     /// The file the library was loaded from, or the name it was asked for where that cannot be told.
     pub(super) fn path(&self) -> PathBuf {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-        let address = self.functions.cuInit as usize;
-        let holds = |line: &&str| {
-            let range = line
-                .split(' ')
-                .next()
-                .and_then(|range| range.split_once('-'));
-            let bound = |text| usize::from_str_radix(text, 16).unwrap_or_default();
-            range.is_some_and(|(from, to)| (bound(from)..bound(to)).contains(&address))
-        };
-        let line = maps.lines().find(holds).unwrap_or_default();
-        let path = line.find('/').map(|at| &line[at..]);
-        PathBuf::from(path.unwrap_or(self.opened_as))
+        file_of(self.functions.cuInit as usize, self.opened_as)
+    }
+
+    /// The file of the first library that there is, whether it can be used or not.
+    pub(super) fn first_file() -> Option<PathBuf> {
+        let (name, library) = CANDIDATES
+            .iter()
+            .find_map(|name| Some((name, load(name).ok()?)))?;
+        // Either may be what a damaged library lacks.
+        let address = [&b"cuInit\0"[..], b"cuDriverGetVersion\0"]
+            .into_iter()
+            .find_map(|symbol| {
+                // SAFETY: its address is looked at, nothing is called.
+                let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol) };
+                found.ok().map(|function| *function as usize)
+            })
+            .unwrap_or(0);
+        Some(file_of(address, name))
     }
 
     /// Success, or the error that `code` of the function `name` means for the driver's method `call`.
@@ -326,6 +336,35 @@ impl Library {
             _ => format!("{name}: an error this driver has no name for"),
         }
     }
+}
+
+/// Loads a library; otherwise what is wrong with it, where there is one.
+fn load(name: &str) -> Result<libloading::Library, Option<String>> {
+    // SAFETY: loading the driver's library runs its initializers, which is what it is made for.
+    let loaded = unsafe { libloading::Library::new(name) };
+    loaded.map_err(|error| {
+        // What the loader said is behind what libloading says.
+        let told = error
+            .source()
+            .map_or_else(|| error.to_string(), ToString::to_string);
+        (!told.contains("No such file")).then(|| format!(" ({told})"))
+    })
+}
+
+/// The file that the code at an address was loaded from; `otherwise` where that cannot be told.
+fn file_of(address: usize, otherwise: &str) -> PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let holds = |line: &&str| {
+        let range = line
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'));
+        let bound = |text| usize::from_str_radix(text, 16).unwrap_or_default();
+        range.is_some_and(|(from, to)| (bound(from)..bound(to)).contains(&address))
+    };
+    let line = maps.lines().find(holds).unwrap_or_default();
+    let path = line.find('/').map(|at| &line[at..]);
+    PathBuf::from(path.unwrap_or(otherwise))
 }
 
 fn missing(opened_as: &str, name: &str) -> Error {

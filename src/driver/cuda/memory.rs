@@ -150,7 +150,8 @@ pub(super) unsafe fn copy(
 
 /// Enqueues a copy from host memory, and says whether the library still reads `src` afterwards.
 ///
-/// Ordinary memory is read before the call returns, pinned memory only when the stream gets there.
+/// Ordinary memory is read before the call returns, unless the device can reach it; pinned memory only when the
+/// stream gets there.
 ///
 /// # Safety
 /// As [`Driver::copy_from_host`](crate::driver::Driver::copy_from_host); and `src` stays as it is until the

@@ -9,7 +9,7 @@
 //! primary context until the process ends, and nothing is called then.
 //!
 //! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current),
-//! `table` (numbers for handles), `streams`, `memory`, `pages`, `peers` (copies between devices), `graphs`,
+//! `table` (numbers for handles), `streams`, `memory`, `uploads`, `pages`, `peers` (copies between devices), `graphs`,
 //! `kernels`; here, the driver;
 //! `foreign` (streams shared with other code), `installation` and `toolkit` (what is there, for people).
 //!
@@ -30,6 +30,7 @@ mod peers;
 mod streams;
 mod table;
 mod toolkit;
+mod uploads;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
@@ -281,6 +282,7 @@ impl Driver for CudaDriver {
 
     unsafe fn copy_from_host(&self, dst: DevicePtr, src: &[u8], stream: RawStream) -> Result<()> {
         const CALL: &str = "copy_from_host";
+        let number = stream.0;
         let stream = self.stream(CALL, stream)?;
         if src.is_empty() {
             return Ok(());
@@ -288,6 +290,11 @@ impl Driver for CudaDriver {
         if stream.is_capturing(CALL)? {
             // SAFETY: as in `free`.
             return unsafe { self.tables.staging.upload(CALL, stream, dst, src) };
+        }
+        let context = stream.context;
+        if context.abilities.pageable_access {
+            // SAFETY: as in `free`.
+            return unsafe { context.uploads.upload(CALL, &stream, number, (dst, src)) };
         }
         // SAFETY: as in `free`; if the source is read later, the wait below is what keeps it.
         let is_read_later = unsafe { memory::upload(CALL, &stream, dst, src) }?;

@@ -16,6 +16,8 @@ pub struct Config {
     pub virtual_memory: c_int,
     /// `pools`: 1 or 0.
     pub pools: c_int,
+    /// `pageable`: 1 if devices reach ordinary memory of the host, which copies then read late.
+    pub pageable: c_int,
     /// `capability`: compute capability, as 90.
     pub capability: c_int,
     /// `shim`: path of the library that runs kernels.
@@ -43,6 +45,7 @@ impl Default for Config {
             memory: 8 << 30,
             virtual_memory: 1,
             pools: 1,
+            pageable: 0,
             capability: 90,
             shim: None,
             faults: Vec::new(),
@@ -76,6 +79,7 @@ impl Config {
             "memory" => self.memory = value.parse().ok()?,
             "virtual_memory" => self.virtual_memory = value.parse().ok()?,
             "pools" => self.pools = value.parse().ok()?,
+            "pageable" => self.pageable = value.parse().ok()?,
             "capability" => self.capability = value.parse().ok()?,
             "shim" => self.shim = Some(value.to_owned()),
             "fail" => {

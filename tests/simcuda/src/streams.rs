@@ -69,6 +69,12 @@ pub(crate) enum Op {
         src: usize,
         bytes: usize,
     },
+    /// A copy from ordinary memory that the device reaches.
+    Late {
+        dst: usize,
+        src: usize,
+        bytes: usize,
+    },
     Upload {
         dst: usize,
         staged: Arc<[u8]>,
@@ -269,6 +275,12 @@ impl Sim {
                 self.check_range(*src, *bytes)?;
                 let (dst, src) = (pointer(*dst).cast::<u8>(), pointer(*src).cast::<u8>());
                 // SAFETY: both ranges are there; `copy` allows overlap.
+                unsafe { dst.copy_from(src, *bytes) };
+            }
+            Op::Late { dst, src, bytes } => {
+                self.check_range(*dst, *bytes)?;
+                let (dst, src) = (pointer(*dst).cast::<u8>(), pointer(*src).cast::<u8>());
+                // SAFETY: the destination is there, and the caller keeps the source until here.
                 unsafe { dst.copy_from(src, *bytes) };
             }
             Op::Upload { dst, staged } => {

@@ -14,6 +14,7 @@ mod attribute {
     pub(super) const UNIFIED_ADDRESSING: i32 = 41;
     pub(super) const MAJOR: i32 = 75;
     pub(super) const MINOR: i32 = 76;
+    pub(super) const PAGEABLE_ACCESS: i32 = 88;
     pub(super) const VIRTUAL_MEMORY: i32 = 102;
     pub(super) const MEMORY_POOLS: i32 = 115;
 }
@@ -54,6 +55,7 @@ exports! {
             attribute::UNIFIED_ADDRESSING => 1,
             attribute::MAJOR => config.capability / 10,
             attribute::MINOR => config.capability % 10,
+            attribute::PAGEABLE_ACCESS => config.pageable,
             attribute::VIRTUAL_MEMORY => config.virtual_memory,
             attribute::MEMORY_POOLS => config.pools,
             _ => 0,

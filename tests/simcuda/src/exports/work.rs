@@ -55,7 +55,7 @@ exports! {
         sim.push(queue(stream), Op::Copy { dst, src, bytes })
     }
 
-    // Pinned memory is read when the stream gets here, other memory at once.
+    // Pinned memory is read when the stream gets here, other memory at once, unless the device reaches that too.
     fn cuMemcpyHtoDAsync_v2(sim, dst: usize, src: *const u8, bytes: usize, stream: usize) {
         sim.device()?;
         if !sim.is_reachable(dst, bytes) {
@@ -64,6 +64,9 @@ exports! {
         let address = src.expose_provenance();
         if sim.memory.holds_pinned(address, bytes) {
             return sim.push(queue(stream), Op::Copy { dst, src: address, bytes });
+        }
+        if sim.config.pageable != 0 {
+            return sim.push(queue(stream), Op::Late { dst, src: address, bytes });
         }
         // SAFETY: the caller has so many bytes there.
         let staged = unsafe { std::slice::from_raw_parts(src, bytes) }.into();
