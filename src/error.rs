@@ -3,6 +3,7 @@
 //! One enum for the whole crate. A broken invariant of our own is a panic, never an [`Error`].
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::dtype::DType;
 use crate::units::{Bytes, StreamId};
@@ -74,10 +75,21 @@ pub enum Error {
     /// A saved state cannot be restored. Nothing was changed.
     #[error("invalid saved state: {key}: {reason}")]
     InvalidState {
-        /// The key in the saved state.
-        key: &'static str,
+        /// The key in the saved state, or the tensor.
+        key: String,
         /// What is wrong with it.
         reason: String,
+    },
+
+    /// A file could not be read or written. One that was there before is as it was.
+    #[error("cannot {action} {}: {source}", path.display())]
+    File {
+        /// What was tried: `read` or `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
     },
 }
 
@@ -316,6 +328,22 @@ impl Error {
         Self::InvalidArgument {
             op,
             reason: reason.into(),
+        }
+    }
+
+    /// Shorthand for [`Error::InvalidState`].
+    pub(crate) fn state(key: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::InvalidState {
+            key: key.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// The error with `part` before the key, if it is one of a saved state.
+    pub(crate) fn within(self, part: &str) -> Self {
+        match self {
+            Self::InvalidState { key, reason } => Self::state(format!("{part}/{key}"), reason),
+            other => other,
         }
     }
 

@@ -12,6 +12,7 @@
 //! - [`ops`]: what a trainer computes around mixed precision, forward and backward.
 //! - [`optim`]: parameters, optimizers, clipping.
 //! - [`amp`]: loss scaling, autocast, overflow reports.
+//! - [`checkpoint`]: trainings in files.
 //! - [`telemetry`]: statistics for other programs.
 
 #[cfg(not(target_pointer_width = "64"))]
@@ -38,13 +39,15 @@ pub mod optim;
 
 pub mod amp;
 
+pub mod checkpoint;
+
 pub mod telemetry;
 
 pub use driver::{Device, Event, Graph, HostConfig, Schedule, Stream};
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, Overflow, bf16, f16};
 pub use error::{Error, OutOfMemory, Result};
 pub use memory::{Block, CapturedGraph, Pool, PoolConfig, PoolStats, PrivatePool, ReusePolicy};
-pub use storage::{Buffer, Context, Shape, Tensor};
+pub use storage::{Buffer, Context, HostTensor, Shape, Tensor};
 
 /// The code in README.md and in docs/, run as tests.
 #[cfg(doctest)]

@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use kitsune::amp::fp8::{Fp8Config, Fp8Scaler, Fp8State, Quantized};
 use kitsune::driver::fault::FaultDriver;
+use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{
-    Context, DType, Device, Error, F8E4M3, F8E5M2, HostConfig, Overflow, Tensor, bf16, f16,
+    Context, DType, Device, Error, F8E4M3, F8E5M2, HostConfig, Overflow, Tensor, bf16, f16, ops,
 };
 
 const TENSORS: [(&str, DType); 2] = [("x", DType::F8E4M3), ("grad", DType::F8E5M2)];
@@ -317,6 +318,95 @@ fn nothing_waits_and_memory_is_used_again() {
         }
         assert!(faults.calls("launch") >= 30);
         assert_eq!(context.pool().stats().num_device_alloc, before);
+    }
+}
+
+const CLASSES: usize = 4;
+const PIXELS: usize = 16;
+const ROWS: usize = 64;
+const STEPS: usize = 60;
+
+fn random(context: &Context, seed: u64, shape: [usize; 2], range: f32) -> Tensor {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let values: Vec<f32> = (0..shape[0] * shape[1])
+        .map(|_| (random.f32() * 2.0 - 1.0) * range)
+        .collect();
+    Tensor::from_slice(context, shape, &values).unwrap()
+}
+
+/// Losses of a network whose products take operands that went through 8 bits, weights in e4m3 and gradients in e5m2
+/// among them; or through bf16 alone. Products are in bf16 either way.
+fn train(context: &Context, config: Option<Fp8Config>) -> kitsune::Result<Vec<f32>> {
+    let tensors = [
+        ("input", DType::F8E4M3),
+        ("hidden", DType::F8E4M3),
+        ("active", DType::F8E4M3),
+        ("output", DType::F8E4M3),
+        ("grad above", DType::F8E5M2),
+        ("grad below", DType::F8E5M2),
+    ];
+    let mut scaler = match config {
+        Some(config) => Some(Fp8Scaler::new(context, config, &tensors)?),
+        None => None,
+    };
+    let hidden = Parameter::new("hidden", random(context, 1, [32, PIXELS], 0.4))?;
+    let output = Parameter::new("output", random(context, 2, [CLASSES, 32], 0.3))?;
+    let mut optimizer = AdamW::new(vec![hidden.clone(), output.clone()], AdamWConfig::default())?;
+    optimizer.set_learning_rate(0.01)?;
+    // Each row is that of its class, and noise.
+    let centers = random(context, 3, [CLASSES, PIXELS], 1.0);
+    let labels: Vec<u32> = (0..4).cycle().take(ROWS).collect();
+    let labels = Tensor::from_slice(context, [ROWS], &labels)?;
+    let noise = random(context, 4, [ROWS, PIXELS], 1.0);
+    let input = ops::add(&ops::embedding(&centers, &labels)?, &noise)?;
+    let mut losses = Vec::new();
+    for _ in 0..STEPS {
+        let narrow = |name: &str, x: &Tensor| match &scaler {
+            Some(scaler) => scaler.quantize(name, x)?.dequantize(DType::Bf16),
+            None => x.cast(DType::Bf16),
+        };
+        let weight = narrow("hidden", hidden.value())?;
+        let below = ops::linear(&narrow("input", &input)?, &weight, None)?;
+        let active = narrow("active", &ops::relu(below.output())?)?;
+        let weight = narrow("output", output.value())?;
+        let above = ops::linear(&active, &weight, None)?;
+        let loss = ops::softmax_cross_entropy(above.output(), &labels)?;
+        let above = above.backward(&narrow("grad above", &loss.backward()?)?)?;
+        let inner = ops::relu_backward(below.output(), &above.input)?;
+        let below = below.backward(&narrow("grad below", &inner)?)?;
+        output.set_grad(above.weight)?;
+        hidden.set_grad(below.weight)?;
+        optimizer.step_unscaled()?;
+        optimizer.zero_grad();
+        if let Some(scaler) = &mut scaler {
+            scaler.update()?;
+        }
+        losses.push(loss.value().item()?);
+    }
+    Ok(losses)
+}
+
+#[test]
+fn a_training_through_8_bits_follows_the_one_in_bf16() {
+    let context = context();
+    let wide = train(&context, None).unwrap();
+    let floored = Fp8Config {
+        power_of_two: true,
+        ..Fp8Config::current()
+    };
+    for config in [Fp8Config::default(), Fp8Config::current(), floored] {
+        let narrow = train(&context, Some(config.clone())).unwrap();
+        assert!(
+            narrow[STEPS - 1] < 0.05 * narrow[0],
+            "it learns: {narrow:?}"
+        );
+        for (step, (wide, narrow)) in wide.iter().zip(&narrow).enumerate() {
+            let far = (wide - narrow).abs();
+            assert!(
+                far < 0.1 * wide,
+                "{config:?}, step {step}: {narrow}, not {wide}"
+            );
+        }
     }
 }
 

@@ -84,6 +84,7 @@ fn the_json_has_exactly_these_keys() {
         "dtype",
         "model",
         "steps",
+        "first_step",
         "seed",
         "seconds",
         "final_loss",

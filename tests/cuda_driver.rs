@@ -63,7 +63,7 @@ fn copies_and_fills_move_bytes() {
     copy(&stream, DevicePtr(0), DevicePtr(0), 0);
     fill(&stream, DevicePtr(0), 0, 0);
     write(&stream, DevicePtr(0), &[]);
-    assert_eq!(read(&stream, a, 0), []);
+    assert_eq!(read(&stream, a, 0), [0u8; 0]);
     // SAFETY: all work has run.
     unsafe { device.driver().free_pinned(pinned) }.unwrap();
     for ptr in [a, b] {

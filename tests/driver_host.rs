@@ -59,7 +59,7 @@ fn copies_and_fills_move_bytes() {
         copy(&stream, b.offset(4), b.offset(3), 200);
         assert_eq!(read(&stream, b.offset(4), 200), expected);
         copy(&stream, DevicePtr(0), DevicePtr(0), 0);
-        assert_eq!(read(&stream, a, 0), []);
+        assert_eq!(read(&stream, a, 0), [0u8; 0]);
     }
 }
 

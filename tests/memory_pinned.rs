@@ -72,8 +72,8 @@ fn the_bytes_are_ordinary_memory() {
         ((MIB + 2) % 251) as u8
     );
     let mut nothing = pool.allocate(0).unwrap();
-    assert_eq!(nothing.as_mut_slice().unwrap(), []);
-    assert_eq!(nothing.as_slice().unwrap(), []);
+    assert_eq!(nothing.as_mut_slice().unwrap(), [0u8; 0]);
+    assert_eq!(nothing.as_slice().unwrap(), [0u8; 0]);
     assert!(nothing.is_idle());
     drop(nothing);
     assert_eq!(pool.stats().allocation.allocated, 1);

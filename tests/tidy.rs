@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 ///
 /// The first group is one layer: an error names element types and byte counts, and parsing either fails
 /// with an error.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["error", "units", "sync", "dtype"],
     &["driver"],
     &["launch"],
@@ -24,6 +24,7 @@ const LAYERS: [&[&str]; 11] = [
     &["ops"],
     &["optim"],
     &["amp"],
+    &["checkpoint"],
     &["telemetry"],
     &["ffi"],
     &["bin"],

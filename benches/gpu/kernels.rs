@@ -3,6 +3,7 @@
 //! Bytes count each operand once: what a gradient check reads, what an optimizer reads and writes. The few small
 //! kernels that belong to a call (the clip coefficient, step counts) are in its time.
 
+use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{
     AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd, SgdConfig,
@@ -27,6 +28,7 @@ pub(crate) fn run(setting: &Setting) -> Result<()> {
         optimizers(setting, dtype)?;
     }
     casts(setting)?;
+    scaled_casts(setting)?;
     products(setting)
 }
 
@@ -173,7 +175,12 @@ fn step(
 }
 
 fn casts(setting: &Setting) -> Result<()> {
-    for (from, to) in [(DType::F32, DType::F16), (DType::Bf16, DType::F32)] {
+    for (from, to) in [
+        (DType::F32, DType::F16),
+        (DType::Bf16, DType::F32),
+        (DType::F32, DType::F8E4M3),
+        (DType::Bf16, DType::F8E5M2),
+    ] {
         let context = setting.context()?;
         let shape = [elements(setting)];
         let source = Tensor::full(&context, shape, from, 1.0)?;
@@ -184,6 +191,23 @@ fn casts(setting: &Setting) -> Result<()> {
             bytes_of(from) + bytes_of(to),
             time,
         );
+    }
+    Ok(())
+}
+
+/// To 8 bits with a scale, the largest magnitude and counts beside it, and back.
+fn scaled_casts(setting: &Setting) -> Result<()> {
+    for (wide, narrow) in [(DType::F32, DType::F8E4M3), (DType::Bf16, DType::F8E5M2)] {
+        let context = setting.context()?;
+        let source = Tensor::full(&context, [elements(setting)], wide, 1.0)?;
+        let scaler = Fp8Scaler::new(&context, Fp8Config::default(), &[("x", narrow)])?;
+        let stream = context.stream();
+        let time = device_time(setting, stream, || scaler.quantize("x", &source).map(drop))?;
+        let bytes = bytes_of(wide) + bytes_of(narrow);
+        tell(setting, &format!("quantize/{wide}_{narrow}"), bytes, time);
+        let quantized = scaler.quantize("x", &source)?;
+        let time = device_time(setting, stream, || quantized.dequantize(wide).map(drop))?;
+        tell(setting, &format!("dequantize/{narrow}_{wide}"), bytes, time);
     }
     Ok(())
 }

@@ -14,8 +14,8 @@ use crate::amp::stats::ScaleChange;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::journal::{
-    CALIBRATED, CHANGES, FLOOR_HITS, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS,
-    RECENT_SKIPS, SCALE_CHANGES, SKIPPED, change_words, counter, overflow_words,
+    CHANGES, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
+    change_words, counter, overflow_words,
 };
 use crate::storage::{Context, Tensor};
 
@@ -80,14 +80,6 @@ impl Journal {
     /// Step `step` was enqueued.
     pub(super) fn stepped(&self, step: u64) {
         self.steps.store(step, Ordering::Release);
-    }
-
-    /// The scale was set: steps skipped until the next that is applied are expected.
-    pub(super) fn recalibrate(&self) -> Result<()> {
-        for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
-            self.word(word)?.copy_from_slice(&[0f64])?;
-        }
-        Ok(())
     }
 
     /// Waits for everything enqueued so far and reads the journal.

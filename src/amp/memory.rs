@@ -10,12 +10,12 @@ use crate::amp::config::narrow;
 use crate::amp::journal::Journal;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch::journal::CLOCK;
+use crate::launch::journal::{CALIBRATED, CLOCK, FLOOR_HITS, RECENT_SKIPS};
 use crate::launch::stopwatch::stopwatch;
 use crate::launch::{ScaleOperands, inverse_scale};
 use crate::memory;
 use crate::optim::Parameter;
-use crate::storage::{Context, Tensor};
+use crate::storage::{Context, HostTensor, Tensor};
 
 /// Optimizers one scaler can drive at a time: the size of its block of flags.
 pub(super) const OPTIMIZERS: usize = 256;
@@ -67,6 +67,28 @@ impl ScaleMemory {
         self.inv_scale.copy_from_slice(&[inverse_scale(scale)])?;
         self.trackers
             .copy_from_slice(&[trackers.growth, trackers.overflows])
+    }
+
+    /// What is to be written so that the scale is `scale` again, and steps skipped until the next applied one
+    /// are expected.
+    pub(super) fn writes(
+        &self,
+        scale: f64,
+        trackers: Trackers,
+    ) -> Result<Vec<(Tensor, HostTensor)>> {
+        let scale = narrow(scale);
+        let one = |value: f32| HostTensor::from_slice([], &[value]);
+        let words = [trackers.growth, trackers.overflows];
+        let mut writes = vec![
+            (self.scale.clone(), one(scale)?),
+            (self.inv_scale.clone(), one(inverse_scale(scale))?),
+            (self.trackers.clone(), HostTensor::from_slice([2], &words)?),
+        ];
+        for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
+            let zero = HostTensor::from_slice([1], &[0f64])?;
+            writes.push((self.journal.word(word)?, zero));
+        }
+        Ok(writes)
     }
 
     /// Waits for the device.

@@ -71,11 +71,13 @@
 //! Must not know: how an optimizer moves a weight.
 
 mod alarm;
+mod applied;
 mod config;
 pub mod fp8;
 mod journal;
 mod magnitudes;
 mod memory;
+mod optimizer;
 mod outcome;
 mod policy;
 mod readback;
@@ -85,8 +87,10 @@ mod slot;
 mod state;
 mod stats;
 
+pub use applied::{AppliedSteps, AppliedStepsState};
 pub use config::AmpConfig;
 pub use magnitudes::Magnitudes;
+pub use optimizer::{AmpOptimizer, AmpOptimizerState, ScheduleState};
 pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow};
 pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
 use crate::amp::journal::scale_changes;
-use crate::amp::memory::{OPTIMIZERS, ScaleMemory, Trackers};
+use crate::amp::memory::{OPTIMIZERS, ScaleMemory};
 use crate::amp::slot::{Slot, Stage};
 use crate::amp::{
     AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
@@ -18,7 +18,7 @@ use crate::launch::journal::{
 };
 use crate::launch::{Change, NormKind, scale_update};
 use crate::optim::{Optimizer, OptimizerId, ScaleTag, UnscaleMark, moment};
-use crate::storage::{Context, Tensor};
+use crate::storage::{Context, Load, Tensor};
 
 /// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
 /// being applied, and adapts the scale. [`amp`](crate::amp) tells the order of calls.
@@ -426,24 +426,31 @@ impl GradScaler {
 
     /// Goes on from a saved state: scale, trackers, factors and interval become those of `state`; if only
     /// checking, the scale stays 1. Does nothing if disabled. Allowed at any time; what is under way with
-    /// optimizers goes on.
+    /// optimizers goes on. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] with the first key that is missing or cannot work. Nothing was changed.
+    /// [`Error::InvalidState`] with the first key that is missing or cannot work; [`Error::Driver`] if the
+    /// driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &ScalerState) -> Result<()> {
+        self.load(state)?.carry_out()
+    }
+
+    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    pub(crate) fn load(&mut self, state: &ScalerState) -> Result<Load<'_>> {
         let Some(memory) = &self.memory else {
-            return Ok(());
+            return Ok(Load::default());
         };
         let (config, trackers) = state.apply(&self.config)?;
-        if self.is_scaling() {
-            memory.set(config.init_scale, trackers)?;
+        let scale = if self.is_scaling() {
+            config.init_scale
         } else {
-            memory.set(1.0, Trackers::default())?;
-        }
-        memory.journal.recalibrate()?;
-        self.since = moment();
-        self.config = config;
-        Ok(())
+            1.0
+        };
+        let writes = memory.writes(scale, trackers)?;
+        Ok(Load::writing(writes).then(move || {
+            self.since = moment();
+            self.config = config;
+        }))
     }
 
     /// What happened so far. Waits for the device.

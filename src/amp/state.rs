@@ -117,18 +117,12 @@ impl ScalerState {
     /// # Errors
     /// [`Error::InvalidState`] for an empty state, a missing key, or a value that cannot work.
     pub(super) fn apply(&self, config: &AmpConfig) -> Result<(AmpConfig, Trackers)> {
-        let invalid = |key, reason: String| Error::InvalidState { key, reason };
         if self.is_empty() {
             let reason = "the state is empty; it was saved from a disabled scaler".to_owned();
-            return Err(invalid("scale", reason));
+            return Err(Error::state("scale", reason));
         }
-        check_version(self.version).map_err(|reason| invalid("version", reason))?;
-        let missing = |key| {
-            move || Error::InvalidState {
-                key,
-                reason: "the saved state has no such key".to_owned(),
-            }
-        };
+        check_version(self.version).map_err(|reason| Error::state("version", reason))?;
+        let missing = |key| move || Error::state(key, "the saved state has no such key");
         let restored = AmpConfig {
             init_scale: self.scale.ok_or_else(missing("scale"))?,
             growth_factor: self.growth_factor.ok_or_else(missing("growth_factor"))?,
@@ -145,10 +139,8 @@ impl ScalerState {
         };
         let growth_tracker = self.growth_tracker.ok_or_else(missing("_growth_tracker"))?;
         if i32::try_from(growth_tracker).is_err() {
-            return Err(invalid(
-                "_growth_tracker",
-                format!("{growth_tracker} is above 2^31 - 1"),
-            ));
+            let reason = format!("{growth_tracker} is above 2^31 - 1");
+            return Err(Error::state("_growth_tracker", reason));
         }
         match restored.validate() {
             Ok(()) => {
@@ -161,8 +153,8 @@ impl ScalerState {
             Err(Error::InvalidConfig {
                 key: "init_scale",
                 reason,
-            }) => Err(invalid("scale", reason)),
-            Err(Error::InvalidConfig { key, reason }) => Err(invalid(key, reason)),
+            }) => Err(Error::state("scale", reason)),
+            Err(Error::InvalidConfig { key, reason }) => Err(Error::state(key, reason)),
             Err(other) => Err(other),
         }
     }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use super::addresses::Addresses;
 use super::arena::GRANULARITY;
 use super::backing::{Refusal, Totals};
 use super::fences::Fences;
-use super::paged::PagedMemory;
+use super::paged::{PagedMemory, with_slack};
 use super::ranges::Range;
 use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, PageIndex};
 use crate::driver::{Device, DevicePtr, Driver, PageHandle};
@@ -20,6 +21,9 @@ const BATCH_SHARE: usize = 128;
 /// scattered need not be found again.
 const HOMES: u64 = 4;
 
+/// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.
+pub(super) const MAPPED_PER_HELD: u64 = 8;
+
 /// The pages held from a driver, by home.
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -31,6 +35,7 @@ pub(super) struct Pages {
     /// Pages that the driver would not take back, not mapped any more: offered to it again.
     unreturned: Vec<PageHandle>,
     totals: Totals,
+    addresses: Addresses,
 }
 
 impl Pages {
@@ -52,6 +57,7 @@ impl Pages {
     fn with_homes(device: &Device, limit: Option<u64>, homes: u64) -> Result<Self> {
         let base = device.driver().reserve(homes * PAGE)?;
         let driver = device.driver().clone();
+        let addresses = Addresses::new(driver.clone());
         let limit = limit.unwrap_or(u64::MAX);
         Ok(Self {
             driver,
@@ -61,6 +67,7 @@ impl Pages {
             held: Vec::new(),
             unreturned: Vec::new(),
             totals: Totals::default(),
+            addresses,
         })
     }
 
@@ -81,13 +88,18 @@ impl Pages {
         self.totals
     }
 
-    pub(super) fn driver(&self) -> &Arc<dyn Driver> {
-        &self.driver
-    }
-
-    /// The driver's handle of the page at home `page`.
-    pub(super) fn handle(&self, page: PageIndex) -> PageHandle {
-        self.held[page].expect("a mapped page is held")
+    /// Maps pages a second time, side by side; `None` if the driver refuses.
+    pub(super) fn map_range(&mut self, pages: &[PageIndex]) -> Option<DevicePtr> {
+        let bytes = pages.len() as u64 * PAGE;
+        let window = self.bytes_held().saturating_mul(MAPPED_PER_HELD);
+        let ptr = self.addresses.take(bytes, window)?;
+        let handle = |page: &PageIndex| self.held[*page].expect("a mapped page is held");
+        let handles: Vec<PageHandle> = pages.iter().map(handle).collect();
+        if self.driver.map(ptr, &handles).is_err() {
+            self.addresses.give_back(ptr, bytes);
+            return None;
+        }
+        Some(ptr)
     }
 
     /// Whether the limit leaves room for `count` more pages.
@@ -161,7 +173,7 @@ impl Pages {
         Ok(())
     }
 
-    /// Removes a stitched mapping and its addresses.
+    /// Removes a stitched mapping.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refuses; the mapping then stays.
@@ -169,11 +181,10 @@ impl Pages {
         unsafe_code,
         reason = "unmapping is a promise that nothing uses the memory"
     )]
-    pub(super) fn unmap_range(&self, range: &Range) -> Result<()> {
+    pub(super) fn unmap_range(&mut self, range: &Range) -> Result<()> {
         // SAFETY: the range is not live, and its fence is complete.
         unsafe { self.driver.unmap(range.ptr, range.bytes()) }?;
-        // Addresses that the driver does not take back are lost; no memory is.
-        drop(self.driver.release(range.ptr, range.bytes()));
+        self.addresses.give_back(range.ptr, range.bytes());
         Ok(())
     }
 }
@@ -218,10 +229,12 @@ impl PagedMemory {
     }
 
     /// Takes pages at the end of the territory, where they continue its last hole: some more than asked
-    /// for, if that is possible.
+    /// for, if that is possible within the slack.
     fn append(&mut self, count: usize, owner: Owner) -> Result<(), Refusal> {
-        let held = to_usize(self.pages.bytes_held() / PAGE);
-        let batch = count.max((held / BATCH_SHARE).min(BATCH_MAX));
+        let held = self.pages.bytes_held();
+        let batch = (to_usize(held / PAGE) / BATCH_SHARE).min(BATCH_MAX);
+        let room = with_slack(self.live_peak.max(self.in_use)).saturating_sub(held) / PAGE;
+        let batch = count.max(batch.min(to_usize(room)));
         let first = self.territory.pages();
         let mut taken = batch;
         if !self.has_homes_at_end(batch) || self.pages.take(first, batch).is_err() {

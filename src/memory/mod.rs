@@ -37,8 +37,8 @@
 //! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
-//! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings) and
-//! `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
+//! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings, at
+//! `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
 //! `reclaim` the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
 //! shrinks a pool. What needs no lock of the pool is in `cache`, made of `lane` and `biased`. Captures are in
@@ -47,6 +47,7 @@
 //!
 //! Must not know: tensors, element types, metrics.
 
+mod addresses;
 mod arena;
 mod backing;
 mod biased;

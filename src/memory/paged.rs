@@ -27,6 +27,11 @@ const SMALL_MAX: u64 = 256 * KIB;
 /// part in this many: memory traded against mapping calls.
 const SLACK: u64 = 100;
 
+/// What may be held without stitching where `most` bytes were in use at once.
+pub(super) fn with_slack(most: u64) -> u64 {
+    most.saturating_add(most / SLACK)
+}
+
 /// Pages of one device and the blocks in them.
 #[derive(Debug)]
 pub(super) struct PagedMemory {
@@ -37,10 +42,10 @@ pub(super) struct PagedMemory {
     stitches: bool,
     small: BTreeMap<Owner, SmallBlocks>,
     /// Bytes in blocks.
-    in_use: u64,
+    pub(super) in_use: u64,
     /// The most that callers ever had of them. What waits for other streams does not count: that it is there
     /// is no reason to hold more.
-    live_peak: u64,
+    pub(super) live_peak: u64,
 }
 
 impl PagedMemory {
@@ -216,8 +221,7 @@ impl PagedMemory {
         let held = missing
             .saturating_mul(PAGE)
             .saturating_add(self.pages.bytes_held());
-        if held <= most.saturating_add(most / SLACK) && self.grow_hole(units, request.owner).is_ok()
-        {
+        if held <= with_slack(most) && self.grow_hole(units, request.owner).is_ok() {
             return Ok(self.place_large(request).expect("a hole was grown to fit"));
         }
         if self.stitches

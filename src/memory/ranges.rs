@@ -31,6 +31,8 @@ pub(super) struct Range {
     fence: Fence,
     /// When it was last freed, in frees of ranges.
     freed_at: u64,
+    /// When it was mapped, in ranges mapped.
+    mapped_at: u64,
 }
 
 impl Range {
@@ -54,9 +56,10 @@ impl Range {
 pub(super) struct Ranges {
     table: Vec<Option<Range>>,
     vacant: Vec<RangeIndex>,
-    /// Ranges that are not live, by number of pages, the one freed last at the end.
+    /// Ranges that are not live, by number of pages, in the order in which they were mapped.
     idle: HashMap<usize, Vec<RangeIndex>>,
     frees: u64,
+    mapped: u64,
     /// Pages in all ranges, each counted as often as it is mapped.
     pub(super) pages_mapped: usize,
 }
@@ -74,12 +77,10 @@ impl Ranges {
             .expect("a range that is in use exists")
     }
 
-    /// Idle ranges of `pages` pages, the one freed last first.
+    /// Idle ranges of `pages` pages, the one mapped first first. The order does not depend on what was freed
+    /// when, so a program that comes to the same state again finds the same range.
     pub(super) fn idle_of(&self, pages: usize) -> impl Iterator<Item = RangeIndex> + '_ {
-        self.idle
-            .get(&pages)
-            .into_iter()
-            .flat_map(|indices| indices.iter().rev().copied())
+        self.idle.get(&pages).into_iter().flatten().copied()
     }
 
     /// Adds a range, live at once with the blocks `taken` at home.
@@ -92,12 +93,14 @@ impl Ranges {
     ) -> RangeIndex {
         debug_assert!(!taken.is_empty());
         self.pages_mapped += pages.len();
+        self.mapped += 1;
         let range = Some(Range {
             ptr,
             pages,
             taken,
             fence,
             freed_at: 0,
+            mapped_at: self.mapped,
         });
         if let Some(index) = self.vacant.pop() {
             self.table[index] = range;
@@ -121,9 +124,12 @@ impl Ranges {
         let range = self.get_mut(index);
         range.fence = fence;
         range.freed_at = frees;
-        let pages = range.pages.len();
+        let (pages, mapped_at) = (range.pages.len(), range.mapped_at);
         let taken = std::mem::take(&mut range.taken);
-        self.idle.entry(pages).or_default().push(index);
+        let mapped_before = |other: &RangeIndex| self.get(*other).mapped_at < mapped_at;
+        let place = self.idle.get(&pages);
+        let place = place.map_or(0, |indices| indices.partition_point(mapped_before));
+        self.idle.entry(pages).or_default().insert(place, index);
         taken
     }
 
@@ -138,9 +144,8 @@ impl Ranges {
 
     /// The idle range that was freed longest ago.
     pub(super) fn oldest_idle(&self) -> Option<RangeIndex> {
-        // Each list is in order of frees, so its first is its oldest.
-        let firsts = self.idle.values().map(|indices| indices[0]);
-        firsts.min_by_key(|index| self.get(*index).freed_at)
+        let idle = self.idle.values().flatten().copied();
+        idle.min_by_key(|index| self.get(*index).freed_at)
     }
 
     /// Idle ranges that map any page for which `is_leaving` holds, in a fixed order.

@@ -11,19 +11,15 @@ use super::arena::GRANULARITY;
 use super::backing::{Place, Placed, Request};
 use super::bins::Index;
 use super::fences::{Fence, Fences};
+use super::growth::MAPPED_PER_HELD;
 use super::paged::PagedMemory;
 use super::ranges::RangeIndex;
 use super::territory::{Hole, PAGE, PAGE_UNITS, PageIndex};
-use crate::driver::{DevicePtr, PageHandle};
 use crate::error::Result;
 use crate::units::to_usize;
 
-/// Idle ranges of the right length that are looked at before pages are mapped anew.
-const CANDIDATES_MAX: usize = 16;
 /// Holes that are looked at for the front of a last page before a whole page is used for it.
 const FRONTS_MAX: usize = 64;
-/// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.
-const MAPPED_PER_HELD: u64 = 8;
 
 /// What a request needs: pages as a whole, and the front of one more.
 #[derive(Clone, Copy, Debug)]
@@ -69,10 +65,10 @@ impl PagedMemory {
         }
         let pages = self.choose_pages(request, need, fences)?;
         self.evict_ranges(MAPPED_PER_HELD * self.pages.bytes_held() / PAGE, fences);
-        let ptr = self.map_range(&pages).or_else(|| {
+        let ptr = self.pages.map_range(&pages).or_else(|| {
             // A driver may have room for fewer mappings than that.
             self.evict_ranges(self.ranges.pages_mapped as u64 / 2, fences);
-            self.map_range(&pages)
+            self.pages.map_range(&pages)
         })?;
         let taken = self.take_pages(&pages, need);
         let range = self
@@ -86,12 +82,7 @@ impl PagedMemory {
 
     /// An idle range of the right length all of whose pages are free.
     fn reuse_range(&mut self, request: Request, need: Need, fences: &mut Fences) -> Option<Placed> {
-        let candidates: SmallVec<[RangeIndex; CANDIDATES_MAX]> = self
-            .ranges
-            .idle_of(need.pages())
-            .take(CANDIDATES_MAX)
-            .collect();
-        let range = candidates.into_iter().find(|range| {
+        let range = self.ranges.idle_of(need.pages()).find(|range| {
             let free = self.fences_over(*range, need);
             free.is_some_and(|behind| {
                 behind
@@ -125,7 +116,8 @@ impl PagedMemory {
         Some(latest)
     }
 
-    /// Free pages for the request, in the order in which they are to be mapped.
+    /// Free pages for the request, in the order in which they are to be mapped: that of their homes, so that
+    /// neighbors stay neighbors.
     fn choose_pages(
         &mut self,
         request: Request,
@@ -138,10 +130,12 @@ impl PagedMemory {
             let whole = pages.len().min(need.whole);
             if whole == need.whole && (need.front == 0 || front.is_some()) {
                 pages.truncate(need.whole);
+                pages.sort_unstable();
                 pages.extend(front.filter(|_| need.front > 0));
                 return Some(pages);
             }
             if pages.len() == need.pages() {
+                pages.sort_unstable();
                 return Some(pages);
             }
             let have = whole + usize::from(need.front > 0 && front.is_some());
@@ -152,7 +146,8 @@ impl PagedMemory {
 
     /// Up to `count` pages that are free as a whole and may be used by the request: its own stream's
     /// first, those in the largest holes first. Small requests fill the smallest holes, so the pages of an
-    /// idle range stay free longest, and the range useful, if they come from large ones.
+    /// idle range stay free longest, and the range useful, if they come from large ones. While other streams
+    /// ask in vain, pages that only the request's own stream may have go before those.
     pub(super) fn free_pages(
         &self,
         count: usize,
@@ -170,6 +165,11 @@ impl PagedMemory {
             }
             let mut holes: Vec<Hole> = self.territory.holes_from(owner, PAGE_UNITS).collect();
             holes.sort_by_key(|hole| std::cmp::Reverse(hole.units));
+            if owner == request.owner && fences.are_asked() {
+                pages = self.newest_pages(&holes, fences);
+                pages.truncate(count);
+                continue;
+            }
             for hole in holes {
                 let missing = count - pages.len();
                 if missing == 0 {
@@ -187,6 +187,21 @@ impl PagedMemory {
             }
         }
         pages
+    }
+
+    /// The whole pages of `holes`, those that are complete, which any stream may have, behind the others.
+    fn newest_pages(&self, holes: &[Hole], fences: &Fences) -> Vec<PageIndex> {
+        let pages = holes.iter().flat_map(|hole| {
+            let fence = |page| self.territory.fence_of_page(hole, page);
+            hole.whole_pages().map(move |page| (page, fence(page)))
+        });
+        let (complete, newest): (Vec<_>, Vec<_>) =
+            pages.partition(|(_, fence)| fences.is_known_complete(*fence));
+        newest
+            .into_iter()
+            .chain(complete)
+            .map(|(page, _)| page)
+            .collect()
     }
 
     /// A page outside `chosen` whose front is free, if possible one that is not free as a whole.
@@ -232,19 +247,6 @@ impl PagedMemory {
             taken.push(self.territory.take(&hole, start, units));
         }
         taken
-    }
-
-    fn map_range(&self, pages: &[PageIndex]) -> Option<DevicePtr> {
-        let bytes = pages.len() as u64 * PAGE;
-        let driver = self.pages.driver();
-        let ptr = driver.reserve(bytes).ok()?;
-        let handles: Vec<PageHandle> = pages.iter().map(|page| self.pages.handle(*page)).collect();
-        if driver.map(ptr, &handles).is_err() {
-            // Addresses that the driver does not take back are lost; no memory is.
-            drop(driver.release(ptr, bytes));
-            return None;
-        }
-        Some(ptr)
     }
 
     /// Unmaps the oldest idle ranges, as far as their work is complete, until `most` pages are mapped.

@@ -16,18 +16,22 @@
 
 mod adam;
 mod clip;
+mod ema;
 mod gradients;
 mod groups;
 mod optimizer;
 mod parameter;
 mod rows;
+mod schedule;
 mod settings;
 mod sgd;
+mod state;
 mod table;
 
 pub use crate::launch::NormKind;
 pub use adam::{Adam, AdamConfig, AdamFamily, AdamFamilyConfig, AdamW, AdamWConfig};
 pub use clip::{clip_grad_norm, clip_grad_norm_};
+pub use ema::{Ema, EmaState};
 pub(crate) use gradients::{Gradients, Pass};
 pub use groups::ParamGroup;
 pub(crate) use optimizer::OptimizerLife;
@@ -35,4 +39,7 @@ pub use optimizer::{Optimizer, OptimizerId, StepInputs};
 pub use parameter::{Parameter, ScaleTag};
 pub(crate) use parameter::{UnscaleMark, moment};
 pub use rows::{MasterWeights, Moments};
+pub use schedule::{Decay, Schedule};
 pub use sgd::{Sgd, SgdConfig};
+pub use state::{GroupState, NamedTensors, OptimizerState};
+pub(crate) use state::{load as load_optimizer, match_named, save_named, values};

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::launch::update_pass::StepScalars;
-use crate::optim::Parameter;
+use crate::optim::{OptimizerState, Parameter, state};
 use crate::storage::Tensor;
 
 /// Identity of an optimizer, never given twice in a process. Held by the optimizer for its whole life: when
@@ -178,6 +178,25 @@ pub trait Optimizer {
                 format!("group {group}: there is no `{name}`"),
             )),
         }
+    }
+
+    /// What is needed to go on later, beside the parameters: the settings of each group, and what
+    /// [`state`](Self::state) lists. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] if two parameters have one name; [`Error::Driver`] if work of the stream failed.
+    fn state_dict(&self) -> Result<OptimizerState> {
+        state::save(self)
+    }
+
+    /// Goes on from a saved state. Parameters are found by their names; their own values stay. Waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] with the tensor, the setting or the group that does not fit; [`Error::Driver`] if
+    /// the driver refuses. Nothing was changed.
+    fn load_state_dict(&mut self, state: &OptimizerState) -> Result<()> {
+        state::load(self, state)?.carry_out()
     }
 
     /// Drops the gradients of all parameters.

@@ -133,22 +133,22 @@ impl Buffer {
         }
     }
 
-    /// Enqueues a copy of `bytes` to the start of this buffer.
-    pub(super) fn write(&self, bytes: &[u8]) -> Result<()> {
+    /// Enqueues a copy of `bytes` to this buffer, from its byte `start` on.
+    pub(super) fn write(&self, start: u64, bytes: &[u8]) -> Result<()> {
         self.version.advance();
         assert!(
-            bytes.len() as u64 <= self.bytes,
+            start + bytes.len() as u64 <= self.bytes,
             "a write past the end of its buffer"
         );
         if bytes.is_empty() {
             return Ok(());
         }
         let stream = self.context.stream();
-        // SAFETY: the block is at least as long, and freed in order with this very stream.
+        // SAFETY: the range lies in the block, which is freed in order with this very stream.
         unsafe {
             stream
                 .driver()
-                .copy_from_host(self.ptr, bytes, stream.raw())
+                .copy_from_host(self.ptr.offset(start), bytes, stream.raw())
         }
     }
 

@@ -19,7 +19,9 @@ mod context;
 mod convert;
 #[cfg(feature = "cuda")]
 mod device_buffer;
+mod host_tensor;
 mod layout;
+mod overwrite;
 mod tensor;
 mod transfer;
 mod version;
@@ -28,5 +30,7 @@ pub use buffer::Buffer;
 pub use context::Context;
 #[cfg(feature = "cuda")]
 pub use device_buffer::{DeviceBuffer, DeviceView, DeviceViewMut, InUse};
+pub use host_tensor::HostTensor;
 pub use layout::{Layout, Shape};
+pub(crate) use overwrite::{Attempt, Load};
 pub use tensor::Tensor;

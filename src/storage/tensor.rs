@@ -131,9 +131,12 @@ impl Tensor {
     /// Address of the first element.
     #[must_use]
     pub fn ptr(&self) -> DevicePtr {
-        self.buffer
-            .ptr()
-            .offset(self.layout.offset() as u64 * (self.dtype.bits() / 8))
+        self.buffer.ptr().offset(self.start_byte())
+    }
+
+    /// Place of the first element in the buffer.
+    pub(super) fn start_byte(&self) -> u64 {
+        self.layout.offset() as u64 * (self.dtype.bits() / 8)
     }
 
     /// Whether the elements stand one after another in index order.

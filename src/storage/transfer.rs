@@ -22,7 +22,7 @@ impl Tensor {
             return Err(Error::argument("from_slice", reason));
         }
         let tensor = Self::uninit(context, shape, T::DTYPE)?;
-        tensor.buffer().write(bytemuck::cast_slice(values))?;
+        tensor.buffer().write(0, bytemuck::cast_slice(values))?;
         Ok(tensor)
     }
 
@@ -32,8 +32,10 @@ impl Tensor {
     /// [`Error::InvalidArgument`] if type or count differ; otherwise as [`copy_from`](Self::copy_from).
     pub fn copy_from_slice<T: Element>(&self, values: &[T]) -> Result<()> {
         self.expect_dtype("copy_from_slice", T::DTYPE)?;
-        if self.is_contiguous() && self.layout().offset() == 0 && self.len() == values.len() {
-            return self.buffer().write(bytemuck::cast_slice(values));
+        if self.is_contiguous() && self.len() == values.len() {
+            return self
+                .buffer()
+                .write(self.start_byte(), bytemuck::cast_slice(values));
         }
         self.copy_from(&Self::from_slice(self.context(), self.shape(), values)?)
     }
@@ -64,8 +66,9 @@ impl Tensor {
     pub fn copy_to_pinned(&self, destination: &mut PinnedBlock) -> Result<()> {
         let bytes = self.expect_room("copy_to_pinned", destination)?;
         let dense = self.contiguous()?;
-        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
-        dense.buffer().read_pinned(start, destination, bytes)
+        dense
+            .buffer()
+            .read_pinned(dense.start_byte(), destination, bytes)
     }
 
     /// The elements in index order. Blocks until the stream has computed them.
@@ -76,10 +79,8 @@ impl Tensor {
         self.expect_dtype("to_vec", T::DTYPE)?;
         let dense = self.contiguous()?;
         let mut values = vec![T::default(); dense.len()];
-        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
-        dense
-            .buffer()
-            .read(start, bytemuck::cast_slice_mut(&mut values))?;
+        let bytes = bytemuck::cast_slice_mut(&mut values);
+        dense.buffer().read(dense.start_byte(), bytes)?;
         Ok(values)
     }
 
@@ -114,9 +115,8 @@ impl Tensor {
         }
         let dense = self.contiguous()?;
         let copy = Self::uninit(context, self.shape(), self.dtype())?;
-        let start = dense.layout().offset() as u64 * (self.dtype().bits() / 8);
         copy.buffer()
-            .copy_across(dense.buffer(), start, copy.buffer().bytes())?;
+            .copy_across(dense.buffer(), dense.start_byte(), copy.buffer().bytes())?;
         Ok(copy)
     }
 

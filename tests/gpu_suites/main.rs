@@ -4,12 +4,16 @@
 //! Together they need the library and its device code once, a fifth of what they need apart. Not among what
 //! `cargo test` runs: every test in here was run there already.
 
+#[path = "../amp_checkpoint.rs"]
+mod amp_checkpoint;
 #[path = "../amp_conformance/main.rs"]
 mod amp_conformance;
 #[path = "../amp_edges.rs"]
 mod amp_edges;
 #[path = "../amp_fp8.rs"]
 mod amp_fp8;
+#[path = "../amp_optimizer.rs"]
+mod amp_optimizer;
 #[path = "../amp_oracle_gradients.rs"]
 mod amp_oracle_gradients;
 #[path = "../amp_oracle_scale.rs"]

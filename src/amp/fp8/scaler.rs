@@ -9,7 +9,7 @@ use crate::launch::fp8_update::{Fp8Operands, fp8_update};
 use crate::launch::quantize::FP8_COUNTS;
 use crate::launch::{self, QuantizeTo};
 use crate::memory;
-use crate::storage::{Context, Tensor};
+use crate::storage::{Context, HostTensor, Load, Tensor};
 
 /// Keeps a scale for each of some tensors, and converts them to 8 bits with it. The [module](super) tells how scales
 /// come about.
@@ -236,17 +236,22 @@ impl Fp8Scaler {
     ///
     /// # Errors
     /// [`Error::InvalidState`] if `state` is not of these tensors with histories of this length, or holds numbers that
-    /// cannot be; [`Error::OutOfMemory`]. Nothing was changed.
+    /// cannot be; [`Error::Driver`] if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &Fp8State) -> Result<()> {
+        self.load(state)?.carry_out()
+    }
+
+    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    pub(crate) fn load(&mut self, state: &Fp8State) -> Result<Load<'_>> {
         let (scales, history) = state.unpack(&self.tensors, self.config.places())?;
-        let context = self.scales.context();
-        let scales = Tensor::from_slice(context, self.scales.shape(), &scales)?;
-        let history = Tensor::from_slice(context, self.history.shape(), &history)?;
-        self.scales.copy_from(&scales)?;
-        self.history.copy_from(&history)?;
+        let writes = [(&self.scales, scales), (&self.history, history)];
+        let writes = writes.into_iter().map(|(tensor, values)| {
+            let values = HostTensor::from_slice(tensor.shape(), &values)?;
+            Ok((tensor.clone(), values))
+        });
+        let load = Load::writing(writes.collect::<Result<_>>()?);
         // Relaxed: see the field.
-        self.is_due.store(false, Ordering::Relaxed);
-        Ok(())
+        Ok(load.then(|| self.is_due.store(false, Ordering::Relaxed)))
     }
 
     fn place(&self, op: &'static str, name: &str) -> Result<usize> {

@@ -62,7 +62,7 @@ impl Fp8State {
         tensors: &[(String, DType)],
         length: usize,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let invalid = |key, reason: String| Err(Error::InvalidState { key, reason });
+        let invalid = |key: &str, reason: String| Err(Error::state(key, reason));
         if self.version != VERSION {
             let reason = format!("{} is not known; this is version {VERSION}", self.version);
             return invalid("version", reason);
@@ -124,6 +124,6 @@ impl Fp8TensorState {
         } else {
             return Ok(());
         };
-        Err(Error::InvalidState { key, reason })
+        Err(Error::state(key, reason))
     }
 }

@@ -8,6 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use kitsune::{DType, Device, HostConfig};
+use serde::{Deserialize, Serialize};
 
 use crate::churn::ChurnArgs;
 use crate::failure::Failure;
@@ -79,6 +80,18 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "STEP", value_parser = value_parser!(u64).range(1..))]
     pub(crate) inject_overflow: Option<u64>,
 
+    /// Save the training to this file at the end; `{step}` in it becomes the number of steps done.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
+
+    /// Save it after every N steps, too.
+    #[arg(long, value_name = "N", requires = "save", value_parser = value_parser!(u64).range(1..))]
+    pub(crate) save_every: Option<u64>,
+
+    /// Go on from a saved training, given the same flags, up to step --steps.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) resume: Option<PathBuf>,
+
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -100,13 +113,14 @@ pub(crate) struct TrainArgs {
     pub(crate) clip: Option<f32>,
 
     /// Step width of the optimizer at the start, 0.01 (mlp) or 0.003 (gpt) if not given; it falls to zero over
-    /// the run.
+    /// the run, by the steps that are not skipped.
     #[arg(long, value_name = "X", value_parser = parse_learning_rate)]
     pub(crate) learning_rate: Option<f32>,
 }
 
 /// The networks that can be trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Model {
     /// Linear layers that read handwritten digits.
     Mlp,
@@ -335,6 +349,8 @@ mod tests {
             ("kitsune train --limit MiB", "not a byte count"),
             ("kitsune train --limit 1.5GiB", "not a byte count"),
             ("kitsune train --metrics 9100", "invalid socket address"),
+            ("kitsune train --save-every 5", "--save <FILE>"),
+            ("kitsune train --save x --save-every 0", "0 is not in 1.."),
         ];
         for (line, reason) in cases {
             let message = refusal(line);

@@ -1,10 +1,13 @@
 //! The order in which images are shown: every image once an epoch, in an order that the seed gives.
 
+use serde::{Deserialize, Serialize};
+
 use crate::random::Random;
 
 /// Batches of equal size without end. What is left over at the end of an epoch is not shown in it: equal
 /// sizes mean that every step asks for the same memory.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Batches {
     order: Vec<usize>,
     size: usize,
@@ -29,6 +32,28 @@ impl Batches {
             next: count,
             random: Random::new(seed),
         }
+    }
+
+    /// Goes on from `saved`, which was made of the same numbers.
+    ///
+    /// # Errors
+    /// Tells what cannot be.
+    pub(crate) fn go_on_from(&mut self, saved: Self) -> Result<(), String> {
+        let count = self.order.len();
+        if (saved.order.len(), saved.size) != (count, self.size) {
+            let (order, size) = (saved.order.len(), saved.size);
+            return Err(format!(
+                "batches of {size} out of {order}, not of {} out of {count}",
+                self.size
+            ));
+        }
+        let mut sorted = saved.order.clone();
+        sorted.sort_unstable();
+        if !sorted.into_iter().eq(0..count) || saved.next > count {
+            return Err("the order of the images does not have each of them once".to_owned());
+        }
+        *self = saved;
+        Ok(())
     }
 
     /// The images of the next batch.
@@ -69,5 +94,32 @@ mod tests {
         assert_eq!(order(1), order(1));
         assert_ne!(order(1), order(2));
         assert_ne!(order(1)[..50], order(1)[50..100]);
+    }
+
+    #[test]
+    fn an_order_is_taken_up_where_it_was() {
+        let mut batches = Batches::new(10, 3, 1);
+        (0..4).for_each(|_| drop(batches.advance().to_vec()));
+        let text = serde_json::to_string(&batches).unwrap();
+        let saved = || serde_json::from_str::<Batches>(&text).unwrap();
+        let mut again = Batches::new(10, 3, 2);
+        again.go_on_from(saved()).unwrap();
+        for _ in 0..8 {
+            assert_eq!(again.advance(), batches.advance());
+        }
+        let before = Batches::new(10, 3, 2);
+        let spoil: [fn(&mut Batches); 4] = [
+            |saved| saved.order[0] = saved.order[1],
+            |saved| saved.order[3] = usize::MAX,
+            |saved| saved.next = 11,
+            |saved| saved.size = 2,
+        ];
+        for spoil in spoil {
+            let mut saved = saved();
+            spoil(&mut saved);
+            let mut again = Batches::new(10, 3, 2);
+            again.go_on_from(saved).unwrap_err();
+            assert_eq!(again, before);
+        }
     }
 }

@@ -1,7 +1,11 @@
 //! Random numbers from a seed: the same on every machine and in every version of this program.
 
-/// The generator called splitmix64: a Weyl sequence whose terms are mixed into 64 even bits.
-#[derive(Clone, Debug)]
+use serde::{Deserialize, Serialize};
+
+/// The generator called splitmix64: a Weyl sequence whose terms are mixed into 64 even bits. As JSON it is its
+/// place in the sequence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub(crate) struct Random {
     state: u64,
 }

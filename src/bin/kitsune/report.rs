@@ -17,6 +17,8 @@ pub(crate) struct Report {
     /// The network: the widths of its layers, or the sizes of the transformer.
     pub(crate) model: String,
     pub(crate) steps: u64,
+    /// The first of them that this run made: 1, or the one after those of the run that it resumed.
+    pub(crate) first_step: u64,
     pub(crate) seed: u64,
     /// Wall time of the training steps, without loading and testing.
     pub(crate) seconds: f64,
@@ -60,7 +62,12 @@ impl Report {
 
     /// A table for people.
     pub(crate) fn to_table(&self) -> String {
-        let per_second = self.steps as f64 / self.seconds.max(1e-9);
+        let here = self.steps + 1 - self.first_step;
+        let per_second = here as f64 / self.seconds.max(1e-9);
+        let after = match self.first_step {
+            1 => String::new(),
+            first => format!(", after {} resumed", first - 1),
+        };
         let overflows = self.overflows.iter().map(|overflow| {
             format!(
                 "\nstep {}: {} in {}",
@@ -73,8 +80,8 @@ impl Report {
             (
                 "steps",
                 format!(
-                    "{} in {:.1} s ({per_second:.0}/s), seed {}",
-                    self.steps, self.seconds, self.seed
+                    "{here} in {:.1} s ({per_second:.0}/s){after}, seed {}",
+                    self.seconds, self.seed
                 ),
             ),
             ("final loss", format!("{:.4}", self.final_loss)),
@@ -117,6 +124,7 @@ mod tests {
             dtype: DType::F16,
             model: "64-10".to_owned(),
             steps: 100,
+            first_step: 1,
             seed: 1,
             seconds: 2.0,
             final_loss: 0.25,
@@ -152,6 +160,12 @@ driver calls   4 for memory, 0 after step 3
 peak memory    1000 B requested, 1.0 KiB allocated, 2.0 MiB reserved
 ";
         assert_eq!(report().to_table(), expected);
+        let resumed = Report {
+            first_step: 41,
+            ..report()
+        };
+        let steps = "steps          60 in 2.0 s (30/s), after 40 resumed, seed 1\n";
+        assert!(resumed.to_table().contains(steps), "{}", resumed.to_table());
     }
 
     #[test]

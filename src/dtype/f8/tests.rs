@@ -205,6 +205,25 @@ fn vectors_recorded_from_pytorch() {
     assert_eq!(F8E5M2::saturating_from_f32(-61_440.0).to_f32(), -57_344.0);
 }
 
+/// All f16 and all bf16, in the order of their bits: sums of the codes that PyTorch 2.15 gives on the processor.
+#[test]
+fn every_half_is_converted_as_pytorch_does() {
+    fn sum(code: impl Fn(u16) -> u8) -> u64 {
+        // FNV-1a (Fowler, Noll and Vo), in 64 bits.
+        (0..=u16::MAX).fold(0xcbf2_9ce4_8422_2325, |sum: u64, bits| {
+            (sum ^ u64::from(code(bits))).wrapping_mul(0x100_0000_01b3)
+        })
+    }
+    let of_f16 = |bits| f16::from_bits(bits).to_f32();
+    let of_bf16 = |bits| bf16::from_bits(bits).to_f32();
+    let e4m3 = |value| F8E4M3::saturating_from_f32(value).to_bits();
+    let e5m2 = |value| F8E5M2::from_f32(value).to_bits();
+    assert_eq!(sum(|bits| e4m3(of_f16(bits))), 0x2d72_4a81_49ff_1225);
+    assert_eq!(sum(|bits| e5m2(of_f16(bits))), 0x087c_cdde_80d9_3f25);
+    assert_eq!(sum(|bits| e4m3(of_bf16(bits))), 0xf9de_a88c_05be_79a5);
+    assert_eq!(sum(|bits| e5m2(of_bf16(bits))), 0xe1c1_40aa_89ae_5765);
+}
+
 #[test]
 fn comparisons_are_those_of_numbers() {
     assert_eq!(F8E4M3::default(), F8E4M3::from_f32(-0.0));

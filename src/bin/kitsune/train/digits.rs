@@ -2,7 +2,8 @@
 
 use kitsune::amp::{GradScaler, autocast};
 use kitsune::optim::Parameter;
-use kitsune::{Context, DType, Result, Tensor, ops};
+use kitsune::{Context, DType, Tensor, ops};
+use serde_json::Value;
 
 use super::mlp::Network;
 use super::task::{Pass, Task, seed};
@@ -32,7 +33,7 @@ struct Batch {
 
 impl Batch {
     /// Copies the images at `indices`.
-    fn upload(context: &Context, images: &Images, indices: &[usize]) -> Result<Self> {
+    fn upload(context: &Context, images: &Images, indices: &[usize]) -> kitsune::Result<Self> {
         let _tag = kitsune::memory::tag("batches");
         let mut pixels = Vec::with_capacity(indices.len() * PIXELS);
         for &index in indices {
@@ -83,7 +84,7 @@ impl Task for DigitsTask {
         self.network.parameters()
     }
 
-    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Pass> {
+    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> kitsune::Result<Pass> {
         let batch = Batch::upload(&self.context, &self.digits.train, self.batches.advance())?;
         let scope = autocast(self.dtype.is_half(), self.dtype);
         let forward = self.network.forward(&batch.pixels)?;
@@ -98,7 +99,16 @@ impl Task for DigitsTask {
         })
     }
 
-    fn test(&mut self) -> Result<f64> {
+    fn place(&self) -> Value {
+        serde_json::to_value(&self.batches).expect("numbers are always JSON")
+    }
+
+    fn go_to(&mut self, place: Value) -> Result<(), String> {
+        let saved = serde_json::from_value(place).map_err(|error| error.to_string())?;
+        self.batches.go_on_from(saved)
+    }
+
+    fn test(&mut self) -> kitsune::Result<f64> {
         let _scope = autocast(self.dtype.is_half(), self.dtype);
         let images = &self.digits.test;
         let indices: Vec<_> = (0..images.count()).collect();

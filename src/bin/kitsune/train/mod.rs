@@ -5,13 +5,14 @@
 mod digits;
 mod gpt;
 mod mlp;
+mod saving;
 mod task;
 
 use std::time::Instant;
 
-use kitsune::amp::{AmpConfig, GradScaler, OverflowReport, ScalingMode};
+use kitsune::amp::{AmpConfig, AmpOptimizer, OverflowReport, ScalingMode};
 use kitsune::ops;
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
+use kitsune::optim::{AdamW, AdamWConfig, Decay, Optimizer, Parameter, Schedule};
 use kitsune::{Context, DType, HostConfig, Pool, PoolConfig, Tensor, telemetry};
 
 use self::digits::DigitsTask;
@@ -51,13 +52,17 @@ impl Data {
 
 /// Trains as `args` say and tests the result.
 pub(crate) fn run(args: &TrainArgs, data: Data, progress: &Progress) -> Result<Report, Failure> {
+    if let Some(path) = &args.save {
+        saving::check_place(path)?;
+    }
     let mut trainer = Trainer::new(args, data)?;
     let began = Instant::now();
-    for step in 1..=args.steps {
+    for step in trainer.done + 1..=args.steps {
         trainer.step(step)?;
         if step.is_multiple_of(STEPS_PER_LOOK) {
             trainer.look()?;
         }
+        trainer.save(step)?;
         progress.advance(step, || trainer.standing())?;
     }
     trainer.look()?;
@@ -71,12 +76,11 @@ struct Trainer<'a> {
     args: &'a TrainArgs,
     context: Context,
     task: Box<dyn Task>,
-    optimizer: AdamW,
-    scaler: GradScaler,
+    optimizer: AmpOptimizer<AdamW>,
+    /// Steps of the run that this one goes on from.
+    done: u64,
     /// What each of the added batches counts, an f32 on the device; `None` for one.
     share: Option<Tensor>,
-    clip: Option<f32>,
-    learning_rate: f32,
     last: Option<Pass>,
     /// Losses since the last look, and the means of those before.
     losses: Vec<Tensor>,
@@ -94,23 +98,13 @@ impl<'a> Trainer<'a> {
             ..PoolConfig::default()
         };
         let context = Context::with_pool(&Pool::new(&device, config)?)?;
-        let (dtype, size, seed) = (args.dtype, args.batch_size, args.seed);
-        let (task, learning_rate, clip): (Box<dyn Task>, _, _) = match data {
-            Data::Digits(digits) => {
-                let task = DigitsTask::new(&context, dtype, digits, size, seed)?;
-                (Box::new(task), 1e-2, None)
-            }
-            Data::Text(text) => {
-                let task = GptTask::new(&context, dtype, text, size, seed)?;
-                (Box::new(task), 3e-3, Some(1.0))
-            }
+        let prepared = Prepared::new(args, &context, data)?;
+        let mut optimizer = new_optimizer(args, &prepared)?;
+        let mut task = prepared.task;
+        let done = match &args.resume {
+            Some(path) => saving::resume(path, args, &mut *task, &mut optimizer)?,
+            None => 0,
         };
-        let config = AdamWConfig {
-            weight_decay: 0.1,
-            ..AdamWConfig::default()
-        };
-        let optimizer = AdamW::new(task.parameters(), config)?;
-        let scaler = GradScaler::new(&context, scaler_config(dtype))?;
         let share = (args.accumulate > 1)
             .then(|| Tensor::full(&context, [], DType::F32, 1.0 / f64::from(args.accumulate)))
             .transpose()?;
@@ -122,10 +116,8 @@ impl<'a> Trainer<'a> {
             context,
             task,
             optimizer,
-            scaler,
+            done,
             share,
-            clip: args.clip.or(clip),
-            learning_rate: args.learning_rate.unwrap_or(learning_rate),
             last: None,
             losses: Vec::new(),
             loss_curve: Vec::new(),
@@ -138,33 +130,38 @@ impl<'a> Trainer<'a> {
     fn step(&mut self, step: u64) -> kitsune::Result<()> {
         let tag = kitsune::memory::tag("activations");
         for _ in 0..self.args.accumulate {
-            let pass = self.task.pass(&self.scaler, self.share.as_ref())?;
+            let pass = self
+                .task
+                .pass(self.optimizer.scaler(), self.share.as_ref())?;
             self.losses.push(pass.loss.value().clone());
             self.last = Some(pass);
         }
         drop(tag);
         if self.args.inject_overflow == Some(step) {
-            poison(&self.optimizer.parameters()[0])?;
-        }
-        self.optimizer.set_learning_rate(self.width(step))?;
-        if let Some(norm) = self.clip {
-            self.scaler
-                .clip_grad_norm(&self.optimizer, f64::from(norm))?;
+            poison(&self.optimizer.optimizer().parameters()[0])?;
         }
         // The outcome is not asked for here, which would wait for the device: `look` reads the overflows.
-        let _ = self.scaler.step(&mut self.optimizer)?;
-        self.scaler.update()?;
+        let _ = self.optimizer.step()?;
         self.optimizer.zero_grad();
-        if step == WARM_UP_STEPS.min(self.args.steps) {
+        let (here, planned) = (step - self.done, self.args.steps - self.done);
+        if here == WARM_UP_STEPS.min(planned) {
             self.warm_up_allocs = self.context.pool().stats().num_device_alloc;
         }
         Ok(())
     }
 
-    /// The step width falls evenly, from the one asked for towards zero.
-    fn width(&self, step: u64) -> f64 {
-        let done = (step - 1) as f64 / self.args.steps as f64;
-        f64::from(self.learning_rate) * (1.0 - done)
+    /// Saves the training if it is time to.
+    fn save(&self, step: u64) -> kitsune::Result<()> {
+        let TrainArgs {
+            save, save_every, ..
+        } = self.args;
+        let is_due = save_every.is_some_and(|every| step.is_multiple_of(every));
+        match save {
+            Some(path) if is_due || step == self.args.steps => {
+                saving::save(path, step, self.args, &*self.task, &self.optimizer)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Waits for the device, notes the steps that were skipped since the last look and the mean loss of all,
@@ -178,7 +175,8 @@ impl<'a> Trainer<'a> {
         }
         let known = self.overflows.last().map_or(0, |report| report.step);
         let news = self
-            .scaler
+            .optimizer
+            .scaler()
             .stats()?
             .overflows
             .into_iter()
@@ -186,7 +184,7 @@ impl<'a> Trainer<'a> {
         self.overflows.extend(news);
         if self.args.metrics.is_some() {
             telemetry::publish(self.context.pool());
-            telemetry::publish_scaler(&self.scaler)?;
+            telemetry::publish_scaler(self.optimizer.scaler())?;
         }
         Ok(())
     }
@@ -196,7 +194,10 @@ impl<'a> Trainer<'a> {
         let Some(last) = &self.last else {
             return Ok(Standing::default());
         };
-        let (pool, amp) = (self.context.pool().stats(), self.scaler.stats()?);
+        let (pool, amp) = (
+            self.context.pool().stats(),
+            self.optimizer.scaler().stats()?,
+        );
         Ok(Standing {
             loss: last.loss.value().item()?,
             accuracy: ops::accuracy(&last.logits, &last.labels)?,
@@ -208,7 +209,10 @@ impl<'a> Trainer<'a> {
     }
 
     fn report(&self, seconds: f64, test_accuracy: f64) -> Result<Report, Failure> {
-        let (pool, amp) = (self.context.pool().stats(), self.scaler.stats()?);
+        let (pool, amp) = (
+            self.context.pool().stats(),
+            self.optimizer.scaler().stats()?,
+        );
         let final_loss = match &self.last {
             Some(last) => last.loss.value().item()?,
             None => f32::NAN,
@@ -218,6 +222,7 @@ impl<'a> Trainer<'a> {
             dtype: self.args.dtype,
             model: self.task.model(),
             steps: self.args.steps,
+            first_step: self.done + 1,
             seed: self.args.seed,
             seconds,
             final_loss,
@@ -225,13 +230,62 @@ impl<'a> Trainer<'a> {
             test_accuracy,
             scale: amp.scale,
             overflow_steps: amp.skipped,
-            overflows: self.overflows.iter().flat_map(by_tensor).collect(),
+            overflows: self
+                .overflows
+                .iter()
+                .flat_map(|report| by_tensor(report, self.done))
+                .collect(),
             driver_allocs: pool.num_device_alloc,
             driver_allocs_after_step_3: pool.num_device_alloc - self.warm_up_allocs,
             peak_requested_bytes: pool.requested_bytes.peak,
             peak_allocated_bytes: pool.allocated_bytes.peak,
             peak_reserved_bytes: pool.reserved_bytes.peak,
         })
+    }
+}
+
+/// A network with its data, and how it is trained unless asked for otherwise.
+struct Prepared {
+    task: Box<dyn Task>,
+    learning_rate: f32,
+    clip: Option<f32>,
+}
+
+impl Prepared {
+    fn new(args: &TrainArgs, context: &Context, data: Data) -> Result<Self, Failure> {
+        let (dtype, size, seed) = (args.dtype, args.batch_size, args.seed);
+        Ok(match data {
+            Data::Digits(digits) => Self {
+                task: Box::new(DigitsTask::new(context, dtype, digits, size, seed)?),
+                learning_rate: 1e-2,
+                clip: None,
+            },
+            Data::Text(text) => Self {
+                task: Box::new(GptTask::new(context, dtype, text, size, seed)?),
+                learning_rate: 3e-3,
+                clip: Some(1.0),
+            },
+        })
+    }
+}
+
+/// AdamW whose step width falls evenly to zero over the run, with the scaler for the run's type.
+fn new_optimizer(args: &TrainArgs, prepared: &Prepared) -> kitsune::Result<AmpOptimizer<AdamW>> {
+    let config = AdamWConfig {
+        learning_rate: f64::from(args.learning_rate.unwrap_or(prepared.learning_rate)),
+        weight_decay: 0.1,
+        ..AdamWConfig::default()
+    };
+    let decay = Decay::Linear {
+        steps: args.steps,
+        floor: 0.0,
+    };
+    let adamw = AdamW::new(prepared.task.parameters(), config)?;
+    let optimizer = AmpOptimizer::new(adamw, scaler_config(args.dtype))?
+        .with_schedule(Schedule { warmup: 0, decay })?;
+    match args.clip.or(prepared.clip) {
+        Some(norm) => optimizer.with_clip(f64::from(norm)),
+        None => Ok(optimizer),
     }
 }
 
@@ -258,10 +312,11 @@ fn poison(parameter: &Parameter) -> kitsune::Result<()> {
     }
 }
 
-/// One entry for each gradient of a skipped step that was not finite.
-fn by_tensor(report: &OverflowReport) -> impl Iterator<Item = Overflow> {
-    report.tensors.iter().map(|tensor| Overflow {
-        step: report.step,
+/// One entry for each gradient of a skipped step that was not finite. The scaler counts its own steps, of which
+/// `done` came before the first.
+fn by_tensor(report: &OverflowReport, done: u64) -> impl Iterator<Item = Overflow> {
+    report.tensors.iter().map(move |tensor| Overflow {
+        step: done + report.step,
         tensor: tensor.name.clone(),
         kind: tensor.kind(),
     })

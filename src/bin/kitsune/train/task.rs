@@ -1,9 +1,10 @@
 //! What a trainer trains: a network with its data, and what one pass over a batch gives.
 
+use kitsune::Tensor;
 use kitsune::amp::GradScaler;
 use kitsune::ops::Loss;
 use kitsune::optim::Parameter;
-use kitsune::{Result, Tensor};
+use serde_json::Value;
 
 /// What one batch gave.
 #[derive(Debug)]
@@ -25,14 +26,27 @@ pub(super) trait Task {
 
     /// Enqueues the forward and the backward pass over the next batch, and adds to the gradients. The loss is
     /// multiplied by `share` and by the scaler's scale before the backward pass.
-    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Pass>;
+    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> kitsune::Result<Pass>;
+
+    /// Where the training is in its data.
+    fn place(&self) -> Value;
+
+    /// Goes on from a place in the data.
+    ///
+    /// # Errors
+    /// Tells what cannot be.
+    fn go_to(&mut self, place: Value) -> Result<(), String>;
 
     /// Share of the test set that is predicted right, in the present weights.
-    fn test(&mut self) -> Result<f64>;
+    fn test(&mut self) -> kitsune::Result<f64>;
 }
 
 /// The gradient that the backward pass of `loss` begins with.
-pub(super) fn seed(loss: &Loss, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn seed(
+    loss: &Loss,
+    scaler: &GradScaler,
+    share: Option<&Tensor>,
+) -> kitsune::Result<Tensor> {
     let scaled = match share {
         Some(share) => scaler.scale(&loss.scaled_by(share)?)?,
         None => scaler.scale(loss)?,

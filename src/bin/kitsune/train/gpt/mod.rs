@@ -5,7 +5,8 @@ mod network;
 
 use kitsune::amp::{GradScaler, autocast};
 use kitsune::optim::Parameter;
-use kitsune::{Context, DType, Result, Tensor, ops};
+use kitsune::{Context, DType, Tensor, ops};
+use serde_json::Value;
 
 use self::network::Network;
 use super::task::{Pass, Task, seed};
@@ -34,7 +35,7 @@ struct Batch {
 }
 
 impl Batch {
-    fn upload(context: &Context, sequences: &Sequences) -> Result<Self> {
+    fn upload(context: &Context, sequences: &Sequences) -> kitsune::Result<Self> {
         let _tag = kitsune::memory::tag("batches");
         let upload = |numbers: &[u32]| Tensor::from_slice(context, [numbers.len()], numbers);
         Ok(Self {
@@ -53,7 +54,7 @@ impl GptTask {
         text: Text,
         size: Option<u32>,
         seed: u64,
-    ) -> Result<Self> {
+    ) -> kitsune::Result<Self> {
         Ok(Self {
             network: Network::new(context, text.vocabulary, seed)?,
             random: Random::new(seed),
@@ -74,7 +75,7 @@ impl Task for GptTask {
         self.network.parameters()
     }
 
-    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> Result<Pass> {
+    fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> kitsune::Result<Pass> {
         let sequences = self.text.draw(self.size, &mut self.random);
         let batch = Batch::upload(&self.context, &sequences)?;
         let scope = autocast(self.dtype.is_half(), self.dtype);
@@ -90,7 +91,16 @@ impl Task for GptTask {
         })
     }
 
-    fn test(&mut self) -> Result<f64> {
+    fn place(&self) -> Value {
+        serde_json::to_value(&self.random).expect("a number is always JSON")
+    }
+
+    fn go_to(&mut self, place: Value) -> Result<(), String> {
+        self.random = serde_json::from_value(place).map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    fn test(&mut self) -> kitsune::Result<f64> {
         let _scope = autocast(self.dtype.is_half(), self.dtype);
         let (mut right, mut count) = (0.0, 0);
         for sequences in self.text.tests(self.size) {

@@ -1,0 +1,366 @@
+//! An optimizer with its scaler: the common loop in three calls.
+//!
+//! What belongs between two iterations happens in [`AmpOptimizer::step`], in the one order that is right: the
+//! schedule's learning rate, clipping, the step, averages and count while the flag still stands, the scale's
+//! update. Nothing in it waits for the device; with a schedule, there is the limit that [`AppliedSteps`] tells of.
+//!
+//! Must not know: how an optimizer moves a weight.
+
+use crate::amp::{
+    AmpConfig, AppliedSteps, AppliedStepsState, GradScaler, ScalerState, StepOutcome,
+};
+use crate::error::{Error, Result};
+use crate::launch::NormKind;
+use crate::ops::Loss;
+use crate::ops::autocast::AutocastGuard;
+use crate::optim::{Ema, EmaState, Optimizer, OptimizerState, Parameter, Schedule, load_optimizer};
+use crate::storage::{Load, Tensor};
+
+/// The setting that a schedule moves.
+const LEARNING_RATE: &str = "learning_rate";
+
+/// An optimizer, a [`GradScaler`] that drives it, and what else moves from step to step.
+///
+/// ```
+/// use kitsune::amp::{AmpConfig, AmpOptimizer};
+/// use kitsune::optim::{AdamW, AdamWConfig, Decay, Parameter, Schedule};
+/// use kitsune::{Context, DType, Device, Tensor, ops};
+///
+/// # fn main() -> kitsune::Result<()> {
+/// let context = Context::new(&Device::auto()?)?;
+/// let weight = Parameter::new("weight", Tensor::full(&context, [3, 4], DType::F32, 0.1)?)?;
+/// # let data = Tensor::full(&context, [2, 4], DType::F32, 1.0)?;
+/// # let labels = Tensor::from_slice(&context, [2], &[0u32, 2])?;
+/// let adamw = AdamW::new(vec![weight.clone()], AdamWConfig::default())?;
+/// let decay = Decay::Cosine { steps: 1000, floor: 0.1 };
+/// let mut optimizer = AmpOptimizer::new(adamw, AmpConfig::default())?
+///     .with_clip(1.0)?
+///     .with_schedule(Schedule { warmup: 100, decay })?
+///     .with_ema(0.999)?;
+/// for _ in 0..3 {
+///     let scope = optimizer.autocast();
+///     let layer = ops::linear(&data, weight.value(), None)?;
+///     let loss = ops::softmax_cross_entropy(layer.output(), &labels)?;
+///     drop(scope);
+///     let grad = optimizer.backward(&loss)?;
+///     optimizer.accumulate(&weight, layer.backward(&grad)?.weight)?;
+///     let _ = optimizer.step()?;
+///     optimizer.zero_grad();
+/// }
+/// # assert_eq!(optimizer.applied_steps().expect("a schedule").exact()?, 3);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct AmpOptimizer<O> {
+    optimizer: O,
+    scaler: GradScaler,
+    clip: Option<(f64, NormKind)>,
+    schedule: Option<Scheduled>,
+    ema: Option<Ema>,
+}
+
+/// A schedule, what it multiplies, and what moves it.
+#[derive(Debug)]
+struct Scheduled {
+    schedule: Schedule,
+    /// The learning rate of each group.
+    base_rates: Vec<f64>,
+    applied: AppliedSteps,
+}
+
+/// An [`AmpOptimizer`] as a value.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AmpOptimizerState {
+    /// The optimizer's.
+    pub optimizer: OptimizerState,
+    /// The scaler's.
+    pub scaler: ScalerState,
+    /// Where the schedule is, if there is one.
+    pub schedule: Option<ScheduleState>,
+    /// The averages, if there are any.
+    pub ema: Option<EmaState>,
+}
+
+/// Where the schedule of an [`AmpOptimizer`] is.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleState {
+    /// What it multiplies: the learning rate of each group.
+    pub base_rates: Vec<f64>,
+    /// The count of applied steps.
+    pub applied: AppliedStepsState,
+}
+
+impl<O: Optimizer> AmpOptimizer<O> {
+    /// `optimizer` with a new scaler on its stream.
+    ///
+    /// # Errors
+    /// As [`GradScaler::new`]; [`Error::InvalidArgument`] for an optimizer without parameters.
+    pub fn new(optimizer: O, config: AmpConfig) -> Result<Self> {
+        let Some(first) = optimizer.parameters().first() else {
+            return Err(Error::argument("AmpOptimizer", "no parameters"));
+        };
+        let scaler = GradScaler::new(first.value().context(), config)?;
+        Ok(Self {
+            optimizer,
+            scaler,
+            clip: None,
+            schedule: None,
+            ema: None,
+        })
+    }
+
+    /// Clips gradients to a total L2 norm of `max_norm` in each step.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a negative or NaN norm.
+    pub fn with_clip(mut self, max_norm: f64) -> Result<Self> {
+        if max_norm.is_nan() || max_norm < 0.0 {
+            let reason = format!("max_norm is {max_norm}, not zero or more");
+            return Err(Error::argument("with_clip", reason));
+        }
+        self.clip = Some((max_norm, NormKind::L2));
+        Ok(self)
+    }
+
+    /// Multiplies the learning rates that the optimizer's groups have now by the schedule's factor, before each
+    /// step. The factor moves on applied steps only, as [`AppliedSteps`] counts them.
+    ///
+    /// # Errors
+    /// As [`Schedule::validate`]; [`Error::InvalidArgument`] for an optimizer with no `learning_rate` among its
+    /// settings.
+    pub fn with_schedule(mut self, schedule: Schedule) -> Result<Self> {
+        schedule.validate()?;
+        let rate = |group| {
+            let rate = learning_rate(&self.optimizer, group);
+            let reason = || format!("group {group} of the optimizer has no {LEARNING_RATE}");
+            rate.ok_or_else(|| Error::argument("with_schedule", reason()))
+        };
+        let base_rates = (0..self.optimizer.groups().len()).map(rate);
+        let base_rates = base_rates.collect::<Result<_>>()?;
+        self.schedule = Some(Scheduled {
+            schedule,
+            base_rates,
+            applied: AppliedSteps::new(),
+        });
+        Ok(self)
+    }
+
+    /// Keeps averages of the parameters, which move on applied steps only.
+    ///
+    /// # Errors
+    /// As [`Ema::new`].
+    pub fn with_ema(mut self, decay: f64) -> Result<Self> {
+        self.ema = Some(Ema::new(self.optimizer.parameters(), decay)?);
+        Ok(self)
+    }
+
+    /// Runs operations in 16 bits while the guard lives, as the settings say.
+    #[must_use]
+    pub fn autocast(&self) -> AutocastGuard {
+        self.scaler.config().autocast()
+    }
+
+    /// The gradient by the logits of the scaled loss: what the backward pass begins with.
+    ///
+    /// # Errors
+    /// As [`GradScaler::scale`] and [`Loss::backward`].
+    pub fn backward(&self, loss: &Loss) -> Result<Tensor> {
+        self.scaler.scale(loss)?.backward()
+    }
+
+    /// Adds `grad`, which came of [`backward`](Self::backward), to the gradient of `parameter`, marked as scaled.
+    ///
+    /// # Errors
+    /// As [`Parameter::accumulate_scaled_grad`].
+    pub fn accumulate(&self, parameter: &Parameter, grad: Tensor) -> Result<()> {
+        parameter.accumulate_scaled_grad(grad, self.scaler.tag())
+    }
+
+    /// Enqueues a whole step, in the order that the module tells. Gradients stay until
+    /// [`zero_grad`](Self::zero_grad).
+    ///
+    /// # Errors
+    /// As the calls it is made of. [`Error::ScalerAlarm`] comes after all was enqueued: the training may go on.
+    pub fn step(&mut self) -> Result<StepOutcome> {
+        self.set_rates()?;
+        if let Some((max_norm, kind)) = self.clip {
+            self.scaler
+                .clip_grad_norm_by(&self.optimizer, max_norm, kind)?;
+        }
+        let outcome = self.scaler.step(&mut self.optimizer)?;
+        let flag = self.scaler.found_inf(&self.optimizer);
+        if let Some(ema) = &mut self.ema {
+            ema.update(flag)?;
+        }
+        if let Some(scheduled) = &mut self.schedule {
+            scheduled.applied.record(flag)?;
+        }
+        self.scaler.update()?;
+        Ok(outcome)
+    }
+
+    /// Drops the gradients of all parameters.
+    pub fn zero_grad(&self) {
+        self.optimizer.zero_grad();
+    }
+
+    /// What the learning rates are multiplied by in the next step; 1 without a schedule.
+    #[must_use]
+    pub fn schedule_factor(&self) -> f64 {
+        self.schedule.as_ref().map_or(1.0, Scheduled::factor)
+    }
+
+    /// The optimizer.
+    #[must_use]
+    pub fn optimizer(&self) -> &O {
+        &self.optimizer
+    }
+
+    /// The optimizer, to change its settings. A schedule overwrites its learning rates.
+    pub fn optimizer_mut(&mut self) -> &mut O {
+        &mut self.optimizer
+    }
+
+    /// The scaler.
+    #[must_use]
+    pub fn scaler(&self) -> &GradScaler {
+        &self.scaler
+    }
+
+    /// The scaler, to look at gradients within an iteration or to set the scale.
+    pub fn scaler_mut(&mut self) -> &mut GradScaler {
+        &mut self.scaler
+    }
+
+    /// The count of applied steps that moves the schedule; `None` without one.
+    #[must_use]
+    pub fn applied_steps(&self) -> Option<&AppliedSteps> {
+        self.schedule.as_ref().map(|scheduled| &scheduled.applied)
+    }
+
+    /// The averages, if they are kept.
+    #[must_use]
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
+    }
+
+    /// All of it as a value, but for the parameters. Waits for the device.
+    ///
+    /// # Errors
+    /// As [`GradScaler::state_dict`], [`Optimizer::state_dict`] and [`AppliedSteps::state_dict`].
+    pub fn state_dict(&self) -> Result<AmpOptimizerState> {
+        Ok(AmpOptimizerState {
+            optimizer: self.optimizer.state_dict()?,
+            scaler: self.scaler.state_dict()?,
+            schedule: self.schedule.as_ref().map(Scheduled::state).transpose()?,
+            ema: self.ema.as_ref().map(Ema::state_dict).transpose()?,
+        })
+    }
+
+    /// Goes on from `state`. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] with what does not fit, also a schedule or averages that are on one side only;
+    /// [`Error::Driver`] if the driver refuses. Nothing was changed.
+    pub fn load_state_dict(&mut self, state: &AmpOptimizerState) -> Result<()> {
+        self.load(state)?.carry_out()
+    }
+
+    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    pub(crate) fn load(&mut self, state: &AmpOptimizerState) -> Result<Load<'_>> {
+        let optimizer = load_optimizer(&mut self.optimizer, &state.optimizer);
+        let scaler = self.scaler.load(&state.scaler);
+        let mut load = optimizer
+            .map_err(|error| error.within("optimizer"))?
+            .and(scaler.map_err(|error| error.within("scaler"))?);
+        match (&mut self.schedule, &state.schedule) {
+            (None, None) => {}
+            (Some(scheduled), Some(state)) => {
+                let (base_rates, applied) = scheduled.check(state)?;
+                load = load.then(move || {
+                    scheduled.base_rates = base_rates;
+                    scheduled.applied = applied;
+                });
+            }
+            (here, _) => return Err(one_sided("schedule", here.is_some())),
+        }
+        match (&mut self.ema, &state.ema) {
+            (None, None) => {}
+            (Some(ema), Some(state)) => {
+                let averages = ema.load(state).map_err(|error| error.within("ema"))?;
+                load = load.and(averages);
+            }
+            (here, _) => return Err(one_sided("ema", here.is_some())),
+        }
+        Ok(load)
+    }
+
+    /// Gives each group the learning rate of the next step.
+    fn set_rates(&mut self) -> Result<()> {
+        let factor = self.schedule_factor();
+        let Some(scheduled) = &self.schedule else {
+            return Ok(());
+        };
+        for (group, base) in scheduled.base_rates.iter().enumerate() {
+            let rate = base * factor;
+            if learning_rate(&self.optimizer, group) != Some(rate) {
+                self.optimizer
+                    .set_settings(group, &[(LEARNING_RATE, rate)])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Scheduled {
+    fn factor(&self) -> f64 {
+        self.schedule.factor(self.applied.count())
+    }
+
+    fn state(&self) -> Result<ScheduleState> {
+        Ok(ScheduleState {
+            base_rates: self.base_rates.clone(),
+            applied: self.applied.state_dict()?,
+        })
+    }
+
+    /// What `state` says, if it can be.
+    fn check(&self, state: &ScheduleState) -> Result<(Vec<f64>, AppliedSteps)> {
+        let ScheduleState {
+            base_rates,
+            applied,
+        } = state;
+        let refuse = |reason| Err(Error::state("schedule/base_rates", reason));
+        if base_rates.len() != self.base_rates.len() {
+            let (saved, here) = (base_rates.len(), self.base_rates.len());
+            return refuse(format!("{saved} were saved, {here} are here"));
+        }
+        if let Some(rate) = base_rates
+            .iter()
+            .find(|rate| !(rate.is_finite() && **rate >= 0.0))
+        {
+            return refuse(format!("{rate} is not a finite number of 0 or more"));
+        }
+        let applied = AppliedSteps::from_state(applied);
+        let applied = applied.map_err(|error| error.within("schedule"))?;
+        Ok((base_rates.clone(), applied))
+    }
+}
+
+fn learning_rate<O: Optimizer>(optimizer: &O, group: usize) -> Option<f64> {
+    let settings = optimizer.settings(group);
+    settings
+        .into_iter()
+        .find_map(|(name, value)| (name == LEARNING_RATE).then_some(value))
+}
+
+/// The error of a part that only one side has.
+fn one_sided(part: &'static str, is_here: bool) -> Error {
+    let reason = match is_here {
+        true => "the saved state has no such part",
+        false => "was saved, and is not here",
+    };
+    Error::state(part, reason)
+}

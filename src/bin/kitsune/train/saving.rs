@@ -1,0 +1,146 @@
+//! Trainings in files: what is saved beside the network, and what must be the same where it is taken up.
+
+use std::path::{Path, PathBuf};
+
+use kitsune::DType;
+use kitsune::amp::AmpOptimizer;
+use kitsune::checkpoint::Checkpoint;
+use kitsune::optim::AdamW;
+use serde::{Deserialize, Serialize};
+
+use super::task::Task;
+use crate::args::{Model, TrainArgs};
+use crate::failure::Failure;
+
+/// What stands for the number of steps in a file name.
+const STEP: &str = "{step}";
+
+/// The flags that make a run what it is, and how far it came. Another clip or number of steps may be meant: they
+/// can change.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Run {
+    steps_done: u64,
+    model: Model,
+    dtype: DType,
+    seed: u64,
+    batch_size: Option<u32>,
+    accumulate: u32,
+    learning_rate: Option<f32>,
+}
+
+impl Run {
+    fn of(args: &TrainArgs, steps_done: u64) -> Self {
+        Self {
+            steps_done,
+            model: args.model,
+            dtype: args.dtype,
+            seed: args.seed,
+            batch_size: args.batch_size,
+            accumulate: args.accumulate,
+            learning_rate: args.learning_rate,
+        }
+    }
+}
+
+/// Refuses a place to save to that is not there, before anything is trained.
+pub(super) fn check_place(path: &Path) -> Result<(), Failure> {
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    if parent.is_none_or(Path::is_dir) && !path.is_dir() {
+        return Ok(());
+    }
+    let reason = format!("--save {}: no such place for a file", path.display());
+    Err(Failure::Input(reason))
+}
+
+/// Writes the training as it is after step `step`.
+pub(super) fn save(
+    path: &Path,
+    step: u64,
+    args: &TrainArgs,
+    task: &dyn Task,
+    optimizer: &AmpOptimizer<AdamW>,
+) -> kitsune::Result<()> {
+    let mut saved = Checkpoint::new();
+    saved.add_model(&task.parameters())?;
+    saved.add_amp_optimizer(optimizer)?;
+    saved.add_extra("run", &Run::of(args, step))?;
+    saved.add_extra("data", &task.place())?;
+    saved.write(numbered(path, step))
+}
+
+/// Goes on from the file at `path`. Gives the number of steps it has behind it.
+pub(super) fn resume(
+    path: &Path,
+    args: &TrainArgs,
+    task: &mut dyn Task,
+    optimizer: &mut AmpOptimizer<AdamW>,
+) -> Result<u64, Failure> {
+    let refuse = |reason: String| Failure::Input(format!("--resume {}: {reason}", path.display()));
+    let refused = |error: kitsune::Error| match &error {
+        kitsune::Error::File { .. } | kitsune::Error::InvalidState { .. } => {
+            refuse(error.to_string())
+        }
+        _ => error.into(),
+    };
+    let saved = Checkpoint::read(path).map_err(refused)?;
+    let run: Run = saved.extra("run").map_err(refused)?;
+    let here = Run::of(args, run.steps_done);
+    if run != here {
+        return Err(refuse(format!(
+            "is of another run: {}",
+            differences(&run, &here)
+        )));
+    }
+    if run.steps_done >= args.steps {
+        let reason = format!(
+            "has {} steps behind it, of --steps {}",
+            run.steps_done, args.steps
+        );
+        return Err(refuse(reason));
+    }
+    let place = saved.extra("data").map_err(refused)?;
+    task.go_to(place)
+        .map_err(|reason| refuse(format!("data: {reason}")))?;
+    let parameters = task.parameters();
+    let restore = saved.restore().model(&parameters);
+    let restore = restore.and_then(|restore| restore.amp_optimizer(optimizer));
+    let restored = restore.and_then(|restore| restore.finish());
+    restored.map_err(refused)?;
+    Ok(run.steps_done)
+}
+
+/// The flags in which two runs differ, with what was saved and what was given.
+fn differences(saved: &Run, here: &Run) -> String {
+    let flags = |run: &Run| {
+        let none = || "not given".to_owned();
+        let rate = run.learning_rate.map_or_else(none, |rate| rate.to_string());
+        let size = run.batch_size.map_or_else(none, |size| size.to_string());
+        let model = match run.model {
+            Model::Mlp => "mlp",
+            Model::Gpt => "gpt",
+        };
+        [
+            ("--model", model.to_owned()),
+            ("--dtype", run.dtype.to_string()),
+            ("--seed", run.seed.to_string()),
+            ("--batch-size", size),
+            ("--accumulate", run.accumulate.to_string()),
+            ("--learning-rate", rate),
+        ]
+    };
+    let pairs = flags(saved).into_iter().zip(flags(here));
+    let differing = pairs.filter(|(saved, here)| saved != here);
+    let told = differing.map(|((flag, saved), (_, here))| format!("{flag} {saved}, here {here}"));
+    told.collect::<Vec<_>>().join("; ")
+}
+
+/// `path` with the number of steps where it asks for it.
+fn numbered(path: &Path, step: u64) -> PathBuf {
+    match path.to_str() {
+        Some(text) => PathBuf::from(text.replace(STEP, &step.to_string())),
+        None => path.to_owned(),
+    }
+}

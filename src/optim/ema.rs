@@ -1,0 +1,262 @@
+//! Averages of weights over a training, which often predict better than the last weights.
+//!
+//! ```text
+//! average = average + (1 − decay) · (weight − average)        after each applied step
+//! ```
+//!
+//! Whether a step was applied is decided on the device, by the flag that decided the step itself: an average is
+//! left alone, to the bit, exactly when its weight was. The formula is a step of plain gradient descent
+//! towards the weight, so it runs in that kernel: the weight stands where the gradient would, multiplied by −1,
+//! and a weight decay of 1 adds the average to it.
+//!
+//! Averages are f32 (f64 of f64 weights): with a decay near 1 the summands are too small for 16 bits.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch::chunk_table::MAX_COLUMNS;
+use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
+use crate::launch::update_pass::{GRADIENT, PARAMETER, StepScalars};
+use crate::memory;
+use crate::optim::Parameter;
+use crate::optim::state::{Live, NamedTensors, match_named, save_named};
+use crate::optim::table::DeviceTable;
+use crate::storage::{Load, Tensor};
+
+/// Exponential moving averages of parameters, which begin as their values.
+///
+/// ```
+/// use kitsune::optim::{Ema, Parameter};
+/// use kitsune::{Context, Device, Tensor};
+///
+/// # fn main() -> kitsune::Result<()> {
+/// let context = Context::new(&Device::auto()?)?;
+/// let weight = Parameter::new("weight", Tensor::from_slice(&context, [1], &[0f32])?)?;
+/// let mut ema = Ema::new(std::slice::from_ref(&weight), 0.75)?;
+/// weight.value().fill(4.0)?;
+/// ema.update(None)?;
+/// assert_eq!(ema.average(0).expect("a parameter").item::<f32>()?, 1.0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Ema {
+    decay: f64,
+    parameters: Vec<Parameter>,
+    averages: Vec<Tensor>,
+    minus_one: Tensor,
+    table: DeviceTable,
+}
+
+impl Ema {
+    /// Averages of `parameters`, all of one stream, of which each step keeps the share `decay`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a decay that is not from 0 to below 1; [`Error::InvalidArgument`] for no
+    /// parameters or several streams; [`Error::OutOfMemory`].
+    pub fn new(parameters: &[Parameter], decay: f64) -> Result<Self> {
+        check_decay(decay)?;
+        let Some(first) = parameters.first() else {
+            return Err(Error::argument("Ema", "no parameters"));
+        };
+        let context = first.value().context();
+        let _tag = memory::tag("ema");
+        let average = |parameter: &Parameter| {
+            let value = parameter.value();
+            if value.context().stream().id() != context.stream().id() {
+                let reason = format!("parameter `{}` is on another stream", parameter.name());
+                return Err(Error::argument("Ema", reason));
+            }
+            let dtype = match value.dtype() {
+                DType::F64 => DType::F64,
+                _ => DType::F32,
+            };
+            let average = Tensor::uninit(context, value.shape(), dtype)?;
+            average.copy_from(value)?;
+            Ok(average)
+        };
+        Ok(Self {
+            decay,
+            averages: parameters.iter().map(average).collect::<Result<_>>()?,
+            parameters: parameters.to_vec(),
+            minus_one: Tensor::full(context, [], DType::F32, -1.0)?,
+            table: DeviceTable::new("Ema", COLUMNS),
+        })
+    }
+
+    /// Enqueues one update, which leaves the averages as they are unless `found_inf`, an f32 on the device, is
+    /// 0; without it they always move. The host does not wait.
+    ///
+    /// The flag is that of the step before: enqueue this between
+    /// [`step`](../amp/struct.GradScaler.html#method.step) and
+    /// [`update`](../amp/struct.GradScaler.html#method.update) of the scaler, with its
+    /// [`found_inf`](../amp/struct.GradScaler.html#method.found_inf). The scaler's update clears the flag.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::OutOfMemory`] in a
+    /// first update.
+    pub fn update(&mut self, found_inf: Option<&Tensor>) -> Result<()> {
+        let weights = self.parameters.iter().map(Parameter::value).cloned();
+        let weights: Vec<_> = weights.enumerate().collect();
+        let (averages, context) = (&self.averages, self.minus_one.context());
+        let table =
+            self.table
+                .refresh(context, averages.len(), &weights, |list, index, weight| {
+                    let mut row = [None; MAX_COLUMNS];
+                    row[PARAMETER] = Some(averages[index].span()?);
+                    row[GRADIENT] = Some(weight.span()?);
+                    list.push(index, &row[..COLUMNS])
+                })?;
+        let scalars = StepScalars {
+            found_inf: found_inf.map(Tensor::span).transpose()?,
+            inv_scale: Some(self.minus_one.span()?),
+            clip: None,
+        };
+        let numbers = SgdNumbers {
+            learning_rate: 1.0 - self.decay,
+            momentum: 0.0,
+            weight_decay: 1.0,
+            nesterov: false,
+        };
+        sgd(context.stream(), &table, &scalars, &numbers)
+    }
+
+    /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are
+    /// as before, to the bit, whatever `f` returns. Takes device memory for a copy of the parameters.
+    ///
+    /// Master weights of optimizers stay: do not step in `f`.
+    ///
+    /// # Errors
+    /// Those of `f`; [`Error::OutOfMemory`]; [`Error::Driver`] if a copy cannot be enqueued.
+    pub fn with_averages<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        let copies = self
+            .parameters
+            .iter()
+            .map(|parameter| parameter.value().duplicate());
+        let before = Before {
+            parameters: &self.parameters,
+            values: copies.collect::<Result<_>>()?,
+        };
+        for (parameter, average) in self.parameters.iter().zip(&self.averages) {
+            parameter.value().copy_from(average)?;
+        }
+        let result = f();
+        before.put_back()?;
+        result
+    }
+
+    /// Average of parameter `index`, in the order given.
+    #[must_use]
+    pub fn average(&self, index: usize) -> Option<&Tensor> {
+        self.averages.get(index)
+    }
+
+    /// The parameters, in the order given.
+    #[must_use]
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// The share that a step keeps.
+    #[must_use]
+    pub fn decay(&self) -> f64 {
+        self.decay
+    }
+
+    /// Updates enqueued from now on keep this share.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] unless it is from 0 to below 1; the old one stays.
+    pub fn set_decay(&mut self, decay: f64) -> Result<()> {
+        check_decay(decay)?;
+        self.decay = decay;
+        Ok(())
+    }
+
+    /// The averages as a value. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] if two parameters have one name; [`Error::Driver`] if work of the stream failed.
+    pub fn state_dict(&self) -> Result<EmaState> {
+        Ok(EmaState {
+            decay: self.decay,
+            averages: save_named(self.live())?,
+        })
+    }
+
+    /// Goes on from `state`. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] with the name of what does not fit; [`Error::Driver`] if the driver refuses.
+    /// Nothing was changed.
+    pub fn load_state_dict(&mut self, state: &EmaState) -> Result<()> {
+        self.load(state)?.carry_out()
+    }
+
+    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    pub(crate) fn load(&mut self, state: &EmaState) -> Result<Load<'_>> {
+        let decay = state.decay;
+        if check_decay(decay).is_err() {
+            return Err(Error::state(
+                "decay",
+                format!("{decay} is not from 0 to below 1"),
+            ));
+        }
+        let writes = match_named(self.live(), &state.averages)?;
+        Ok(Load::writing(writes).then(move || self.decay = decay))
+    }
+
+    fn live(&self) -> Vec<Live> {
+        let names = self
+            .parameters
+            .iter()
+            .map(|parameter| parameter.name().to_owned());
+        names.zip(self.averages.iter().cloned()).collect()
+    }
+}
+
+/// Averages as a value, by the names of their parameters.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EmaState {
+    /// The share that a step keeps.
+    pub decay: f64,
+    /// The averages.
+    pub averages: NamedTensors,
+}
+
+/// Refuses a decay that no average can have.
+fn check_decay(decay: f64) -> Result<()> {
+    if (0.0..1.0).contains(&decay) {
+        return Ok(());
+    }
+    let reason = format!("{decay} is not from 0 to below 1");
+    Err(Error::config("decay", reason))
+}
+
+/// Values that parameters get back, at the latest when this is dropped: `f` may panic.
+struct Before<'a> {
+    parameters: &'a [Parameter],
+    values: Vec<Tensor>,
+}
+
+impl Before<'_> {
+    fn put_back(mut self) -> Result<()> {
+        self.copy_back()
+    }
+
+    fn copy_back(&mut self) -> Result<()> {
+        let values = std::mem::take(&mut self.values);
+        let pairs = self.parameters.iter().zip(&values);
+        // Each is tried: one that fails must not keep the others from their values.
+        let outcomes: Vec<_> = pairs
+            .map(|(parameter, value)| parameter.value().copy_from(value))
+            .collect();
+        outcomes.into_iter().collect()
+    }
+}
+
+impl Drop for Before<'_> {
+    fn drop(&mut self) {
+        // A second failure beside the panic or error that is under way has nobody to tell.
+        let _ = self.copy_back();
+    }
+}
