@@ -7,6 +7,14 @@
 #pragma once
 #include "dtype.cuh"
 
+// Tests count the bytes that are read and written here.
+#ifndef KITSUNE_SHIM
+#define NOTE_READ(bytes)
+#define NOTE_WRITTEN(bytes)
+#else
+constexpr u32 size_of(u32 type) { return type == F64 ? 8 : type == F32 || type == U32 ? 4 : 2; }
+#endif
+
 // Elements that are moved at once.
 template <class T, int COUNT>
 struct alignas(sizeof(T) * COUNT < 16 ? sizeof(T) * COUNT : 16) Pack {
@@ -24,6 +32,7 @@ struct Typed {
 
     template <int COUNT, class C>
     __device__ void load(u64 index, C* into) const {
+        NOTE_READ(sizeof(T) * COUNT);
         Pack<T, COUNT> pack = *reinterpret_cast<const Pack<T, COUNT>*>(at + index);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) into[i] = widen<C>(pack.at[i]);
@@ -31,6 +40,7 @@ struct Typed {
 
     template <int COUNT, class C>
     __device__ void store(u64 index, const C* values) const {
+        NOTE_WRITTEN(sizeof(T) * COUNT);
         Pack<T, COUNT> pack;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) pack.at[i] = Narrow<T>::from(values[i]);
@@ -51,6 +61,7 @@ struct Any {
     template <int COUNT, class C>
     __device__ void load(u64 index, C* into) const {
         static_assert(COUNT == 1, "element by element");
+        NOTE_READ(size_of(type));
         switch (type) {
             case F16: *into = widen<C>(pointer<f16>(start)[index]); break;
             case BF16: *into = widen<C>(pointer<bf16>(start)[index]); break;
@@ -62,6 +73,7 @@ struct Any {
     template <int COUNT, class C>
     __device__ void store(u64 index, const C* value) const {
         static_assert(COUNT == 1, "element by element");
+        NOTE_WRITTEN(size_of(type));
         switch (type) {
             case F16: pointer<f16>(start)[index] = Narrow<f16>::from(*value); break;
             case BF16: pointer<bf16>(start)[index] = Narrow<bf16>::from(*value); break;

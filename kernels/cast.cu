@@ -21,6 +21,8 @@ __device__ void copy(const CastArguments& g) {
     u64 head = aligned_from<PACK>(g.len, Typed<T>(g.src), Typed<T>(g.dst));
     walk<PACK>(g.len, head, thread_of_grid(), threads_of_grid(), [&](u64 index, auto count) {
         typedef Pack<T, decltype(count)::value> Run;
+        NOTE_READ(sizeof(Run));
+        NOTE_WRITTEN(sizeof(Run));
         *reinterpret_cast<Run*>(dst + index) = *reinterpret_cast<const Run*>(src + index);
     });
 }

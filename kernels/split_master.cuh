@@ -28,6 +28,7 @@ struct Split {
 
     template <int COUNT>
     __device__ void load(u64 index, float* into) const {
+        NOTE_READ(2 * sizeof(u16) * COUNT);
         Pack<u16, COUNT> upper = *reinterpret_cast<const Pack<u16, COUNT>*>(high + index);
         Pack<u16, COUNT> lower = *reinterpret_cast<const Pack<u16, COUNT>*>(low + index);
 #pragma unroll
@@ -36,6 +37,7 @@ struct Split {
 
     template <int COUNT>
     __device__ void store(u64 index, const float* values) const {
+        NOTE_WRITTEN(2 * sizeof(u16) * COUNT);
         Pack<u16, COUNT> upper, lower;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) upper.at[i] = upper_of(values[i], &lower.at[i]);

@@ -89,7 +89,9 @@ struct States {
             }
 #pragma unroll
             for (int state = 0; state < COUNT; state++) {
-                if (at[state]) *reinterpret_cast<Pack<S, PACK>*>(pointer<S>(at[state]) + index) = packs[state];
+                if (!at[state]) continue;
+                NOTE_WRITTEN(sizeof(S) * PACK);
+                *reinterpret_cast<Pack<S, PACK>*>(pointer<S>(at[state]) + index) = packs[state];
             }
         } else {
 #pragma unroll

@@ -94,7 +94,7 @@ pub enum Error {
 }
 
 /// How a gradient scaler was driven out of order (the state machine of PyTorch's `GradScaler`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScalerMisuse {
     /// `unscale` twice for one optimizer without an `update` between.
@@ -124,8 +124,11 @@ pub enum ScalerMisuse {
     #[error("the state of a scaler must be taken after update(), and one is due: call it first")]
     MidIteration,
     /// Another scaler that is still there has been used with the optimizer.
-    #[error("another gradient scaler drives this optimizer; drop that one first")]
-    OtherScaler,
+    #[error("another gradient scaler drives the optimizer of {parameters}; drop that one first")]
+    OtherScaler {
+        /// What the optimizer moves: the name of its first parameter, and how many more there are.
+        parameters: String,
+    },
     /// All steps are to be skipped or none, and some were enqueued before this optimizer was checked.
     #[error(
         "{call}() is being called after another optimizer's step(); to skip all steps or none, check all \

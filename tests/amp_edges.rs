@@ -12,8 +12,10 @@ use std::sync::Arc;
 
 use kitsune::amp::{AmpConfig, GradScaler, Outcome};
 use kitsune::driver::fault::FaultDriver;
-use kitsune::optim::{Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs};
-use kitsune::{Context, DType, Device, HostConfig, Result, Tensor};
+use kitsune::optim::{
+    AdamW, AdamWConfig, Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs,
+};
+use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor};
 
 fn new_context() -> Context {
     Context::new(&device_support::device(HostConfig::default())).unwrap()
@@ -126,4 +128,162 @@ fn a_failed_clip_does_not_leave_a_flag_behind() {
         scaler.update().unwrap();
         assert!(outcome.is_applied().unwrap(), "launch {nth}");
     }
+}
+
+fn filled(context: &Context, value: f64) -> Tensor {
+    Tensor::full(context, [4], DType::F32, value).unwrap()
+}
+
+fn first(parameter: &Parameter) -> f32 {
+    parameter.value().to_vec::<f32>().unwrap()[0]
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T>, named: &str) {
+    match result {
+        Err(Error::InvalidArgument { reason, .. }) => assert!(reason.contains(named), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Ways to have gradients looked at before the step.
+type Look = fn(&mut GradScaler, &Sgd) -> Result<()>;
+
+const LOOKS: [(&str, Look); 3] = [
+    ("check", |scaler, optimizer| scaler.check(optimizer)),
+    ("clip", |scaler, optimizer| {
+        scaler.clip_grad_norm(optimizer, 1e9).map(drop)
+    }),
+    ("unscale", |scaler, optimizer| scaler.unscale(optimizer)),
+];
+
+/// A gradient that comes after the others were looked at was neither checked nor unscaled: no step is taken with it.
+#[test]
+fn a_gradient_that_comes_late_is_refused() {
+    let context = new_context();
+    for (how, look) in LOOKS {
+        let (a, b) = (parameter(&context, "a"), parameter(&context, "b"));
+        let mut optimizer = Sgd::new(
+            vec![a.clone(), b.clone()],
+            SgdConfig {
+                learning_rate: 1.0,
+                ..SgdConfig::default()
+            },
+        )
+        .unwrap();
+        let mut scaler = scaled(&context);
+        a.set_grad(filled(&context, 65536.0)).unwrap();
+        look(&mut scaler, &optimizer).unwrap();
+        b.set_grad(filled(&context, 65536.0)).unwrap();
+        refused(scaler.step(&mut optimizer), "`b` was not there");
+        assert_eq!((first(&a), first(&b)), (0.0, 0.0), "{how}");
+        if how == "unscale" {
+            refused(scaler.clip_grad_norm(&optimizer, 1.0), "`b` was not there");
+            assert_eq!(a.grad().unwrap().to_vec::<f32>().unwrap(), [1.0; 4]);
+        }
+        // Without it the step goes on where it was.
+        b.zero_grad();
+        assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+        scaler.update().unwrap();
+        assert_eq!((first(&a), first(&b)), (-1.0, 0.0), "{how}");
+    }
+}
+
+#[test]
+fn a_gradient_that_changes_after_the_check_is_refused() {
+    let context = new_context();
+    for (how, look) in LOOKS {
+        let weight = parameter(&context, "w");
+        let mut optimizer = Sgd::new(vec![weight.clone()], SgdConfig::default()).unwrap();
+        let mut scaler = scaled(&context);
+        let scaled_grad = || scaler.scale(&filled(&context, 1.0)).unwrap();
+        let (before, after) = (scaled_grad(), scaled_grad());
+        weight.set_scaled_grad(before, scaler.tag()).unwrap();
+        look(&mut scaler, &optimizer).unwrap();
+        weight.set_scaled_grad(after, scaler.tag()).unwrap();
+        let reason = match how {
+            "unscale" => "`w` is still scaled",
+            _ => "`w` changed after it was checked",
+        };
+        refused(scaler.step(&mut optimizer), reason);
+        assert_eq!(first(&weight), 0.0, "{how}");
+        // An unscaled gradient may be replaced by one that needs no scale, as in PyTorch; a checked one may not.
+        weight.set_grad(filled(&context, 0.0)).unwrap();
+        assert_eq!(
+            scaler.step(&mut optimizer).is_ok(),
+            how == "unscale",
+            "{how}"
+        );
+        scaler.update().unwrap();
+    }
+}
+
+#[test]
+fn an_optimizer_that_changes_after_the_check_is_refused() {
+    let context = new_context();
+    let (a, b) = (parameter(&context, "a"), parameter(&context, "b"));
+    a.set_grad(filled(&context, 1.0)).unwrap();
+    let mut optimizer = Swap(OptimizerId::new(), vec![a.clone()]);
+    let mut scaler = scaled(&context);
+    scaler.check(&optimizer).unwrap();
+    optimizer.1.push(b);
+    refused(scaler.step(&mut optimizer), "2 parameters, and had 1");
+    optimizer.1.pop();
+    assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+}
+
+/// Gradients may be there for some parameters in one step and for others in the next: those without one stay, weight,
+/// moments and step count; a skipped step moves nobody; reports name the right one.
+#[test]
+fn gradients_may_differ_in_number_from_step_to_step() {
+    let context = new_context();
+    let parameters = ["a", "b", "c"].map(|name| parameter(&context, name));
+    let mut optimizer = AdamW::new(parameters.to_vec(), AdamWConfig::default()).unwrap();
+    let mut scaler = scaled(&context);
+    let mut counts = [0; 3];
+    let inf = f64::INFINITY;
+    // What each parameter is given, and which overflows.
+    let steps: [([Option<f64>; 3], Option<&str>); 6] = [
+        ([Some(1.0), Some(1.0), None], None),
+        ([None, Some(1.0), None], None),
+        ([Some(1.0), Some(1.0), Some(inf)], Some("c")),
+        ([Some(1.0), Some(1.0), Some(1.0)], None),
+        ([None, None, Some(-inf)], Some("c")),
+        ([Some(inf), None, Some(1.0)], Some("a")),
+    ];
+    for (number, (gradients, bad)) in steps.into_iter().enumerate() {
+        let before = parameters.each_ref().map(first);
+        for (parameter, gradient) in parameters.iter().zip(gradients) {
+            parameter.zero_grad();
+            if let Some(gradient) = gradient {
+                parameter.set_grad(filled(&context, gradient)).unwrap();
+            }
+        }
+        let outcome = scaler.step(&mut optimizer).unwrap();
+        scaler.update().unwrap();
+        match (outcome.wait().unwrap(), bad) {
+            (Outcome::Applied, None) => {}
+            (Outcome::Skipped(report), Some(bad)) => {
+                let names: Vec<_> = report.tensors.iter().map(|one| &one.name[..]).collect();
+                assert_eq!(names, [bad], "step {number}");
+            }
+            other => panic!("step {number}: {other:?}"),
+        }
+        let after = parameters.each_ref().map(first);
+        for place in 0..3 {
+            let moves = bad.is_none() && gradients[place].is_some();
+            counts[place] += u32::from(moves);
+            assert_eq!(
+                before[place] != after[place],
+                moves,
+                "step {number}, {place}"
+            );
+        }
+        assert_eq!(optimizer.step_counts().to_vec::<u32>().unwrap(), counts);
+    }
+    // None at all is an error, and the next step goes on.
+    optimizer.zero_grad();
+    assert!(scaler.step(&mut optimizer).is_err());
+    parameters[0].set_grad(filled(&context, 1.0)).unwrap();
+    assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
 }

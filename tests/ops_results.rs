@@ -224,3 +224,64 @@ fn launchers_refuse_what_does_not_fit() {
     launch::cast(stream, &x, &x).unwrap();
     context.synchronize().unwrap();
 }
+
+/// An operand of another stream is refused under the name of the op, not of the kernel that would meet it.
+#[test]
+fn operands_of_two_streams_are_refused_by_the_op() {
+    let here = context();
+    let there = Context::new(here.device()).unwrap();
+    let ones =
+        |context: &Context, shape: &[usize]| Tensor::full(context, shape, DType::F32, 1.0).unwrap();
+    let ids = |context: &Context| Tensor::from_slice(context, [2], &[0u32, 1]).unwrap();
+    let (x, far) = (ones(&here, &[2, 2]), ones(&there, &[2, 2]));
+    let (row, far_row) = (ones(&here, &[2]), ones(&there, &[2]));
+    let linear = ops::linear(&x, &x, Some(&row)).unwrap();
+    let norm = ops::layer_norm(&x, &row, &row).unwrap();
+    let attention = ops::causal_attention(&ones(&here, &[2, 6]), 1, 2).unwrap();
+    let refusals = [
+        ("matmul", "b", ops::matmul(&x, &far).err()),
+        ("linear", "weight", ops::linear(&x, &far, None).err()),
+        ("linear", "bias", ops::linear(&x, &x, Some(&far_row)).err()),
+        ("linear_backward", "grad_out", linear.backward(&far).err()),
+        (
+            "layer_norm",
+            "bias",
+            ops::layer_norm(&x, &row, &far_row).err(),
+        ),
+        ("layer_norm_backward", "grad_out", norm.backward(&far).err()),
+        (
+            "causal_attention_backward",
+            "grad_out",
+            attention.backward(&far).err(),
+        ),
+        (
+            "softmax_cross_entropy",
+            "labels",
+            ops::softmax_cross_entropy(&x, &ids(&there)).err(),
+        ),
+        ("embedding", "ids", ops::embedding(&x, &ids(&there)).err()),
+        (
+            "embedding_backward",
+            "grad_out",
+            ops::embedding_backward(&x, &ids(&here), &far).err(),
+        ),
+    ];
+    for (op, operand, refusal) in refusals {
+        match refusal {
+            Some(Error::InvalidArgument { op: named, reason }) => {
+                assert_eq!(named, op);
+                assert!(
+                    reason.starts_with(&format!("{operand} is on another stream")),
+                    "{op}: {reason}"
+                );
+            }
+            other => panic!("{op}: {other:?}"),
+        }
+    }
+    // Autocast casts nothing before that is noticed.
+    let _scope = kitsune::amp::autocast(true, DType::F16);
+    assert!(matches!(
+        ops::matmul(&x, &far),
+        Err(Error::InvalidArgument { op: "matmul", .. })
+    ));
+}

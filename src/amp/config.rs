@@ -259,48 +259,74 @@ mod tests {
         assert_eq!(chosen(DeviceKind::Cuda, Some((7, 5))), f16);
     }
 
+    /// Sets one field to a number.
+    type Set = fn(&mut AmpConfig, f64);
+
     #[test]
-    fn what_cannot_work_is_refused_by_name() {
+    fn no_number_that_cannot_work_passes() {
         AmpConfig::default().validate().unwrap();
-        for value in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300] {
-            assert_eq!(refused(|config| config.init_scale = value), "init_scale");
+        let (nan, inf) = (f64::NAN, f64::INFINITY);
+        // Numbers that no field takes, and those that one of them does not.
+        let bad = [nan, -nan, 0.0, -0.0, -1.0, -f64::MIN_POSITIVE, inf, -inf];
+        let fields: [(&str, Set, &[f64]); 5] = [
+            (
+                "init_scale",
+                |config, x| config.init_scale = x,
+                &[1e-300, 1e300],
+            ),
+            (
+                "min_scale",
+                |config, x| config.min_scale = x,
+                &[1e-40, 1e300],
+            ),
+            (
+                "max_scale",
+                |config, x| config.max_scale = x,
+                &[1e-40, f64::from(f32::MAX)],
+            ),
+            (
+                "growth_factor",
+                |config, x| config.growth_factor = x,
+                &[1.0, 0.5, 1e-300],
+            ),
+            (
+                "backoff_factor",
+                |config, x| config.backoff_factor = x,
+                &[1.0, 2.0],
+            ),
+        ];
+        for (field, set, more) in fields {
+            for value in bad.iter().chain(more) {
+                let named = refused(|config| set(config, *value));
+                assert_eq!(named, field, "{value}");
+                let mut config = AmpConfig::default();
+                set(&mut config, *value);
+                let reason = config.validate().unwrap_err().to_string();
+                assert!(
+                    reason.contains(&format!("{value}")) || reason.contains(&format!("{value:e}")),
+                    "{reason}"
+                );
+            }
         }
-        for value in [0.0, -0.5, 1.0, 2.0, f64::NAN] {
-            assert_eq!(
-                refused(|config| config.backoff_factor = value),
-                "backoff_factor"
-            );
+    }
+
+    #[test]
+    fn counts_and_limits_that_cannot_work_are_refused_by_name() {
+        for value in [0, 1 << 31, u32::MAX] {
+            let named = refused(|config| config.growth_interval = value);
+            assert_eq!(named, "growth_interval");
         }
-        for value in [1.0, 0.5, f64::NAN, f64::INFINITY] {
-            assert_eq!(
-                refused(|config| config.growth_factor = value),
-                "growth_factor"
-            );
+        for dtype in [DType::F32, DType::F64, DType::U32] {
+            assert_eq!(refused(|config| config.dtype = dtype), "dtype");
         }
-        for value in [0, 1 << 31] {
-            assert_eq!(
-                refused(|config| config.growth_interval = value),
-                "growth_interval"
-            );
-        }
-        for value in [0.0, f64::NAN, 1e-40] {
-            assert_eq!(refused(|config| config.min_scale = value), "min_scale");
-        }
-        assert_eq!(
-            refused(|config| config.max_scale = f64::from(f32::MAX)),
-            "max_scale"
-        );
-        assert_eq!(refused(|config| config.dtype = DType::F32), "dtype");
-        assert_eq!(
-            refused(|config| (config.min_scale, config.max_scale) = (8.0, 4.0)),
-            "min_scale"
-        );
+        // Floor and cap that cross, and a scale that is not between them.
+        let crossed = refused(|config| (config.min_scale, config.max_scale) = (8.0, 4.0));
+        assert_eq!(crossed, "min_scale");
         assert_eq!(refused(|config| config.max_scale = 1024.0), "init_scale");
+        assert_eq!(refused(|config| config.min_scale = 1e6), "init_scale");
         assert_eq!(refused(|config| config.hysteresis = 0), "hysteresis");
         assert_eq!(refused(|config| config.storm_skips = 33), "storm_skips");
-        assert_eq!(
-            refused(|config| config.nan_policy = NanPolicy::ErrorAfter(0)),
-            "nan_policy"
-        );
+        let nan_policy = refused(|config| config.nan_policy = NanPolicy::ErrorAfter(0));
+        assert_eq!(nan_policy, "nan_policy");
     }
 }

@@ -77,6 +77,12 @@ impl Journal {
         }
     }
 
+    /// Optimizers, and former ones, whose names are kept.
+    #[cfg(test)]
+    pub(super) fn names_len(&self) -> usize {
+        self.names.lock().known.len()
+    }
+
     /// Step `step` was enqueued.
     pub(super) fn stepped(&self, step: u64) {
         self.steps.store(step, Ordering::Release);

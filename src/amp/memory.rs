@@ -144,3 +144,26 @@ impl ScaleMemory {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{Device, HostConfig};
+
+    /// An optimizer whose parameters change at every step costs no more names than one that is made anew.
+    #[test]
+    fn names_of_changing_parameters_do_not_pile_up() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let context = Context::new(&device).unwrap();
+        let memory = ScaleMemory::new(&context, 1.0, false).unwrap();
+        let value = Tensor::zeros(&context, [1], DType::F32).unwrap();
+        let mut known = None;
+        let mut most = 0;
+        for step in 0..1000 {
+            let parameter = Parameter::new(format!("w{step}"), value.clone()).unwrap();
+            known = Some(memory.name(&[parameter], known).0);
+            most = most.max(memory.journal.names_len());
+        }
+        assert!((2..=100).contains(&most), "{most}");
+    }
+}

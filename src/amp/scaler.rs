@@ -7,7 +7,7 @@ use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
 use crate::amp::journal::scale_changes;
 use crate::amp::memory::{OPTIMIZERS, ScaleMemory};
-use crate::amp::slot::{Slot, Stage};
+use crate::amp::slot::{Slot, Stage, told};
 use crate::amp::{
     AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
     StepTimes,
@@ -17,7 +17,7 @@ use crate::launch::journal::{
     BACKOFFS, GROWTHS, NAN_STEPS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
 };
 use crate::launch::{Change, NormKind, scale_update};
-use crate::optim::{Optimizer, OptimizerId, ScaleTag, UnscaleMark, moment};
+use crate::optim::{CheckAtOnce, Optimizer, OptimizerId, Parameter, ScaleTag, UnscaleMark, moment};
 use crate::storage::{Context, Load, Tensor};
 
 /// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
@@ -111,6 +111,39 @@ impl GradScaler {
         })
     }
 
+    /// Adds `grad` to the parameter's gradient, as
+    /// [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad) does with this
+    /// scaler's [`tag`](Self::tag), and checks the sum in the pass that writes it.
+    ///
+    /// [`check`](Self::check), [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) then do not read that
+    /// gradient to check it: what they find, norm included, is the same to the bit. They read it as ever if it was
+    /// made by no such sum (the first term becomes the gradient as it is), or belongs to another iteration, for norms
+    /// other than L2, and if it was written since through this crate. Who writes it otherwise, say in an all-reduce,
+    /// calls [`Tensor::mark_written`] on it.
+    ///
+    /// # Errors
+    /// As [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad), and
+    /// [`Error::InvalidArgument`] for a parameter on another stream than the scaler's. Nothing was added.
+    pub fn accumulate(&self, parameter: &Parameter, grad: Tensor) -> Result<()> {
+        let op = "accumulate";
+        let Some(memory) = &self.memory else {
+            return parameter.accumulate(op, grad, None, None);
+        };
+        if parameter.value().context().stream().id() != memory.context().stream().id() {
+            let name = parameter.name();
+            let reason = format!("parameter `{name}` is on another stream than the scaler");
+            return Err(Error::argument(op, reason));
+        }
+        let check = CheckAtOnce {
+            by: ScaleTag {
+                scaler: *self.id,
+                since: self.since,
+            },
+            inv_scale: &memory.inv_scale,
+        };
+        parameter.accumulate(op, grad, self.tag(), Some(&check))
+    }
+
     /// Checks the optimizer's gradients for infinities and NaN without changing them. [`step`](Self::step) does
     /// it by itself; before it, only [`SkipPolicy::AllOrNone`] needs it.
     ///
@@ -118,7 +151,7 @@ impl GradScaler {
     /// As [`unscale`](Self::unscale).
     pub fn check<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
-        match self.slot("check", optimizer.id())? {
+        match self.slot("check", optimizer)? {
             Some((memory, slot)) => slot.check("check", memory, optimizer.parameters(), mark),
             None => Ok(()),
         }
@@ -135,7 +168,7 @@ impl GradScaler {
     /// two, lies on another stream, or shares memory with another one. Nothing was changed.
     pub fn unscale<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
-        match self.slot("unscale", optimizer.id())? {
+        match self.slot("unscale", optimizer)? {
             Some((memory, slot)) => slot.unscale(memory, optimizer.parameters(), mark),
             None => Ok(()),
         }
@@ -194,7 +227,7 @@ impl GradScaler {
     ) -> Result<Tensor> {
         let mark = self.mark(optimizer.id());
         let parameters = optimizer.parameters();
-        match self.slot("clip_grad_norm", optimizer.id())? {
+        match self.slot("clip_grad_norm", optimizer)? {
             Some((memory, slot)) => slot.clip(memory, parameters, mark, (max_norm, kind)),
             None => {
                 let Some(first) = parameters.first() else {
@@ -216,9 +249,8 @@ impl GradScaler {
     /// otherwise as [`unscale`](Self::unscale) and the optimizer's step.
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
-        let id = optimizer.id().clone();
         let number = self.steps + 1;
-        match self.slot("step", &id)? {
+        match self.slot("step", optimizer)? {
             None => {
                 optimizer.step_unscaled()?;
                 self.steps += 1;
@@ -511,11 +543,12 @@ impl GradScaler {
     }
 
     /// The optimizer's slot, made at its first call; `None` if disabled.
-    fn slot(
+    fn slot<O: Optimizer + ?Sized>(
         &mut self,
         call: &'static str,
-        id: &OptimizerId,
+        optimizer: &O,
     ) -> Result<Option<(&ScaleMemory, &mut Slot)>> {
+        let id = optimizer.id();
         let Some(memory) = &self.memory else {
             return Ok(None);
         };
@@ -537,7 +570,8 @@ impl GradScaler {
         };
         if known.is_none() {
             if !id.claim(&self.id) {
-                return Err(ScalerMisuse::OtherScaler.into());
+                let parameters = told(optimizer.parameters());
+                return Err(ScalerMisuse::OtherScaler { parameters }.into());
             }
             // With one flag for all, whoever overflows skips all steps.
             let slot = Slot::new(id, memory.flag(if all_or_none { 0 } else { index })?);

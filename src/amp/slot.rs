@@ -7,7 +7,8 @@ use crate::error::{Error, Result, ScalerMisuse};
 use crate::launch::NormKind;
 use crate::launch::journal::{CHECK_TIME, CLIP_TIME, RecordOperands, STEP_TIME, record_step};
 use crate::optim::{
-    Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs, UnscaleMark,
+    CheckAtOnce, Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs,
+    UnscaleMark,
 };
 use crate::storage::Tensor;
 
@@ -36,6 +37,8 @@ pub(super) struct Slot {
     stage: Stage,
     found_inf: Tensor,
     gradients: Gradients,
+    /// What the last pass went over: for each parameter the moment of its gradient's last term, if it had a gradient.
+    seen: Vec<Option<u64>>,
     /// Taken since the last update; the coefficient too if the step is to apply it.
     norm_taken: bool,
     clip: Option<Tensor>,
@@ -51,6 +54,7 @@ impl Slot {
             stage: Stage::Ready,
             found_inf,
             gradients: Gradients::new("gradients"),
+            seen: Vec::new(),
             norm_taken: false,
             clip: None,
         }
@@ -125,7 +129,7 @@ impl Slot {
             Stage::Checked | Stage::Unscaled => return Err(ScalerMisuse::AlreadyUnscaled.into()),
             Stage::Stepped => return Err(ScalerMisuse::UnscaleAfterStep.into()),
         }
-        let pass = Pass::Check(Some(&memory.inv_scale), NormKind::L2);
+        let pass = still_scaled(memory, mark, NormKind::L2);
         self.pass(op, memory, parameters, mark, pass)?;
         // Should the step fail, the flag still counts in the next update, which clears it.
         self.stage = Stage::Checked;
@@ -152,8 +156,13 @@ impl Slot {
                 format!("max_norm is {max_norm}, not zero or more"),
             ));
         }
-        let inv_scale = (!in_place).then_some(&memory.inv_scale);
-        self.pass(op, memory, parameters, mark, Pass::Check(inv_scale, kind))?;
+        let pass = if in_place {
+            self.check_unchanged(op, parameters)?;
+            Pass::Check(None, kind)
+        } else {
+            still_scaled(memory, mark, kind)
+        };
+        self.pass(op, memory, parameters, mark, pass)?;
         if !in_place {
             // Should the rest fail, the flag still counts in the next update, which clears it.
             self.stage = Stage::Checked;
@@ -188,8 +197,14 @@ impl Slot {
                 self.check("step", memory, optimizer.parameters(), mark)?;
                 Some(memory.inv_scale.clone())
             }
-            Stage::Checked => Some(memory.inv_scale.clone()),
-            Stage::Unscaled => None,
+            Stage::Checked => {
+                self.check_unchanged("step", optimizer.parameters())?;
+                Some(memory.inv_scale.clone())
+            }
+            Stage::Unscaled => {
+                self.check_unchanged("step", optimizer.parameters())?;
+                None
+            }
             Stage::Stepped => return Err(ScalerMisuse::AlreadyStepped.into()),
         };
         let inputs = StepInputs {
@@ -230,10 +245,64 @@ impl Slot {
             (self.recorded_as, self.names) = (Some(number), names);
         }
         let (gradients, flag) = (&mut self.gradients, self.found_inf.span()?);
-        if memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag))? {
-            return Ok(());
+        let any = memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag));
+        if any.is_err() && self.gradients.is_half_done() {
+            // The flag that may be set counts in the next update, which clears it.
+            self.stage = Stage::Checked;
         }
-        Err(ScalerMisuse::NothingChecked.into())
+        if !any? {
+            return Err(ScalerMisuse::NothingChecked.into());
+        }
+        self.seen.clear();
+        self.seen.extend(parameters.iter().map(last_term));
+        Ok(())
+    }
+
+    /// Refuses gradients that the last pass did not go over. One that was dropped since is no harm: its parameter
+    /// stays where it is. Unscaled ones may have been replaced by others, which the caller vouches for.
+    fn check_unchanged(&self, op: &'static str, parameters: &[Parameter]) -> Result<()> {
+        if parameters.len() != self.seen.len() {
+            let reason = format!(
+                "the optimizer has {} parameters, and had {} when its gradients were checked",
+                parameters.len(),
+                self.seen.len()
+            );
+            return Err(Error::argument(op, reason));
+        }
+        for (parameter, seen) in parameters.iter().zip(&self.seen) {
+            let Some(origin) = parameter.origin() else {
+                continue;
+            };
+            let is_same = *seen == Some(origin.until);
+            let what = match (seen, self.stage) {
+                (None, _) => "was not there when the optimizer's gradients were checked",
+                (_, Stage::Checked) if !is_same => "changed after it was checked",
+                (_, Stage::Unscaled) if origin.tag.is_some() => "is still scaled",
+                _ => continue,
+            };
+            let name = parameter.name();
+            let reason = format!(
+                "the gradient of `{name}` {what}; check, unscale or clip when all are there"
+            );
+            return Err(Error::argument(op, reason));
+        }
+        Ok(())
+    }
+}
+
+/// The moment of the last term of a parameter's gradient.
+fn last_term(parameter: &Parameter) -> Option<u64> {
+    parameter.origin().map(|origin| origin.until)
+}
+
+/// The pass over gradients that are still multiplied by the scale.
+fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass<'_> {
+    match kind {
+        NormKind::L2 => Pass::CheckUnlessProduced(CheckAtOnce {
+            by: mark.tag(),
+            inv_scale: &memory.inv_scale,
+        }),
+        _ => Pass::Check(Some(&memory.inv_scale), kind),
     }
 }
 
@@ -267,4 +336,13 @@ fn check_origin(op: &'static str, parameter: &Parameter, mark: UnscaleMark) -> R
         );
     }
     Ok(())
+}
+
+/// An optimizer by its parameters: the first, and how many more.
+pub(super) fn told(parameters: &[Parameter]) -> String {
+    match parameters {
+        [] => "no parameters".to_owned(),
+        [one] => format!("`{}`", one.name()),
+        [first, more @ ..] => format!("`{}` and {} more", first.name(), more.len()),
+    }
 }

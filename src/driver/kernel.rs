@@ -26,6 +26,13 @@ pub trait Kernel: Debug + Send + Sync {
         let _ = into;
     }
 
+    /// What the kernel moves between memory and processor if it does not skip itself, or `None` if it does not
+    /// tell. Elements of arrays count once for each time that they are read or written; single numbers, tables
+    /// and what blocks hand each other do not.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
+
     /// The launch shape of the entry point.
     fn grid(&self) -> Grid {
         Grid::over(self.elements())
@@ -38,6 +45,15 @@ pub trait Kernel: Debug + Send + Sync {
     /// memory that is written is not accessed by anything else meanwhile, and memory that is read is not
     /// written by anything else.
     unsafe fn run(&self);
+}
+
+/// Bytes that a kernel moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes it reads.
+    pub read: u64,
+    /// Bytes it writes.
+    pub written: u64,
 }
 
 /// The launch shape of device code: one-dimensional, as every body walks its elements by itself.

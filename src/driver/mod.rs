@@ -34,7 +34,7 @@ pub use device::Device;
 pub use event::Event;
 pub use graph::Graph;
 pub use host::{HostConfig, Schedule};
-pub use kernel::{Arguments, Grid, Kernel};
+pub use kernel::{Arguments, Grid, Kernel, Traffic};
 pub use stream::Stream;
 
 use crate::error::Result;

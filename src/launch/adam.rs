@@ -35,7 +35,7 @@
 //!
 //! Twins: [`Advance`], [`Adam`].
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::ChunkTable;
@@ -43,7 +43,7 @@ use crate::launch::compute::Compute;
 use crate::launch::device::push_spans;
 use crate::launch::stochastic::random_key;
 use crate::launch::update_pass::{
-    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row,
+    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row, traffic,
 };
 use crate::launch::vector::vectorized;
 use crate::launch::{Span, enqueue};
@@ -161,6 +161,10 @@ impl Kernel for Advance {
         self.scalars.push_to(into);
         self.settings.push_to(into);
         push_spans(into, &[&self.steps.steps, &self.steps.rows]);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic::default())
     }
 
     fn grid(&self) -> Grid {
@@ -340,6 +344,10 @@ impl Kernel for Adam {
         self.table.push_to(into);
         self.scalars.push_to(into);
         push_spans(into, &[&self.rows]);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(traffic(&self.table))
     }
 
     fn grid(&self) -> Grid {

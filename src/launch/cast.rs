@@ -9,7 +9,7 @@ use super::compute::{
     with_element,
 };
 use super::device::push_spans;
-use crate::driver::{Arguments, Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream, Traffic};
 use crate::dtype::{DType, Element, Overflow};
 use crate::error::{Error, Result};
 
@@ -96,6 +96,13 @@ impl Kernel for Cast {
         push_spans(into, &[&self.src, &self.dst]);
         into.u64(self.elements());
         into.f64(self.limit);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic {
+            read: self.src.bytes(),
+            written: self.dst.bytes(),
+        })
     }
 
     unsafe fn run(&self) {

@@ -33,7 +33,7 @@ const HEAD_WORDS: usize = 3;
 const TYPE_BITS: usize = 4;
 
 /// Scratch words of one chunk.
-const SCRATCH_WORDS: usize = 4;
+pub(crate) const SCRATCH_WORDS: usize = 4;
 
 /// The host side of a table: its rows cut into chunks.
 #[derive(Debug)]
@@ -42,6 +42,7 @@ pub(crate) struct ChunkList {
     columns: usize,
     tensors: usize,
     elements: u64,
+    moved: RowBytes,
     words: Vec<u64>,
     /// First chunk of every tensor up to the last that has a row.
     firsts: Vec<u64>,
@@ -57,6 +58,7 @@ impl ChunkList {
             columns,
             tensors: 0,
             elements: 0,
+            moved: RowBytes::default(),
             words: Vec::new(),
             firsts: Vec::new(),
             spans: Vec::new(),
@@ -67,6 +69,7 @@ impl ChunkList {
     pub(crate) fn restart(&mut self, tensors: usize) {
         self.tensors = tensors;
         self.elements = 0;
+        self.moved = RowBytes::default();
         self.words.clear();
         self.firsts.clear();
         self.spans.clear();
@@ -171,6 +174,7 @@ impl ChunkList {
         }
         if len > 0 {
             self.elements += len as u64;
+            self.moved.add(row);
             self.spans.extend(row.iter().flatten());
         }
         Ok(())
@@ -216,6 +220,7 @@ impl ChunkList {
             columns: self.columns,
             tensors: self.tensors,
             elements: self.elements,
+            moved: self.moved,
         }
     }
 
@@ -256,6 +261,26 @@ fn merged_dims(shape: &[usize], strides: &[usize]) -> Vec<(usize, usize)> {
     merged
 }
 
+/// Bytes of all rows of a table: what kernels over it move.
+#[derive(Clone, Copy, Debug, Default)]
+struct RowBytes {
+    columns: [u64; MAX_COLUMNS],
+    /// In the first column, of rows whose elements in the other column are wider.
+    beside: [u64; MAX_COLUMNS],
+}
+
+impl RowBytes {
+    fn add(&mut self, row: &[Option<Span>]) {
+        let bytes = |span: &Option<Span>| span.map_or(0, |span| span.bytes());
+        let first = row.first().map_or(0, bytes);
+        let sums = self.columns.iter_mut().zip(&mut self.beside);
+        for (span, (column, beside)) in row.iter().zip(sums) {
+            *column += bytes(span);
+            *beside += if bytes(span) > first { first } else { 0 };
+        }
+    }
+}
+
 /// A table in device memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ChunkTable {
@@ -264,6 +289,7 @@ pub(crate) struct ChunkTable {
     columns: usize,
     tensors: usize,
     elements: u64,
+    moved: RowBytes,
 }
 
 impl ChunkTable {
@@ -280,6 +306,16 @@ impl ChunkTable {
     /// Elements of all rows.
     pub(crate) fn elements(&self) -> u64 {
         self.elements
+    }
+
+    /// Bytes of all elements in a column.
+    pub(crate) fn bytes(&self, column: usize) -> u64 {
+        self.moved.columns[column]
+    }
+
+    /// Bytes in the first column, of rows that have wider elements in column `column`.
+    pub(crate) fn bytes_beside_wider(&self, column: usize) -> u64 {
+        self.moved.beside[column]
     }
 
     /// Chunks of all rows.

@@ -18,7 +18,7 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::chunk_table::{Chunk, ChunkTable};
@@ -159,6 +159,10 @@ impl Kernel for ClipCoefficient {
         into.u32(self.kind.code());
     }
 
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic::default())
+    }
+
     fn grid(&self) -> Grid {
         Grid::of_blocks(1)
     }
@@ -226,6 +230,14 @@ impl Kernel for Multiply {
     fn arguments(&self, into: &mut Arguments) {
         self.table.push_to(into);
         push_spans(into, &[&self.factor]);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        let bytes = self.table.bytes(0);
+        Some(Traffic {
+            read: bytes,
+            written: bytes,
+        })
     }
 
     fn grid(&self) -> Grid {

@@ -333,6 +333,15 @@ vectorized! {
     }
 }
 
+vectorized! {
+    /// `values[i] = terms[i] + values[i]`.
+    pub(super) fn add_all<C: Compute>(values: &mut [C], terms: &[C]) {
+        for (value, term) in values.iter_mut().zip(terms) {
+            *value = *term + *value;
+        }
+    }
+}
+
 /// The only element of a one-element span.
 ///
 /// # Safety

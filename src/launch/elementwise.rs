@@ -14,7 +14,7 @@ use super::compute::{
     Compute, check_floats, check_streams, entry_name, load_scalar, map, map2, with_compute,
 };
 use super::device::{entry_by_types, push_spans, push_types};
-use crate::driver::{Arguments, Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -146,6 +146,13 @@ impl Kernel for Binary {
         push_spans(into, &spans);
         into.u64(self.elements());
         push_types(into, &spans);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic {
+            read: self.a.bytes() + self.b.bytes(),
+            written: self.out.bytes(),
+        })
     }
 
     unsafe fn run(&self) {

@@ -20,10 +20,10 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch::chunk_table::{Chunk, ChunkTable};
+use crate::launch::chunk_table::{Chunk, ChunkTable, SCRATCH_WORDS};
 use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store, view};
 use crate::launch::device::{push_optional, push_spans};
 use crate::launch::vector::vectorized;
@@ -129,7 +129,7 @@ struct GradientCheck {
 
 /// What one chunk, or one tensor, adds to the statistics.
 #[derive(Clone, Copy, Debug)]
-struct Partial {
+pub(super) struct Partial {
     norm: f64,
     inf: u64,
     nan: u64,
@@ -137,14 +137,28 @@ struct Partial {
 }
 
 impl Partial {
-    const NONE: Self = Self {
+    pub(super) const NONE: Self = Self {
         norm: 0.0,
         inf: 0,
         nan: 0,
         first: NO_INDEX,
     };
 
-    fn add(&mut self, other: Self, kind: NormKind) {
+    /// As words in memory.
+    pub(super) fn to_words(self) -> [u64; SCRATCH_WORDS] {
+        [self.norm.to_bits(), self.inf, self.nan, self.first]
+    }
+
+    pub(super) fn from_words(words: &[u64]) -> Self {
+        Self {
+            norm: f64::from_bits(words[0]),
+            inf: words[1],
+            nan: words[2],
+            first: words[3],
+        }
+    }
+
+    pub(super) fn add(&mut self, other: Self, kind: NormKind) {
         self.norm = match kind {
             NormKind::L1 | NormKind::L2 => self.norm + other.norm,
             // Unlike `f64::max`, NaN wins.
@@ -157,22 +171,63 @@ impl Partial {
     }
 }
 
+impl GradientStats {
+    /// Refuses places of another stream, or that do not fit so many tensors.
+    pub(super) fn check(&self, op: &'static str, stream: &Stream, tensors: usize) -> Result<()> {
+        check_operand(op, stream, &self.norms, DType::F64, tensors)?;
+        check_operand(op, stream, &self.counts, DType::U32, tensors * COUNT_WORDS)
+    }
+
+    /// Writes what was found about each tensor of which something is known, and sets `found_inf` if an element of
+    /// one is not finite.
+    ///
+    /// # Safety
+    /// As [`Span::slice_mut`], for the statistics and for `found_inf`.
+    pub(super) unsafe fn write(&self, totals: &[Option<Partial>], found_inf: &Span) {
+        // SAFETY: the caller's promise.
+        let norms = unsafe { self.norms.slice_mut::<f64>() };
+        // SAFETY: as above.
+        let counts = unsafe { self.counts.slice_mut::<u32>() };
+        let places = norms.iter_mut().zip(counts.chunks_exact_mut(COUNT_WORDS));
+        for (total, (norm, counts)) in totals.iter().zip(places) {
+            let Some(total) = total else { continue };
+            *norm = total.norm;
+            counts.copy_from_slice(&[
+                u32::try_from(total.inf).unwrap_or(u32::MAX),
+                u32::try_from(total.nan).unwrap_or(u32::MAX),
+                low_word(total.first),
+                low_word(total.first >> 32),
+            ]);
+        }
+        let is_bad = |total: &Partial| total.inf + total.nan > 0;
+        if totals.iter().flatten().any(is_bad) {
+            // SAFETY: the caller's promise.
+            unsafe { found_inf.slice_mut() }.fill(1f32);
+        }
+    }
+}
+
+/// Refuses an operand of another stream, type or length.
+pub(super) fn check_operand(
+    op: &'static str,
+    stream: &Stream,
+    span: &Span,
+    dtype: DType,
+    len: usize,
+) -> Result<()> {
+    span.check_stream(op, stream)?;
+    span.check_dtype(op, dtype)?;
+    span.check_len(op, len)
+}
+
 impl GradientCheck {
     fn check_operands(&self, op: &'static str, stream: &Stream) -> Result<()> {
         self.table.check(op, stream, 1)?;
-        let tensors = self.table.tensors();
-        for (span, dtype, len) in [
-            (Some(&self.found_inf), DType::F32, 1),
-            (self.inv_scale.as_ref(), DType::F32, 1),
-            (Some(&self.stats.norms), DType::F64, tensors),
-            (Some(&self.stats.counts), DType::U32, tensors * COUNT_WORDS),
-        ] {
-            let Some(span) = span else { continue };
-            span.check_stream(op, stream)?;
-            span.check_dtype(op, dtype)?;
-            span.check_len(op, len)?;
+        check_operand(op, stream, &self.found_inf, DType::F32, 1)?;
+        if let Some(inv_scale) = &self.inv_scale {
+            check_operand(op, stream, inv_scale, DType::F32, 1)?;
         }
-        Ok(())
+        self.stats.check(op, stream, self.table.tensors())
     }
 
     fn chunk(&self, chunk: &Chunk<'_>, inv: f32) -> Partial {
@@ -211,7 +266,12 @@ impl GradientCheck {
 }
 
 /// The statistics of one block that begins at element `offset` of its tensor, multiplied by `factor`.
-fn summarize<C: Compute>(values: &[C], factor: C, offset: u64, kind: NormKind) -> Partial {
+pub(super) fn summarize<C: Compute>(
+    values: &[C],
+    factor: C,
+    offset: u64,
+    kind: NormKind,
+) -> Partial {
     let squares = sum(values, factor, &|value| value * value);
     let norm = match kind {
         NormKind::L2 => squares,
@@ -285,6 +345,12 @@ impl Kernel for GradientCheck {
         into.u32(self.kind.code());
     }
 
+    fn traffic(&self) -> Option<Traffic> {
+        let read = self.table.bytes(0);
+        let written = if self.write { read } else { 0 };
+        Some(Traffic { read, written })
+    }
+
     fn grid(&self) -> Grid {
         Grid::of_blocks(self.table.chunks_len() as u64)
     }
@@ -305,31 +371,14 @@ impl Kernel for GradientCheck {
                 .collect()
         };
 
-        // SAFETY: only this kernel accesses the statistics now.
-        let norms = unsafe { self.stats.norms.slice_mut::<f64>() };
-        // SAFETY: as above.
-        let counts = unsafe { self.stats.counts.slice_mut::<u32>() };
-        let mut totals = vec![Partial::NONE; self.table.tensors()];
+        let mut totals = vec![Some(Partial::NONE); self.table.tensors()];
         for (chunk, partial) in chunks.iter().zip(partials) {
-            totals[chunk.tensor()].add(partial, self.kind);
+            if let Some(total) = &mut totals[chunk.tensor()] {
+                total.add(partial, self.kind);
+            }
         }
-        for ((total, norm), counts) in totals
-            .iter()
-            .zip(norms)
-            .zip(counts.chunks_exact_mut(COUNT_WORDS))
-        {
-            *norm = total.norm;
-            counts.copy_from_slice(&[
-                u32::try_from(total.inf).unwrap_or(u32::MAX),
-                u32::try_from(total.nan).unwrap_or(u32::MAX),
-                low_word(total.first),
-                low_word(total.first >> 32),
-            ]);
-        }
-        if totals.iter().any(|total| total.inf + total.nan > 0) {
-            // SAFETY: only this kernel accesses the flag now.
-            unsafe { self.found_inf.slice_mut() }.fill(1f32);
-        }
+        // SAFETY: only this kernel accesses the statistics and the flag now.
+        unsafe { self.stats.write(&totals, &self.found_inf) };
     }
 }
 

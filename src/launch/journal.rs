@@ -11,7 +11,7 @@
 //!
 //! Twin: [`StepRecord`].
 
-use crate::driver::{Arguments, Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::device::{push_optional, push_sizes, push_spans};
@@ -190,6 +190,10 @@ impl Kernel for StepRecord {
         push_optional(into, operands.total_norm.as_ref());
         into.u64(operands.optimizer);
         into.u64(operands.step);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic::default())
     }
 
     unsafe fn run(&self) {

@@ -28,6 +28,7 @@ mod embedding;
 mod fill;
 pub(crate) mod fp8_update;
 pub(crate) mod gradient_check;
+pub(crate) mod gradient_produce;
 pub(crate) mod journal;
 mod layer_norm;
 mod matmul;

@@ -19,7 +19,7 @@
 //!
 //! Twin: [`ScaleUpdate`]. [`next_scale`] is the rule by itself.
 
-use crate::driver::{Arguments, Kernel, Stream};
+use crate::driver::{Arguments, Kernel, Stream, Traffic};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::device::{push_sizes, push_spans};
@@ -256,6 +256,10 @@ impl Kernel for ScaleUpdate {
         into.u32(u32::from(ignore_nan));
         into.u32(u32::from(forced.is_some()));
         into.f32(forced.unwrap_or(0.0));
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(Traffic::default())
     }
 
     unsafe fn run(&self) {

@@ -14,13 +14,13 @@
 //!
 //! Twin: [`Sgd`].
 
-use crate::driver::{Arguments, Grid, Kernel, Stream};
+use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::error::Result;
 use crate::launch::chunk_table::ChunkTable;
 use crate::launch::compute::Compute;
 use crate::launch::enqueue;
 use crate::launch::update_pass::{
-    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row,
+    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row, traffic,
 };
 use crate::launch::vector::vectorized;
 
@@ -167,6 +167,10 @@ impl Kernel for Sgd {
         self.table.push_to(into);
         self.scalars.push_to(into);
         self.settings.push_to(into);
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        Some(traffic(&self.table))
     }
 
     fn grid(&self) -> Grid {

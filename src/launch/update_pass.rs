@@ -18,7 +18,7 @@
 
 use rayon::prelude::*;
 
-use crate::driver::{Arguments, Stream};
+use crate::driver::{Arguments, Stream, Traffic};
 use crate::dtype::{DType, bf16};
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
@@ -140,6 +140,24 @@ pub(super) trait Rule: Sync {
 
     /// The key of the random numbers that state in bf16 is rounded by.
     fn random_key(&self, tensor: usize) -> u64;
+}
+
+/// What a pass over `table` moves: weights, gradients and state are read; weights and state are written, and so are
+/// parameters beside master weights.
+pub(super) fn traffic(table: &ChunkTable) -> Traffic {
+    let states: u64 = (STATE..table.columns())
+        .map(|column| table.bytes(column))
+        .sum();
+    let parameters = table.bytes(PARAMETER);
+    let masters = table.bytes(MASTER);
+    Traffic {
+        // A parameter is not read if it has a master in f32; it is if it is the upper half of its master.
+        read: parameters - table.bytes_beside_wider(MASTER)
+            + table.bytes(GRADIENT)
+            + masters
+            + states,
+        written: parameters + masters + states,
+    }
 }
 
 /// Applies `rule` to every row of `table`, gradients multiplied by `factors`.

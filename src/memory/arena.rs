@@ -145,38 +145,50 @@ impl Arena {
     pub(super) fn allocate(&mut self, bytes: u64) -> Option<Placed> {
         let units = bytes / GRANULARITY;
         let index = self.bins.find(&self.blocks, units)?;
-        self.bins.remove(&mut self.blocks, index);
-        let block = self.blocks.at(index);
-        block.is_free = false;
-        let placed = Placed {
+        let Block {
+            link,
+            start,
+            segment,
+            before,
+            ..
+        } = *self.blocks.at(index);
+        let placed = |index| Placed {
             index,
-            segment: block.segment,
-            offset: block.start * GRANULARITY,
+            segment,
+            offset: start * GRANULARITY,
         };
-        if block.link.units > units {
-            self.split(index, units);
+        if link.units == units {
+            self.bins.remove(&mut self.blocks, index);
+            self.blocks.at(index).is_free = false;
+            return Some(placed(index));
         }
-        Some(placed)
+        // The front is cut off, and what is left keeps its name.
+        let taken = self.blocks.insert(Block {
+            link: Link::new(units),
+            start,
+            segment,
+            before,
+            after: index,
+            is_free: false,
+        });
+        self.bins
+            .resize(&mut self.blocks, index, link.units - units);
+        let rest = self.blocks.at(index);
+        rest.start = start + units;
+        rest.before = taken;
+        self.set_after(before, segment, taken);
+        Some(placed(taken))
     }
 
-    /// Cuts block `index` down to `units` and files the remainder.
-    fn split(&mut self, index: Index, units: u64) {
-        let block = *self.blocks.at(index);
-        let rest = self.blocks.insert(Block {
-            link: Link::new(block.link.units - units),
-            start: block.start + units,
-            segment: block.segment,
-            before: index,
-            after: block.after,
-            is_free: true,
-        });
-        if block.after != NONE {
-            self.blocks.at(block.after).before = rest;
+    /// Makes `after` the block behind `before`, or the first of the segment.
+    #[inline]
+    fn set_after(&mut self, before: Index, segment: SegmentIndex, after: Index) {
+        if before == NONE {
+            let segment = self.segments[segment as usize].as_mut();
+            segment.expect("a segment with blocks exists").first = after;
+        } else {
+            self.blocks.at(before).after = after;
         }
-        let block = self.blocks.at(index);
-        block.link.units = units;
-        block.after = rest;
-        self.bins.insert(&mut self.blocks, rest);
     }
 
     /// Frees block `index` and merges it with free neighbors.
@@ -185,37 +197,44 @@ impl Arena {
     /// If the block is not allocated: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index) {
         let Block {
+            link,
+            start,
+            segment,
             before,
             after,
             is_free,
-            ..
         } = *self.blocks.at(index);
         assert!(!is_free, "block {index} is freed twice");
         self.blocks.at(index).is_free = true;
-        if after != NONE && self.blocks.at(after).is_free {
-            self.bins.remove(&mut self.blocks, after);
-            self.absorb_next(index);
+        let is_free = |arena: &mut Self, index| index != NONE && arena.blocks.at(index).is_free;
+        let (continues, goes_on) = (is_free(self, before), is_free(self, after));
+        if continues {
+            let mut units = self.blocks.at(before).link.units + link.units;
+            let mut next = after;
+            if goes_on {
+                self.bins.remove(&mut self.blocks, after);
+                let gone = *self.blocks.at(after);
+                units += gone.link.units;
+                next = gone.after;
+                self.blocks.unused.push(after);
+            }
+            self.blocks.at(before).after = next;
+            if next != NONE {
+                self.blocks.at(next).before = before;
+            }
+            self.blocks.unused.push(index);
+            self.bins.resize(&mut self.blocks, before, units);
+        } else if goes_on {
+            let next = self.blocks.at(after);
+            next.start = start;
+            next.before = before;
+            let units = next.link.units + link.units;
+            self.set_after(before, segment, after);
+            self.blocks.unused.push(index);
+            self.bins.resize(&mut self.blocks, after, units);
+        } else {
+            self.bins.insert(&mut self.blocks, index);
         }
-        let mut merged = index;
-        if before != NONE && self.blocks.at(before).is_free {
-            self.bins.remove(&mut self.blocks, before);
-            self.absorb_next(before);
-            merged = before;
-        }
-        self.bins.insert(&mut self.blocks, merged);
-    }
-
-    /// Makes block `index` span its next neighbor too, whose index is given up.
-    fn absorb_next(&mut self, index: Index) {
-        let gone = self.blocks.at(index).after;
-        let Block { link, after, .. } = *self.blocks.at(gone);
-        let block = self.blocks.at(index);
-        block.link.units += link.units;
-        block.after = after;
-        if after != NONE {
-            self.blocks.at(after).before = index;
-        }
-        self.blocks.unused.push(gone);
     }
 
     /// Bytes of the largest free block; 0 if there is none.

@@ -47,6 +47,35 @@ pub(super) struct Placed {
     pub(super) place: Place,
 }
 
+/// Memory of the stream itself, at hand for a block. In plain parts, which go from register to register: what is
+/// put together in memory and read as a whole again costs a stall.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AtHand {
+    pub(super) ptr: DevicePtr,
+    pub(super) index: Index,
+    pub(super) is_small: bool,
+}
+
+impl AtHand {
+    /// Where it lies, for a block of `owner`.
+    #[inline]
+    pub(super) fn place(self, owner: Owner) -> Place {
+        let index = self.index;
+        if self.is_small {
+            Place::Small { owner, index }
+        } else {
+            Place::Large { owner, index }
+        }
+    }
+
+    pub(super) fn placed(self, owner: Owner) -> Placed {
+        Placed {
+            ptr: self.ptr,
+            place: self.place(owner),
+        }
+    }
+}
+
 /// Why memory was not to be had.
 #[derive(Debug)]
 pub(super) enum Refusal {
@@ -84,7 +113,7 @@ pub(super) trait Backing: Debug + Send {
     fn set_limit(&mut self, bytes: u64);
 
     /// Places a block in memory that is free for the stream at once. Calls no driver.
-    fn place(&mut self, request: Request) -> Option<Placed>;
+    fn place(&mut self, request: &Request) -> Option<AtHand>;
 
     /// Places a block by all means but waiting on the host: other streams' memory as far as the request's
     /// policy allows, new memory, stitching.

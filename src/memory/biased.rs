@@ -57,27 +57,25 @@ impl<T> Biased<T> {
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
-        let mut with = Some(with);
-        let mut enter = |value: &mut T| with.take().map(|with| with(value));
         // SAFETY: as the caller promises.
-        let outcome = unsafe { self.try_with_owner(&mut enter) };
+        let outcome = unsafe { self.try_with_owner(with, |value, with| with(value)) };
         match outcome {
             Ok(outcome) => outcome,
-            Err(Wanting) => self.with_other(&mut enter),
+            Err(with) => self.with_other(with),
         }
-        .expect("entered for the first time")
     }
 
-    /// Enters as the owner, unless another thread wants in: the fast way alone.
+    /// Enters as the owner with `input`, which comes back if another thread wants in: the fast way alone.
     ///
     /// # Safety
     /// As [`with_owner`](Self::with_owner).
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
-    pub(super) unsafe fn try_with_owner<R>(
+    pub(super) unsafe fn try_with_owner<I, R>(
         &self,
-        with: impl FnOnce(&mut T) -> R,
-    ) -> Result<R, Wanting> {
+        input: I,
+        with: impl FnOnce(&mut T, I) -> R,
+    ) -> Result<R, I> {
         debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
         self.is_busy.store(true, Ordering::Relaxed);
         // Left on unwinding too, so that nobody waits for a thread that panicked.
@@ -85,10 +83,12 @@ impl<T> Biased<T> {
         heavy::light_fence();
         // Acquire: what another thread did inside is seen once it has taken its wish back.
         if self.is_wanted.load(Ordering::Acquire) {
-            return Err(Wanting);
+            return Err(input);
         }
         // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
-        let outcome = self.value.with_mut(|value| with(unsafe { &mut *value }));
+        let outcome = self
+            .value
+            .with_mut(|value| with(unsafe { &mut *value }, input));
         drop(busy);
         Ok(outcome)
     }
@@ -124,10 +124,6 @@ impl<T> Biased<T> {
         self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 }
-
-/// Another thread wants in.
-#[derive(Debug)]
-pub(super) struct Wanting;
 
 /// Resets the owner's mark.
 struct Busy<'a>(&'a AtomicBool);

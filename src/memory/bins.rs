@@ -25,8 +25,9 @@ const PER_DOUBLING: u64 = 64;
 const PER_DOUBLING_LOG: u32 = PER_DOUBLING.trailing_zeros();
 /// Doublings from `EXACT` to the largest size, 2^55 units (2^64 bytes of 512).
 const DOUBLINGS: u64 = 55 - EXACT_LOG as u64;
-const BINS: usize = to_usize(EXACT + DOUBLINGS * PER_DOUBLING);
-const WORDS: usize = BINS.div_ceil(64);
+/// More than there are sizes for: a bin's number is masked to be below, which spares the check.
+const BINS: usize = to_usize(EXACT + DOUBLINGS * PER_DOUBLING).next_power_of_two();
+const WORDS: usize = BINS / 64;
 /// Blocks of one bin looked at before the best so far is taken.
 const SCAN_MAX: usize = 16;
 
@@ -36,6 +37,8 @@ pub(super) struct Link {
     pub(super) units: u64,
     next: Index,
     previous: Index,
+    /// Where the block is filed.
+    bin: u32,
 }
 
 impl Link {
@@ -44,6 +47,7 @@ impl Link {
             units,
             next: NONE,
             previous: NONE,
+            bin: 0,
         }
     }
 }
@@ -57,23 +61,24 @@ pub(super) trait Links {
 /// The bins' heads and the bitmap over them.
 #[derive(Debug)]
 pub(super) struct Bins {
-    heads: Box<[Index]>,
+    heads: Box<[Index; BINS]>,
     /// Bit `b % 64` of word `b / 64`: bin `b` is occupied.
     occupied: [u64; WORDS],
     /// Bit `w % 64` of word `w / 64`: word `w` of `occupied` is not zero.
-    summary: [u64; WORDS.div_ceil(64)],
+    summary: [u64; WORDS / 64],
 }
 
 impl Bins {
     pub(super) fn new() -> Self {
         Self {
-            heads: vec![NONE; BINS].into_boxed_slice(),
+            heads: Box::new([NONE; BINS]),
             occupied: [0; WORDS],
-            summary: [0; WORDS.div_ceil(64)],
+            summary: [0; WORDS / 64],
         }
     }
 
     /// The bin that blocks of `units` are filed in.
+    #[inline]
     const fn bin_of(units: u64) -> usize {
         if units < EXACT {
             return to_usize(units);
@@ -81,14 +86,17 @@ impl Bins {
         let log = units.ilog2();
         let doubling = (log - EXACT_LOG) as u64;
         let step = (units >> (log - PER_DOUBLING_LOG)) & (PER_DOUBLING - 1);
-        to_usize(EXACT + doubling * PER_DOUBLING + step)
+        to_usize(EXACT + doubling * PER_DOUBLING + step) % BINS
     }
 
     /// Files block `index`, whose size its link gives. The block filed last is found first.
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "bins are few")]
     pub(super) fn insert(&mut self, links: &mut impl Links, index: Index) {
-        let bin = Self::bin_of(links.link(index).units);
-        let head = self.heads[bin];
         let link = links.link_mut(index);
+        let bin = Self::bin_of(link.units);
+        let head = std::mem::replace(&mut self.heads[bin], index);
+        link.bin = bin as u32;
         link.next = head;
         link.previous = NONE;
         if head == NONE {
@@ -97,15 +105,16 @@ impl Bins {
         } else {
             links.link_mut(head).previous = index;
         }
-        self.heads[bin] = index;
     }
 
     /// Takes block `index` out of its bin.
+    #[inline]
     pub(super) fn remove(&mut self, links: &mut impl Links, index: Index) {
         let Link {
-            units,
             next,
             previous,
+            bin,
+            ..
         } = *links.link(index);
         if next != NONE {
             links.link_mut(next).previous = previous;
@@ -114,7 +123,7 @@ impl Bins {
             links.link_mut(previous).next = next;
             return;
         }
-        let bin = Self::bin_of(units);
+        let bin = bin as usize % BINS;
         debug_assert_eq!(
             self.heads[bin], index,
             "a block without predecessor heads its bin"
@@ -126,6 +135,19 @@ impl Bins {
                 self.summary[bin / 4096] &= !(1 << (bin / 64 % 64));
             }
         }
+    }
+
+    /// Gives a filed block another size. It moves only if that is another bin's.
+    #[inline]
+    pub(super) fn resize(&mut self, links: &mut impl Links, index: Index, units: u64) {
+        let link = links.link_mut(index);
+        if link.bin as usize == Self::bin_of(units) {
+            link.units = units;
+            return;
+        }
+        self.remove(links, index);
+        links.link_mut(index).units = units;
+        self.insert(links, index);
     }
 
     /// The block that fits `units` best, still filed; `None` if no block is large enough.

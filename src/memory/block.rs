@@ -27,14 +27,14 @@ pub(super) struct BlockRecord {
     /// The number of `home` in the pool.
     pub(super) owner: Owner,
     pub(super) tag: TagId,
-    /// The lane that may keep the block as it is.
+    /// The lane that may keep the block as it is, if any.
     pub(super) key: LaneKey,
     pub(super) home: Stream,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
     /// The next record in the same list of a lane.
     pub(super) next: Option<Box<BlockRecord>>,
-    /// What few blocks have. None while a lane has the block.
+    /// What few blocks have; those that do have the key of no lane.
     pub(super) extras: Option<Box<Extras>>,
 }
 
@@ -58,11 +58,17 @@ pub(super) struct User {
 }
 
 impl BlockRecord {
+    /// The extras, made if need be: no lane may keep the block while it has them.
+    fn extras_mut(&mut self) -> &mut Extras {
+        self.key = LaneKey::NONE;
+        self.extras.get_or_insert_default()
+    }
+
     /// Notes a use by `stream`, which ends where `until` says, as [`User::until`]. Of two uses by one stream
     /// the later end counts. Whether it is the stream's first.
     fn add_user(&mut self, stream: &Stream, until: Option<Fence>) -> bool {
         let id = stream.id();
-        let users = &mut self.extras.get_or_insert_default().users;
+        let users = &mut self.extras_mut().users;
         match users.iter_mut().find(|user| user.stream.id() == id) {
             // Marks of one stream come in order, and a free comes after all of them.
             Some(user) => {
@@ -87,11 +93,12 @@ impl BlockRecord {
             .map_or(MemoryIndex::ORDINARY, |extras| extras.memory)
     }
 
-    /// Makes the record that of a new allocation of `requested` bytes by the calling thread.
+    /// The pool of a block outside of it.
     #[inline]
-    pub(super) fn hand_out(&mut self, requested: u64) {
-        self.requested = requested;
-        self.tag = TagId::current();
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        self.shared
+            .as_ref()
+            .expect("a block outside the pool knows its pool")
     }
 }
 
@@ -139,7 +146,7 @@ impl Block {
     /// that came last are told first. A block of zero bytes holds nothing, and nobody is told of it.
     pub fn watch(&mut self, watch: Arc<dyn Watch>, key: u64) {
         if let Some(record) = self.record.as_mut() {
-            let extras = record.extras.get_or_insert_default();
+            let extras = record.extras_mut();
             extras.watchers.push(Watcher { watch, key });
         }
     }

@@ -1,4 +1,4 @@
-//! What a thread keeps of a pool: a lane per stream, and counters.
+//! What a thread keeps of a pool, and who may enter it.
 //!
 //! A thread reaches its caches through thread-local storage, and the one it used last through a single
 //! pointer there. It enters as the owner of a [`Biased`], with no atomic read-modify-write; other threads
@@ -15,24 +15,17 @@ use std::cell::RefCell;
 use std::ptr;
 use std::sync::Arc;
 
+use super::arena::GRANULARITY;
 use super::biased::Biased;
 use super::block::BlockRecord;
-use super::counts::Counts;
-use super::lane::{Kept, Lane, LaneKey, Limits, PoolId};
+use super::contents::{Contents, Miss};
+use super::lane::{self, Kept, Lane, LaneKey, List, PoolId};
 use super::local::LOCAL;
-use super::pool::{self, Shared, rounded};
-use super::state::{Counted, State};
+use super::pool::{self, Pool, Shared};
+use super::state::{Counted, State, Wanted};
 use super::tags::TagId;
+use crate::driver::Stream;
 use crate::sync::thread_local;
-use crate::units::MIB;
-
-/// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.
-const SMALL_BYTES_MIN: u64 = MIB;
-/// A lane may keep one part in this many of what the pool holds: measured to cost nothing in peak memory.
-const SHARE: u64 = 200;
-
-/// Lanes beside the one in front, before they are forgotten: streams may come and go.
-const LANES_MAX: usize = 16;
 
 /// What one thread keeps of one pool.
 #[derive(Debug)]
@@ -41,32 +34,11 @@ pub(super) struct ThreadCache {
     contents: Biased<Contents>,
 }
 
-#[derive(Debug)]
-struct Contents {
-    /// The lane used last; one without a key if there is none.
-    front: Box<Lane>,
-    others: Vec<Box<Lane>>,
-    limits: Limits,
-    is_closed: bool,
-    counts: Counts,
-}
-
 /// Whether a cache goes on after it was emptied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Close {
     Yes,
     No,
-}
-
-/// What a thread has for an allocation that its lanes could not serve at once.
-#[derive(Debug, Default)]
-pub(super) struct Missed {
-    /// A block after all.
-    pub(super) found: Option<Box<BlockRecord>>,
-    /// A record to reuse.
-    pub(super) blank: Option<Box<BlockRecord>>,
-    /// Bytes that the lane keeps.
-    pub(super) kept: u64,
 }
 
 thread_local! {
@@ -82,7 +54,7 @@ impl Drop for ThreadCaches {
     fn drop(&mut self) {
         set_current(ptr::null());
         for cache in std::mem::take(&mut self.all) {
-            cache.empty_to_queue();
+            cache.leave_streams();
         }
     }
 }
@@ -102,9 +74,20 @@ fn set_current(cache: *const ThreadCache) {
 
 /// A block of the calling thread's lane in front, if that is the one named and has one.
 #[inline]
-pub(super) fn take(key: LaneKey, requested: u64) -> Option<Box<BlockRecord>> {
-    let bytes = rounded(requested)?;
-    current()?.if_alone(move |contents| contents.take_in_front(key, requested, bytes))?
+pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Box<BlockRecord>, Miss> {
+    // First of all: the look-up is a call where this crate is part of a shared library.
+    let (cache, tag) = (current(), TagId::current());
+    let shared = pool.shared();
+    let Some(cache) = cache.filter(|_| shared.routes.are_none()) else {
+        return Err(Miss::Elsewhere);
+    };
+    // What is zero or too large to be rounded becomes zero, of which no lane has a block.
+    let bytes = requested.wrapping_add(GRANULARITY - 1) & !(GRANULARITY - 1);
+    let key = LaneKey::new(shared.id(), stream.id());
+    let taken = cache.if_alone((), |contents, ()| {
+        contents.take(key, tag, (requested, bytes))
+    });
+    taken.unwrap_or(Err(Miss::Elsewhere))
 }
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
@@ -113,19 +96,10 @@ pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
     let Some(cache) = current() else {
         return Some(record);
     };
-    // In a place of its own, so that it is still here if another thread is inside.
-    let mut record = Some(record);
-    let kept = cache.if_alone(|contents| match record.take() {
-        Some(record) => contents.keep_in_front(record.key, record),
-        None => Kept::Yes,
-    });
-    let Some(kept) = kept else {
-        return record;
-    };
-    match kept {
-        Kept::Yes => None,
-        Kept::Not(record) => Some(record),
-        kept => {
+    match cache.if_alone(record, Contents::keep) {
+        Ok(Kept::Yes) => None,
+        Err(record) | Ok(Kept::Not(record)) => Some(record),
+        Ok(kept) => {
             cache.make_room(kept);
             None
         }
@@ -134,48 +108,77 @@ pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
 
 /// Looks again with the named lane in front, which is made if need be, for a request that [`take`] did not
 /// serve.
-pub(super) fn take_or_miss(
+pub(super) fn take_anywhere(
     shared: &Arc<Shared>,
     key: LaneKey,
-    (requested, bytes): (u64, u64),
-) -> Missed {
-    let missed = enter(shared, key, |contents| {
-        if let Some(record) = contents.take_in_front(key, requested, bytes) {
-            return Missed {
-                found: Some(record),
-                ..Missed::default()
-            };
-        }
-        Missed {
-            found: None,
-            blank: contents.front.take_blank(),
-            kept: contents.front.kept_bytes(),
-        }
-    });
-    // A thread that is going down has no lanes; it allocates from the pool itself.
-    missed.unwrap_or_default()
+    sizes: (u64, u64),
+) -> Option<Box<BlockRecord>> {
+    let tag = TagId::current();
+    let cache = of_thread(shared)?;
+    let taken = cache.with_lane(key, (), |contents, ()| contents.take_of_front(tag, sizes));
+    taken.ok()?.ok()
 }
 
 /// Keeps a freed block with the lane `key` in front. Gives it back when the thread is going down or the pool
 /// closed.
-pub(super) fn keep_anywhere(
-    shared: &Arc<Shared>,
-    key: LaneKey,
-    record: Box<BlockRecord>,
-) -> Option<Box<BlockRecord>> {
-    let mut record = Some(record);
-    let kept = enter(shared, key, |contents| {
-        contents.keep_in_front(key, record.take().expect("taken once"))
-    });
-    match kept {
-        None => record,
-        Some(Kept::Yes) => None,
-        Some(Kept::InPlaceOf(other) | Kept::Full(other)) => {
-            drop(pool::free_in_pool(other, Counted::Yes));
+pub(super) fn keep_anywhere(key: LaneKey, record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+    let Some(cache) = of_thread(record.shared()) else {
+        return Some(record);
+    };
+    match cache.with_lane(key, record, Contents::keep_in_front) {
+        Ok(Kept::Yes) => None,
+        Err(record) | Ok(Kept::Not(record)) => Some(record),
+        Ok(kept) => {
+            cache.make_room(kept);
             None
         }
-        Some(Kept::Not(record)) => Some(record),
     }
+}
+
+/// Places a block in memory that is free for the stream at once, when the pool has taken back what the calling
+/// thread left, and if need be also the large blocks that it keeps. If that cannot be done: the bytes that the
+/// thread still keeps for the stream.
+pub(super) fn fetch(
+    shared: &Arc<Shared>,
+    state: &mut State,
+    key: LaneKey,
+    wanted: &Wanted<'_>,
+) -> Result<Box<BlockRecord>, u64> {
+    let tag = TagId::current();
+    // A thread that is going down has no lanes: the pool looks by itself.
+    let Some(cache) = current().filter(|cache| cache.pool == shared.id()) else {
+        return Err(0);
+    };
+    let mut blanks = cache.give_left(state);
+    let look = |state: &mut State, blanks: &mut List| {
+        cache.with_owner(|contents| {
+            if !contents.bring_to_front(key) {
+                return Err(0);
+            }
+            if shared.has_threads() {
+                contents.fold(state);
+            }
+            let found = contents.place(shared, state, (wanted, tag), blanks);
+            if found.is_err() {
+                contents.learn(state);
+                contents.leave_hot();
+            }
+            if blanks.is_some() {
+                contents.keep_blanks(blanks);
+            }
+            found
+        })
+    };
+    let mut found = look(state, &mut blanks);
+    lane::drop_all(blanks);
+    if found.is_err() {
+        let mut blanks = cache.give_left(state);
+        if blanks.is_some() {
+            found = look(state, &mut blanks);
+            lane::drop_all(blanks);
+        }
+    }
+    found
 }
 
 /// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
@@ -184,28 +187,8 @@ pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Cou
     let Some(cache) = current().filter(|cache| cache.pool == pool) else {
         return (tag, Counted::No);
     };
-    cache.with_owner(|contents| contents.counts.allocate(tag, requested, allocated));
+    cache.with_owner(|contents| contents.count(tag, requested, allocated));
     (tag, Counted::Yes)
-}
-
-/// Gives the pool the large blocks that the calling thread keeps. If there were any: the bytes that the lane
-/// in front still keeps.
-pub(super) fn give_hot(pool: PoolId, state: &mut State) -> Option<u64> {
-    let cache = current().filter(|cache| cache.pool == pool)?;
-    cache.with_owner(|contents| {
-        let mut given = false;
-        let lanes = contents.others.iter_mut().chain([&mut contents.front]);
-        for lane in lanes {
-            lane.drain_hot(|mut record| {
-                given = true;
-                // Inside the pool a block must not keep the pool alive.
-                record.shared = None;
-                state.free(record, Counted::Yes);
-            });
-        }
-        contents.learn(state);
-        given.then(|| contents.front.kept_bytes())
-    })
 }
 
 /// Folds what the calling thread has counted.
@@ -225,29 +208,16 @@ pub(super) fn fold_of_thread(pool: PoolId, state: &mut State) {
     });
 }
 
-/// Enters the calling thread's cache of a pool with the lane `key` in front; makes both if need be. `None`
-/// when the thread is going down or the pool is closed.
-fn enter<R>(
-    shared: &Arc<Shared>,
-    key: LaneKey,
-    with: impl FnOnce(&mut Contents) -> R,
-) -> Option<R> {
-    let cache = match current() {
-        Some(cache) if cache.pool == shared.id() => cache,
-        _ => find(shared)?,
-    };
-    if !cache.with_owner(|contents| contents.bring_to_front(key)) {
-        // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
-        // now does not stay for ever.
-        cache.empty_to_queue();
-        if !cache.with_owner(|contents| contents.add(Lane::new(key))) {
-            return None;
-        }
+/// The calling thread's cache of a pool, made if need be, and then the current one. `None` when the thread is
+/// going down.
+#[inline]
+fn of_thread<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
+    match current() {
+        Some(cache) if cache.pool == shared.id() => Some(cache),
+        _ => find(shared),
     }
-    Some(cache.with_owner(with))
 }
 
-/// The calling thread's cache of a pool, made if need be, and then the current one.
 #[cold]
 fn find<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
     let found = CACHES.try_with(|caches| {
@@ -271,19 +241,9 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a ThreadCache> {
 
 impl ThreadCache {
     fn new(shared: &Shared) -> Self {
-        let pool = shared.id();
         Self {
-            pool,
-            contents: Biased::new(Contents {
-                front: Lane::new(LaneKey::VACANT),
-                others: Vec::new(),
-                limits: Limits {
-                    small_bytes: SMALL_BYTES_MIN,
-                    is_asked: false,
-                },
-                is_closed: false,
-                counts: Counts::default(),
-            }),
+            pool: shared.id(),
+            contents: Biased::new(Contents::new()),
         }
     }
 
@@ -298,15 +258,42 @@ impl ThreadCache {
         unsafe { self.contents.with_owner(with) }
     }
 
-    /// As [`with_owner`](Self::with_owner), unless another thread wants in.
+    /// As [`with_owner`](Self::with_owner), unless another thread wants in: then `input` comes back.
     #[inline]
     #[expect(
         unsafe_code,
         reason = "who owns a cache is known by where it was found"
     )]
-    fn if_alone<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> Option<R> {
+    fn if_alone<I, R>(&self, input: I, with: impl FnOnce(&mut Contents, I) -> R) -> Result<R, I> {
         // SAFETY: as in `with_owner`.
-        unsafe { self.contents.try_with_owner(with) }.ok()
+        unsafe { self.contents.try_with_owner(input, with) }
+    }
+
+    /// Enters with the lane `key` in front, which is made if need be. Gives `input` back when the pool is
+    /// closed.
+    fn with_lane<I, R>(
+        &self,
+        key: LaneKey,
+        input: I,
+        with: impl FnOnce(&mut Contents, I) -> R,
+    ) -> Result<R, I> {
+        let attempt = self.with_owner(|contents| {
+            if !contents.bring_to_front(key) {
+                return Err((input, with));
+            }
+            Ok(with(contents, input))
+        });
+        attempt.or_else(|(input, with)| {
+            // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
+            // now does not stay for ever.
+            self.leave_streams();
+            self.with_owner(|contents| {
+                if !contents.add(Lane::new(key)) {
+                    return Err(input);
+                }
+                Ok(with(contents, input))
+            })
+        })
     }
 
     /// Gives the pool what the lane in front had no room for.
@@ -319,43 +306,64 @@ impl ThreadCache {
                 let Some(blank) = pool::free_in_pool(other, Counted::Yes) else {
                     return;
                 };
-                let refused = self.with_owner(|contents| contents.keep_blank(blank));
-                // Outside the cache, because it may hold the pool's last reference.
-                drop(refused);
+                self.keep_blanks(Some(blank));
             }
             Kept::Full(record) => {
-                let shared = record.shared.clone();
-                let shared = shared.expect("a block outside the pool knows its pool");
-                // Each goes to the pool's queue from inside the cache: whoever empties all caches and then
-                // looks into the queue misses none.
-                self.with_owner(|contents| {
-                    contents
-                        .front
-                        .drain(|record| pool::leave(record, Counted::Yes));
-                });
-                pool::leave(record, Counted::Yes);
-                shared.take_in_left();
+                let shared = record.shared().clone();
+                let state = shared.lock_if_free();
+                self.with_owner(|contents| contents.leave_front(record));
+                match state {
+                    Some(mut state) => self.keep_blanks(self.give_left(&mut state)),
+                    None => self.empty_to_queue(),
+                }
             }
         }
+    }
+
+    /// Keeps the records of blocks that are gone. Only for the owner.
+    fn keep_blanks(&self, mut blanks: List) {
+        self.with_owner(|contents| contents.keep_blanks(&mut blanks));
+        // Outside the cache, because they may hold the pool's last reference.
+        lane::drop_all(blanks);
+    }
+
+    /// Has the pool take back what was left, in the order in which it was; the records. Only for the owner, who
+    /// has the pool's lock: no block is between the cache and the pool for anyone who looks.
+    #[inline]
+    fn give_left(&self, state: &mut State) -> List {
+        let mut left = self.with_owner(Contents::take_left);
+        let mut blanks = None;
+        while let Some(record) = lane::pop(&mut left) {
+            lane::push(&mut blanks, record);
+        }
+        let mut next = blanks.as_deref();
+        while let Some(record) = next {
+            state.take_back(record);
+            next = record.next.as_deref();
+        }
+        blanks
+    }
+
+    /// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
+    fn leave_streams(&self) {
+        self.empty_to_queue();
+        let blanks = self.with_owner(Contents::take_blanks);
+        // Outside the cache, because they may hold the pool's last references.
+        blanks.into_iter().for_each(lane::drop_all);
     }
 
     /// Empties every lane into the pool's queue. Only for the owner.
     fn empty_to_queue(&self) {
         let mut pool = None;
-        let blanks = self.with_owner(|contents| {
-            let lanes = contents.others.iter_mut().chain([&mut contents.front]);
-            let mut blanks = Vec::new();
-            for lane in lanes {
-                lane.drain(|record| {
-                    pool.clone_from(&record.shared);
-                    pool::leave(record, Counted::Yes);
-                });
-                blanks.append(&mut lane.take_blanks());
+        self.with_owner(|contents| {
+            contents.leave_all();
+            // From inside the cache: whoever empties all caches and then looks into the queue misses none.
+            let mut left = contents.take_left();
+            while let Some(record) = lane::pop(&mut left) {
+                pool.clone_from(&record.shared);
+                pool::leave(record, Counted::Yes);
             }
-            blanks
         });
-        // Outside the cache, because they may hold the pool's last references.
-        drop(blanks);
         if let Some(pool) = pool {
             pool.take_in_left();
         }
@@ -366,107 +374,23 @@ impl ThreadCache {
         self.contents.with(|contents| contents.is_closed = true);
     }
 
-    /// Empties the cache from any thread, each block to `give`, and forgets the lanes. The caller holds the
+    /// Empties the cache from any thread, each block to the pool, and forgets the lanes. The caller holds the
     /// pool.
     pub(super) fn empty(&self, close: Close, state: &mut State) {
-        self.contents.with(|contents| {
+        let (mut left, lanes) = self.contents.with(|contents| {
             contents.is_closed |= close == Close::Yes;
-            for mut lane in contents.take_lanes(Lane::new(LaneKey::VACANT)) {
-                lane.drain(|mut record| {
-                    // Inside the pool a block must not keep the pool alive.
-                    record.shared = None;
-                    state.free(record, Counted::Yes);
-                });
-            }
             contents.fold(state);
+            contents.leave_all();
+            (contents.take_left(), contents.forget_lanes())
         });
+        while let Some(record) = lane::pop(&mut left) {
+            state.take_back(&record);
+        }
+        drop(lanes);
     }
 
     /// Folds the counters from any thread.
     pub(super) fn fold(&self, state: &mut State) {
         self.contents.with(|contents| contents.fold(state));
-    }
-}
-
-impl Contents {
-    /// Whether there is a lane of this name, which is then in front.
-    fn bring_to_front(&mut self, key: LaneKey) -> bool {
-        if self.front.key == key {
-            return true;
-        }
-        let Some(lane) = self.others.iter_mut().find(|lane| lane.key == key) else {
-            return false;
-        };
-        std::mem::swap(&mut self.front, lane);
-        true
-    }
-
-    /// Puts a new lane in front, unless nothing is to be kept. All lanes are empty.
-    fn add(&mut self, lane: Box<Lane>) -> bool {
-        if self.is_closed {
-            return false;
-        }
-        let before = std::mem::replace(&mut self.front, lane);
-        if self.others.len() == LANES_MAX {
-            self.others.clear();
-        }
-        self.others.push(before);
-        true
-    }
-
-    /// All lanes; `vacant` takes their place.
-    fn take_lanes(&mut self, vacant: Box<Lane>) -> Vec<Box<Lane>> {
-        let mut lanes = std::mem::take(&mut self.others);
-        lanes.push(std::mem::replace(&mut self.front, vacant));
-        lanes
-    }
-
-    #[inline]
-    fn take_in_front(
-        &mut self,
-        key: LaneKey,
-        requested: u64,
-        bytes: u64,
-    ) -> Option<Box<BlockRecord>> {
-        if self.front.key != key {
-            return None;
-        }
-        let mut record = self.front.take(bytes)?;
-        record.hand_out(requested);
-        self.counts.allocate(record.tag, requested, bytes);
-        Some(record)
-    }
-
-    /// Counts a free and keeps the block, unless the lane is not for it.
-    #[inline]
-    fn keep_in_front(&mut self, key: LaneKey, record: Box<BlockRecord>) -> Kept {
-        if self.front.key != key {
-            return Kept::Not(record);
-        }
-        self.counts
-            .free(record.tag, record.requested, record.allocated);
-        self.front.keep(record, self.limits)
-    }
-
-    /// Keeps the record of a block that is gone, or gives it back.
-    fn keep_blank(&mut self, blank: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
-        if self.front.key != blank.key {
-            return Some(blank);
-        }
-        self.front.keep_blank(blank)
-    }
-
-    /// Folds the counters into the pool's.
-    fn fold(&mut self, state: &mut State) {
-        self.learn(state);
-        self.counts.fold(state);
-    }
-
-    /// Learns how much may be kept.
-    fn learn(&mut self, state: &State) {
-        self.limits = Limits {
-            small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
-            is_asked: state.fences.are_asked(),
-        };
     }
 }

@@ -19,19 +19,29 @@ pub(super) struct Counts {
 }
 
 impl Counts {
+    /// Whether the run is one of `tag`.
     #[inline]
-    pub(super) fn allocate(&mut self, tag: TagId, requested: u64, allocated: u64) {
+    pub(super) fn is_run_of(&self, tag: TagId) -> bool {
+        self.tag == tag
+    }
+
+    /// Makes the run one of `tag`.
+    #[inline]
+    pub(super) fn turn_to(&mut self, tag: TagId) {
         if tag != self.tag {
             self.end_run(tag);
         }
+    }
+
+    /// Counts an allocation under the tag of the run.
+    #[inline]
+    pub(super) fn allocate(&mut self, requested: u64, allocated: u64) {
         self.run.allocate(requested, allocated);
     }
 
+    /// Counts a free under the tag of the run.
     #[inline]
-    pub(super) fn free(&mut self, tag: TagId, requested: u64, allocated: u64) {
-        if tag != self.tag {
-            self.end_run(tag);
-        }
+    pub(super) fn free(&mut self, requested: u64, allocated: u64) {
         self.run.free(requested, allocated);
     }
 

@@ -32,16 +32,19 @@ impl Decay {
         }
     }
 
+    #[inline]
     pub(super) fn take(&mut self, bytes: u64) {
         self.in_use += bytes;
         self.peak = self.peak.max(self.in_use);
     }
 
+    #[inline]
     pub(super) fn give(&mut self, bytes: u64) {
         self.in_use -= bytes;
     }
 
     /// Whether there is a clock to look at.
+    #[inline]
     pub(super) fn is_on(&self) -> bool {
         self.period.is_some()
     }

@@ -114,8 +114,8 @@ pub(super) fn is_free_to_wait(stream: &Stream) -> bool {
 pub(super) struct Fences {
     clocks: Vec<Clock>,
     owners: BTreeMap<StreamId, Owner>,
-    /// The stream looked up last.
-    last: Option<(StreamId, Owner)>,
+    /// The streams looked up last, the latest first.
+    recent: [Option<(StreamId, Owner)>; 2],
     is_deterministic: bool,
 }
 
@@ -155,7 +155,7 @@ impl Fences {
         Self {
             clocks: vec![Clock::new(None, FIRST_EPOCH, is_deterministic)],
             owners: BTreeMap::new(),
-            last: None,
+            recent: [None; 2],
             is_deterministic,
         }
     }
@@ -169,14 +169,19 @@ impl Fences {
     #[inline]
     pub(super) fn owner(&mut self, stream: &Stream) -> Owner {
         let id = stream.id();
-        match self.last {
+        match self.recent[0] {
             Some((last, owner)) if last == id => owner,
-            _ => {
-                let owner = self.look_up(stream);
-                self.last = Some((id, owner));
-                owner
-            }
+            _ => self.look_further(stream),
         }
+    }
+
+    fn look_further(&mut self, stream: &Stream) -> Owner {
+        let owner = match self.recent[1] {
+            Some((id, owner)) if id == stream.id() => owner,
+            _ => self.look_up(stream),
+        };
+        self.recent = [Some((stream.id(), owner)), self.recent[0]];
+        owner
     }
 
     fn look_up(&mut self, stream: &Stream) -> Owner {
@@ -202,7 +207,8 @@ impl Fences {
     #[inline]
     pub(super) fn knows(&self, stream: &Stream) -> bool {
         let id = stream.id();
-        self.last.is_some_and(|(last, _)| last == id) || self.owners.contains_key(&id)
+        let mut recent = self.recent.iter().flatten();
+        recent.any(|(recent, _)| *recent == id) || self.owners.contains_key(&id)
     }
 
     /// The streams that have run all they were given and that nobody but the pool holds: they get no more
@@ -232,7 +238,7 @@ impl Fences {
     /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
     /// says.
     pub(super) fn retire(&mut self, is_unused: impl Fn(Owner) -> bool) {
-        self.last = None;
+        self.recent = [None; 2];
         let clocks = &mut self.clocks;
         self.owners.retain(|_, owner| {
             let clock = &mut clocks[*owner];
@@ -248,6 +254,7 @@ impl Fences {
     }
 
     /// The fence of what is freed for `owner` now.
+    #[inline]
     pub(super) fn now(&self, owner: Owner) -> Fence {
         Fence {
             owner,
@@ -278,6 +285,7 @@ impl Fences {
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
     /// was recorded after its free; so while others ask for this stream's memory and cannot wait, an event is
     /// recorded every few frees, before they ask again.
+    #[inline]
     pub(super) fn stamp(&mut self, owner: Owner) -> Fence {
         let clock = &mut self.clocks[owner];
         if clock.ahead > 0 {

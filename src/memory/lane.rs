@@ -23,13 +23,19 @@ impl LaneKey {
 
     #[inline]
     pub(super) fn new(pool: PoolId, stream: StreamId) -> Self {
-        Self(u64::from(pool.0) << 32 | u64::from(stream.0))
+        Self(pool.0 | u64::from(stream.0))
     }
 }
 
-/// A pool's number, unique in the process.
+/// A pool's number, unique in the process: in the upper half, which leaves the lower one to a stream's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PoolId(pub(super) u32);
+pub(super) struct PoolId(u64);
+
+impl PoolId {
+    pub(super) fn new(number: u32) -> Self {
+        Self(u64::from(number) << 32)
+    }
+}
 
 /// Largest block kept in the lists by size.
 pub(super) const SMALL_MAX: u64 = 256 * KIB;
@@ -39,7 +45,7 @@ const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 const BLANKS_MAX: u32 = 256;
 
 /// A list of records, linked through them.
-type List = Option<Box<BlockRecord>>;
+pub(super) type List = Option<Box<BlockRecord>>;
 
 /// The blocks that a thread keeps for one stream.
 #[derive(Debug)]
@@ -179,13 +185,10 @@ impl Lane {
         self.small_bytes = 0;
     }
 
-    /// Gives up the blanks.
-    #[expect(
-        clippy::vec_box,
-        reason = "a record keeps its box from allocation to allocation"
-    )]
-    pub(super) fn take_blanks(&mut self) -> Vec<Box<BlockRecord>> {
-        std::iter::from_fn(|| self.take_blank()).collect()
+    /// Gives up the records whose blocks are gone.
+    pub(super) fn take_blanks(&mut self) -> List {
+        self.blanks_len = 0;
+        self.blanks.take()
     }
 
     /// A record of this stream whose block is gone.
@@ -206,25 +209,30 @@ impl Lane {
     }
 }
 
+/// Takes the record out that was put in last.
 #[inline]
-fn pop(list: &mut List) -> Option<Box<BlockRecord>> {
-    let mut record = list.take()?;
-    *list = record.next.take();
-    Some(record)
+pub(super) fn pop(list: &mut List) -> Option<Box<BlockRecord>> {
+    let next = list.as_mut()?.next.take();
+    std::mem::replace(list, next)
 }
 
+/// Puts a record in, which is in no other list.
 #[inline]
-fn push(list: &mut List, mut record: Box<BlockRecord>) {
+pub(super) fn push(list: &mut List, mut record: Box<BlockRecord>) {
     std::mem::swap(&mut record.next, list);
     // What is replaced is the record's own `next` of before: none, so that there is nothing to drop.
     std::mem::forget(list.replace(record));
 }
 
+/// Drops records one after another: a long list would drop them in as deep a recursion.
+pub(super) fn drop_all(mut list: List) {
+    while let Some(record) = pop(&mut list) {
+        drop(record);
+    }
+}
+
 impl Drop for Lane {
     fn drop(&mut self) {
-        // One after another: a long list would drop its records in as deep a recursion.
-        while let Some(blank) = self.take_blank() {
-            drop(blank);
-        }
+        drop_all(self.take_blanks());
     }
 }

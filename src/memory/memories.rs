@@ -95,6 +95,7 @@ impl Memories {
             .backing
     }
 
+    #[inline]
     pub(super) fn get_mut(&mut self, index: MemoryIndex) -> &mut dyn Backing {
         let memory = self.list[index.slot()].as_mut();
         &mut *memory

@@ -37,11 +37,11 @@
 //! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
-//! `territory` (holes in pages), `arena` (small blocks), `bins` (best fit), `ranges` (second mappings, at
-//! `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
+//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit), `ranges` (second
+//! mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
 //! `reclaim` the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
-//! shrinks a pool. What needs no lock of the pool is in `cache`, made of `lane` and `biased`. Captures are in
+//! shrinks a pool. What needs no lock of the pool is in `cache`: `contents`, made of `lane`s, behind `biased`. Captures are in
 //! `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what stands around a pool:
 //! limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
 //!
@@ -55,10 +55,12 @@ mod bins;
 mod block;
 mod cache;
 mod config;
+mod contents;
 mod controls;
 mod counts;
 mod decay;
 mod fences;
+mod freed;
 mod growth;
 mod hooks;
 mod lane;
@@ -77,6 +79,7 @@ mod report;
 mod routes;
 mod segmented;
 mod small;
+mod starts;
 mod state;
 mod stats;
 mod stitch;

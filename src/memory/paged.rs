@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::arena::GRANULARITY;
-use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
@@ -69,12 +69,12 @@ impl PagedMemory {
         }
     }
 
-    fn count(&mut self, placed: Placed, request: Request) -> Placed {
+    #[inline]
+    fn count(&mut self, request: &Request) {
         self.in_use += request.bytes;
         self.live_peak = self
             .live_peak
             .max(self.in_use.saturating_sub(request.pending));
-        placed
     }
 
     /// Takes `units` from the front of a hole for `owner`.
@@ -87,25 +87,36 @@ impl PagedMemory {
         }
     }
 
-    fn place_large(&mut self, request: Request) -> Option<Placed> {
+    #[inline]
+    fn large_at_hand(&mut self, request: &Request) -> Option<AtHand> {
         let units = request.bytes / GRANULARITY;
-        let hole = self.territory.best_fit(request.owner, units)?;
-        Some(self.place_in(&hole, units, request.owner))
+        let (index, start) = self.territory.allocate(request.owner, units)?;
+        Some(AtHand {
+            ptr: self.pages.home(start * GRANULARITY),
+            index,
+            is_small: false,
+        })
+    }
+
+    #[inline]
+    fn small_at_hand(&mut self, request: &Request) -> Option<AtHand> {
+        let small = self.small.get_mut(&request.owner)?;
+        let (page, offset, index) = small.allocate(request.bytes)?;
+        Some(AtHand {
+            ptr: self.pages.home(page as u64 * PAGE + offset),
+            index,
+            is_small: true,
+        })
+    }
+
+    fn place_large(&mut self, request: Request) -> Option<Placed> {
+        let found = self.large_at_hand(&request)?;
+        Some(found.placed(request.owner))
     }
 
     fn place_small(&mut self, request: Request) -> Option<Placed> {
-        let (page, offset, index) = self
-            .small
-            .get_mut(&request.owner)?
-            .allocate(request.bytes)?;
-        let ptr = self.pages.home(page as u64 * PAGE + offset);
-        Some(Placed {
-            ptr,
-            place: Place::Small {
-                owner: request.owner,
-                index,
-            },
-        })
+        let found = self.small_at_hand(&request)?;
+        Some(found.placed(request.owner))
     }
 
     /// The first hole that fits and that the request may take from another stream.
@@ -338,13 +349,14 @@ impl Backing for PagedMemory {
         self.pages.set_limit(bytes);
     }
 
-    fn place(&mut self, request: Request) -> Option<Placed> {
-        let placed = if request.bytes <= SMALL_MAX {
-            self.place_small(request)
+    fn place(&mut self, request: &Request) -> Option<AtHand> {
+        let found = if request.bytes <= SMALL_MAX {
+            self.small_at_hand(request)
         } else {
-            self.place_large(request)
-        };
-        placed.map(|placed| self.count(placed, request))
+            self.large_at_hand(request)
+        }?;
+        self.count(request);
+        Some(found)
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
@@ -353,7 +365,7 @@ impl Backing for PagedMemory {
         } else {
             self.find_large(request, fences)
         };
-        placed.map(|placed| self.count(placed, request))
+        placed.inspect(|_| self.count(&request))
     }
 
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {

@@ -85,10 +85,15 @@ impl Pending {
     }
 
     /// Takes out the blocks whose home streams may have them back, as far as `reuse` allows finding out or
-    /// bringing about.
-    pub(super) fn take_passed(&mut self, clocks: &mut Fences, reuse: ReusePolicy) -> Vec<Passed> {
+    /// bringing about, to the end of `passed`.
+    pub(super) fn take_passed(
+        &mut self,
+        clocks: &mut Fences,
+        reuse: ReusePolicy,
+        passed: &mut Vec<Passed>,
+    ) {
         let has_passed = |waiting: &mut Waiting| {
-            let home = clocks.owner(&waiting.record.home);
+            let home = waiting.record.owner;
             waiting.fences.retain(|fence| {
                 let may_pass = clocks.pass(home, *fence, reuse);
                 waiting.is_awaited |= may_pass && !clocks.is_known_complete(*fence);
@@ -96,15 +101,12 @@ impl Pending {
             });
             waiting.fences.is_empty()
         };
-        let passed = self.waiting.extract_if(.., has_passed);
-        let passed: Vec<Passed> = passed
-            .map(|waiting| Passed {
+        for waiting in self.waiting.extract_if(.., has_passed) {
+            self.bytes -= waiting.record.allocated;
+            passed.push(Passed {
                 record: waiting.record,
                 fence: (!waiting.is_awaited).then_some(waiting.freed_at),
-            })
-            .collect();
-        let bytes = passed.iter().map(|passed| passed.record.allocated);
-        self.bytes -= bytes.sum::<u64>();
-        passed
+            });
+        }
     }
 }

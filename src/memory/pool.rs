@@ -10,6 +10,7 @@ use super::backing::{Place, Refusal};
 use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
+use super::contents::Miss;
 use super::fences::Fence;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
@@ -79,7 +80,7 @@ impl Pool {
         let config = config.checked(device)?;
         let shared = Shared {
             // Relaxed: the number only has to be unique.
-            id: PoolId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            id: PoolId::new(NEXT.fetch_add(1, Ordering::Relaxed)),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
@@ -98,6 +99,7 @@ impl Pool {
         })
     }
 
+    #[inline]
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
@@ -125,17 +127,14 @@ impl Pool {
     /// driver cannot tell whether the stream is part of it.
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        let shared = self.shared();
-        if shared.routes.are_none()
-            && let Some(record) = cache::take(LaneKey::new(shared.id, stream.id()), bytes)
-        {
-            return Ok(Block::new(Some(record)));
+        match cache::take(self, stream, bytes) {
+            Ok(record) => Ok(Block::new(Some(record))),
+            Err(miss) => self.allocate_in_pool(bytes, stream, miss),
         }
-        self.allocate_in_pool(bytes, stream)
     }
 
     #[inline(never)]
-    fn allocate_in_pool(&self, requested: u64, stream: &Stream) -> Result<Block> {
+    fn allocate_in_pool(&self, requested: u64, stream: &Stream, miss: Miss) -> Result<Block> {
         let shared = self.shared();
         shared.check_device(stream)?;
         if requested == 0 {
@@ -143,18 +142,26 @@ impl Pool {
         }
         let memory = shared.routes.find(shared.id, stream)?;
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, requested, (memory, stream), 0)?;
-            let record = record_of(found, requested, stream, shared, None);
+            let wanted = Wanted::new(requested, stream, memory);
+            let found = reclaim::allocate(shared, shared.lock(), wanted)?;
+            return Ok(Block::new(Some(record_of(found, wanted, shared))));
+        }
+        let wanted = Wanted::new(requested, stream, memory);
+        let key = LaneKey::new(shared.id, stream.id());
+        if miss == Miss::Elsewhere
+            && let Some(record) = cache::take_anywhere(shared, key, (requested, wanted.bytes))
+        {
             return Ok(Block::new(Some(record)));
         }
-        let bytes = rounded(requested).unwrap_or(u64::MAX);
-        let key = LaneKey::new(shared.id, stream.id());
-        let missed = cache::take_or_miss(shared, key, (requested, bytes));
-        if missed.found.is_some() {
-            return Ok(Block::new(missed.found));
-        }
-        let found = reclaim::allocate(shared, requested, (memory, stream), missed.kept)?;
-        let record = record_of(found, requested, stream, shared, missed.blank);
+        let mut state = shared.lock();
+        reclaim::prepare(shared, &mut state, stream);
+        let record = match cache::fetch(shared, &mut state, key, &wanted) {
+            Ok(record) => record,
+            Err(kept) => {
+                let found = reclaim::allocate(shared, state, Wanted { kept, ..wanted })?;
+                record_of(found, wanted, shared)
+            }
+        };
         Ok(Block::new(Some(record)))
     }
 
@@ -167,11 +174,8 @@ impl Pool {
         }
         let mut state = shared.lock_and_fold();
         let wanted = Wanted {
-            requested: bytes,
             bytes,
-            stream,
-            memory: MemoryIndex::ORDINARY,
-            kept: 0,
+            ..Wanted::new(bytes, stream, MemoryIndex::ORDINARY)
         };
         let mut report = report(shared, &mut state, wanted, Refusal::Limit, Vec::new());
         report.limit = Some(limit);
@@ -209,13 +213,18 @@ impl Pool {
     }
 }
 
-/// The record of a block that was found: `blank`, which is one of the same stream and pool, or a new one.
-fn record_of(
+/// The record of a block that was found, counted.
+fn record_of(found: Found, wanted: Wanted<'_>, shared: &Arc<Shared>) -> Box<BlockRecord> {
+    let tag = shared.count(wanted.requested, found.bytes);
+    new_record(found, wanted, tag, shared)
+}
+
+/// The record of a block that was found.
+pub(super) fn new_record(
     found: Found,
-    requested: u64,
-    stream: &Stream,
+    wanted: Wanted<'_>,
+    tag: TagId,
     shared: &Arc<Shared>,
-    blank: Option<Box<BlockRecord>>,
 ) -> Box<BlockRecord> {
     let Found {
         placed,
@@ -223,7 +232,6 @@ fn record_of(
         bytes,
         owner,
     } = found;
-    let tag = shared.count(requested, bytes);
     let is_private = memory != MemoryIndex::ORDINARY;
     let extras = is_private.then(|| {
         Box::new(Extras {
@@ -237,28 +245,17 @@ fn record_of(
     let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
     } else {
-        LaneKey::new(shared.id, stream.id())
+        LaneKey::new(shared.id, wanted.stream.id())
     };
-    if let Some(mut record) = blank {
-        record.ptr = placed.ptr;
-        record.place = placed.place;
-        record.requested = requested;
-        record.allocated = bytes;
-        record.owner = owner;
-        record.tag = tag;
-        record.key = key;
-        record.extras = extras;
-        return record;
-    }
     Box::new(BlockRecord {
         ptr: placed.ptr,
-        requested,
+        requested: wanted.requested,
         allocated: bytes,
         place: placed.place,
         owner,
         tag,
         key,
-        home: stream.clone(),
+        home: wanted.stream.clone(),
         shared: Some(shared.clone()),
         next: None,
         extras,
@@ -269,9 +266,6 @@ fn record_of(
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
 #[inline]
 pub(super) fn free(record: Box<BlockRecord>) {
-    if record.extras.is_some() {
-        return free_with_extras(record);
-    }
     if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
@@ -293,20 +287,22 @@ fn free_with_extras(record: Box<BlockRecord>) {
 
 /// Takes a block back that the lane in front is not for.
 #[inline(never)]
-fn free_anywhere(record: Box<BlockRecord>) {
-    let shared = record
-        .shared
-        .clone()
-        .expect("a block in a caller's hands knows its pool");
+fn free_anywhere(mut record: Box<BlockRecord>) {
+    if record.extras.is_some() {
+        return free_with_extras(record);
+    }
     // What is lent goes back to its lender, who waits for the borrower.
     if matches!(record.place, Place::Lent { .. }) {
         return drop(free_in_pool(record, Counted::No));
     }
+    let shared = record.shared();
+    let key = LaneKey::new(shared.id, record.home.id());
     if shared.config.poison {
         poison::ordinary(&shared.device, &record);
+    } else {
+        record.key = key;
     }
-    let key = LaneKey::new(shared.id, record.home.id());
-    if let Some(record) = cache::keep_anywhere(&shared, key, record) {
+    if let Some(record) = cache::keep_anywhere(key, record) {
         drop(free_in_pool(record, Counted::No));
     }
 }
@@ -327,7 +323,7 @@ pub(super) fn free_in_pool(
         shared.take_in_left();
         return None;
     };
-    if counted == Counted::No || shared.has_threads.load(Ordering::Relaxed) {
+    if counted == Counted::No || shared.has_threads() {
         cache::fold_of_thread(shared.id, &mut state);
     }
     shared.take_in_freed(&mut state);
@@ -361,6 +357,20 @@ impl Shared {
         let mut state = self.state.lock();
         self.take_in_freed(&mut state);
         state
+    }
+
+    /// As [`lock`](Self::lock), unless another thread has it.
+    pub(super) fn lock_if_free(&self) -> Option<MutexGuard<'_, State>> {
+        let mut state = self.state.try_lock()?;
+        self.take_in_freed(&mut state);
+        Some(state)
+    }
+
+    /// Whether several threads have had a cache.
+    #[inline]
+    pub(super) fn has_threads(&self) -> bool {
+        // Relaxed: it only decides how soon counters are folded.
+        self.has_threads.load(Ordering::Relaxed)
     }
 
     /// The state, with what every cache has counted.
@@ -399,7 +409,7 @@ impl Shared {
     /// Folds the calling thread's counters where other threads count as well: a peak is the more exact the
     /// sooner it is folded. Those of a thread that is alone are exact whenever that happens.
     pub(super) fn fold_among_threads(&self, state: &mut State) {
-        if self.has_threads.load(Ordering::Relaxed) {
+        if self.has_threads() {
             cache::fold_of_thread(self.id, state);
         }
     }

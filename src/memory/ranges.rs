@@ -173,3 +173,31 @@ impl Ranges {
         self.table.iter().flatten().filter(|range| range.is_live())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use smallvec::smallvec;
+
+    #[test]
+    fn idle_ranges_keep_the_order_of_their_mapping_and_the_one_freed_first_is_oldest() {
+        let mut ranges = Ranges::default();
+        let fence = Fence { owner: 1, epoch: 1 };
+        let ptr = DevicePtr(PAGE);
+        let mut insert = |pages| ranges.insert(ptr, pages, smallvec![0], fence);
+        let [a, b, c] = [vec![0, 1], vec![2, 3], vec![4, 5]].map(&mut insert);
+        let other = insert(vec![6]);
+        for index in [c, a, other, b] {
+            ranges.release(index, fence);
+        }
+        let idle = |ranges: &Ranges| ranges.idle_of(2).collect::<Vec<_>>();
+        assert_eq!(idle(&ranges), [a, b, c]);
+        assert_eq!(ranges.oldest_idle(), Some(c));
+        // A place in the table that is used again says nothing about the order.
+        ranges.remove(a);
+        let d = ranges.insert(ptr, vec![0, 1], smallvec![0], fence);
+        ranges.release(d, fence);
+        assert_eq!((d, idle(&ranges)), (a, vec![b, c, d]));
+        assert_eq!(ranges.pages_mapped, 7);
+    }
+}

@@ -16,10 +16,10 @@
 use std::time::Instant;
 
 use super::backing::Refusal;
-use super::cache::{self, Close};
+use super::cache::Close;
 use super::hooks;
 use super::memories::MemoryIndex;
-use super::pool::{Shared, rounded};
+use super::pool::Shared;
 use super::report::report;
 use super::state::{Found, State, Wanted};
 use super::waits::{self, Patience};
@@ -27,23 +27,25 @@ use crate::driver::Stream;
 use crate::error::{OutOfMemory, Result};
 use crate::sync::MutexGuard;
 
-/// Finds memory for `requested` bytes (not 0) on `stream` in `memory`; the thread keeps `kept` bytes for that
-/// stream. A failure is told to the program's
-/// observers.
+/// Does what is due before memory is looked for: lets go of streams that are gone when a new one comes, and
+/// returns what was idle for long.
+#[inline]
+pub(super) fn prepare(shared: &Shared, state: &mut State, stream: &Stream) {
+    if !state.fences.knows(stream) && !shared.routes.is_capturing() {
+        state.let_go();
+    }
+    if state.decay.is_on() && state.decay.is_due(Instant::now()) && !shared.routes.is_capturing() {
+        decay(shared, state);
+    }
+}
+
+/// Finds memory by all means, where none lies ready. A failure is told to the program's observers.
 pub(super) fn allocate(
     shared: &Shared,
-    requested: u64,
-    (memory, stream): (MemoryIndex, &Stream),
-    kept: u64,
+    state: MutexGuard<'_, State>,
+    wanted: Wanted<'_>,
 ) -> Result<Found> {
-    let wanted = Wanted {
-        requested,
-        bytes: rounded(requested).unwrap_or(u64::MAX),
-        stream,
-        memory,
-        kept,
-    };
-    climb(shared, wanted).map_err(|report| {
+    climb(shared, state, wanted).map_err(|report| {
         if !is_captured(shared, wanted) {
             shared.hooks.tell_failure(&report);
         }
@@ -56,28 +58,19 @@ fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
     wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
 }
 
-fn climb(shared: &Shared, mut wanted: Wanted<'_>) -> Result<Found, Box<OutOfMemory>> {
-    let mut state = shared.lock();
+fn climb(
+    shared: &Shared,
+    mut state: MutexGuard<'_, State>,
+    wanted: Wanted<'_>,
+) -> Result<Found, Box<OutOfMemory>> {
     shared.fold_among_threads(&mut state);
-    if !state.fences.knows(wanted.stream) && !shared.routes.is_capturing() {
-        state.let_go();
-    }
-    if state.decay.is_on() && state.decay.is_due(Instant::now()) && !shared.routes.is_capturing() {
-        decay(shared, &mut state);
-    }
-    if let Some(found) = state.place(wanted) {
-        return Ok(found);
+    if wanted.memory != MemoryIndex::ORDINARY {
+        prepare(shared, &mut state, wanted.stream);
     }
     if let Some(refusal) = state.never_holds(wanted.bytes) {
         return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
     }
     if wanted.memory == MemoryIndex::ORDINARY {
-        if let Some(kept) = cache::give_hot(shared.id(), &mut state) {
-            wanted.kept = kept;
-            if let Some(found) = state.place(wanted) {
-                return Ok(found);
-            }
-        }
         state.poll_pending();
     }
     let allocations = state.device_allocs();

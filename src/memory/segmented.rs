@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::arena::{Arena, SegmentIndex};
-use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::fences::{Fence, Fences};
 use super::territory::Owner;
 use crate::driver::{Device, DevicePtr, Driver};
@@ -128,20 +128,14 @@ impl SegmentedMemory {
         arena.segments.insert(segment, (ptr, bytes));
     }
 
-    fn place_in_range(&mut self, request: Request, is_small: bool) -> Option<Placed> {
-        let owner = request.owner;
-        let arena = self.arenas.get_mut(&(owner, is_small))?;
+    fn place_in_range(&mut self, request: Request, is_small: bool) -> Option<AtHand> {
+        let arena = self.arenas.get_mut(&(request.owner, is_small))?;
         let placed = arena.arena.allocate(request.bytes)?;
         let (base, _) = arena.segments[&placed.segment];
-        let index = placed.index;
-        let place = if is_small {
-            Place::Small { owner, index }
-        } else {
-            Place::Large { owner, index }
-        };
-        Some(Placed {
+        Some(AtHand {
             ptr: base.offset(placed.offset),
-            place,
+            index: placed.index,
+            is_small,
         })
     }
 
@@ -208,13 +202,13 @@ impl Backing for SegmentedMemory {
         self.limit = bytes;
     }
 
-    fn place(&mut self, request: Request) -> Option<Placed> {
-        self.place_in_range(request, request.bytes <= SMALL_MAX)
+    fn place(&mut self, request: &Request) -> Option<AtHand> {
+        self.place_in_range(*request, request.bytes <= SMALL_MAX)
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
-        if let Some(placed) = self.place(request) {
-            return Ok(placed);
+        if let Some(found) = self.place(&request) {
+            return Ok(found.placed(request.owner));
         }
         let usual = segment_bytes(request.bytes);
         // Of what was left, none that would stay mostly empty, unless there is nothing else.
@@ -235,12 +229,14 @@ impl Backing for SegmentedMemory {
         });
         match added {
             Ok(()) => Ok(self
-                .place(request)
-                .expect("a segment was added that fits the request")),
+                .place(&request)
+                .expect("a segment was added that fits the request")
+                .placed(request.owner)),
             // Out of memory: room among blocks of the other range is better than none, and so is another
             // stream's.
             Err(refusal) => self
                 .place_in_range(request, request.bytes > SMALL_MAX)
+                .map(|found| found.placed(request.owner))
                 .or_else(|| self.borrow(request, fences))
                 .ok_or(refusal),
         }

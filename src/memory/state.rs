@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::backing::{Backing, Place, Placed, Refusal, Request};
+use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
+use super::lane::{self, List};
 use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
@@ -36,6 +37,19 @@ pub(super) struct Wanted<'a> {
     pub(super) memory: MemoryIndex,
     /// Bytes that the thread keeps for this stream: free, though the memory does not know.
     pub(super) kept: u64,
+}
+
+impl<'a> Wanted<'a> {
+    pub(super) fn new(requested: u64, stream: &'a Stream, memory: MemoryIndex) -> Self {
+        Self {
+            requested,
+            // What cannot be rounded in 64 bits no device has.
+            bytes: super::pool::rounded(requested).unwrap_or(u64::MAX),
+            stream,
+            memory,
+            kept: 0,
+        }
+    }
 }
 
 /// Memory for a block.
@@ -62,7 +76,15 @@ pub(super) struct State {
     pub(super) counters: Counters,
     segments: Gauge,
     reserved: Gauge,
+    /// Records of blocks that came back from other streams, without their pool.
+    spares: List,
+    spares_len: u32,
+    /// Room for blocks that come back; empty in between.
+    passed: Vec<Passed>,
 }
+
+/// Most records that are kept for later blocks.
+const SPARES_MAX: u32 = 64;
 
 /// What the ladder counts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,6 +128,9 @@ impl State {
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
+            spares: None,
+            spares_len: 0,
+            passed: Vec::new(),
         }
     }
 
@@ -129,6 +154,7 @@ impl State {
         self.memories.release(memory, self.fences.ends());
     }
 
+    #[inline]
     fn request(&mut self, wanted: Wanted<'_>) -> Request {
         // In a capture no event can be recorded; the pass before it is to need as much memory.
         let is_ordinary = wanted.memory == MemoryIndex::ORDINARY;
@@ -146,11 +172,20 @@ impl State {
         }
     }
 
-    /// Places a block in memory that is free for its stream at once.
-    pub(super) fn place(&mut self, wanted: Wanted<'_>) -> Option<Found> {
-        let request = self.request(wanted);
-        let placed = self.memories.get_mut(wanted.memory).place(request)?;
-        Some(self.hand_out(wanted, request.owner, placed))
+    /// Places a block in ordinary memory that is free for its stream at once: where, and the stream's number.
+    #[inline]
+    pub(super) fn place(&mut self, wanted: &Wanted<'_>, kept: u64) -> Option<(AtHand, Owner)> {
+        let request = Request {
+            bytes: wanted.bytes,
+            owner: self.fences.owner(wanted.stream),
+            reuse: self.config.reuse,
+            pending: self.pending.bytes() + kept,
+            may_borrow: true,
+        };
+        let ordinary = self.memories.get_mut(MemoryIndex::ORDINARY);
+        let found = ordinary.place(&request)?;
+        self.decay.take(request.bytes);
+        Some((found, request.owner))
     }
 
     /// Places a block by all means but waiting on the host.
@@ -200,6 +235,14 @@ impl State {
     pub(super) fn fold(&mut self, usage: &mut Usage, tags: &mut TagTable) {
         self.usage.fold(usage);
         self.tags.fold(tags);
+    }
+
+    /// Takes a block back that a thread kept, which has counted its free: it is reusable at once.
+    #[inline]
+    pub(super) fn take_back(&mut self, record: &BlockRecord) {
+        debug_assert!(record.extras.is_none(), "a lane keeps ordinary blocks");
+        let fence = self.fences.stamp(record.owner);
+        self.give_back(MemoryIndex::ORDINARY, record, fence);
     }
 
     /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
@@ -275,8 +318,10 @@ impl State {
             ReusePolicy::Never => ReusePolicy::OnlyComplete,
             reuse => reuse,
         };
-        for passed in self.pending.take_passed(&mut self.fences, reuse) {
-            let Passed { record, fence } = passed;
+        let mut passed = std::mem::take(&mut self.passed);
+        self.pending
+            .take_passed(&mut self.fences, reuse, &mut passed);
+        for Passed { record, fence } in passed.drain(..) {
             if self.config.poison {
                 super::poison::ordinary(&self.device, &record);
             }
@@ -286,7 +331,33 @@ impl State {
                 || matches!(record.place, Place::Small { .. } | Place::Lent { .. });
             let fence = fence.filter(|_| !keeps_none);
             self.make_reusable_after(&record, fence);
+            self.keep_spare(record);
         }
+        self.passed = passed;
+    }
+
+    fn keep_spare(&mut self, mut record: Box<BlockRecord>) {
+        if self.spares_len < SPARES_MAX && record.memory() == MemoryIndex::ORDINARY {
+            record.extras = None;
+            self.spares_len += 1;
+            lane::push(&mut self.spares, record);
+        }
+    }
+
+    /// Lets go of the streams that spare records hold.
+    fn drop_spares(&mut self) {
+        lane::drop_all(self.spares.take());
+        self.spares_len = 0;
+    }
+
+    /// A record of `stream` whose block is gone, if that is the stream of the record that came back last.
+    pub(super) fn take_spare(&mut self, stream: &Stream) -> Option<Box<BlockRecord>> {
+        let record = self.spares.as_ref()?;
+        if record.home.id() != stream.id() {
+            return None;
+        }
+        self.spares_len -= 1;
+        lane::pop(&mut self.spares)
     }
 
     fn count_inactive(&mut self, bytes: u64) {
@@ -311,6 +382,11 @@ impl State {
                 self.fences.now(owner)
             }
         });
+        self.give_back(memory, record, fence);
+    }
+
+    #[inline]
+    fn give_back(&mut self, memory: MemoryIndex, record: &BlockRecord, fence: Fence) {
         self.decay.give(record.allocated);
         let backing = self.memories.get_mut(memory);
         backing.free(record.place, record.allocated, fence);
@@ -334,6 +410,7 @@ impl State {
     }
 
     fn retire(&mut self) {
+        self.drop_spares();
         self.fences.retire(|owner| {
             self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
         });
@@ -344,6 +421,7 @@ impl State {
     pub(super) fn let_go(&mut self) {
         // Blocks that wait for other streams hold on to their own.
         self.poll_pending();
+        self.drop_spares();
         let gone = self.fences.look_at_gone();
         if gone.is_empty() {
             return;

@@ -20,36 +20,36 @@ pub struct Stat {
 /// have seen more frees than allocations: the value is signed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Gauge {
+    current: i64,
+    /// The highest value before the last decrease: what it rose to since then is looked at when it falls, or
+    /// when somebody asks.
+    peak: i64,
     increases: u64,
-    decreases: u64,
-    /// What `increases` was or would have been at the peak, had all decreases come before: peak plus
-    /// decreases. A new peak is then one comparison away.
-    at_peak: u64,
 }
 
 impl Gauge {
     #[inline]
     pub(super) fn current(&self) -> i64 {
-        self.increases.wrapping_sub(self.decreases).cast_signed()
+        self.current
     }
 
     #[inline]
     fn peak(&self) -> i64 {
-        self.at_peak.wrapping_sub(self.decreases).cast_signed()
+        self.peak.max(self.current)
     }
 
     #[inline]
     pub(super) fn increase(&mut self, amount: u64) {
+        self.current += amount.cast_signed();
         self.increases += amount;
-        if self.increases > self.at_peak {
-            self.at_peak = self.increases;
-        }
     }
 
     #[inline]
     pub(super) fn decrease(&mut self, amount: u64) {
-        self.decreases += amount;
-        self.at_peak += amount;
+        if self.current > self.peak {
+            self.peak = self.current;
+        }
+        self.current -= amount.cast_signed();
     }
 
     /// Moves the value to `value`, as one increase or decrease.
@@ -65,14 +65,13 @@ impl Gauge {
     /// Takes over what `part` has counted since it was folded last. The peak of the sum is exact if nothing
     /// else changed meanwhile, and otherwise not more than the parts' own peaks apart.
     pub(super) fn fold(&mut self, part: &Self) {
-        let peak = self.peak().max(self.current() + part.peak());
+        self.peak = self.peak().max(self.current + part.peak());
+        self.current += part.current;
         self.increases += part.increases;
-        self.decreases += part.decreases;
-        self.at_peak = self.decreases.wrapping_add_signed(peak);
     }
 
     pub(super) fn reset_peak(&mut self) {
-        self.at_peak = self.increases;
+        self.peak = self.current;
     }
 
     /// The peak, which starts anew from the present value.
@@ -83,8 +82,7 @@ impl Gauge {
     }
 
     pub(super) fn raise_peak(&mut self, peak: i64) {
-        let peak = self.peak().max(peak);
-        self.at_peak = self.decreases.wrapping_add_signed(peak);
+        self.peak = self.peak().max(peak);
     }
 
     pub(super) fn increases(&self) -> u64 {
@@ -98,7 +96,7 @@ impl Gauge {
             current: clamp(self.current()),
             peak: clamp(self.peak()),
             allocated: self.increases,
-            freed: self.decreases,
+            freed: self.increases.wrapping_sub(self.current.cast_unsigned()),
         }
     }
 }
@@ -146,7 +144,7 @@ impl Usage {
 
     /// Whether nothing was counted.
     pub(super) fn is_empty(&self) -> bool {
-        self.blocks.increases | self.blocks.decreases == 0
+        self.blocks.increases == 0 && self.blocks.current == 0
     }
 
     /// Takes over what a thread's lanes have counted since they were folded last.

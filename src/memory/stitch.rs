@@ -103,10 +103,14 @@ impl PagedMemory {
     /// The latest fence of each owner over the pages of an idle range; `None` if one is not free.
     fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
         let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
+        let mut near: Option<Hole> = None;
         for (position, page) in self.ranges.get(range).pages.iter().enumerate() {
-            let hole = self
-                .territory
-                .hole_over_front(*page, need.units_at(position))?;
+            let units = need.units_at(position);
+            let hole = match near.filter(|hole| hole.has_front(*page, units)) {
+                Some(hole) => hole,
+                None => self.territory.hole_over_front(*page, units)?,
+            };
+            near = Some(hole);
             let fence = self.territory.fence_of_page(&hole, *page);
             match latest.iter_mut().find(|known| known.owner == fence.owner) {
                 Some(known) => known.epoch = known.epoch.max(fence.epoch),
@@ -130,12 +134,13 @@ impl PagedMemory {
             let whole = pages.len().min(need.whole);
             if whole == need.whole && (need.front == 0 || front.is_some()) {
                 pages.truncate(need.whole);
-                pages.sort_unstable();
+                // Stable, because that finds the runs they come in.
+                pages.sort();
                 pages.extend(front.filter(|_| need.front > 0));
                 return Some(pages);
             }
             if pages.len() == need.pages() {
-                pages.sort_unstable();
+                pages.sort();
                 return Some(pages);
             }
             let have = whole + usize::from(need.front > 0 && front.is_some());
@@ -272,5 +277,52 @@ impl PagedMemory {
         self.pages.unmap_range(self.ranges.get(index))?;
         self.ranges.remove(index);
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::backing::Backing;
+    use super::super::config::ReusePolicy;
+    use super::super::growth::Pages;
+    use super::*;
+    use crate::driver::{Device, HostConfig};
+
+    #[test]
+    fn pages_that_any_stream_may_have_are_taken_last() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let mut memory = PagedMemory::new(Pages::new(&device, None).unwrap());
+        let mut fences = Fences::new(false);
+        let owner = fences.owner(&device.create_stream().unwrap());
+        let place = |memory: &mut PagedMemory, fences: &mut Fences, pages: u64| {
+            let request = Request {
+                bytes: pages * PAGE,
+                owner,
+                reuse: ReusePolicy::OnlyComplete,
+                pending: 0,
+                may_borrow: true,
+            };
+            let placed = memory.find(request, fences).unwrap();
+            (placed.place, request.bytes)
+        };
+        let (all, bytes) = place(&mut memory, &mut fences, 4);
+        memory.free(all, bytes, fences.now(owner));
+        let (fence, _) = fences.close_epoch(owner).unwrap();
+        fences.passed(fence);
+        // The first two pages once more, in an epoch that nobody has waited for.
+        let (two, bytes) = place(&mut memory, &mut fences, 2);
+        memory.free(two, bytes, fences.now(owner));
+        let mut holes: Vec<Hole> = memory.territory.holes_from(owner, PAGE_UNITS).collect();
+        assert_eq!(holes.len(), 1, "all of it is one hole");
+        assert_eq!(memory.newest_pages(&holes, &fences), [0, 1, 2, 3]);
+        // And the last two, after that.
+        let (fence, _) = fences.close_epoch(owner).unwrap();
+        fences.passed(fence);
+        let hole = holes.pop().unwrap();
+        let index = memory.territory.take(&hole, 2 * PAGE_UNITS, 2 * PAGE_UNITS);
+        let newest = fences.now(owner);
+        memory.territory.free(index, owner, newest.epoch);
+        let holes: Vec<Hole> = memory.territory.holes_from(owner, PAGE_UNITS).collect();
+        assert_eq!(memory.newest_pages(&holes, &fences), [2, 3, 0, 1]);
     }
 }

@@ -7,14 +7,21 @@
 //!
 //! All positions are in units of 512 bytes from the start of the range. Invariants: blocks tile the mapped
 //! pages in address order; a hole is filed in the bins of its owner; no two neighbors are holes of one
-//! owner or both unmapped; `at_page[p]` is the block that covers the first byte of page `p`. Must not know: addresses,
+//! owner or both unmapped; `starts` names the first block that begins in each page. Must not know: addresses,
 //! events, how a hole's epoch is waited for.
 
+mod blocks;
+mod invariants;
+
 use smallvec::SmallVec;
+
+use blocks::{Block, Blocks, Holder};
 
 use super::arena::GRANULARITY;
 use super::bins::{Bins, Index, Link, Links, NONE};
 use super::fences::{COMMON, FIRST_EPOCH, Fence};
+use super::freed::Freed;
+use super::starts::Starts;
 
 /// Bytes of a page: the unit in which physical memory is taken, mapped and returned.
 pub(super) const PAGE: u64 = 2 << 20;
@@ -26,31 +33,6 @@ pub(super) type Owner = usize;
 
 /// Number of a page's home.
 pub(super) type PageIndex = usize;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
-    /// In a caller's hands, or lent to a stitched range or to small blocks.
-    Taken,
-    /// Free for `owner`; for others after `epoch` of `owner`.
-    Hole { owner: Owner, epoch: u64 },
-    /// Home of pages that were returned to the driver.
-    Unmapped,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    link: Link,
-    start: u64,
-    before: Index,
-    after: Index,
-    usage: Use,
-}
-
-impl Block {
-    fn end(&self) -> u64 {
-        self.start + self.link.units
-    }
-}
 
 /// A hole as others see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +60,12 @@ impl Hole {
         page_index(first)..page_index(end.max(first))
     }
 
+    /// Whether the first `units` of `page` lie in the hole.
+    pub(super) fn has_front(&self, page: PageIndex, units: u64) -> bool {
+        let start = page as u64 * PAGE_UNITS;
+        self.start <= start && start + units <= self.start + self.units
+    }
+
     /// The first page whose front of `units` lies in the hole.
     pub(super) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
         let page = self.start.div_ceil(PAGE_UNITS);
@@ -89,49 +77,14 @@ fn page_index(page: u64) -> PageIndex {
     crate::units::to_usize(page)
 }
 
-#[derive(Debug, Default)]
-struct Blocks {
-    slab: Vec<Block>,
-    unused: Vec<Index>,
-}
-
-impl Links for Blocks {
-    #[inline]
-    fn link(&self, index: Index) -> &Link {
-        &self.slab[index as usize].link
-    }
-    #[inline]
-    fn link_mut(&mut self, index: Index) -> &mut Link {
-        &mut self.slab[index as usize].link
-    }
-}
-
-impl Blocks {
-    fn insert(&mut self, block: Block) -> Index {
-        if let Some(index) = self.unused.pop() {
-            self.slab[index as usize] = block;
-            return index;
-        }
-        let index = Index::try_from(self.slab.len()).expect("fewer than 2^32 blocks");
-        self.slab.push(block);
-        index
-    }
-
-    #[inline]
-    fn at(&mut self, index: Index) -> &mut Block {
-        &mut self.slab[index as usize]
-    }
-}
-
 /// The blocks of all mapped pages of a pool.
 #[derive(Debug)]
 pub(super) struct Territory {
     blocks: Blocks,
     /// Holes by owner.
     bins: Vec<Bins>,
-    at_page: Vec<Index>,
-    /// By page and owner: the latest free that touched it, if that was past the owner's first epoch.
-    freed_at: Vec<SmallVec<[Fence; 2]>>,
+    starts: Starts,
+    freed: Freed,
     last: Index,
 }
 
@@ -140,15 +93,15 @@ impl Territory {
         Self {
             blocks: Blocks::default(),
             bins: Vec::new(),
-            at_page: Vec::new(),
-            freed_at: Vec::new(),
+            starts: Starts::default(),
+            freed: Freed::default(),
             last: NONE,
         }
     }
 
     /// Pages that have a home, mapped or not.
     pub(super) fn pages(&self) -> PageIndex {
-        self.at_page.len()
+        self.starts.len()
     }
 
     fn bins_of(&mut self, owner: Owner) -> &mut Bins {
@@ -167,19 +120,15 @@ impl Territory {
         self.bins[owner].remove(&mut self.blocks, index);
     }
 
+    #[inline]
     fn hole(&self, index: Index) -> Option<Hole> {
-        let Block {
-            link, start, usage, ..
-        } = self.blocks.slab[index as usize];
-        let Use::Hole { owner, epoch } = usage else {
-            return None;
-        };
+        let block = self.blocks.at(index);
         Some(Hole {
             index,
-            start,
-            units: link.units,
-            owner,
-            epoch,
+            start: block.start,
+            units: block.link.units,
+            owner: block.holder.owner()?,
+            epoch: block.epoch,
         })
     }
 
@@ -210,46 +159,59 @@ impl Territory {
 
     /// The hole in which the first `units` of page `page` lie, if they do.
     pub(super) fn hole_over_front(&self, page: PageIndex, units: u64) -> Option<Hole> {
-        let hole = self.hole(self.at_page[page])?;
-        (page as u64 * PAGE_UNITS + units <= hole.start + hole.units).then_some(hole)
+        let hole = self.hole(self.over(page))?;
+        hole.has_front(page, units).then_some(hole)
+    }
+
+    /// The block that covers the first byte of `page`.
+    fn over(&self, page: PageIndex) -> Index {
+        let at = page as u64 * PAGE_UNITS;
+        if let Some(first) = self.starts.first(page)
+            && self.blocks.at(first).start == at
+        {
+            return first;
+        }
+        let mut index = self.starts.before(page).expect("a block begins in page 0");
+        // The others that begin in that page, small ones, as blocks without a gap.
+        while self.blocks.at(index).end() <= at {
+            index = self.blocks.at(index).after;
+        }
+        index
     }
 
     /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
     /// different times; its pages remember theirs.
     pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
-        // Of one owner the latest free stands for all earlier ones; none is noted of the first epoch.
-        let mut freed = self.freed_at[page].iter();
-        let freed = freed.find(|freed| freed.owner == hole.owner);
-        freed.copied().unwrap_or(Fence {
+        // None is noted of the first epoch.
+        let epoch = self.freed.epoch(page, hole.owner);
+        Fence {
             owner: hole.owner,
-            epoch: hole.epoch.min(FIRST_EPOCH),
-        })
+            epoch: epoch.unwrap_or(hole.epoch.min(FIRST_EPOCH)),
+        }
     }
 
     /// Notes a free of `units` from `start` on, in all pages it touches.
+    #[inline]
     fn note_free(&mut self, (start, units): (u64, u64), fence: Fence) {
         // The epochs of a stream that nobody asked about never move on: nothing to note.
-        if fence.epoch <= FIRST_EPOCH {
-            return;
+        if fence.epoch > FIRST_EPOCH {
+            self.note_later_free((start, start + units), fence);
         }
-        self.note_later_free((start, units), fence);
     }
 
     #[inline(never)]
-    fn note_later_free(&mut self, (start, units): (u64, u64), fence: Fence) {
-        let end = start + units;
-        for page in start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
-            let freed = &mut self.freed_at[page_index(page)];
-            if start <= page * PAGE_UNITS && (page + 1) * PAGE_UNITS <= end {
-                // What came before is covered: the page was taken as a whole.
-                freed.clear();
-                freed.push(fence);
-                continue;
-            }
-            match freed.iter_mut().find(|freed| freed.owner == fence.owner) {
-                Some(freed) => freed.epoch = freed.epoch.max(fence.epoch),
-                None => freed.push(fence),
-            }
+    fn note_later_free(&mut self, (start, end): (u64, u64), fence: Fence) {
+        let (first, last) = (start / PAGE_UNITS, (end - 1) / PAGE_UNITS);
+        let whole = start.div_ceil(PAGE_UNITS)..end / PAGE_UNITS;
+        if first < whole.start {
+            self.freed.note_part(page_index(first), fence);
+        }
+        if whole.start < whole.end {
+            self.freed
+                .note_whole(page_index(whole.start)..page_index(whole.end), fence);
+        }
+        if last >= whole.end && last >= whole.start {
+            self.freed.note_part(page_index(last), fence);
         }
     }
 
@@ -275,25 +237,70 @@ impl Territory {
         parts
     }
 
+    /// Takes `units` from the front of the hole of `owner` that fits them best; the block and its start.
+    #[inline]
+    pub(super) fn allocate(&mut self, owner: Owner, units: u64) -> Option<(Index, u64)> {
+        let index = self.bins.get(owner)?.find(&self.blocks, units)?;
+        let start = self.blocks.at(index).start;
+        Some((self.take_front(index, owner, units), start))
+    }
+
     /// Takes `units` from `start` on out of `hole`; what is left on either side stays its owner's.
     pub(super) fn take(&mut self, hole: &Hole, start: u64, units: u64) -> Index {
         debug_assert!(hole.start <= start && start + units <= hole.start + hole.units && units > 0);
-        self.unfile(hole.index, hole.owner);
-        let mut index = hole.index;
-        if start > hole.start {
-            let taken = self.cut(index, start);
-            self.file(index, hole.owner);
-            index = taken;
+        if start == hole.start {
+            return self.take_front(hole.index, hole.owner, units);
         }
+        self.unfile(hole.index, hole.owner);
+        let index = self.cut(hole.index, start);
+        self.file(hole.index, hole.owner);
         if hole.start + hole.units > start + units {
             let rest = self.cut(index, start + units);
             self.file(rest, hole.owner);
         }
-        self.blocks.at(index).usage = Use::Taken;
+        self.blocks.at_mut(index).holder = Holder::TAKEN;
         index
     }
 
-    /// Cuts block `index` in two at `at`; returns the second part, of the same usage, not filed.
+    /// Takes `units` from the front of the hole `index`, which keeps its name.
+    fn take_front(&mut self, index: Index, owner: Owner, units: u64) -> Index {
+        let Block {
+            link,
+            start,
+            before,
+            ..
+        } = *self.blocks.at(index);
+        if link.units == units {
+            self.unfile(index, owner);
+            self.blocks.at_mut(index).holder = Holder::TAKEN;
+            return index;
+        }
+        let taken = self.blocks.insert(Block {
+            link: Link::new(units),
+            start,
+            epoch: 0,
+            before,
+            after: index,
+            holder: Holder::TAKEN,
+        });
+        self.bins[owner].resize(&mut self.blocks, index, link.units - units);
+        let hole = self.blocks.at_mut(index);
+        hole.start = start + units;
+        hole.before = taken;
+        if before != NONE {
+            self.blocks.at_mut(before).after = taken;
+        }
+        let (page, rest_page) = (start / PAGE_UNITS, (start + units) / PAGE_UNITS);
+        if self.starts.first(page_index(page)) == Some(index) {
+            self.starts.set(page_index(page), Some(taken));
+        }
+        if rest_page != page {
+            self.starts.set(page_index(rest_page), Some(index));
+        }
+        taken
+    }
+
+    /// Cuts block `index` in two at `at`; returns the second part, of the same holder, not filed.
     fn cut(&mut self, index: Index, at: u64) -> Index {
         let block = *self.blocks.at(index);
         debug_assert!(block.start < at && at < block.end());
@@ -301,32 +308,26 @@ impl Territory {
             link: Link::new(block.end() - at),
             start: at,
             before: index,
-            after: block.after,
-            usage: block.usage,
+            ..block
         });
-        let first = self.blocks.at(index);
+        let first = self.blocks.at_mut(index);
         first.link = Link::new(at - block.start);
         first.after = second;
         self.set_before(block.after, second);
-        self.claim_pages(second, at, block.end());
+        let page = at / PAGE_UNITS;
+        if block.start / PAGE_UNITS != page {
+            self.starts.set(page_index(page), Some(second));
+        }
         second
     }
 
+    #[inline]
     fn set_before(&mut self, index: Index, before: Index) {
         if index == NONE {
             self.last = before;
         } else {
-            self.blocks.at(index).before = before;
+            self.blocks.at_mut(index).before = before;
         }
-    }
-
-    /// Notes block `index` as the one at the first byte of every page that begins in `from..to`.
-    fn claim_pages(&mut self, index: Index, from: u64, to: u64) {
-        let (first, end) = (from.div_ceil(PAGE_UNITS), to.div_ceil(PAGE_UNITS));
-        if first == end {
-            return;
-        }
-        self.at_page[page_index(first)..page_index(end)].fill(index);
     }
 
     /// Frees block `index` for `owner`, for others from its `epoch` on.
@@ -339,49 +340,85 @@ impl Territory {
             start,
             before,
             after,
-            usage,
+            holder,
+            ..
         } = *self.blocks.at(index);
-        assert_eq!(usage, Use::Taken, "block {index} is freed twice");
-        self.blocks.at(index).usage = Use::Hole { owner, epoch };
+        assert_eq!(holder, Holder::TAKEN, "block {index} is freed twice");
         self.note_free((start, link.units), Fence { owner, epoch });
-        let mut merged = index;
-        if self.is_hole_of(after, owner) {
+        let holder = Holder::stream(owner);
+        let block = self.blocks.at_mut(index);
+        block.holder = holder;
+        block.epoch = epoch;
+        let continues = self.blocks.is_of(before, holder);
+        if self.blocks.is_of(after, holder) {
+            if !continues {
+                return self.absorb_previous(after, owner);
+            }
             self.unfile(after, owner);
-            self.absorb_next(merged);
+            let units = self.absorb_next(index);
+            self.blocks.at_mut(index).link.units = units;
         }
-        if self.is_hole_of(before, owner) {
-            self.unfile(before, owner);
-            self.absorb_next(before);
-            merged = before;
+        if continues {
+            let units = self.absorb_next(before);
+            self.bins[owner].resize(&mut self.blocks, before, units);
+        } else {
+            self.file(index, owner);
         }
-        self.file(merged, owner);
     }
 
-    fn is_hole_of(&self, index: Index, owner: Owner) -> bool {
-        index != NONE
-            && matches!(self.blocks.slab[index as usize].usage, Use::Hole { owner: o, .. } if o == owner)
-    }
-
-    /// Makes block `index` span its next neighbor too; of two epochs the later one holds for both.
-    fn absorb_next(&mut self, index: Index) {
+    /// Makes block `index` span its next neighbor too, of which it takes the epoch if that is later; returns its
+    /// units then, which are the caller's to write.
+    fn absorb_next(&mut self, index: Index) -> u64 {
         let gone_index = self.blocks.at(index).after;
         let gone = *self.blocks.at(gone_index);
-        let block = self.blocks.at(index);
-        block.link = Link::new(block.link.units + gone.link.units);
+        let block = self.blocks.at_mut(index);
         block.after = gone.after;
-        if let (Use::Hole { epoch, .. }, Use::Hole { epoch: other, .. }) =
-            (&mut block.usage, gone.usage)
-        {
-            *epoch = other.max(*epoch);
-        }
+        block.epoch = block.epoch.max(gone.epoch);
+        let (start, units) = (block.start, block.link.units + gone.link.units);
         self.set_before(gone.after, index);
-        self.claim_pages(index, gone.start, gone.end());
-        self.blocks.unused.push(gone_index);
+        self.begins_no_more(gone.start, start, gone.after);
+        self.blocks.remove(gone_index);
+        units
+    }
+
+    /// Makes the filed hole `index` span its previous neighbor too, which is not filed.
+    fn absorb_previous(&mut self, index: Index, owner: Owner) {
+        let gone_index = self.blocks.at(index).before;
+        let gone = *self.blocks.at(gone_index);
+        let hole = self.blocks.at_mut(index);
+        let (start, after) = (hole.start, hole.after);
+        let units = hole.link.units + gone.link.units;
+        hole.start = gone.start;
+        hole.before = gone.before;
+        hole.epoch = hole.epoch.max(gone.epoch);
+        if gone.before != NONE {
+            self.blocks.at_mut(gone.before).after = index;
+        }
+        self.begins_no_more(start, gone.start, after);
+        let page = page_index(gone.start / PAGE_UNITS);
+        if self.starts.first(page) == Some(gone_index) {
+            self.starts.set(page, Some(index));
+        }
+        self.blocks.remove(gone_index);
+        self.bins[owner].resize(&mut self.blocks, index, units);
+    }
+
+    /// Notes that no block begins at `at` any more, where now one lies that begins at `start`, with the block
+    /// `after` behind it.
+    #[inline]
+    fn begins_no_more(&mut self, at: u64, start: u64, after: Index) {
+        let page = at / PAGE_UNITS;
+        if start / PAGE_UNITS == page {
+            return;
+        }
+        let next =
+            (after != NONE && self.blocks.at(after).start / PAGE_UNITS == page).then_some(after);
+        self.starts.set(page_index(page), next);
     }
 
     /// Units of the hole of `owner` at the very end of the territory; growth continues it.
     pub(super) fn last_hole_units(&self, owner: Owner) -> u64 {
-        if self.is_hole_of(self.last, owner) {
+        if self.blocks.is_of(self.last, Holder::stream(owner)) {
             self.blocks.link(self.last).units
         } else {
             0
@@ -390,24 +427,25 @@ impl Territory {
 
     /// Adds `count` mapped pages at the end, free for `owner`; returns the first.
     pub(super) fn append(&mut self, count: usize, owner: Owner) -> PageIndex {
-        let first = self.at_page.len();
+        let first = self.starts.len();
         let start = first as u64 * PAGE_UNITS;
         let units = count as u64 * PAGE_UNITS;
         let before = self.last;
-        let usage = Use::Taken;
         let index = self.blocks.insert(Block {
             link: Link::new(units),
             start,
+            epoch: 0,
             before,
             after: NONE,
-            usage,
+            holder: Holder::TAKEN,
         });
         if before != NONE {
-            self.blocks.at(before).after = index;
+            self.blocks.at_mut(before).after = index;
         }
         self.last = index;
-        self.at_page.resize(first + count, index);
-        self.freed_at.resize(first + count, SmallVec::new());
+        self.starts.extend(first + count);
+        self.starts.set(first, Some(index));
+        self.freed.extend(first + count);
         // Memory that was never used has no past: epoch 0 is complete from the start.
         self.free(index, owner, 0);
         first
@@ -415,33 +453,26 @@ impl Territory {
 
     /// Declares the pages of a taken block unmapped; their homes merge with unmapped neighbors.
     pub(super) fn unmap(&mut self, index: Index) {
-        let block = self.blocks.at(index);
-        assert_eq!(block.usage, Use::Taken, "only taken pages are returned");
+        let block = self.blocks.at_mut(index);
+        assert_eq!(block.holder, Holder::TAKEN, "only taken pages are returned");
         assert!(
             block.start.is_multiple_of(PAGE_UNITS) && block.link.units.is_multiple_of(PAGE_UNITS)
         );
-        block.usage = Use::Unmapped;
+        block.holder = Holder::UNMAPPED;
         let Block { before, after, .. } = *block;
-        if self.is_unmapped(after) {
-            self.absorb_next(index);
+        if self.blocks.is_of(after, Holder::UNMAPPED) {
+            self.blocks.at_mut(index).link.units = self.absorb_next(index);
         }
-        if self.is_unmapped(before) {
-            self.absorb_next(before);
+        if self.blocks.is_of(before, Holder::UNMAPPED) {
+            self.blocks.at_mut(before).link.units = self.absorb_next(before);
         }
-    }
-
-    fn is_unmapped(&self, index: Index) -> bool {
-        index != NONE && self.blocks.slab[index as usize].usage == Use::Unmapped
     }
 
     /// The first of `count` homes side by side whose pages were returned.
     pub(super) fn unmapped(&self, count: usize) -> Option<PageIndex> {
         let units = count as u64 * PAGE_UNITS;
-        let fits = |block: &&Block| block.usage == Use::Unmapped && block.link.units >= units;
-        let mut blocks = self
-            .at_page
-            .iter()
-            .map(|index| &self.blocks.slab[*index as usize]);
+        let fits = |block: &&Block| block.holder == Holder::UNMAPPED && block.link.units >= units;
+        let mut blocks = self.in_order().map(|(_, block)| block);
         blocks
             .find(fits)
             .map(|block| page_index(block.start / PAGE_UNITS))
@@ -449,17 +480,17 @@ impl Territory {
 
     /// Declares `count` unmapped pages from home `first` on mapped again, free for `owner`.
     pub(super) fn remap(&mut self, first: PageIndex, count: usize, owner: Owner) {
-        let index = self.at_page[first];
+        let index = self.over(first);
         let (start, units) = (first as u64 * PAGE_UNITS, count as u64 * PAGE_UNITS);
         let block = *self.blocks.at(index);
         assert!(
-            block.usage == Use::Unmapped && block.start == start,
+            block.holder == Holder::UNMAPPED && block.start == start,
             "homes are settled from the front"
         );
         if block.link.units > units {
             self.cut(index, start + units);
         }
-        self.blocks.at(index).usage = Use::Taken;
+        self.blocks.at_mut(index).holder = Holder::TAKEN;
         self.free(index, owner, 0);
     }
 
@@ -479,6 +510,15 @@ impl Territory {
                 self.give(&hole, (hole.start, hole.units), past);
             }
         }
+    }
+
+    /// Every block, in the order of addresses.
+    fn in_order(&self) -> impl Iterator<Item = (Index, &Block)> {
+        let first = (self.starts.len() > 0).then(|| self.over(0));
+        let at = |index: Index| (index, self.blocks.at(index));
+        std::iter::successors(first.map(at), move |(_, block)| {
+            (block.after != NONE).then(|| at(block.after))
+        })
     }
 
     /// Whether `owner` has no hole.
@@ -505,75 +545,7 @@ impl Territory {
 
     /// Start, in units, of a taken block.
     pub(super) fn start(&self, index: Index) -> u64 {
-        self.blocks.slab[index as usize].start
-    }
-
-    /// Asserts the module's invariants; returns (mapped units, taken units).
-    pub(super) fn check_invariants(&self) -> (u64, u64) {
-        let mut filed = std::collections::HashMap::new();
-        for (owner, bins) in self.bins.iter().enumerate() {
-            bins.check_invariants(&self.blocks);
-            filed.extend(
-                bins.iter_from(&self.blocks, 1)
-                    .map(|(index, _)| (index, owner)),
-            );
-        }
-        let (mut mapped, mut taken, mut walked, mut at) = (0, 0, 0, 0);
-        let mut before = NONE;
-        let mut index = self.at_page.first().copied().unwrap_or(NONE);
-        while index != NONE {
-            let block = &self.blocks.slab[index as usize];
-            assert_eq!(
-                (block.start, block.before),
-                (at, before),
-                "block {index} is out of place"
-            );
-            assert!(block.link.units > 0, "block {index} is empty");
-            match block.usage {
-                Use::Taken => taken += block.link.units,
-                Use::Hole { owner, .. } => {
-                    assert_eq!(filed.get(&index), Some(&owner), "filing of block {index}");
-                    assert!(
-                        !self.is_hole_of(before, owner),
-                        "holes {before} and {index} touch"
-                    );
-                }
-                Use::Unmapped => assert!(!self.is_unmapped(before), "homes touch at {index}"),
-            }
-            if !matches!(block.usage, Use::Hole { .. }) {
-                assert!(
-                    !filed.contains_key(&index),
-                    "block {index} is filed but no hole"
-                );
-            }
-            if block.usage != Use::Unmapped {
-                mapped += block.link.units;
-            }
-            let pages = block.start.div_ceil(PAGE_UNITS)..block.end().div_ceil(PAGE_UNITS);
-            for page in pages {
-                assert_eq!(
-                    self.at_page[page_index(page)],
-                    index,
-                    "block at page {page}"
-                );
-            }
-            walked += 1;
-            at = block.end();
-            before = index;
-            index = block.after;
-        }
-        assert_eq!(before, self.last, "the last block");
-        assert_eq!(
-            at,
-            self.at_page.len() as u64 * PAGE_UNITS,
-            "the blocks end with the pages"
-        );
-        assert_eq!(
-            walked + self.blocks.unused.len(),
-            self.blocks.slab.len(),
-            "a block leaked"
-        );
-        (mapped, taken)
+        self.blocks.at(index).start
     }
 }
 

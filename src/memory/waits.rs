@@ -3,7 +3,7 @@
 //! Streams are waited for one after the other, and the search starts anew after each: first the stream with
 //! the least memory that suffices, else the one with most. A stream is waited for twice at most, because a
 //! block that came back from other streams may have work of its own stream behind it that the first wait did
-//! not cover. Streams that failed keep their memory pending, and so do those that are part of a capture,
+//! not cover; and again whenever blocks came back since. Streams that failed keep their memory pending, and so do those that are part of a capture,
 //! which waiting would end.
 //!
 //! All waits happen without the pool's lock.
@@ -22,8 +22,10 @@ use super::territory::Owner;
 use crate::driver::Stream;
 use crate::sync::MutexGuard;
 
-/// Waits for one stream in the ladder.
+/// Waits for one stream in the ladder, between two at which blocks come back.
 pub(super) const WAITS_MAX: u32 = 2;
+/// Waits for all streams in the ladder, where other threads free and allocate without end meanwhile.
+const ALL_WAITS_MAX: u32 = 256;
 /// Pauses between two looks at an event while there is a deadline.
 const PAUSE_MIN: Duration = Duration::from_micros(20);
 const PAUSE_MAX: Duration = Duration::from_millis(1);
@@ -95,13 +97,16 @@ pub(super) fn wait_for_room(
     search: impl Fn(&mut State, Wanted<'_>) -> Result<Found, Refusal>,
 ) -> Option<Found> {
     let mut waits: BTreeMap<Owner, u32> = BTreeMap::new();
-    loop {
+    for _ in 0..ALL_WAITS_MAX {
         let mut behind = state.bytes_behind(wanted);
         behind.retain(|owner, _| waits.get(owner).is_none_or(|count| *count < WAITS_MAX));
         let owner = cheapest(&behind, state.missing(wanted))?;
         *waits.entry(owner).or_default() += 1;
-        if !wait_for(shared, state, owner, patience) {
+        let Some(has_more) = wait_for(shared, state, owner, patience) else {
             continue;
+        };
+        if has_more {
+            waits.clear();
         }
         // What others freed meanwhile may lie in their caches.
         shared.empty_caches(state, Close::No);
@@ -109,6 +114,7 @@ pub(super) fn wait_for_room(
             return Some(found);
         }
     }
+    None
 }
 
 /// The stream with the least bytes that are at least `missing`, else that with most.
@@ -119,24 +125,20 @@ fn cheapest(behind: &BTreeMap<Owner, u64>, missing: u64) -> Option<Owner> {
     least.or_else(most).map(|(owner, _)| *owner)
 }
 
-/// Waits for what was freed for `owner` so far; whether that has been passed.
+/// Waits for what was freed for `owner` so far. If that has been passed: whether blocks came back thereby, to
+/// streams that may have to be waited for again.
 fn wait_for(
     shared: &Shared,
     state: &mut MutexGuard<'_, State>,
     owner: Owner,
     patience: &mut Patience,
-) -> bool {
-    let Some((fence, stream)) = state.fences.close_epoch(owner) else {
-        return false;
-    };
+) -> Option<bool> {
+    let (fence, stream) = state.fences.close_epoch(owner)?;
     let has_passed = MutexGuard::unlocked(state, || patience.wait(&stream));
     // A stream is let go of only when nobody else holds it.
     drop(stream);
     shared.take_in_freed(state);
-    if has_passed {
-        state.take_in_passed(&[fence]);
-    }
-    has_passed
+    has_passed.then(|| state.take_in_passed(&[fence]))
 }
 
 /// Waits for every stream that idle or pending memory is behind, the requester's own included, unless there

@@ -151,7 +151,9 @@ impl Attention {
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
     /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<Tensor> {
-        super::check_same_shape("causal_attention_backward", &self.output, grad_out)?;
+        let op = "causal_attention_backward";
+        super::check_same_shape(op, &self.output, grad_out)?;
+        super::check_one_stream(op, &[("qkv", &self.packed), ("grad_out", grad_out)])?;
         let (shape, context) = (self.shape, self.packed.context());
         let Heads {
             sequences,

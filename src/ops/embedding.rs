@@ -1,6 +1,6 @@
 //! Rows of a table picked by number.
 
-use super::matrix_shape;
+use super::{check_one_stream, matrix_shape};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::storage::Tensor;
@@ -14,6 +14,7 @@ use crate::storage::Tensor;
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     const OP: &str = "embedding";
     let [_, columns] = matrix_shape(OP, "table", table)?;
+    check_one_stream(OP, &[("table", table), ("ids", ids)])?;
     let out = Tensor::uninit(table.context(), [ids.len(), columns], table.dtype())?;
     launch::embedding(
         table.context().stream(),
@@ -41,6 +42,10 @@ pub fn embedding_backward(table: &Tensor, ids: &Tensor, grad_out: &Tensor) -> Re
         );
         return Err(Error::argument(OP, reason));
     }
+    check_one_stream(
+        OP,
+        &[("table", table), ("ids", ids), ("grad_out", grad_out)],
+    )?;
     let grad = Tensor::uninit(table.context(), table.shape(), table.dtype())?;
     launch::embedding_backward(
         table.context().stream(),

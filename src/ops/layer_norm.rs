@@ -1,7 +1,7 @@
 //! Normalization of the rows of a matrix.
 
 use super::autocast::operand;
-use super::matrix_shape;
+use super::{check_one_stream, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, LayerNormBackward};
@@ -56,6 +56,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<LayerNor
         );
         return Err(Error::argument(OP, reason));
     }
+    check_one_stream(OP, &[("x", x), ("weight", weight), ("bias", bias)])?;
     let (x_dtype, weight_dtype, bias_dtype) = (x.dtype(), weight.dtype(), bias.dtype());
     let [x, weight, bias] = [x, weight, bias].map(|tensor| operand(OP, tensor)?.contiguous());
     let (x, weight, bias) = (x?, weight?, bias?);
@@ -94,7 +95,9 @@ impl LayerNorm {
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
     /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<LayerNormGradients> {
-        super::check_same_shape("layer_norm_backward", &self.output, grad_out)?;
+        let op = "layer_norm_backward";
+        super::check_same_shape(op, &self.output, grad_out)?;
+        check_one_stream(op, &[("x", &self.x), ("grad_out", grad_out)])?;
         let (x, context) = (&self.x, self.x.context());
         let grad_out = grad_out.contiguous()?;
         let input = Tensor::uninit(context, x.shape(), self.x_dtype)?;

@@ -2,7 +2,7 @@
 
 use super::autocast::operand;
 use super::matmul::{multiply_into, view};
-use super::{check_same_dtype, matrix_shape};
+use super::{check_one_stream, check_same_dtype, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, StridedCopy};
@@ -57,6 +57,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Line
                 weight.shape()
             ),
         ));
+    }
+    check_one_stream(OP, &[("x", x), ("weight", weight)])?;
+    if let Some(bias) = bias {
+        check_one_stream(OP, &[("x", x), ("bias", bias)])?;
     }
     let (x_dtype, weight_dtype) = (x.dtype(), weight.dtype());
     let bias_dtype = bias.map(Tensor::dtype);
@@ -123,7 +127,9 @@ impl Linear {
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;
     /// [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::OutOfMemory`].
     pub fn backward(&self, grad_out: &Tensor) -> Result<LinearGradients> {
-        super::check_same_shape("linear_backward", &self.output, grad_out)?;
+        let op = "linear_backward";
+        super::check_same_shape(op, &self.output, grad_out)?;
+        check_one_stream(op, &[("x", &self.x), ("grad_out", grad_out)])?;
         let dtype = self.x.dtype();
         let grad_out = grad_out.cast(dtype)?;
         let context = self.x.context();

@@ -1,6 +1,6 @@
 //! The loss of a classifier.
 
-use super::matrix_shape;
+use super::{check_one_stream, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
@@ -47,6 +47,7 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
             dtype: logits.dtype(),
         });
     }
+    check_one_stream(OP, &[("logits", logits), ("labels", labels)])?;
     let context = logits.context();
     let dtype = launch::sum_dtype(logits.dtype());
     let value = Tensor::uninit(context, [], dtype)?;

@@ -1,7 +1,7 @@
 //! The product of two matrices.
 
 use super::autocast::operand;
-use super::{check_same_dtype, matrix_shape};
+use super::{check_one_stream, check_same_dtype, matrix_shape};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, Matrix};
@@ -23,6 +23,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             format!("{} · {} does not fit", a.shape(), b.shape()),
         ));
     }
+    check_one_stream(OP, &[("a", a), ("b", b)])?;
     let (a, b) = (operand(OP, a)?, operand(OP, b)?);
     check_same_dtype(OP, &a, &b)?;
     let out = Tensor::uninit(a.context(), [m, n], a.dtype())?;

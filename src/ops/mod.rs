@@ -85,6 +85,24 @@ fn check_same_shape(op: &'static str, first: &Tensor, second: &Tensor) -> Result
     ))
 }
 
+/// Refuses operands on other streams than the first: a result is made in the order of one.
+fn check_one_stream(op: &'static str, operands: &[(&str, &Tensor)]) -> Result<()> {
+    let [(first, home), others @ ..] = operands else {
+        return Ok(());
+    };
+    let home = home.context().stream().id();
+    match others
+        .iter()
+        .find(|(_, other)| other.context().stream().id() != home)
+    {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::argument(
+            op,
+            format!("{name} is on another stream than {first}; copy_to its context first"),
+        )),
+    }
+}
+
 /// The two lengths of a matrix.
 fn matrix_shape(op: &'static str, name: &str, tensor: &Tensor) -> Result<[usize; 2]> {
     <[usize; 2]>::try_from(&tensor.shape()[..]).map_err(|_| {

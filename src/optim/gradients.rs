@@ -8,9 +8,11 @@ use crate::error::Result;
 use crate::launch::chunk_table::ChunkTable;
 use crate::launch::clip::{ClipOperands, clip_coefficient, multiply};
 use crate::launch::gradient_check::{COUNT_WORDS, GradientStats, check, unscale};
+use crate::launch::gradient_produce::gather;
 use crate::launch::{NormKind, Span};
 use crate::memory;
 use crate::optim::Parameter;
+use crate::optim::produced::CheckAtOnce;
 use crate::optim::table::DeviceTable;
 use crate::storage::{Context, Tensor};
 
@@ -18,7 +20,10 @@ use crate::storage::{Context, Tensor};
 #[derive(Debug)]
 pub(crate) struct Gradients {
     table: DeviceTable,
+    /// Over what was found about gradients where they were made.
+    produced: DeviceTable,
     memory: Option<Memory>,
+    is_half_done: bool,
 }
 
 #[derive(Debug)]
@@ -53,6 +58,9 @@ impl Memory {
 pub(crate) enum Pass<'a> {
     /// Only read it, multiplied by the inverse scale if there is one.
     Check(Option<&'a Tensor>, NormKind),
+    /// As [`Check`](Self::Check) for the L2 norm, without reading gradients that were checked like this where they
+    /// were made.
+    CheckUnlessProduced(CheckAtOnce<'a>),
     /// Replace it by its product with the inverse scale.
     Unscale(&'a Tensor),
 }
@@ -61,29 +69,74 @@ impl Gradients {
     pub(crate) fn new(op: &'static str) -> Self {
         Self {
             table: DeviceTable::new(op, 1),
+            produced: DeviceTable::new(op, 1),
             memory: None,
+            is_half_done: false,
         }
     }
 
     /// Runs `pass` over the gradients of `parameters` and sets `found_inf` (f32) if one is not finite.
-    /// `false` if no parameter has a gradient; then nothing was enqueued.
+    /// `false` if no parameter has a gradient; then nothing was enqueued. After an error nothing was either, unless
+    /// [`is_half_done`](Self::is_half_done).
     pub(crate) fn pass(
         &mut self,
         parameters: &[Parameter],
         pass: Pass<'_>,
         found_inf: &Span,
     ) -> Result<bool> {
-        let Some((context, table)) = self.table(parameters)? else {
+        let mut gradients = present(parameters);
+        let Some((first, _)) = gradients.first() else {
             return Ok(false);
         };
+        let context = parameters[*first].value().context().clone();
         let stats = self.memory(&context, parameters.len())?.stats()?;
         let stream = context.stream();
+        let tensors = parameters.len();
+        self.is_half_done = false;
         match pass {
             Pass::Check(inv_scale, kind) => {
                 let inv_scale = inv_scale.map(Tensor::span).transpose()?;
+                let table = self.table(&context, tensors, &gradients)?;
                 check(stream, &table, inv_scale.as_ref(), found_inf, &stats, kind)?;
             }
+            Pass::CheckUnlessProduced(at_once) => {
+                let partials = |(index, _): &(usize, Tensor)| {
+                    Some((*index, parameters[*index].produced(at_once.by)?))
+                };
+                let partials: Vec<_> = gradients.iter().filter_map(partials).collect();
+                let place = |index: usize| partials.binary_search_by_key(&index, |(at, _)| *at);
+                gradients.retain(|(index, _)| place(*index).is_err());
+                // Both tables are made before either launch.
+                let rest = match gradients.is_empty() {
+                    true => None,
+                    false => Some(self.table(&context, tensors, &gradients)?),
+                };
+                let produced = match partials.is_empty() {
+                    true => None,
+                    false => Some(self.produced_table(&context, tensors, &partials)?),
+                };
+                if let Some(rest) = &rest {
+                    let inv_scale = at_once.inv_scale.span()?;
+                    check(
+                        stream,
+                        rest,
+                        Some(&inv_scale),
+                        found_inf,
+                        &stats,
+                        NormKind::L2,
+                    )?;
+                }
+                if let Some(produced) = &produced {
+                    self.is_half_done = rest.is_some();
+                    gather(stream, produced, found_inf, &stats, rest.is_some())?;
+                    self.is_half_done = false;
+                }
+            }
             Pass::Unscale(inv_scale) => {
+                let table = self.table(&context, tensors, &gradients)?;
+                gradients
+                    .iter()
+                    .for_each(|(_, gradient)| gradient.mark_written());
                 unscale(stream, &table, &inv_scale.span()?, found_inf, &stats)?;
             }
         }
@@ -112,10 +165,21 @@ impl Gradients {
 
     /// Multiplies every gradient by `factor` in place.
     pub(crate) fn multiply(&mut self, parameters: &[Parameter], factor: &Tensor) -> Result<()> {
-        match self.table(parameters)? {
-            Some((context, table)) => multiply(context.stream(), &table, &factor.span()?),
-            None => Ok(()),
-        }
+        let gradients = present(parameters);
+        let Some((first, _)) = gradients.first() else {
+            return Ok(());
+        };
+        let context = parameters[*first].value().context();
+        let table = self.table(context, parameters.len(), &gradients)?;
+        gradients
+            .iter()
+            .for_each(|(_, gradient)| gradient.mark_written());
+        multiply(context.stream(), &table, &factor.span()?)
+    }
+
+    /// Whether the last pass failed when it had looked at some of the gradients: `found_inf` may be set.
+    pub(crate) fn is_half_done(&self) -> bool {
+        self.is_half_done
     }
 
     /// What the last pass counted, a tensor after the other.
@@ -128,22 +192,31 @@ impl Gradients {
         self.memory.as_ref().map(|memory| &memory.total_norm)
     }
 
-    fn table(&mut self, parameters: &[Parameter]) -> Result<Option<(Context, ChunkTable)>> {
-        let gradients = present(parameters);
-        let Some((first, _)) = gradients.first() else {
-            return Ok(None);
-        };
-        let context = parameters[*first].value().context().clone();
-        let table = self.table.refresh(
-            &context,
-            parameters.len(),
-            &gradients,
-            |list, index, gradient| {
+    /// The table of `gradients`, of parameters `0..tensors`.
+    fn table(
+        &mut self,
+        context: &Context,
+        tensors: usize,
+        gradients: &[(usize, Tensor)],
+    ) -> Result<ChunkTable> {
+        self.table
+            .refresh(context, tensors, gradients, |list, index, gradient| {
                 let span = gradient.storage_span();
                 list.push_strided(index, &span, gradient.shape(), gradient.strides())
-            },
-        )?;
-        Ok(Some((context, table)))
+            })
+    }
+
+    /// The table of partials.
+    fn produced_table(
+        &mut self,
+        context: &Context,
+        tensors: usize,
+        partials: &[(usize, Tensor)],
+    ) -> Result<ChunkTable> {
+        self.produced
+            .refresh(context, tensors, partials, |list, index, partials| {
+                list.push(index, &[Some(partials.span()?)])
+            })
     }
 
     fn memory(&mut self, context: &Context, tensors: usize) -> Result<&Memory> {

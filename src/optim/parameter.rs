@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::optim::produced::{CheckAtOnce, Produced};
 use crate::storage::Tensor;
 
 /// A weight that is trained. Cheap to clone; clones are the same parameter.
@@ -34,21 +35,27 @@ struct Inner {
 struct Grad {
     tensor: Option<Tensor>,
     origin: Origin,
+    produced: Produced,
     /// Where terms are added up; it keeps its memory from window to window.
     accumulator: Option<Tensor>,
 }
 
 impl Grad {
+    fn put(&mut self, tensor: Option<Tensor>, origin: Origin) {
+        (self.tensor, self.origin) = (tensor, origin);
+        self.produced.forget();
+    }
+
     /// Makes `tensor` the gradient, the first term of a sum.
     fn begin(&mut self, tensor: Tensor, tag: Option<ScaleTag>) {
         let now = moment();
-        self.tensor = Some(tensor);
-        self.origin = Origin {
+        let origin = Origin {
             tag,
             unscaled: None,
             since: now,
             until: now,
         };
+        self.put(Some(tensor), origin);
     }
 }
 
@@ -86,6 +93,16 @@ pub(crate) struct UnscaleMark {
     pub(crate) scaler: u64,
     pub(crate) since: u64,
     pub(crate) optimizer: u64,
+}
+
+impl UnscaleMark {
+    /// The scaler, and since when it has its scale.
+    pub(crate) fn tag(&self) -> ScaleTag {
+        ScaleTag {
+            scaler: self.scaler,
+            since: self.since,
+        }
+    }
 }
 
 impl Parameter {
@@ -204,9 +221,19 @@ impl Parameter {
         grad: Tensor,
         tag: impl Into<Option<ScaleTag>>,
     ) -> Result<()> {
-        let op = "accumulate_grad";
+        self.accumulate("accumulate_grad", grad, tag.into(), None)
+    }
+
+    /// [`accumulate_scaled_grad`](Self::accumulate_scaled_grad), and checks the sum in the same pass if there is one
+    /// and a kernel does so for its types.
+    pub(crate) fn accumulate(
+        &self,
+        op: &'static str,
+        grad: Tensor,
+        tag: Option<ScaleTag>,
+        check: Option<&CheckAtOnce<'_>>,
+    ) -> Result<()> {
         self.check_grad(op, &grad)?;
-        let tag = tag.into();
         let mut slot = self.inner.grad.lock();
         let Some(sum) = &slot.tensor else {
             let first = match &slot.accumulator {
@@ -228,8 +255,16 @@ impl Parameter {
             None => sum.contiguous()?,
         };
         let term = grad.contiguous()?;
-        let stream = sum.context().stream();
-        launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
+        slot.produced.forget();
+        let is_added = match check {
+            Some(check) => slot.produced.add(op, &sum, &term, check)?,
+            None => false,
+        };
+        if !is_added {
+            sum.mark_written();
+            let stream = sum.context().stream();
+            launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
+        }
         slot.tensor = Some(sum);
         slot.origin.until = moment();
         Ok(())
@@ -238,9 +273,7 @@ impl Parameter {
     /// Drops the gradient. Its memory goes back to the pool unless someone else holds it; the buffer of
     /// [`accumulate_in_f32`](Self::accumulate_in_f32) stays.
     pub fn zero_grad(&self) {
-        let mut slot = self.inner.grad.lock();
-        slot.tensor = None;
-        slot.origin = Origin::default();
+        self.inner.grad.lock().put(None, Origin::default());
     }
 
     /// Whether both are the same parameter.
@@ -253,6 +286,14 @@ impl Parameter {
     pub(crate) fn origin(&self) -> Option<Origin> {
         let grad = self.inner.grad.lock();
         grad.tensor.as_ref().map(|_| grad.origin)
+    }
+
+    /// What was found about the gradient where it was made, if that was for this scaler and scale and the gradient is
+    /// as it was then.
+    pub(crate) fn produced(&self, by: ScaleTag) -> Option<Tensor> {
+        let grad = self.inner.grad.lock();
+        let tensor = grad.tensor.as_ref()?;
+        grad.produced.partials(by, tensor).cloned()
     }
 
     pub(crate) fn mark_unscaled(&self, mark: UnscaleMark) {

@@ -2,7 +2,7 @@
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs};
-use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor, f16};
+use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor, f16, ops};
 
 use super::amp_support::oracle::{misuse, oracle};
 use super::amp_support::{context, flag, grad, ones, scaler, set_grad, sgd, tensor, value};
@@ -82,6 +82,24 @@ fn case_10_unscale_strided_slice() {
     ] {
         assert_eq!(unscale(&context, &gradients, 4.0), 0.0);
         assert_all_one(&gradients);
+    }
+    // What lies between the rows of a slice is none of it.
+    let whole = fours(&context, DType::F32);
+    let part = [whole.narrow(1, 5, 5).unwrap()];
+    put(&whole, 2, 4, f64::INFINITY);
+    put(&whole, 2, 10, f64::NAN);
+    assert_eq!(unscale(&context, &part, 4.0), 0.0);
+    for (at, value) in whole.to_vec::<f32>().unwrap().into_iter().enumerate() {
+        let expected = match (at / 20, at % 20) {
+            (_, 5..10) => 1.0,
+            (2, 4) => f32::INFINITY,
+            (2, 10) => f32::NAN,
+            _ => 4.0,
+        };
+        assert!(
+            value == expected || value.is_nan() && expected.is_nan(),
+            "{at}: {value}"
+        );
     }
 }
 
@@ -236,6 +254,17 @@ impl Optimizer for Empty {
 fn case_19_empty_list_empty_tensor() {
     let context = context();
     assert_eq!(unscale(&context, &[tensor::<f32>(&context, &[])], 2.0), 0.0);
+    // It counts as a check, and leaves a flag that is set alone.
+    let (_, empty) = weights(&[tensor::<f32>(&context, &[])]);
+    let mut checked = scaler(&context, 2.0);
+    checked.unscale(&empty).unwrap();
+    checked.update().unwrap();
+    let set = checked.found_inf(&empty).unwrap().copy_from_slice(&[1f32]);
+    set.unwrap();
+    checked.unscale(&empty).unwrap();
+    assert_eq!(flag(&checked, &empty), 1.0);
+    checked.update().unwrap();
+    assert_eq!(checked.get_scale().unwrap(), 1.0);
     // PyTorch takes an empty list as clean; an optimizer without a gradient is an error there, too.
     assert_eq!(oracle()["unscale_emptylist"], "ok:None");
     let refused = scaler(&context, 2.0).unscale(&Empty(OptimizerId::new()));
@@ -257,6 +286,9 @@ fn case_20_f16_subnormal() {
     );
 }
 
+/// A way to have gradients looked at.
+type Look = fn(&mut GradScaler, &Sgd);
+
 #[test]
 fn case_21_inv_gt1_overflow() {
     // PyTorch looks before it multiplies, and steps with what became infinite.
@@ -274,6 +306,20 @@ fn case_21_inv_gt1_overflow() {
         (value::<f32>(&weight), scaler.get_scale().unwrap()),
         (vec![1.0], 0.125)
     );
+    // The same for each way to have it found.
+    let ways: [(&str, Look); 3] = [
+        ("unscale", |scaler, one| scaler.unscale(one).unwrap()),
+        ("check", |scaler, one| scaler.check(one).unwrap()),
+        ("clip", |scaler, one| {
+            drop(scaler.clip_grad_norm(one, 1.0).unwrap())
+        }),
+    ];
+    for (how, look) in ways {
+        set_grad(&weight, &[2e38f32]);
+        look(&mut scaler, &optimizer);
+        assert_eq!(flag(&scaler, &optimizer), 1.0, "{how}");
+        scaler.update_to(0.25).unwrap();
+    }
 }
 
 #[test]
@@ -339,6 +385,17 @@ fn case_24_sparse_f16_duplicates() {
     assert_eq!(flag(&scaler, &optimizer), 1.0);
     assert_eq!(grad::<f16>(&weight)[1], f16::INFINITY);
     scaler.update().unwrap();
+    // So are the rows of a table that an index names twice.
+    let table = Tensor::zeros(&context, [4, 1], DType::F16).unwrap();
+    let ids = Tensor::from_slice(&context, [2], &[2u32, 2]).unwrap();
+    let rows = Tensor::from_slice(&context, [2, 1], &[big, big]).unwrap();
+    let by_table = ops::embedding_backward(&table, &ids, &rows).unwrap();
+    assert_eq!(
+        unscale(&context, &[by_table.duplicate().unwrap()], 4.0),
+        1.0
+    );
+    let sums = by_table.to_vec::<f16>().unwrap();
+    assert_eq!(sums, [f16::ZERO, f16::ZERO, f16::INFINITY, f16::ZERO]);
     // One alone is finite.
     set_grad(&weight, &[f16::ZERO, big, f16::ZERO, f16::ZERO]);
     scaler.unscale(&optimizer).unwrap();

@@ -103,10 +103,14 @@ fn case_43_double_unscale_unscale_after_step_step_twice() {
     );
     scaler.update().unwrap();
     let mut second = super::amp_support::scaler(&context, 4.0);
-    assert_eq!(
-        misuse(second.step(&mut optimizer)),
-        ScalerMisuse::OtherScaler
-    );
+    let other = ScalerMisuse::OtherScaler {
+        parameters: "`w`".to_owned(),
+    };
+    assert_eq!(misuse(second.step(&mut optimizer)), other);
+    assert_eq!(misuse(second.unscale(&optimizer)), other);
+    assert_eq!(misuse(second.clip_grad_norm(&optimizer, 1.0)), other);
+    let told = other.to_string();
+    assert!(told.contains("the optimizer of `w`"), "{told}");
     drop(scaler);
     let _ = second.step(&mut optimizer).unwrap();
 }
@@ -184,6 +188,15 @@ fn case_47_grads_broken_after_unscale() {
         weight.grad().unwrap().fill(bad).unwrap();
         assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
         assert!(!value::<f32>(&weight)[0].is_finite());
+        // Whoever clips, as one does after changing gradients, has them looked at again.
+        scaler.update().unwrap();
+        weight.value().fill(1.0).unwrap();
+        set_grad(&weight, &[1f32]);
+        scaler.unscale(&optimizer).unwrap();
+        weight.grad().unwrap().fill(bad).unwrap();
+        scaler.clip_grad_norm(&optimizer, 1.0).unwrap();
+        assert!(!scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+        assert_eq!(value::<f32>(&weight), [1.0]);
     }
 }
 

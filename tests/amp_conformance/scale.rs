@@ -69,6 +69,14 @@ fn case_27_state_roundtrip() {
         );
         assert_eq!(factors, (4.0, 0.5, 2));
         assert_eq!(scale_and_tracker(&into), (3.0, 0));
+        // A tracker that is not 0 comes along, too.
+        let later = ScalerState {
+            growth_tracker: Some(1),
+            ..from.state_dict().unwrap()
+        };
+        into.load_state_dict(&later).unwrap();
+        assert_eq!(scale_and_tracker(&into), (3.0, 1));
+        assert_eq!(into.state_dict().unwrap(), later);
     }
 }
 

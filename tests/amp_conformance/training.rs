@@ -1,10 +1,10 @@
 //! Cases 31 to 36: a training under the scaler equals one without it that leaves the bad batch out.
 
 use kitsune::amp::{AmpConfig, GradScaler, autocast};
-use kitsune::optim::{NormKind, Optimizer, Parameter, Sgd, clip_grad_norm};
+use kitsune::optim::{NormKind, Optimizer, Parameter, Sgd, SgdConfig, clip_grad_norm};
 use kitsune::{Context, DType, Result, Tensor, ops};
 
-use super::amp_support::{context, parameter, sgd, tensor, value};
+use super::amp_support::{context, grad, parameter, sgd, tensor, value};
 use super::{config, shaped};
 
 const ROWS: usize = 8;
@@ -23,12 +23,21 @@ struct Net {
 
 impl Net {
     fn new(context: &Context) -> Self {
+        Self::with_momentum(context, 0.0)
+    }
+
+    fn with_momentum(context: &Context, momentum: f64) -> Self {
         let weight = |name, seed| {
             let value = shaped(context, &[8, 8], &numbers(seed, 64));
             Parameter::new(name, value).unwrap()
         };
         let weights = [weight("0.weight", 1), weight("1.weight", 2)];
-        let optimizer = sgd(&[&weights[0], &weights[1]], 1.0);
+        let config = SgdConfig {
+            learning_rate: 1.0,
+            momentum,
+            ..SgdConfig::default()
+        };
+        let optimizer = Sgd::new(weights.to_vec(), config).unwrap();
         Self { weights, optimizer }
     }
 
@@ -84,25 +93,40 @@ fn train(
     dtype: Option<DType>,
     before: Before,
 ) -> (Vec<f32>, f64) {
-    let mut net = Net::new(context);
+    let (net, _, scale) = train_in(Net::new(context), enabled, dtype, before);
+    (net.values(), scale)
+}
+
+/// As [`train`], with the net in its last state, and the last batch's gradients divided by the scale.
+fn train_in(
+    mut net: Net,
+    enabled: bool,
+    dtype: Option<DType>,
+    before: Before,
+) -> (Net, Vec<f32>, f64) {
     let config = AmpConfig {
         enabled,
         ..config(128.0, 1)
     };
-    let mut scaler = GradScaler::new(context, config).unwrap();
+    let context = net.weights[0].value().context().clone();
+    let mut scaler = GradScaler::new(&context, config).unwrap();
+    let mut last = Vec::new();
     for batch in 0..4 {
         if batch == 2 && !enabled {
             continue;
         }
         let gradients = net.gradients(batch, dtype, &scaler).unwrap();
         net.set(gradients, batch == 2);
+        let scale = scaler.get_scale().unwrap() as f32;
+        let scaled = net.weights.iter().flat_map(grad::<f32>);
+        last = scaled.map(|value| value / scale).collect();
         before(&mut scaler, &mut net);
         let outcome = scaler.step(&mut net.optimizer).unwrap();
         scaler.update().unwrap();
         assert_eq!(outcome.is_applied().unwrap(), batch != 2 || !enabled);
         net.optimizer.zero_grad();
     }
-    (net.values(), scaler.get_scale().unwrap())
+    (net, last, scaler.get_scale().unwrap())
 }
 
 fn assert_close(got: &[f32], expected: &[f32], relative: f32, absolute: f32) {
@@ -122,11 +146,25 @@ fn case_31_training_parity() {
         (Some(DType::Bf16), 1e-2, 1e-3),
         (Some(DType::F16), 1e-3, 1e-3),
     ] {
-        let (control, _) = train(&context, false, dtype, |_, _| ());
-        let (scaled, scale) = train(&context, true, dtype, |_, _| ());
-        assert_eq!(scale, 128.0 * 8.0 * 0.5);
-        assert_close(&scaled, &control, relative, absolute);
-        assert_ne!(scaled, Net::new(&context).values(), "it moves");
+        for momentum in [0.0, 0.5] {
+            let run = |enabled| {
+                let net = Net::with_momentum(&context, momentum);
+                train_in(net, enabled, dtype, |_, _| ())
+            };
+            let ((control, plain, _), (scaled, divided, scale)) = (run(false), run(true));
+            assert_eq!(scale, 128.0 * 8.0 * 0.5);
+            // Weights, gradients and state, as without the bad batch.
+            assert_close(&scaled.values(), &control.values(), relative, absolute);
+            assert_close(&divided, &plain, relative, absolute);
+            for index in 0..if momentum > 0.0 { 2 } else { 0 } {
+                let buffer = |net: &Net| {
+                    let buffer = net.optimizer.momentum_buffer(index).unwrap();
+                    buffer.to_vec::<f32>().unwrap()
+                };
+                assert_close(&buffer(&scaled), &buffer(&control), relative, absolute);
+            }
+            assert_ne!(scaled.values(), Net::new(&context).values(), "it moves");
+        }
     }
 }
 

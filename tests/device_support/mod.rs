@@ -25,6 +25,7 @@ macro_rules! pass_on {
 }
 
 mod capped;
+pub mod counted;
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -34,6 +35,7 @@ use kitsune::driver::{
     RawGraph, RawStream,
 };
 use kitsune::{Device, HostConfig, Result};
+use parking_lot::Mutex;
 
 /// Which device the environment names.
 fn chosen() -> String {
@@ -105,12 +107,23 @@ fn over_simcuda(_: &HostConfig) -> Device {
 /// `host` with device kernels in place of twins.
 pub fn over_shim(host: &Device) -> Device {
     let inner = Arc::clone(host.driver());
-    Device::from_driver(Arc::new(ShimDriver { inner }))
+    let touched = Arc::default();
+    Device::from_driver(Arc::new(ShimDriver { inner, touched }))
 }
+
+/// As [`over_shim`]; each launch adds what its device code read and wrote to `touched`.
+pub fn over_shim_counting(host: &Device, touched: &Arc<Touched>) -> Device {
+    let inner = Arc::clone(host.driver());
+    let touched = Arc::clone(touched);
+    Device::from_driver(Arc::new(ShimDriver { inner, touched }))
+}
+
+/// Entry points that ran, and the bytes of array elements that each read and wrote.
+pub type Touched = Mutex<Vec<(&'static str, [u64; 2])>>;
 
 /// A kernel whose `run` is its device code.
 #[derive(Debug)]
-struct OverShim(Box<dyn Kernel>);
+struct OverShim(Box<dyn Kernel>, Arc<Touched>);
 
 impl Kernel for OverShim {
     fn entry(&self) -> &'static str {
@@ -143,6 +156,7 @@ impl Kernel for OverShim {
         // SAFETY: the sizes agree, and the caller promises what the kernel asks for.
         let outcome = unsafe { kitsune_shim::launch(entry, shape, arguments.as_bytes()) };
         assert_eq!(outcome, Ok(()), "{self:?}");
+        self.1.lock().push((entry, kitsune_shim::traffic()));
     }
 }
 
@@ -166,12 +180,14 @@ pub fn argument_bytes() -> &'static HashMap<&'static str, usize> {
 #[derive(Debug)]
 struct ShimDriver {
     inner: Arc<dyn Driver>,
+    touched: Arc<Touched>,
 }
 
 impl Driver for ShimDriver {
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()> {
+        let kernel = Box::new(OverShim(kernel, Arc::clone(&self.touched)));
         // SAFETY: the caller promises what the kernel asks for, whichever of its forms runs.
-        unsafe { self.inner.launch(Box::new(OverShim(kernel)), stream) }
+        unsafe { self.inner.launch(kernel, stream) }
     }
 
     pass_on! {

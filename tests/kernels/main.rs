@@ -14,5 +14,6 @@ mod rows;
 mod shim;
 mod support;
 mod tables;
+mod traffic;
 mod training;
 mod transformer;

@@ -87,6 +87,9 @@ struct World {
 
 World& world();
 
+// Bytes of array elements that the launch of this host thread has read and written so far.
+inline thread_local u64 bytes_read = 0, bytes_written = 0;
+
 // Leaves the current thread in `state` until the scheduler finds that it may go on.
 void wait(State state);
 
@@ -106,6 +109,9 @@ struct Registration {
 };
 
 }  // namespace shim
+
+#define NOTE_READ(bytes) (shim::bytes_read += (bytes))
+#define NOTE_WRITTEN(bytes) (shim::bytes_written += (bytes))
 
 #define threadIdx (shim::world().current->thread)
 #define blockIdx (shim::world().block_index)

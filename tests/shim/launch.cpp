@@ -142,6 +142,7 @@ extern "C" int kitsune_host_launch(const char* entry, unsigned blocks, unsigned 
         return KERNEL_ERROR;
     }
     World& w = world();
+    bytes_read = bytes_written = 0;
     w.body = found->second;
     w.arguments = arguments;
     w.grid = {blocks};
@@ -157,6 +158,12 @@ extern "C" int kitsune_host_launch(const char* entry, unsigned blocks, unsigned 
         }
     }
     return DONE;
+}
+
+// Bytes of array elements that the last launch of this thread read and wrote.
+extern "C" void kitsune_host_traffic(unsigned long long* bytes) {
+    bytes[0] = shim::bytes_read;
+    bytes[1] = shim::bytes_written;
 }
 
 // Runs threads and blocks last to first from now on, or first to last: results must not depend on it.

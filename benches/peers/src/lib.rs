@@ -44,9 +44,10 @@ struct Peer {
 static PEER: AtomicPtr<Peer> = AtomicPtr::new(ptr::null_mut());
 
 fn peer() -> &'static Peer {
-    // SAFETY: null, or from a box that is never dropped.
-    let peer = unsafe { PEER.load(Ordering::Relaxed).as_ref() };
-    peer.expect("the harness calls peer_init first")
+    let peer = PEER.load(Ordering::Relaxed);
+    debug_assert!(!peer.is_null(), "the harness calls peer_init first");
+    // SAFETY: from a box that is never dropped, since the harness calls peer_init first.
+    unsafe { &*peer }
 }
 
 impl Peer {

@@ -22,6 +22,7 @@ unsafe extern "C" {
         arguments: *const c_void,
     ) -> c_int;
     fn kitsune_host_reverse(reverse: c_int);
+    fn kitsune_host_traffic(bytes: *mut u64);
     fn kitsune_host_entry(index: c_uint) -> *const c_char;
 }
 
@@ -66,6 +67,15 @@ pub unsafe fn launch(entry: &str, grid: [u32; 3], arguments: &[u8]) -> Result<()
 pub fn reverse(reverse: bool) {
     // SAFETY: the function sets an atomic flag.
     unsafe { kitsune_host_reverse(c_int::from(reverse)) }
+}
+
+/// Bytes of array elements that the calling thread's last launch read, and wrote: counted where they are moved.
+#[must_use]
+pub fn traffic() -> [u64; 2] {
+    let mut bytes = [0; 2];
+    // SAFETY: the function writes two numbers.
+    unsafe { kitsune_host_traffic(bytes.as_mut_ptr()) };
+    bytes
 }
 
 /// The names of all entry points, in alphabetical order.

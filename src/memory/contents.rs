@@ -1,0 +1,281 @@
+//! What is in a thread's cache of a pool: a lane per stream, blocks on their way back, counters.
+//!
+//! The lane used last is in *front*; all that is fast happens there. Large blocks that a lane has no room for
+//! are *left*: the pool takes them back when the thread has its lock the next time, before it looks for memory.
+//! So freeing takes no lock, and what is found is what would have been found had they been freed at once.
+//!
+//! Nothing here calls a driver: a driver may run work inside a call, and that may free a block of this very cache.
+//! Must not know: who may enter.
+
+use std::sync::Arc;
+
+use super::block::BlockRecord;
+use super::counts::Counts;
+use super::lane::{self, Kept, Lane, LaneKey, Limits, List};
+use super::pool::{Shared, new_record};
+use super::state::{Found, State, Wanted};
+use super::tags::TagId;
+use crate::units::MIB;
+
+/// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.
+const SMALL_BYTES_MIN: u64 = MIB;
+/// A lane may keep one part in this many of what the pool holds: measured to cost nothing in peak memory.
+const SHARE: u64 = 200;
+/// Lanes beside the one in front, before they are forgotten: streams may come and go.
+const LANES_MAX: usize = 16;
+/// Blocks that wait for the pool to take them back. Other threads see them as they see what lanes keep.
+const LEFT_MAX: u32 = 16;
+
+/// Why the fast way to a block ended without one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Miss {
+    /// The lane, which is in front, has none of that size.
+    Here,
+    /// It was not looked at.
+    Elsewhere,
+}
+
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// The lane used last; one without a key if there is none.
+    front: Box<Lane>,
+    others: Vec<Box<Lane>>,
+    left: List,
+    left_len: u32,
+    limits: Limits,
+    /// Nothing is kept any more.
+    pub(super) is_closed: bool,
+    counts: Counts,
+}
+
+impl Contents {
+    pub(super) fn new() -> Self {
+        Self {
+            front: Lane::new(LaneKey::VACANT),
+            others: Vec::new(),
+            left: None,
+            left_len: 0,
+            limits: Limits {
+                small_bytes: SMALL_BYTES_MIN,
+                is_asked: false,
+            },
+            is_closed: false,
+            counts: Counts::default(),
+        }
+    }
+
+    /// Whether there is a lane of this name, which is then in front.
+    #[inline]
+    pub(super) fn bring_to_front(&mut self, key: LaneKey) -> bool {
+        if self.front.key == key {
+            return true;
+        }
+        let Some(lane) = self.others.iter_mut().find(|lane| lane.key == key) else {
+            return false;
+        };
+        std::mem::swap(&mut self.front, lane);
+        true
+    }
+
+    /// Puts a new lane in front, unless nothing is to be kept. All lanes are empty.
+    pub(super) fn add(&mut self, lane: Box<Lane>) -> bool {
+        if self.is_closed {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.front, lane);
+        if self.others.len() == LANES_MAX {
+            self.others.clear();
+        }
+        self.others.push(before);
+        true
+    }
+
+    /// A block of the lane in front, if that is the one named, has one, and the run of counters is of `tag`.
+    #[inline]
+    pub(super) fn take(
+        &mut self,
+        key: LaneKey,
+        tag: TagId,
+        (requested, bytes): (u64, u64),
+    ) -> Result<Box<BlockRecord>, Miss> {
+        if self.front.key != key || !self.counts.is_run_of(tag) {
+            return Err(Miss::Elsewhere);
+        }
+        let mut record = self.front.take(bytes).ok_or(Miss::Here)?;
+        record.requested = requested;
+        record.tag = tag;
+        self.counts.allocate(requested, bytes);
+        Ok(record)
+    }
+
+    /// As [`take`](Self::take), of the lane that is in front, whatever was counted before.
+    pub(super) fn take_of_front(
+        &mut self,
+        tag: TagId,
+        sizes: (u64, u64),
+    ) -> Result<Box<BlockRecord>, Miss> {
+        self.counts.turn_to(tag);
+        self.take(self.front.key, tag, sizes)
+    }
+
+    /// Counts a free and keeps the block, unless the lane in front is not for it or the run of counters is of
+    /// another tag.
+    #[inline]
+    pub(super) fn keep(&mut self, record: Box<BlockRecord>) -> Kept {
+        if self.front.key != record.key || !self.counts.is_run_of(record.tag) {
+            return Kept::Not(record);
+        }
+        self.keep_counted(record)
+    }
+
+    /// As [`keep`](Self::keep), for a block that the lane in front is for, whatever was counted before.
+    pub(super) fn keep_in_front(&mut self, record: Box<BlockRecord>) -> Kept {
+        self.counts.turn_to(record.tag);
+        self.keep_counted(record)
+    }
+
+    #[inline]
+    fn keep_counted(&mut self, record: Box<BlockRecord>) -> Kept {
+        self.counts.free(record.requested, record.allocated);
+        match self.front.keep(record, self.limits) {
+            // Where other streams ask for memory, they are to see it at once.
+            Kept::InPlaceOf(other) if self.left_len < LEFT_MAX && !self.limits.is_asked => {
+                self.left_len += 1;
+                lane::push(&mut self.left, other);
+                Kept::Yes
+            }
+            kept => kept,
+        }
+    }
+
+    /// Places a block in memory that is free for the stream of the lane in front at once. If there is none: the
+    /// bytes that the lane keeps. `blanks` are records to use.
+    #[inline]
+    pub(super) fn place(
+        &mut self,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        (wanted, tag): (&Wanted<'_>, TagId),
+        blanks: &mut List,
+    ) -> Result<Box<BlockRecord>, u64> {
+        let kept = self.front.kept_bytes();
+        let Some((at_hand, owner)) = state.place(wanted, kept) else {
+            return Err(kept);
+        };
+        self.count(tag, wanted.requested, wanted.bytes);
+        let blank = match blanks.as_ref().filter(|blank| blank.key == self.front.key) {
+            Some(_) => lane::pop(blanks),
+            None => self.front.take_blank(),
+        };
+        let spare = || {
+            let mut record = state.take_spare(wanted.stream)?;
+            record.shared = Some(shared.clone());
+            // As its block is to be kept by no lane where freed memory is overwritten.
+            record.key = if shared.config.poison {
+                LaneKey::NONE
+            } else {
+                self.front.key
+            };
+            Some(record)
+        };
+        let Some(mut record) = blank.or_else(spare) else {
+            let found = Found {
+                placed: at_hand.placed(owner),
+                memory: wanted.memory,
+                bytes: wanted.bytes,
+                owner,
+            };
+            return Ok(new_record(found, *wanted, tag, shared));
+        };
+        record.ptr = at_hand.ptr;
+        record.place = at_hand.place(owner);
+        record.requested = wanted.requested;
+        record.allocated = wanted.bytes;
+        record.owner = owner;
+        record.tag = tag;
+        Ok(record)
+    }
+
+    /// Counts an allocation that no lane served.
+    #[inline]
+    pub(super) fn count(&mut self, tag: TagId, requested: u64, allocated: u64) {
+        self.counts.turn_to(tag);
+        self.counts.allocate(requested, allocated);
+    }
+
+    /// What was left, the latest first.
+    #[inline]
+    pub(super) fn take_left(&mut self) -> List {
+        self.left_len = 0;
+        self.left.take()
+    }
+
+    /// Leaves the large blocks that lanes keep.
+    pub(super) fn leave_hot(&mut self) {
+        let left = &mut self.left;
+        for lane in self.others.iter_mut().chain([&mut self.front]) {
+            lane.drain_hot(|record| lane::push(left, record));
+        }
+    }
+
+    /// Leaves all that the lane in front keeps, and a block that it has no room for.
+    pub(super) fn leave_front(&mut self, record: Box<BlockRecord>) {
+        let left = &mut self.left;
+        self.front.drain(|record| lane::push(left, record));
+        lane::push(left, record);
+    }
+
+    /// Leaves all that lanes keep.
+    pub(super) fn leave_all(&mut self) {
+        let left = &mut self.left;
+        for lane in self.others.iter_mut().chain([&mut self.front]) {
+            lane.drain(|record| lane::push(left, record));
+        }
+    }
+
+    /// Keeps records of blocks that are gone; those without a place are left in the list.
+    pub(super) fn keep_blanks(&mut self, blanks: &mut List) {
+        let mut refused = None;
+        while let Some(blank) = lane::pop(blanks) {
+            let mut lanes = [&mut self.front].into_iter().chain(&mut self.others);
+            let back = match lanes.find(|lane| lane.key == blank.key) {
+                Some(lane) => lane.keep_blank(blank),
+                None => Some(blank),
+            };
+            if let Some(blank) = back {
+                lane::push(&mut refused, blank);
+            }
+        }
+        *blanks = refused;
+    }
+
+    /// Gives up the records of blocks that are gone, a list a lane.
+    pub(super) fn take_blanks(&mut self) -> Vec<List> {
+        let lanes = self.others.iter_mut().chain([&mut self.front]);
+        lanes.map(|lane| lane.take_blanks()).collect()
+    }
+
+    /// Forgets all lanes, which keep no block, but for their records, which come back.
+    pub(super) fn forget_lanes(&mut self) -> Vec<Box<Lane>> {
+        let mut lanes = std::mem::take(&mut self.others);
+        lanes.push(std::mem::replace(
+            &mut self.front,
+            Lane::new(LaneKey::VACANT),
+        ));
+        lanes
+    }
+
+    /// Folds the counters into the pool's.
+    pub(super) fn fold(&mut self, state: &mut State) {
+        self.learn(state);
+        self.counts.fold(state);
+    }
+
+    /// Learns how much may be kept.
+    pub(super) fn learn(&mut self, state: &State) {
+        self.limits = Limits {
+            small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
+            is_asked: state.fences.are_asked(),
+        };
+    }
+}

@@ -1,0 +1,162 @@
+//! When each page was freed last, and by which streams.
+//!
+//! A hole grows by frees of different times, and its one epoch is the latest. Its pages remember theirs, so that
+//! other streams can take those that have been free for long. Nearly every page was last freed by one stream: that
+//! is one number a page, so that a large free writes a row of equal numbers. Pages that several streams freed parts
+//! of are listed apart.
+//!
+//! Must not know: blocks.
+
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use super::fences::Fence;
+use super::territory::Owner;
+
+/// A fence in one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp(u64);
+
+const EPOCH_BITS: u32 = 44;
+
+impl Stamp {
+    const NONE: Self = Self(0);
+    /// Several streams, or one that does not fit in a number: the page is in the list.
+    const LISTED: Self = Self(u64::MAX);
+
+    #[inline]
+    fn new(fence: Fence) -> Self {
+        let owner = fence.owner as u64;
+        if owner >= u64::MAX >> EPOCH_BITS || fence.epoch >> EPOCH_BITS != 0 {
+            return Self::LISTED;
+        }
+        Self(owner << EPOCH_BITS | fence.epoch)
+    }
+
+    #[inline]
+    fn fence(self) -> Fence {
+        Fence {
+            owner: crate::units::to_usize(self.0 >> EPOCH_BITS),
+            epoch: self.0 & ((1 << EPOCH_BITS) - 1),
+        }
+    }
+}
+
+/// By page: the latest free of each stream that touched it.
+#[derive(Debug, Default)]
+pub(super) struct Freed {
+    stamps: Vec<Stamp>,
+    /// By page, of those whose stamp says so. As long as there is none, it is empty.
+    listed: Vec<SmallVec<[Fence; 2]>>,
+}
+
+impl Freed {
+    /// Adds pages that nobody has freed, up to `pages` in all.
+    pub(super) fn extend(&mut self, pages: usize) {
+        self.stamps.resize(pages, Stamp::NONE);
+    }
+
+    /// Notes a free of all bytes of `pages`: what came before is covered, since each was taken as a whole.
+    #[inline]
+    pub(super) fn note_whole(&mut self, pages: Range<usize>, fence: Fence) {
+        let stamp = Stamp::new(fence);
+        self.stamps[pages.clone()].fill(stamp);
+        if stamp == Stamp::LISTED {
+            for page in pages {
+                *self.list_of(page) = SmallVec::from_slice(&[fence]);
+            }
+        }
+    }
+
+    /// Notes a free of a part of `page`.
+    #[inline]
+    pub(super) fn note_part(&mut self, page: usize, fence: Fence) {
+        let before = self.stamps[page];
+        let stamp = Stamp::new(fence);
+        let is_later = before != Stamp::LISTED
+            && before.fence().owner == fence.owner
+            && before.fence().epoch <= fence.epoch;
+        if stamp != Stamp::LISTED && (before == Stamp::NONE || is_later) {
+            self.stamps[page] = stamp;
+        } else {
+            self.note_listed(page, fence);
+        }
+    }
+
+    #[cold]
+    fn note_listed(&mut self, page: usize, fence: Fence) {
+        let before = std::mem::replace(&mut self.stamps[page], Stamp::LISTED);
+        let listed = self.list_of(page);
+        if before != Stamp::LISTED {
+            // What is listed of the time before is covered.
+            listed.clear();
+            if before != Stamp::NONE {
+                listed.push(before.fence());
+            }
+        }
+        match listed.iter_mut().find(|freed| freed.owner == fence.owner) {
+            Some(freed) => freed.epoch = freed.epoch.max(fence.epoch),
+            None => listed.push(fence),
+        }
+    }
+
+    fn list_of(&mut self, page: usize) -> &mut SmallVec<[Fence; 2]> {
+        if self.listed.len() <= page {
+            self.listed.resize(self.stamps.len(), SmallVec::new());
+        }
+        &mut self.listed[page]
+    }
+
+    /// The epoch of the latest free by `owner` in `page`, if one was noted.
+    pub(super) fn epoch(&self, page: usize, owner: Owner) -> Option<u64> {
+        let stamp = self.stamps[page];
+        let one = [stamp.fence()];
+        let all = match stamp {
+            Stamp::NONE => &[],
+            Stamp::LISTED => &self.listed[page][..],
+            _ => &one[..],
+        };
+        let freed = all.iter().find(|freed| freed.owner == owner)?;
+        Some(freed.epoch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn random_frees_are_remembered_by_page_and_stream() {
+        let mut random = fastrand::Rng::with_seed(3);
+        let (mut freed, mut naive) = (Freed::default(), vec![BTreeMap::new(); 12]);
+        freed.extend(12);
+        for epoch in 2..20_000 {
+            // The last does not fit in a number.
+            let owner = [0, 1, 2, 1 << 21][random.usize(0..4)];
+            // Frees of one stream may come back late, with an earlier epoch.
+            let fence = Fence {
+                owner,
+                epoch: epoch - random.u64(0..2),
+            };
+            let first = random.usize(0..12);
+            if random.bool() {
+                freed.note_part(first, fence);
+                let latest = naive[first].entry(owner).or_insert(0);
+                *latest = fence.epoch.max(*latest);
+            } else {
+                let pages = first..random.usize(first..=12);
+                freed.note_whole(pages.clone(), fence);
+                naive[pages].fill(BTreeMap::from([(owner, fence.epoch)]));
+            }
+            for (page, known) in naive.iter().enumerate() {
+                for owner in [0, 1, 2, 1 << 21] {
+                    let expected = known.get(&owner).copied();
+                    assert_eq!(freed.epoch(page, owner), expected, "page {page} of {owner}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The blocks that tile a territory, in a slab of indices.
+
+use super::super::bins::{Index, Link, Links, NONE};
+use super::Owner;
+
+/// Who has a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Holder(u32);
+
+impl Holder {
+    /// A caller, a stitched range or the small blocks: the block is no hole.
+    pub(super) const TAKEN: Self = Self(u32::MAX);
+    /// Nobody: it is the home of pages that were returned to the driver.
+    pub(super) const UNMAPPED: Self = Self(u32::MAX - 1);
+
+    /// The stream for which the block is a hole.
+    #[inline]
+    pub(super) fn stream(owner: Owner) -> Self {
+        Self(u32::try_from(owner).expect("fewer streams than 2^32 - 2"))
+    }
+
+    /// The owner of a hole.
+    #[inline]
+    pub(super) fn owner(self) -> Option<Owner> {
+        (self.0 < Self::UNMAPPED.0).then_some(self.0 as Owner)
+    }
+}
+
+/// In a cache line of its own: what happens to one block touches it and its neighbors, anywhere in the slab.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+pub(super) struct Block {
+    pub(super) link: Link,
+    pub(super) start: u64,
+    /// Of a hole: after which epoch of its owner others may touch it.
+    pub(super) epoch: u64,
+    pub(super) before: Index,
+    pub(super) after: Index,
+    pub(super) holder: Holder,
+}
+
+impl Block {
+    #[inline]
+    pub(super) fn end(&self) -> u64 {
+        self.start + self.link.units
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    slab: Vec<Block>,
+    unused: Vec<Index>,
+}
+
+impl Links for Blocks {
+    #[inline]
+    fn link(&self, index: Index) -> &Link {
+        &self.slab[index as usize].link
+    }
+    #[inline]
+    fn link_mut(&mut self, index: Index) -> &mut Link {
+        &mut self.slab[index as usize].link
+    }
+}
+
+impl Blocks {
+    #[inline]
+    pub(super) fn insert(&mut self, block: Block) -> Index {
+        if let Some(index) = self.unused.pop() {
+            self.slab[index as usize] = block;
+            return index;
+        }
+        let index = Index::try_from(self.slab.len()).expect("fewer than 2^32 blocks");
+        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
+        self.slab.push(block);
+        index
+    }
+
+    #[inline]
+    pub(super) fn remove(&mut self, index: Index) {
+        self.unused.push(index);
+    }
+
+    #[inline]
+    pub(super) fn at(&self, index: Index) -> &Block {
+        &self.slab[index as usize]
+    }
+
+    #[inline]
+    pub(super) fn at_mut(&mut self, index: Index) -> &mut Block {
+        &mut self.slab[index as usize]
+    }
+
+    /// Whether block `index` is there and `holder` has it.
+    #[inline]
+    pub(super) fn is_of(&self, index: Index, holder: Holder) -> bool {
+        index != NONE && self.at(index).holder == holder
+    }
+
+    /// Blocks there are.
+    pub(super) fn len(&self) -> usize {
+        self.slab.len() - self.unused.len()
+    }
+}

@@ -1,0 +1,62 @@
+//! The walk over a territory that shows its invariants.
+
+use std::collections::HashMap;
+
+use super::blocks::Holder;
+use super::{NONE, PAGE_UNITS, Territory, page_index};
+
+impl Territory {
+    /// Asserts the module's invariants; returns (mapped units, taken units).
+    pub(in super::super) fn check_invariants(&self) -> (u64, u64) {
+        let mut filed = HashMap::new();
+        for (owner, bins) in self.bins.iter().enumerate() {
+            bins.check_invariants(&self.blocks);
+            filed.extend(
+                bins.iter_from(&self.blocks, 1)
+                    .map(|(index, _)| (index, owner)),
+            );
+        }
+        let (mut mapped, mut taken, mut walked, mut at) = (0, 0, 0, 0);
+        let mut before = NONE;
+        let mut first_in = vec![None; self.starts.len()];
+        for (index, block) in self.in_order() {
+            assert_eq!(
+                (block.start, block.before),
+                (at, before),
+                "block {index} is out of place"
+            );
+            assert!(block.link.units > 0, "block {index} is empty");
+            match block.holder.owner() {
+                Some(owner) => assert_eq!(filed.remove(&index), Some(owner), "filing of {index}"),
+                None if block.holder == Holder::TAKEN => taken += block.link.units,
+                None => {}
+            }
+            assert!(
+                block.holder == Holder::TAKEN || !self.blocks.is_of(before, block.holder),
+                "{before} and {index} touch"
+            );
+            if block.holder != Holder::UNMAPPED {
+                mapped += block.link.units;
+            }
+            first_in[page_index(block.start / PAGE_UNITS)].get_or_insert(index);
+            walked += 1;
+            at = block.end();
+            before = index;
+        }
+        for (page, first) in first_in.into_iter().enumerate() {
+            assert_eq!(self.starts.first(page), first, "first block in page {page}");
+        }
+        assert_eq!(before, self.last, "the last block");
+        assert_eq!(
+            at,
+            self.starts.len() as u64 * PAGE_UNITS,
+            "the blocks end with the pages"
+        );
+        assert_eq!(
+            (walked, filed.len()),
+            (self.blocks.len(), 0),
+            "a block leaked"
+        );
+        (mapped, taken)
+    }
+}
