@@ -22,8 +22,13 @@ struct BinaryArguments {
 
 template <class C, class A>
 __device__ void add(const BinaryArguments& g) {
-    map2<C>(A(g.a, g.a_type), A(g.b, g.b_type), A(g.out, g.out_type), g.len,
-            [](C a, C b) { return a + b; });
+    auto sum = [](C a, C b) { return a + b; };
+    // The usual mixture, in packs: gradients of 16 bits are added up in float.
+    bool is_any = A::SIZE == 16, is_wide = is_any && g.a_type == F32 && g.out_type == F32;
+    Typed<float> a(g.a), out(g.out);
+    if (is_wide && g.b_type == F16) map2<C>(a, Typed<f16>(g.b), out, g.len, sum);
+    else if (is_wide && g.b_type == BF16) map2<C>(a, Typed<bf16>(g.b), out, g.len, sum);
+    else map2<C>(A(g.a, g.a_type), A(g.b, g.b_type), A(g.out, g.out_type), g.len, sum);
 }
 
 template <class C, class A>

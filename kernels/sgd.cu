@@ -5,29 +5,30 @@
 //   w = w - rate * (g + momentum * b  if nesterov, else b)
 //
 // Without momentum there is no buffer, and g stands for b. Launch: a block takes a chunk of the table at a
-// time; scale, clip and flag as in update_pass.cuh. Same bits as the twin, src/launch/sgd.rs.
+// time; masters, scale, clip and flag as in update_pass.cuh. Same bits as the twin, src/launch/sgd.rs.
 #include "update_pass.cuh"
 
 struct SgdArguments {
     Table table;
     StepScalars scalars;
-    double learning_rate;
-    double momentum;
-    double weight_decay;
-    u32 nesterov;
+    GroupSettings settings;
 };
+
+// Words of a group's settings.
+constexpr u32 SGD_RATE = 0, SGD_MOMENTUM = 1, SGD_DECAY = 2, SGD_NESTEROV = 3;
 
 template <class C, bool MOMENTUM>
 struct SgdRule {
     C rate, momentum, decay;
     bool nesterov;
 
-    __device__ void apply(C& w, C g, C& b, C&) const {
+    __device__ void apply(C& w, C g, C (&state)[1]) const {
         g = g + decay * w;
         C direction = g;
         if (MOMENTUM) {
-            b = momentum * b + g;
+            C b = momentum * state[0] + g;
             direction = nesterov ? g + momentum * b : b;
+            state[0] = b;
         }
         w = w - rate * direction;
     }
@@ -35,10 +36,11 @@ struct SgdRule {
 
 template <bool MOMENTUM>
 __device__ void sgd_chunk(const SgdArguments& g, const Chunk& chunk) {
-    update_chunk<MOMENTUM, false>(chunk, g.scalars, [&](auto compute) {
+    const double* of = settings_of(g.settings, chunk.tensor());
+    update_chunk<MOMENTUM ? 1 : 0, false>(chunk, g.scalars, 0, [&](auto compute) {
         typedef decltype(compute) C;
-        return SgdRule<C, MOMENTUM>{C(g.learning_rate), C(g.momentum), C(g.weight_decay),
-                                    g.nesterov != 0};
+        return SgdRule<C, MOMENTUM>{C(of[SGD_RATE]), C(of[SGD_MOMENTUM]), C(of[SGD_DECAY]),
+                                    of[SGD_NESTEROV] != 0};
     });
 }
 

@@ -1,14 +1,20 @@
-// What every optimizer kernel does around its formula: skip, unscale, clip, master weights.
+// What every optimizer kernel does around its formula: skip, unscale, clip, masters, rounding of state.
 //
 //   if found_inf != 0: nothing is written
 //   for each element:  w = master, or the parameter;  g = gradient * inv_scale * clip
 //                      (w, state) = rule(w, g, state)
 //                      master = w;  parameter = w rounded once
 //
-// Columns of the table: parameter, gradient, master weight (float), then state in the compute type. A block
-// takes a chunk at a time. The usual types go in packs, other mixtures element by element.
+// Columns of the table: parameter, gradient, master, then state. A block takes a chunk at a time. The usual types
+// go in packs, other mixtures element by element.
+//
+// A master is a float, or, if its type has 16 bits, the lower half of one whose upper half is the parameter, a
+// bf16 (split_master.cuh). State is of the compute type or bf16, then rounded by chance (stochastic.cuh).
+// Twin: src/launch/update_pass.rs.
 #pragma once
 #include "chunk_table.cuh"
+#include "split_master.cuh"
+#include "stochastic.cuh"
 
 constexpr u32 PARAMETER = 0, GRADIENT = 1, MASTER = 2, STATE = 3;
 
@@ -28,55 +34,152 @@ __device__ inline float scalar_or_one(u64 address) {
     return address ? *pointer<const float>(address) : 1.0f;
 }
 
+// Settings of groups of tensors, a row of doubles each, and the group of every tensor.
+constexpr u32 SETTING_WORDS = 8;
+struct GroupSettings {
+    u64 rows;
+    u64 groups;
+};
+
+__device__ inline const double* settings_of(const GroupSettings& settings, u64 tensor) {
+    return pointer<const double>(settings.rows) + SETTING_WORDS * pointer<const u32>(settings.groups)[tensor];
+}
+
+template <int COUNT, class C, class P, class W>
+__device__ inline void store_weights(const P& p, const W& w, u64 at, const C* weights) {
+    if (w.address() != p.address()) w.template store<COUNT>(at, weights);
+    p.template store<COUNT>(at, weights);
+}
+template <int COUNT, class P, u32 ELEMENT>
+__device__ inline void store_weights(const P&, const Split<ELEMENT>& w, u64 at, const float* weights) {
+    w.template store<COUNT>(at, weights);
+}
+
+// The states of a chunk, which are all of one type; the last may be absent.
+template <int COUNT, class S>
+struct States {
+    static constexpr int ROOM = COUNT > 0 ? COUNT : 1;
+    static constexpr bool BY_CHANCE = sizeof(S) == 2;
+    u64 at[ROOM];
+
+    __device__ explicit States(const Chunk& chunk) {
+        for (int state = 0; state < COUNT; state++) at[state] = chunk.address(STATE + state);
+    }
+
+    template <int PACK, class C>
+    __device__ void load(u64 index, C (&into)[ROOM][PACK]) const {
+#pragma unroll
+        for (int state = 0; state < COUNT; state++) {
+            if (at[state]) Typed<S>(at[state]).template load<PACK>(index, into[state]);
+        }
+    }
+
+    // `first` is the number of element 0 in its tensor.
+    template <int PACK, class C>
+    __device__ void store(u64 index, const C (&values)[ROOM][PACK], u64 key, u64 first) const {
+        if constexpr (BY_CHANCE) {
+            Pack<S, PACK> packs[ROOM];
+#pragma unroll
+            for (int i = 0; i < PACK; i++) {
+                Chances chances(key, first + index + i);
+#pragma unroll
+                for (int state = 0; state < COUNT; state++) {
+                    packs[state].at[i] = round_by_chance(values[state][i], chances.of(state));
+                }
+            }
+#pragma unroll
+            for (int state = 0; state < COUNT; state++) {
+                if (!at[state]) continue;
+                NOTE_WRITTEN(sizeof(S) * PACK);
+                *reinterpret_cast<Pack<S, PACK>*>(pointer<S>(at[state]) + index) = packs[state];
+            }
+        } else {
+#pragma unroll
+            for (int state = 0; state < COUNT; state++) {
+                if (at[state]) Typed<S>(at[state]).template store<PACK>(index, values[state]);
+            }
+        }
+    }
+};
+
+template <int PACK, int COUNT, class S>
+__device__ inline bool is_aligned(u64 index, const States<COUNT, S>& states) {
+    bool aligned = true;
+    for (int state = 0; state < COUNT; state++) {
+        aligned = aligned && (!states.at[state] || is_aligned<PACK>(index, Typed<S>(states.at[state])));
+    }
+    return aligned;
+}
+
 // Applies `rule` to the weights `w` of one chunk, which are the parameters `p` themselves or masters of them.
-// `FIRST` and `SECOND` say which states the rule has.
-template <class C, bool FIRST, bool SECOND, class P, class G, class W, class Rule>
-__device__ inline void update_in(const Chunk& chunk, P p, G g, W w, const StepScalars& scalars,
-                                 const Rule& rule) {
-    Typed<C> first(chunk.address(STATE)), second(SECOND ? chunk.address(STATE + 1) : 0);
+template <class C, class P, class G, class W, int COUNT, class S, class Rule>
+__device__ inline void update_in(const Chunk& chunk, P p, G g, W w, const States<COUNT, S>& states,
+                                 const StepScalars& scalars, u64 key, const Rule& rule) {
+    constexpr int ROOM = States<COUNT, S>::ROOM;
     C inv_scale = C(scalar_or_one(scalars.inv_scale)), clip = C(scalar_or_one(scalars.clip));
-    bool has_master = w.address() != p.address();
     constexpr int PACK = PackOf<P, G, W>::value;
     u64 len = chunk.len();
-    u64 head = aligned_from<PACK>(len, p, g, w, FIRST ? first : Typed<C>(0), second);
+    u64 head = aligned_from<PACK>(len, p, g, w, states);
     walk<PACK>(len, head, threadIdx.x, blockDim.x, [&](u64 at, auto count) {
-        constexpr int COUNT = decltype(count)::value;
-        C weights[COUNT], gradients[COUNT], firsts[COUNT], seconds[COUNT];
-        w.template load<COUNT>(at, weights);
-        g.template load<COUNT>(at, gradients);
-        if (FIRST) first.template load<COUNT>(at, firsts);
-        if (SECOND) second.template load<COUNT>(at, seconds);
+        constexpr int N = decltype(count)::value;
+        C weights[N], gradients[N], kept[ROOM][N] = {};
+        w.template load<N>(at, weights);
+        g.template load<N>(at, gradients);
+        states.load(at, kept);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            rule.apply(weights[i], gradients[i] * inv_scale * clip, firsts[i], seconds[i]);
+        for (int i = 0; i < N; i++) {
+            C state[ROOM];
+#pragma unroll
+            for (int which = 0; which < ROOM; which++) state[which] = kept[which][i];
+            rule.apply(weights[i], gradients[i] * inv_scale * clip, state);
+#pragma unroll
+            for (int which = 0; which < ROOM; which++) kept[which][i] = state[which];
         }
-        if (FIRST) first.template store<COUNT>(at, firsts);
-        if (SECOND) second.template store<COUNT>(at, seconds);
-        if (has_master) w.template store<COUNT>(at, weights);
-        p.template store<COUNT>(at, weights);
+        states.store(at, kept, key, chunk.offset());
+        store_weights<N>(p, w, at, weights);
     });
 }
 
-// As above, for whatever types the chunk has; `make_rule(C)` gives the rule in the compute type.
-template <bool FIRST, bool SECOND, class MakeRule>
-__device__ inline void update_chunk(const Chunk& chunk, const StepScalars& scalars, MakeRule make_rule) {
+// As above, for whatever types the chunk has; `make_rule(C)` gives the rule in the compute type. Rules have `COUNT`
+// states; in bf16 they may be only if `BY_CHANCE`. Inlined, as what `make_rule` captures would lie in memory otherwise.
+template <int COUNT, bool BY_CHANCE, class MakeRule>
+__device__ __forceinline__ void update_chunk(const Chunk& chunk, const StepScalars& scalars, u64 key,
+                                    MakeRule make_rule) {
     u64 p = chunk.address(PARAMETER), g = chunk.address(GRADIENT), m = chunk.address(MASTER);
-    u32 p_type = chunk.type(PARAMETER), g_type = chunk.type(GRADIENT);
-    bool same = p_type == g_type;
+    u32 p_type = chunk.type(PARAMETER), g_type = chunk.type(GRADIENT), m_type = chunk.type(MASTER);
     auto run = [&](auto compute, auto parameter, auto gradient, auto weight) {
         typedef decltype(compute) C;
-        update_in<C, FIRST, SECOND>(chunk, parameter, gradient, weight, scalars, make_rule(compute));
+        auto with_states = [&](auto type) {
+            States<COUNT, typename decltype(type)::type> states(chunk);
+            update_in<C>(chunk, parameter, gradient, weight, states, scalars, key, make_rule(compute));
+        };
+        if constexpr (BY_CHANCE && sizeof(C) == sizeof(float)) {
+            if (chunk.type(STATE) == BF16) return with_states(As<bf16>{});
+        }
+        with_states(As<C>{});
     };
-    if (same && p_type == F32 && !m) {
-        run(float(), Typed<float>(p), Typed<float>(g), Typed<float>(p));
-    } else if (same && p_type == F16 && m) {
-        run(float(), Typed<f16>(p), Typed<f16>(g), Typed<float>(m));
-    } else if (same && p_type == BF16 && m) {
-        run(float(), Typed<bf16>(p), Typed<bf16>(g), Typed<float>(m));
-    } else if (p_type == F64) {
+    // Masters of 16-bit parameters, with gradients of the same type or in float.
+    auto run_half = [&](auto parameter) {
+        auto with_gradient = [&](auto gradient) {
+            if (m_type == F32) run(float(), parameter, gradient, Typed<float>(m));
+            else run(float(), parameter, gradient, Split<2>(p, m));
+        };
+        if (g_type == F32) with_gradient(Typed<float>(g));
+        else with_gradient(decltype(parameter)(g));
+    };
+    bool usual = g_type == p_type || g_type == F32;
+    if (p_type == F64) {
         run(double(), Any(p, p_type), Any(g, g_type), Any(p, p_type));
+    } else if (p_type == F32 && g_type == F32 && !m) {
+        run(float(), Typed<float>(p), Typed<float>(g), Typed<float>(p));
+    } else if (p_type == F16 && usual && m) {
+        run_half(Typed<f16>(p));
+    } else if (p_type == BF16 && usual && m) {
+        run_half(Typed<bf16>(p));
+    } else if (m && m_type != F32) {
+        run(float(), Any(p, p_type), Any(g, g_type), Split<16>(p, m));
     } else {
-        Any weight(m ? m : p, m ? chunk.type(MASTER) : p_type);
+        Any weight(m ? m : p, m ? m_type : p_type);
         run(float(), Any(p, p_type), Any(g, g_type), weight);
     }
 }

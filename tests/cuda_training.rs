@@ -13,8 +13,8 @@ use std::collections::BTreeSet;
 
 use cuda_support::Sim;
 use kitsune::amp::{AmpConfig, GradScaler};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
-use kitsune::{Context, Result, Tensor, ops};
+use kitsune::optim::{AdamW, AdamWConfig, Moments, Optimizer, ParamGroup, Parameter};
+use kitsune::{Context, DType, Result, Tensor, ops};
 
 /// All that a training step may ask of the library: work for the stream. Nothing here waits, takes memory or gives it back.
 const ENQUEUES: [&str; 6] = [
@@ -165,6 +165,41 @@ fn a_captured_training_step_asks_for_nothing_that_a_capture_forbids() {
     let last: f32 = loss.unwrap().item().unwrap();
     assert!(last < first, "{first} at first, {last} in the end");
     assert_no_failure(&sim);
+}
+
+/// A step is two launches, whatever the number of groups and parameters; other settings are one copy, which nobody
+/// waits for.
+#[test]
+fn groups_move_in_two_launches_and_take_settings_by_a_copy() {
+    let (sim, trainer) = trainer(AmpConfig::default());
+    let parameters: Vec<_> = (0..50)
+        .map(|number| weight(&trainer.context, &number.to_string(), [7, 9]))
+        .collect();
+    for one in &parameters {
+        let gradient = Tensor::full(&trainer.context, [7, 9], DType::F32, 1.0).unwrap();
+        one.set_grad(gradient).unwrap();
+    }
+    let groups = parameters.chunks(5).enumerate().map(|(number, part)| {
+        let config = AdamWConfig {
+            amsgrad: number % 2 == 0,
+            moments: [Moments::Full, Moments::Bf16][number / 2 % 2],
+            ..AdamWConfig::default()
+        };
+        ParamGroup::new(part.to_vec(), config)
+    });
+    let mut optimizer = AdamW::with_groups(groups.collect()).unwrap();
+    optimizer.step_unscaled().unwrap();
+    let log = sim.log();
+    optimizer.set_learning_rate(0.5).unwrap();
+    optimizer.step_unscaled().unwrap();
+    let names = sim.names_since(&log);
+    let count = |name: &str| names.iter().filter(|called| *called == name).count();
+    assert_eq!(
+        (count("cuLaunchKernel"), count("cuMemcpyHtoDAsync_v2")),
+        (2, 1),
+        "{names:?}"
+    );
+    assert_eq!(beyond_enqueuing(&names), BTreeSet::new());
 }
 
 #[test]

@@ -4,7 +4,7 @@
 mod amp_support;
 
 use amp_support::{context, ones, parameter, set_grad, value};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer};
+use kitsune::optim::{AdamW, AdamWConfig, MasterWeights, Optimizer};
 use kitsune::{Context, DType, Element, Error, bf16, f16};
 
 #[derive(Clone, Copy, Default)]
@@ -102,10 +102,10 @@ fn master_weights_keep_what_16_bits_lose() {
         }
         (value::<bf16>(&weight), optimizer)
     };
-    let (alone, optimizer) = run(false);
+    let (alone, optimizer) = run(MasterWeights::Off);
     assert_eq!(alone, [bf16::ONE; 4]);
     assert!(optimizer.master_weight(0).is_none());
-    let (with, optimizer) = run(true);
+    let (with, optimizer) = run(MasterWeights::F32);
     let master = optimizer.master_weight(0).unwrap();
     assert_eq!(master.dtype(), DType::F32);
     let master = master.to_vec::<f32>().unwrap();

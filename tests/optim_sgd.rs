@@ -3,8 +3,8 @@
 
 mod amp_support;
 
-use amp_support::{context, grad, ones, parameter, set_grad, tensor, value};
-use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
+use amp_support::{context, grad, ones, parameter, scaler, set_grad, tensor, value};
+use kitsune::optim::{MasterWeights, Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Element, Error, Tensor, bf16, f16};
 
 /// One weight after another step, in f64.
@@ -78,7 +78,7 @@ fn every_type_follows_the_formula() {
         follows_the_reference::<f16>(&context, config, 1000, 1.0);
         follows_the_reference::<bf16>(&context, config, 1000, 1.0);
         let alone = SgdConfig {
-            master_weights: false,
+            master_weights: MasterWeights::Off,
             ..config
         };
         follows_the_reference::<f16>(&context, alone, 1000, 8.0);
@@ -315,4 +315,90 @@ fn momentum_needs_the_buffers_it_was_made_with() {
         refused.to_string().contains("made without momentum"),
         "{refused}"
     );
+}
+
+/// Terms that are lost in a sum of 16 bits, and the tag of their scale.
+#[test]
+fn gradients_add_up_in_f32() {
+    let context = context();
+    let small = bf16::from_f32(1.0 / 512.0);
+    let sum = |wide: bool| {
+        let weight = ones(&context, "w", &[bf16::ONE; 33]);
+        weight.zero_grad();
+        if wide {
+            weight.accumulate_in_f32().unwrap();
+        }
+        let mut optimizer = Sgd::new(vec![weight.clone()], SgdConfig::default()).unwrap();
+        let mut addresses = Vec::new();
+        for _ in 0..2 {
+            weight
+                .accumulate_grad(tensor(&context, &[bf16::ONE; 33]))
+                .unwrap();
+            for _ in 0..64 {
+                weight
+                    .accumulate_grad(tensor(&context, &[small; 33]))
+                    .unwrap();
+            }
+            let grad = weight.grad().unwrap();
+            addresses.push((grad.dtype(), grad.ptr()));
+            optimizer.step_unscaled().unwrap();
+            let values = grad.cast(DType::F32).unwrap().to_vec::<f32>().unwrap();
+            assert_eq!(values, [if wide { 1.125 } else { 1.0 }; 33]);
+            optimizer.zero_grad();
+            assert!(weight.grad().is_none());
+        }
+        addresses
+    };
+    assert_eq!(sum(false)[0].0, DType::Bf16);
+    let addresses = sum(true);
+    assert_eq!(addresses[0].0, DType::F32);
+    assert_eq!(addresses[0], addresses[1], "the buffer stays");
+
+    // A gradient that was set is the first term.
+    let weight = ones(&context, "w", &[f16::ONE; 4]);
+    weight.accumulate_in_f32().unwrap();
+    weight
+        .accumulate_grad(tensor(&context, &[f16::from_f32(2.0); 4]))
+        .unwrap();
+    assert_eq!(grad::<f32>(&weight), [3.0; 4]);
+    let double = parameter(&context, "d", &[1f64]);
+    let refused = double.accumulate_in_f32();
+    assert!(
+        matches!(refused, Err(Error::UnsupportedDtype { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn sums_in_f32_keep_the_tag_of_their_scale() {
+    let context = context();
+    let weight = parameter(&context, "w", &[bf16::ZERO]);
+    weight.accumulate_in_f32().unwrap();
+    let config = SgdConfig {
+        learning_rate: 1.0,
+        ..SgdConfig::default()
+    };
+    let mut optimizer = Sgd::new(vec![weight.clone()], config).unwrap();
+    let mut scaler = scaler(&context, 2.0);
+    let term = |scale: f32| tensor(&context, &[bf16::from_f32(3.0 * scale)]);
+    weight
+        .accumulate_scaled_grad(term(2.0), scaler.tag())
+        .unwrap();
+    scaler.update_to(8.0).unwrap();
+    let added = weight.accumulate_scaled_grad(term(8.0), scaler.tag());
+    let message = added.unwrap_err().to_string();
+    assert!(message.contains("another loss scale"), "{message}");
+    assert!(
+        scaler.step(&mut optimizer).is_err(),
+        "a window of the old scale"
+    );
+    weight.zero_grad();
+    for _ in 0..2 {
+        weight
+            .accumulate_scaled_grad(term(8.0), scaler.tag())
+            .unwrap();
+    }
+    assert!(optimizer.step_unscaled().is_err(), "still scaled");
+    assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+    assert_eq!(value::<bf16>(&weight), [bf16::from_f32(-6.0)]);
 }

@@ -5,7 +5,9 @@
 
 use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
 use kitsune::amp::{AmpConfig, GradScaler};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
+use kitsune::optim::{
+    AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd, SgdConfig,
+};
 use kitsune::{Context, DType, Result, Tensor, ops};
 use serde_json::json;
 
@@ -130,17 +132,34 @@ fn optimizers(setting: &Setting, dtype: DType) -> Result<()> {
             optimizer,
         )?;
     }
-    let context = setting.context()?;
-    let parameters = vec![parameter(setting, &context, dtype)?];
-    let optimizer = AdamW::new(parameters, AdamWConfig::default())?;
-    // Both moments are read and written.
-    step(
-        setting,
-        &format!("adamw/{dtype}"),
-        weight + width + 16,
-        &context,
-        optimizer,
-    )
+    // Both moments are read and written. A master cut in two is read and written with its parameter, 2 bytes each.
+    let all = [
+        ("adamw", MasterWeights::F32, Moments::Full, weight + 16),
+        ("adamw_split", MasterWeights::Split, Moments::Full, 8 + 16),
+        (
+            "adamw_bf16_moments",
+            MasterWeights::F32,
+            Moments::Bf16,
+            weight + 8,
+        ),
+    ];
+    for (name, master_weights, moments, bytes) in all {
+        let is_split = master_weights == MasterWeights::Split;
+        if is_split && dtype != DType::Bf16 || moments == Moments::Bf16 && dtype == DType::F64 {
+            continue;
+        }
+        let context = setting.context()?;
+        let parameters = vec![parameter(setting, &context, dtype)?];
+        let config = AdamWConfig {
+            master_weights,
+            moments,
+            ..AdamWConfig::default()
+        };
+        let optimizer = AdamW::new(parameters, config)?;
+        let name = format!("{name}/{dtype}");
+        step(setting, &name, bytes + width, &context, optimizer)?;
+    }
+    Ok(())
 }
 
 fn step(

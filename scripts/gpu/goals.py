@@ -8,7 +8,7 @@ BANDWIDTH = [
     f"{kernel}/{dtype}"
     for kernel in ("check_norm", "unscale", "sgd", "sgd_momentum", "adamw")
     for dtype in ("f32", "f16", "bf16")
-]
+] + ["adamw_split/bf16", "adamw_bf16_moments/bf16"]
 CEILING = "copies/copy/1GiB"
 SIZES = ("512B", "64KiB", "4MiB")
 

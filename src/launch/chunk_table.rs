@@ -23,7 +23,7 @@ use crate::launch::device::{push_sizes, push_spans, type_code};
 use crate::units::{StreamId, to_usize};
 
 /// Most places in which one row can name its elements.
-pub(crate) const MAX_COLUMNS: usize = 5;
+pub(crate) const MAX_COLUMNS: usize = 6;
 
 /// Most elements of one chunk: enough that its bookkeeping does not show, few enough that one large tensor
 /// still feeds every core.
@@ -265,7 +265,7 @@ fn merged_dims(shape: &[usize], strides: &[usize]) -> Vec<(usize, usize)> {
 #[derive(Clone, Copy, Debug, Default)]
 struct RowBytes {
     columns: [u64; MAX_COLUMNS],
-    /// In the first column, of rows that have the other column as well.
+    /// In the first column, of rows whose elements in the other column are wider.
     beside: [u64; MAX_COLUMNS],
 }
 
@@ -276,7 +276,7 @@ impl RowBytes {
         let sums = self.columns.iter_mut().zip(&mut self.beside);
         for (span, (column, beside)) in row.iter().zip(sums) {
             *column += bytes(span);
-            *beside += if span.is_some() { first } else { 0 };
+            *beside += if bytes(span) > first { first } else { 0 };
         }
     }
 }
@@ -313,8 +313,8 @@ impl ChunkTable {
         self.moved.columns[column]
     }
 
-    /// Bytes in the first column, of rows that have something in column `column`.
-    pub(crate) fn bytes_beside(&self, column: usize) -> u64 {
+    /// Bytes in the first column, of rows that have wider elements in column `column`.
+    pub(crate) fn bytes_beside_wider(&self, column: usize) -> u64 {
         self.moved.beside[column]
     }
 

@@ -12,7 +12,7 @@
 #![allow(unsafe_code, reason = "twins turn device addresses into slices")]
 
 mod activation;
-pub(crate) mod adamw;
+pub(crate) mod adam;
 mod attention;
 mod bias;
 mod cast;
@@ -38,6 +38,8 @@ mod scale_update;
 pub(crate) mod sgd;
 mod span;
 mod special;
+mod split_master;
+mod stochastic;
 pub(crate) mod stopwatch;
 mod strided;
 #[cfg(test)]

@@ -76,6 +76,20 @@ impl Span {
         Self { ptr, len, ..*self }
     }
 
+    /// The first `len` halves of these u32 words, as bf16, of which only the bits count.
+    ///
+    /// # Panics
+    /// If the words are of another type, or have fewer halves.
+    pub(crate) fn halves(&self, len: usize) -> Self {
+        assert_eq!(self.dtype, DType::U32, "halves of words");
+        assert!(len <= 2 * self.len, "{len} halves of {} words", self.len);
+        Self {
+            len,
+            dtype: DType::Bf16,
+            ..*self
+        }
+    }
+
     /// Refuses a span that belongs to another stream than `stream`.
     pub(crate) fn check_stream(&self, op: &'static str, stream: &Stream) -> Result<()> {
         if self.stream == stream.id() {

@@ -1,4 +1,4 @@
-//! What every optimizer kernel does around its formula: skip, unscale, clip, master weights.
+//! What every optimizer kernel does around its formula: skip, unscale, clip, masters, rounding of state.
 //!
 //! ```text
 //! if found_inf ≠ 0: nothing is written
@@ -7,33 +7,42 @@
 //!                    master = w;  parameter = w rounded once
 //! ```
 //!
-//! Computed in f32, for f64 parameters in f64. The three scalars lie in device memory, so a step is decided
-//! and scaled there without the host waiting for it.
+//! Computed in f32, for f64 parameters in f64. The three scalars and the settings of groups lie in device memory, so
+//! a step is decided and scaled there without the host waiting for it, and a captured one can be told other settings.
 //!
-//! Rows of the table: parameter, gradient, master weight (f32, only beside a 16-bit parameter), then the
-//! optimizer's state in the type of the computation. The gradient is only read.
+//! Rows of the table: parameter, gradient, master (only beside a 16-bit parameter), then the optimizer's state. The
+//! gradient is only read. A master is f32; or, beside a bf16 parameter, the lower halves of masters whose upper halves
+//! are the parameters (`split_master`), in a column of a 16-bit type of which only the bits count. State is of the
+//! type of the computation, or bf16, in which it is rounded by chance (`stochastic`). What is kept of a step is
+//! rounded; within it the formula goes on with what it computed.
 
 use rayon::prelude::*;
 
 use crate::driver::{Arguments, Stream, Traffic};
-use crate::dtype::DType;
+use crate::dtype::{DType, bf16};
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
 use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store};
-use crate::launch::device::push_optional;
+use crate::launch::device::{push_optional, push_spans};
+use crate::launch::split_master::{join, split};
+use crate::launch::stochastic::Chances;
 use crate::launch::{PARALLEL_MIN, Span};
+use crate::units::to_usize;
 
 /// Column of the parameters.
 pub(crate) const PARAMETER: usize = 0;
 /// Column of the gradients.
 pub(crate) const GRADIENT: usize = 1;
-/// Column of the master weights.
+/// Column of the masters.
 pub(crate) const MASTER: usize = 2;
 /// First column of optimizer state.
 pub(crate) const STATE: usize = 3;
 
 /// Most state tensors of one optimizer.
-const MAX_STATES: usize = MAX_COLUMNS - STATE;
+pub(super) const MAX_STATES: usize = MAX_COLUMNS - STATE;
+
+/// Words of one group's settings.
+pub(crate) const SETTING_WORDS: usize = 8;
 
 /// The scalars that decide and scale a step, each an f32 on the device or absent.
 #[derive(Clone, Copy, Debug, Default)]
@@ -77,16 +86,60 @@ impl StepScalars {
     }
 }
 
+/// Settings of groups of tensors, in device memory: a captured step reads what they are when it runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupSettings {
+    /// f64, [`SETTING_WORDS`] a group; what they mean is the kernel's.
+    pub(crate) rows: Span,
+    /// u32, one a tensor: its group.
+    pub(crate) groups: Span,
+}
+
+impl GroupSettings {
+    /// Refuses settings of another stream or type, or for another number of tensors.
+    pub(crate) fn check(&self, op: &'static str, stream: &Stream, tensors: usize) -> Result<()> {
+        self.rows.check_stream(op, stream)?;
+        self.groups.check_stream(op, stream)?;
+        self.rows.check_dtype(op, DType::F64)?;
+        self.groups.check_dtype(op, DType::U32)?;
+        self.groups.check_len(op, tensors)
+    }
+
+    /// Adds the addresses for device code.
+    pub(super) fn push_to(&self, into: &mut Arguments) {
+        push_spans(into, &[&self.rows, &self.groups]);
+    }
+
+    /// The settings of the group of a tensor.
+    ///
+    /// # Safety
+    /// As [`Span::slice`].
+    pub(super) unsafe fn of(&self, tensor: usize) -> [f64; SETTING_WORDS] {
+        // SAFETY: the caller's promise.
+        let group = unsafe { self.groups.sub(tensor, 1).slice::<u32>() }[0];
+        let row = self
+            .rows
+            .sub(to_usize(u64::from(group)) * SETTING_WORDS, SETTING_WORDS);
+        // SAFETY: the caller's promise.
+        let row = unsafe { row.slice::<f64>() };
+        std::array::from_fn(|word| row[word])
+    }
+}
+
 /// One optimizer's formula for a block of weights.
 pub(super) trait Rule: Sync {
-    /// Moves `weights` by `gradients`. `states` are as long; `tensor` is the parameter's index.
+    /// Moves `weights` by `gradients`, which it may overwrite. States are as long, or empty where the row has
+    /// none; `tensor` is the parameter's index.
     fn apply<C: Compute>(
         &self,
         tensor: usize,
         weights: &mut [C],
-        gradients: &[C],
+        gradients: &mut [C],
         states: [&mut [C]; MAX_STATES],
     );
+
+    /// The key of the random numbers that state in bf16 is rounded by.
+    fn random_key(&self, tensor: usize) -> u64;
 }
 
 /// What a pass over `table` moves: weights, gradients and state are read; weights and state are written, and so are
@@ -98,8 +151,11 @@ pub(super) fn traffic(table: &ChunkTable) -> Traffic {
     let parameters = table.bytes(PARAMETER);
     let masters = table.bytes(MASTER);
     Traffic {
-        // A parameter that has a master weight is not read.
-        read: parameters - table.bytes_beside(MASTER) + table.bytes(GRADIENT) + masters + states,
+        // A parameter is not read if it has a master in f32; it is if it is the upper half of its master.
+        read: parameters - table.bytes_beside_wider(MASTER)
+            + table.bytes(GRADIENT)
+            + masters
+            + states,
         written: parameters + masters + states,
     }
 }
@@ -120,10 +176,21 @@ pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &
                 .flatten()
         });
         let parameter = columns[PARAMETER].expect("every row has a parameter");
+        let gradient = columns[GRADIENT].expect("every row has a gradient");
+        let row = Row {
+            tensor: chunk.tensor(),
+            offset: chunk.offset(),
+            parameter,
+            gradient,
+            master: columns[MASTER],
+            states: std::array::from_fn(|state| columns[STATE + state]),
+        };
         if parameter.dtype() == DType::F64 {
-            chunk_in::<f64>(chunk.tensor(), columns, factors, rule);
+            // SAFETY: the caller's promise.
+            unsafe { row.update::<f64>(factors, rule) };
         } else {
-            chunk_in::<f32>(chunk.tensor(), columns, factors, rule);
+            // SAFETY: the caller's promise.
+            unsafe { row.update::<f32>(factors, rule) };
         }
     };
     if table.elements() < PARALLEL_MIN as u64 {
@@ -133,50 +200,115 @@ pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &
     }
 }
 
-fn chunk_in<C: Compute>(
+/// A chunk of one parameter with all that belongs to it.
+struct Row {
     tensor: usize,
-    columns: [Option<Span>; MAX_COLUMNS],
-    factors: [f32; 2],
-    rule: &impl Rule,
-) {
-    let parameter = columns[PARAMETER].expect("every row has a parameter");
-    let gradient = columns[GRADIENT].expect("every row has a gradient");
-    let weight = columns[MASTER].unwrap_or(parameter);
-    let factors = factors
-        .map(C::from_f32)
-        .map(|factor| (factor != C::from_f32(1.0)).then_some(factor));
-    let (mut weights, mut gradients) = ([C::default(); BLOCK], [C::default(); BLOCK]);
-    for start in (0..parameter.len()).step_by(BLOCK) {
-        let len = BLOCK.min(parameter.len() - start);
-        let block = |span: Span| span.sub(start, len);
-        let (weights, gradients) = (&mut weights[..len], &mut gradients[..len]);
-        // SAFETY: called from a `run`, whose caller promises that rows are live and not accessed by others.
-        unsafe { load(&gradient, start, gradients) };
-        for factor in factors.iter().flatten() {
-            multiply_all(gradients, *factor);
+    /// Elements of the tensor before this chunk.
+    offset: u64,
+    parameter: Span,
+    gradient: Span,
+    master: Option<Span>,
+    states: [Option<Span>; MAX_STATES],
+}
+
+impl Row {
+    /// Applies `rule` to the chunk, a block at a time.
+    ///
+    /// # Safety
+    /// Called from a `run`, whose caller promises that rows are live and not accessed by others. The columns of a
+    /// row share no bytes.
+    unsafe fn update<C: Compute>(&self, factors: [f32; 2], rule: &impl Rule) {
+        let factors = factors
+            .map(C::from_f32)
+            .map(|factor| (factor != C::from_f32(1.0)).then_some(factor));
+        let by_chance = self.states[0].is_some_and(|state| state.dtype() != C::DTYPE);
+        let weight = self.master.unwrap_or(self.parameter);
+        let (mut weights, mut gradients) = ([C::default(); BLOCK], [C::default(); BLOCK]);
+        let mut kept = [[C::default(); BLOCK]; MAX_STATES];
+        for start in (0..self.parameter.len()).step_by(BLOCK) {
+            let len = BLOCK.min(self.parameter.len() - start);
+            let gradients = &mut gradients[..len];
+            // SAFETY: the caller's promise.
+            unsafe { load(&self.gradient, start, gradients) };
+            for factor in factors.iter().flatten() {
+                multiply_all(gradients, *factor);
+            }
+            let mut buffers = kept.iter_mut();
+            let mut states = self.states.map(|state| {
+                let buffer = buffers.next().expect("one for each state");
+                let none: &mut [C] = &mut [];
+                match state {
+                    None => none,
+                    Some(span) if by_chance => {
+                        let buffer = &mut buffer[..len];
+                        // SAFETY: the caller's promise.
+                        unsafe { load(&span, start, buffer) };
+                        buffer
+                    }
+                    // SAFETY: the caller's promise.
+                    Some(span) => unsafe { span.sub(start, len).slice_mut::<C>() },
+                }
+            });
+            let operands = states.each_mut().map(|state| &mut **state);
+            if weight.dtype() == C::DTYPE {
+                // SAFETY: the caller's promise.
+                let weights = unsafe { weight.sub(start, len).slice_mut::<C>() };
+                rule.apply(self.tensor, weights, gradients, operands);
+                if self.master.is_some() {
+                    // SAFETY: the caller's promise.
+                    unsafe { store(&self.parameter, start, weights) };
+                }
+            } else {
+                let weights = &mut weights[..len];
+                // SAFETY: the caller's promise.
+                unsafe { self.load_narrow(start, weights) };
+                rule.apply(self.tensor, weights, gradients, operands);
+                // SAFETY: the caller's promise.
+                unsafe { self.store_narrow(start, weights) };
+            }
+            if by_chance {
+                let key = rule.random_key(self.tensor);
+                let chances = Chances::new(key, self.offset + start as u64, len);
+                for (which, (span, values)) in self.states.iter().zip(&states).enumerate() {
+                    if let Some(span) = span {
+                        // SAFETY: the caller's promise.
+                        let into = unsafe { span.sub(start, len).slice_mut::<bf16>() };
+                        chances.round(which, values, into);
+                    }
+                }
+            }
         }
-        let states = std::array::from_fn(|state| match columns[STATE + state] {
-            // SAFETY: as above; the columns of a row share no bytes.
-            Some(span) => unsafe { block(span).slice_mut::<C>() },
-            None => &mut [],
-        });
-        let in_place = weight.dtype() == C::DTYPE;
-        let weights = if in_place {
-            // SAFETY: as above.
-            unsafe { block(weight).slice_mut::<C>() }
-        } else {
-            // SAFETY: as above.
-            unsafe { load(&weight, start, weights) };
-            weights
+    }
+
+    /// Weights of 16 bits without masters, or with masters cut in two.
+    ///
+    /// # Safety
+    /// As [`Span::slice`], for these elements of the row.
+    unsafe fn load_narrow<C: Compute>(&self, start: usize, weights: &mut [C]) {
+        let Some(low) = self.master else {
+            // SAFETY: the caller's promise.
+            return unsafe { load(&self.parameter, start, weights) };
         };
-        rule.apply(tensor, weights, gradients, states);
-        if !in_place {
-            // SAFETY: as above.
-            unsafe { store(&weight, start, weights) };
-        }
-        if columns[MASTER].is_some() {
-            // SAFETY: as above; the parameter shares no bytes with its master weight.
-            unsafe { store(&parameter, start, weights) };
-        }
+        // SAFETY: the caller's promise.
+        let high = unsafe { self.parameter.sub(start, weights.len()).slice::<bf16>() };
+        // SAFETY: the caller's promise.
+        let low = unsafe { low.sub(start, weights.len()).slice::<bf16>() };
+        join(high, low, weights);
+    }
+
+    /// Writes what [`load_narrow`](Self::load_narrow) reads.
+    ///
+    /// # Safety
+    /// As [`Span::slice_mut`], for these elements of the row.
+    unsafe fn store_narrow<C: Compute>(&self, start: usize, weights: &[C]) {
+        let Some(low) = self.master else {
+            // SAFETY: the caller's promise.
+            return unsafe { store(&self.parameter, start, weights) };
+        };
+        // SAFETY: the caller's promise.
+        let high = unsafe { self.parameter.sub(start, weights.len()).slice_mut::<bf16>() };
+        // SAFETY: the caller's promise; the columns of a row share no bytes.
+        let low = unsafe { low.sub(start, weights.len()).slice_mut::<bf16>() };
+        split(weights, high, low);
     }
 }

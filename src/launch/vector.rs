@@ -18,17 +18,17 @@ pub(super) fn has_wide_vectors() -> bool {
 macro_rules! vectorized {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident<$($generic:ident: $bound:path),+>($($arg:ident: $type:ty),+ $(,)?)
+        $vis:vis fn $name:ident$(<$($generic:ident: $bound:path),+>)?($($arg:ident: $type:ty),+ $(,)?)
         $(-> $output:ty)? $body:block
     ) => {
         $(#[$meta])*
-        $vis fn $name<$($generic: $bound),+>($($arg: $type),+) $(-> $output)? {
+        $vis fn $name$(<$($generic: $bound),+>)?($($arg: $type),+) $(-> $output)? {
             #[inline(always)]
-            fn plain<$($generic: $bound),+>($($arg: $type),+) $(-> $output)? $body
+            fn plain$(<$($generic: $bound),+>)?($($arg: $type),+) $(-> $output)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,f16c")]
-            fn wide<$($generic: $bound),+>($($arg: $type),+) $(-> $output)? {
+            fn wide$(<$($generic: $bound),+>)?($($arg: $type),+) $(-> $output)? {
                 plain($($arg),+)
             }
 

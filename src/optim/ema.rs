@@ -15,12 +15,12 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::chunk_table::MAX_COLUMNS;
 use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
-use crate::launch::update_pass::{GRADIENT, PARAMETER, StepScalars};
+use crate::launch::update_pass::{GRADIENT, GroupSettings, PARAMETER, SETTING_WORDS, StepScalars};
 use crate::memory;
 use crate::optim::Parameter;
 use crate::optim::state::{Live, NamedTensors, match_named, save_named};
 use crate::optim::table::DeviceTable;
-use crate::storage::{Load, Tensor};
+use crate::storage::{HostTensor, Load, Tensor};
 
 /// Exponential moving averages of parameters, which begin as their values.
 ///
@@ -44,6 +44,9 @@ pub struct Ema {
     parameters: Vec<Parameter>,
     averages: Vec<Tensor>,
     minus_one: Tensor,
+    /// What the kernel reads of the decay: a row of settings, and its number for each average.
+    settings: Tensor,
+    groups: Tensor,
     table: DeviceTable,
 }
 
@@ -79,6 +82,8 @@ impl Ema {
             averages: parameters.iter().map(average).collect::<Result<_>>()?,
             parameters: parameters.to_vec(),
             minus_one: Tensor::full(context, [], DType::F32, -1.0)?,
+            settings: Tensor::from_slice(context, [SETTING_WORDS], &settings(decay))?,
+            groups: Tensor::zeros(context, [parameters.len()], DType::U32)?,
             table: DeviceTable::new("Ema", COLUMNS),
         })
     }
@@ -111,13 +116,11 @@ impl Ema {
             inv_scale: Some(self.minus_one.span()?),
             clip: None,
         };
-        let numbers = SgdNumbers {
-            learning_rate: 1.0 - self.decay,
-            momentum: 0.0,
-            weight_decay: 1.0,
-            nesterov: false,
+        let settings = GroupSettings {
+            rows: self.settings.span()?,
+            groups: self.groups.span()?,
         };
-        sgd(context.stream(), &table, &scalars, &numbers)
+        sgd(context.stream(), &table, &scalars, &settings)
     }
 
     /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are
@@ -162,12 +165,22 @@ impl Ema {
         self.decay
     }
 
-    /// Updates enqueued from now on keep this share.
+    /// Updates enqueued from now on keep this share, and so do launches of graphs that captured one.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] unless it is from 0 to below 1; the old one stays.
+    /// [`Error::InvalidConfig`] unless it is from 0 to below 1; [`Error::Capturing`] while an update is being
+    /// captured; [`Error::Driver`] if the copy cannot be enqueued. The old one stays.
     pub fn set_decay(&mut self, decay: f64) -> Result<()> {
         check_decay(decay)?;
+        if decay == self.decay {
+            return Ok(());
+        }
+        let stream = self.settings.context().stream();
+        // A copy in a graph would bring this share back at every launch.
+        if stream.driver().is_capturing(stream.raw())? {
+            return Err(Error::Capturing { call: "set_decay" });
+        }
+        self.settings.copy_from_slice(&settings(decay))?;
         self.decay = decay;
         Ok(())
     }
@@ -201,7 +214,9 @@ impl Ema {
                 format!("{decay} is not from 0 to below 1"),
             ));
         }
-        let writes = match_named(self.live(), &state.averages)?;
+        let mut writes = match_named(self.live(), &state.averages)?;
+        let row = HostTensor::from_slice([SETTING_WORDS], &settings(decay))?;
+        writes.push((self.settings.clone(), row));
         Ok(Load::writing(writes).then(move || self.decay = decay))
     }
 
@@ -221,6 +236,17 @@ pub struct EmaState {
     pub decay: f64,
     /// The averages.
     pub averages: NamedTensors,
+}
+
+/// The settings of the kernel by which an average moves.
+fn settings(decay: f64) -> [f64; SETTING_WORDS] {
+    let numbers = SgdNumbers {
+        learning_rate: 1.0 - decay,
+        momentum: 0.0,
+        weight_decay: 1.0,
+        nesterov: false,
+    };
+    bytemuck::cast(numbers.words())
 }
 
 /// Refuses a decay that no average can have.

@@ -109,6 +109,12 @@ impl StepInputs {
     }
 }
 
+/// The error for the number of a group that does not exist.
+pub(super) fn no_group(group: usize, groups: usize) -> Error {
+    let reason = format!("group {group} of {groups}, counted from 0");
+    Error::argument("settings", reason)
+}
+
 /// Moves parameters by their gradients.
 pub trait Optimizer {
     /// The identity this optimizer was made with.
@@ -160,31 +166,18 @@ pub trait Optimizer {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of a setting that is unknown or cannot have that value, and the
-    /// number of the group; [`Error::InvalidArgument`] if there is no such group. Nothing was changed.
+    /// number of the group; [`Error::InvalidArgument`] if there is no such group; [`Error::Capturing`] while a
+    /// step is being captured: change settings before or after. Nothing was changed.
     fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
-        self.expect_group(group)?;
+        let groups = self.groups().len();
         match changes.first() {
+            _ if group >= groups => Err(no_group(group, groups)),
             None => Ok(()),
             Some((name, _)) => Err(Error::config(
                 "settings",
                 format!("group {group}: there is no `{name}`"),
             )),
         }
-    }
-
-    /// Refuses the number of a group that does not exist.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`].
-    fn expect_group(&self, group: usize) -> Result<()> {
-        let groups = self.groups().len();
-        if group < groups {
-            return Ok(());
-        }
-        Err(Error::argument(
-            "settings",
-            format!("group {group} of {groups}, counted from 0"),
-        ))
     }
 
     /// What is needed to go on later, beside the parameters: the settings of each group, and what

@@ -1,5 +1,8 @@
 //! A named weight with a place for its gradient.
 //!
+//! Gradients of several micro-batches are added up. In 16 bits small terms get lost in a large sum; a parameter that
+//! [accumulates in f32](Parameter::accumulate_in_f32) adds in a buffer of its own, which stays where it is.
+//!
 //! Beside a gradient stands what is known of the loss scale in it: the [`ScaleTag`] it was given with, who
 //! divided it by the scale, and when its first and its last term came. So a gradient that is divided twice,
 //! never, or has terms of two scales is found without a look at its elements.
@@ -33,12 +36,26 @@ struct Grad {
     tensor: Option<Tensor>,
     origin: Origin,
     produced: Produced,
+    /// Where terms are added up; it keeps its memory from window to window.
+    accumulator: Option<Tensor>,
 }
 
 impl Grad {
     fn put(&mut self, tensor: Option<Tensor>, origin: Origin) {
         (self.tensor, self.origin) = (tensor, origin);
         self.produced.forget();
+    }
+
+    /// Makes `tensor` the gradient, the first term of a sum.
+    fn begin(&mut self, tensor: Tensor, tag: Option<ScaleTag>) {
+        let now = moment();
+        let origin = Origin {
+            tag,
+            unscaled: None,
+            since: now,
+            until: now,
+        };
+        self.put(Some(tensor), origin);
     }
 }
 
@@ -155,23 +172,40 @@ impl Parameter {
     /// As [`set_grad`](Self::set_grad).
     pub fn set_scaled_grad(&self, grad: Tensor, tag: impl Into<Option<ScaleTag>>) -> Result<()> {
         self.check_grad("set_grad", &grad)?;
-        let now = moment();
-        let origin = Origin {
-            tag: tag.into(),
-            unscaled: None,
-            since: now,
-            until: now,
-        };
-        self.inner.grad.lock().put(Some(grad), origin);
+        self.inner.grad.lock().begin(grad, tag.into());
+        Ok(())
+    }
+
+    /// Adds gradients up in f32 from now on, whatever their type: the first term of
+    /// [`accumulate_grad`](Self::accumulate_grad) is copied to a buffer that is made here and kept, later ones are added
+    /// there. The gradient is then that buffer, at the same address in every window; what was read from it in one
+    /// window is overwritten in the next.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedDtype`] for an f64 parameter, whose gradients f32 cannot hold; [`Error::OutOfMemory`].
+    pub fn accumulate_in_f32(&self) -> Result<()> {
+        let value = &self.inner.value;
+        if value.dtype() == DType::F64 {
+            return Err(Error::UnsupportedDtype {
+                op: "accumulate_in_f32",
+                dtype: DType::F64,
+            });
+        }
+        let mut slot = self.inner.grad.lock();
+        if slot.accumulator.is_none() {
+            let buffer = Tensor::uninit(value.context(), value.shape(), DType::F32)?;
+            slot.accumulator = Some(buffer);
+        }
         Ok(())
     }
 
     /// Adds `grad` to the gradient, or makes it the gradient if there is none. The sum is written over the
-    /// gradient that was there, in its type, rounded once.
+    /// gradient that was there, in its type, rounded once; or in f32 to the buffer of
+    /// [`accumulate_in_f32`](Self::accumulate_in_f32).
     ///
     /// # Errors
     /// As [`set_grad`](Self::set_grad), [`Error::InvalidArgument`] if the gradient that is there was divided
-    /// by a loss scale already, and [`Error::OutOfMemory`] if `grad` must be converted first.
+    /// by a loss scale already, and [`Error::OutOfMemory`] if one of the two has gaps and must be copied.
     pub fn accumulate_grad(&self, grad: Tensor) -> Result<()> {
         self.accumulate_scaled_grad(grad, None)
     }
@@ -202,8 +236,12 @@ impl Parameter {
         self.check_grad(op, &grad)?;
         let mut slot = self.inner.grad.lock();
         let Some(sum) = &slot.tensor else {
-            drop(slot);
-            return self.set_scaled_grad(grad, tag);
+            let first = match &slot.accumulator {
+                Some(buffer) => buffer.copy_from(&grad).map(|()| buffer.clone())?,
+                None => grad,
+            };
+            slot.begin(first, tag);
+            return Ok(());
         };
         let refuse = |what: &str| Err(Error::argument(op, format!("`{}` {what}", self.inner.name)));
         if slot.origin.unscaled.is_some() {
@@ -212,15 +250,17 @@ impl Parameter {
         if slot.origin.tag != tag {
             return refuse("has a gradient that was made with another loss scale");
         }
-        let sum = sum.contiguous()?;
-        let grad = grad.contiguous()?;
+        let sum = match &slot.accumulator {
+            Some(buffer) => buffer.copy_from(sum).map(|()| buffer.clone())?,
+            None => sum.contiguous()?,
+        };
+        let term = grad.contiguous()?;
         slot.produced.forget();
         let is_added = match check {
-            Some(check) => slot.produced.add(op, &sum, &grad, check)?,
+            Some(check) => slot.produced.add(op, &sum, &term, check)?,
             None => false,
         };
         if !is_added {
-            let term = grad.cast(sum.dtype())?;
             sum.mark_written();
             let stream = sum.context().stream();
             launch::add(stream, &sum.span()?, &term.span()?, &sum.span()?)?;
@@ -230,7 +270,8 @@ impl Parameter {
         Ok(())
     }
 
-    /// Drops the gradient. Its memory goes back to the pool unless someone else holds it.
+    /// Drops the gradient. Its memory goes back to the pool unless someone else holds it; the buffer of
+    /// [`accumulate_in_f32`](Self::accumulate_in_f32) stays.
     pub fn zero_grad(&self) {
         self.inner.grad.lock().put(None, Origin::default());
     }

@@ -1,4 +1,7 @@
 //! What every optimizer keeps for each parameter, and the table of it.
+//!
+//! A master is an f32 tensor, or one of u32 words with two lower halves of masters each, whose upper halves are the
+//! parameter (`launch/split_master.rs`).
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -10,79 +13,118 @@ use crate::optim::table::DeviceTable;
 use crate::optim::{OptimizerId, Parameter};
 use crate::storage::{Context, Tensor};
 
-/// The parameters of one optimizer with their master weights and state.
+/// Where the f32 values of 16-bit parameters are kept, which small steps add to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MasterWeights {
+    /// Nowhere: a step starts from the 16-bit values and is rounded to them.
+    Off,
+    /// In an f32 tensor beside the parameter, which is its nearest 16-bit value, ties to even.
+    #[default]
+    F32,
+    /// For bf16: in the parameter and 16 bits beside it, which give the same f32 values as [`F32`](Self::F32), to the
+    /// bit, in 2 bytes less an element. The parameter is the nearest bf16 as well, but ties go away from zero.
+    /// For f16 as [`F32`](Self::F32).
+    Split,
+}
+
+/// In what type moments are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moments {
+    /// In the type of the computation: f64 for f64 parameters, else f32.
+    #[default]
+    Full,
+    /// In bf16, each step rounded up or down by chance, so that small terms count on average. For f64
+    /// parameters as [`Full`](Self::Full).
+    Bf16,
+}
+
+/// The parameters of one optimizer with their masters and state.
 #[derive(Debug)]
 pub(super) struct Rows {
     pub(super) id: OptimizerId,
     pub(super) parameters: Vec<Parameter>,
     columns: usize,
     masters: Vec<Option<Tensor>>,
-    /// Zeroed when made, in the type of the computation: f64 for f64 parameters, else f32.
+    /// Zeroed when made.
     states: Vec<Vec<Tensor>>,
     /// Copies, in the parameter's order, of gradients that have another.
     ordered: Vec<Option<Tensor>>,
     table: DeviceTable,
 }
 
-/// How many state tensors a parameter has, and whether 16-bit ones have master weights.
+/// What is kept beside a parameter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Needs {
-    pub(super) op: &'static str,
-    pub(super) columns: usize,
+    /// Number of state tensors.
     pub(super) states: usize,
-    pub(super) master_weights: bool,
+    pub(super) moments: Moments,
+    pub(super) masters: MasterWeights,
+}
+
+impl Needs {
+    fn master(&self, value: &Tensor) -> Result<Option<Tensor>> {
+        if !value.dtype().is_half() {
+            return Ok(None);
+        }
+        let master = match self.masters {
+            MasterWeights::Off => return Ok(None),
+            MasterWeights::Split if value.dtype() == DType::Bf16 => {
+                Tensor::zeros(value.context(), [value.len().div_ceil(2)], DType::U32)
+            }
+            MasterWeights::F32 | MasterWeights::Split => value.cast(DType::F32),
+        };
+        master.map(Some)
+    }
+
+    fn states(&self, value: &Tensor) -> Result<Vec<Tensor>> {
+        let dtype = match self.moments {
+            _ if value.dtype() == DType::F64 => DType::F64,
+            Moments::Full => DType::F32,
+            Moments::Bf16 => DType::Bf16,
+        };
+        let zeros = |_| Tensor::zeros(value.context(), value.shape(), dtype);
+        (0..self.states).map(zeros).collect()
+    }
 }
 
 impl Rows {
-    /// Makes and zeroes all state, so that no later step allocates any.
-    pub(super) fn new(parameters: Vec<Parameter>, needs: Needs) -> Result<Self> {
-        let op = needs.op;
+    /// Makes and zeroes all state, so that no later step allocates any. Tables have `columns` columns; `op`
+    /// names the optimizer in errors.
+    pub(super) fn new(
+        op: &'static str,
+        columns: usize,
+        parameters: Vec<(Parameter, Needs)>,
+    ) -> Result<Self> {
+        let (parameters, needs): (Vec<Parameter>, Vec<Needs>) = parameters.into_iter().unzip();
         let Some(first) = parameters.first() else {
             return Err(Error::argument(op, "no parameters"));
         };
         let stream = first.value().context().stream().id();
         for (index, parameter) in parameters.iter().enumerate() {
+            let before = &mut parameters[..index].iter();
+            let what = if before.any(|other| other.is_same(parameter)) {
+                "is given twice"
+            } else if parameter.value().context().stream().id() != stream {
+                "is on another stream"
+            } else {
+                continue;
+            };
             let name = parameter.name();
-            if parameters[..index]
-                .iter()
-                .any(|other| other.is_same(parameter))
-            {
-                return Err(Error::argument(
-                    op,
-                    format!("parameter `{name}` is given twice"),
-                ));
-            }
-            if parameter.value().context().stream().id() != stream {
-                return Err(Error::argument(
-                    op,
-                    format!("parameter `{name}` is on another stream"),
-                ));
-            }
+            return Err(Error::argument(op, format!("parameter `{name}` {what}")));
         }
         let _tag = memory::tag("optimizer");
-        let master = |parameter: &Parameter| {
-            let wanted = needs.master_weights && parameter.value().dtype().is_half();
-            wanted
-                .then(|| parameter.value().cast(DType::F32))
-                .transpose()
-        };
-        let state = |parameter: &Parameter| {
-            let value = parameter.value();
-            let dtype = if value.dtype() == DType::F64 {
-                DType::F64
-            } else {
-                DType::F32
-            };
-            let zeros = |_| Tensor::zeros(value.context(), value.shape(), dtype);
-            (0..needs.states).map(zeros).collect()
-        };
+        let pairs = || parameters.iter().map(Parameter::value).zip(&needs);
+        let masters = pairs().map(|(value, needs)| needs.master(value));
+        let states = pairs().map(|(value, needs)| needs.states(value));
         Ok(Self {
             id: OptimizerId::new(),
-            columns: needs.columns,
-            masters: parameters.iter().map(master).collect::<Result<_>>()?,
-            states: parameters.iter().map(state).collect::<Result<_>>()?,
+            columns,
+            masters: masters.collect::<Result<_>>()?,
+            states: states.collect::<Result<_>>()?,
             ordered: vec![None; parameters.len()],
-            table: DeviceTable::new(op, needs.columns),
+            table: DeviceTable::new(op, columns),
             parameters,
         })
     }
@@ -96,7 +138,19 @@ impl Rows {
         self.states.get(index)?.get(which)
     }
 
+    /// The f32 master of parameter `index`.
     pub(super) fn master(&self, index: usize) -> Option<&Tensor> {
+        self.any_master(index)
+            .filter(|master| master.dtype() == DType::F32)
+    }
+
+    /// The lower halves of the masters of parameter `index`.
+    pub(super) fn remainder(&self, index: usize) -> Option<&Tensor> {
+        self.any_master(index)
+            .filter(|master| master.dtype() == DType::U32)
+    }
+
+    fn any_master(&self, index: usize) -> Option<&Tensor> {
         self.masters.get(index)?.as_ref()
     }
 
@@ -107,9 +161,11 @@ impl Rows {
         names: &[&'static str],
     ) -> Vec<(&'static str, Tensor)> {
         let master = self.master(index).map(|master| ("master_weight", master));
+        let remainder = self.remainder(index);
+        let remainder = remainder.map(|master| ("master_remainder", master));
         let states = self.states.get(index).into_iter().flatten();
         let states = names.iter().copied().zip(states);
-        let tensors = master.into_iter().chain(states);
+        let tensors = master.into_iter().chain(remainder).chain(states);
         tensors
             .map(|(name, tensor)| (name, tensor.clone()))
             .collect()
@@ -120,7 +176,10 @@ impl Rows {
         let pairs = self.masters.iter().zip(&self.parameters);
         pairs
             .filter_map(|(master, parameter)| Some((master.as_ref()?, parameter)))
-            .try_for_each(|(master, parameter)| master.copy_from(parameter.value()))
+            .try_for_each(|(master, parameter)| match master.dtype() {
+                DType::U32 => master.fill(0.0),
+                _ => master.copy_from(parameter.value()),
+            })
     }
 
     /// The table of all parameters that have a gradient now, for a kernel that writes those parameters.
@@ -151,7 +210,11 @@ impl Rows {
                 let mut row = [None; MAX_COLUMNS];
                 row[PARAMETER] = Some(parameters[index].value().span()?);
                 row[GRADIENT] = Some(gradient.span()?);
-                row[MASTER] = masters[index].as_ref().map(Tensor::span).transpose()?;
+                let master = masters[index].as_ref().map(Tensor::span).transpose()?;
+                row[MASTER] = master.map(|master| match master.dtype() {
+                    DType::U32 => master.halves(gradient.len()),
+                    _ => master,
+                });
                 for (place, state) in row[STATE..].iter_mut().zip(&states[index]) {
                     *place = Some(state.span()?);
                 }

@@ -7,7 +7,7 @@
 use std::f64::consts::PI;
 
 use crate::error::{Error, Result};
-use crate::optim::sgd::not_negative;
+use crate::optim::settings::not_negative;
 
 /// What the learning rate is multiplied by: rising evenly to 1, then falling.
 ///

@@ -1,6 +1,8 @@
 //! Settings that may change between steps: named numbers, changed all or not at all.
 
 use crate::error::{Error, Result};
+use crate::launch::update_pass::SETTING_WORDS;
+use crate::optim::rows::Needs;
 
 /// The settings of one kind of optimizer.
 pub(super) trait Settings: Clone {
@@ -12,6 +14,12 @@ pub(super) trait Settings: Clone {
 
     /// Refuses values that need other state than an optimizer made with `self` has.
     fn allows(&self, changed: &Self) -> Result<()>;
+
+    /// What a parameter with these settings needs kept beside it.
+    fn needs(&self) -> Needs;
+
+    /// The settings as kernels read them.
+    fn words(&self) -> [u64; SETTING_WORDS];
 }
 
 /// The numbers of `settings` with their names.
@@ -21,8 +29,8 @@ pub(super) fn named<S: Settings>(settings: &S) -> Vec<(&'static str, f64)> {
     numbers.map(|(name, number)| (name, *number)).collect()
 }
 
-/// `settings` with other numbers, which work.
-pub(super) fn changed<S: Settings>(settings: &S, changes: &[(&str, f64)]) -> Result<S> {
+/// `settings` with other numbers.
+pub(super) fn with_numbers<S: Settings>(settings: &S, changes: &[(&str, f64)]) -> Result<S> {
     let mut copy = settings.clone();
     for (name, value) in changes {
         let mut numbers = copy.numbers();
@@ -35,9 +43,29 @@ pub(super) fn changed<S: Settings>(settings: &S, changes: &[(&str, f64)]) -> Res
             }
         }
     }
-    copy.validate()?;
-    settings.allows(&copy)?;
     Ok(copy)
+}
+
+/// Refuses a setting that is negative, infinite or NaN.
+pub(super) fn not_negative(key: &'static str, value: f64) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(
+        key,
+        format!("{value} is not a finite number of 0 or more"),
+    ))
+}
+
+/// Refuses a change of something that was decided when the optimizer was made.
+pub(super) fn unchanged<T: PartialEq>(key: &'static str, old: &T, new: &T) -> Result<()> {
+    if old == new {
+        return Ok(());
+    }
+    Err(Error::config(
+        key,
+        "was decided when the optimizer was made",
+    ))
 }
 
 /// `outcome` with the number of the group in its error.

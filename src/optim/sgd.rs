@@ -1,10 +1,16 @@
 //! Stochastic gradient descent.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
+use crate::launch::update_pass::SETTING_WORDS;
+use crate::optim::groups::{Groups, take_apart};
 use crate::optim::rows::{Needs, Rows};
-use crate::optim::settings::{Settings, changed, named, of_group};
-use crate::optim::{Optimizer, OptimizerId, Parameter, StepInputs};
+use crate::optim::settings::{Settings, named, not_negative, unchanged};
+use crate::optim::{
+    MasterWeights, Moments, Optimizer, OptimizerId, ParamGroup, Parameter, StepInputs,
+};
 use crate::storage::Tensor;
 
 /// Settings of [`Sgd`]. Defaults as in PyTorch.
@@ -19,8 +25,8 @@ pub struct SgdConfig {
     pub weight_decay: f64,
     /// Looks one step ahead; needs momentum. Default off.
     pub nesterov: bool,
-    /// Keeps f32 master weights beside 16-bit parameters. Default on.
-    pub master_weights: bool,
+    /// Where the f32 values of 16-bit parameters are kept. Default beside them, in f32.
+    pub master_weights: MasterWeights,
 }
 
 impl Default for SgdConfig {
@@ -30,7 +36,7 @@ impl Default for SgdConfig {
             momentum: 0.0,
             weight_decay: 0.0,
             nesterov: false,
-            master_weights: true,
+            master_weights: MasterWeights::F32,
         }
     }
 }
@@ -69,26 +75,44 @@ impl Settings for SgdConfig {
             let reason = "the optimizer was made without momentum and has no buffers for it";
             return Err(Error::config("momentum", reason));
         }
-        Ok(())
+        unchanged(
+            "master_weights",
+            &self.master_weights,
+            &changed.master_weights,
+        )
     }
-}
 
-/// Refuses a setting that is negative, infinite or NaN.
-pub(super) fn not_negative(key: &'static str, value: f64) -> Result<()> {
-    if value.is_finite() && value >= 0.0 {
-        return Ok(());
+    fn needs(&self) -> Needs {
+        Needs {
+            states: usize::from(self.momentum != 0.0),
+            moments: Moments::Full,
+            masters: self.master_weights,
+        }
     }
-    Err(Error::config(
-        key,
-        format!("{value} is not a finite number of 0 or more"),
-    ))
+
+    fn words(&self) -> [u64; SETTING_WORDS] {
+        let Self {
+            learning_rate,
+            momentum,
+            weight_decay,
+            nesterov,
+            ..
+        } = *self;
+        let numbers = SgdNumbers {
+            learning_rate,
+            momentum,
+            weight_decay,
+            nesterov,
+        };
+        numbers.words()
+    }
 }
 
 /// Stochastic gradient descent with momentum, Nesterov momentum and weight decay, without dampening.
 #[derive(Debug)]
 pub struct Sgd {
-    config: SgdConfig,
     rows: Rows,
+    groups: Groups<SgdConfig>,
 }
 
 impl Sgd {
@@ -98,35 +122,49 @@ impl Sgd {
     /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no parameters, one given twice, or several
     /// streams; [`Error::OutOfMemory`].
     pub fn new(parameters: Vec<Parameter>, config: SgdConfig) -> Result<Self> {
-        config.validate()?;
-        let states = usize::from(config.momentum != 0.0);
-        let master_weights = config.master_weights;
-        let needs = Needs {
-            op: "Sgd",
-            columns: COLUMNS,
-            states,
-            master_weights,
-        };
+        Self::with_groups(vec![ParamGroup::new(parameters, config)])
+    }
+
+    /// An optimizer for several groups of parameters, each with its settings; all move in one launch.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); a setting that cannot work is named with its group.
+    pub fn with_groups(groups: Vec<ParamGroup<SgdConfig>>) -> Result<Self> {
+        let (parameters, ranges, settings) = take_apart(groups)?;
+        let rows = Rows::new("Sgd", COLUMNS, parameters)?;
         Ok(Self {
-            config,
-            rows: Rows::new(parameters, needs)?,
+            groups: Groups::new(rows.context(), ranges, settings)?,
+            rows,
         })
     }
 
-    /// The settings.
+    /// The settings of the first group.
     #[must_use]
     pub fn config(&self) -> &SgdConfig {
-        &self.config
+        self.groups.first()
     }
 
-    /// Steps enqueued from now on are this wide.
+    /// The settings of a group.
+    #[must_use]
+    pub fn group_config(&self, group: usize) -> Option<&SgdConfig> {
+        self.groups.get(group)
+    }
+
+    /// Changes all settings of a group, as [`set_settings`](Optimizer::set_settings) does some.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a negative or non-finite number; the old one stays.
+    /// As [`set_settings`](Optimizer::set_settings); also for other master weights, or momentum for a group
+    /// that was made without.
+    pub fn set_group_config(&mut self, group: usize, config: SgdConfig) -> Result<()> {
+        self.groups.set(group, config)
+    }
+
+    /// Steps enqueued from now on are this wide, in all groups.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a negative or non-finite number; the old ones stay.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
-        not_negative("learning_rate", learning_rate)?;
-        self.config.learning_rate = learning_rate;
-        Ok(())
+        self.groups.set_everywhere("learning_rate", learning_rate)
     }
 
     /// Momentum of parameter `index`, or `None` without momentum.
@@ -135,10 +173,17 @@ impl Sgd {
         self.rows.state(index, 0)
     }
 
-    /// Master weight of parameter `index`, or `None` if it has none.
+    /// Master weight of parameter `index`, or `None` if it has none in f32.
     #[must_use]
     pub fn master_weight(&self, index: usize) -> Option<&Tensor> {
         self.rows.master(index)
+    }
+
+    /// Lower halves of the master weights of parameter `index`, two a u32, or `None` if they are not
+    /// [split](MasterWeights::Split).
+    #[must_use]
+    pub fn master_remainder(&self, index: usize) -> Option<&Tensor> {
+        self.rows.remainder(index)
     }
 
     /// Copies the parameters into the master weights. Needed after parameters were overwritten, say from a
@@ -164,39 +209,25 @@ impl Optimizer for Sgd {
         self.rows.named(index, &["momentum"])
     }
 
+    fn groups(&self) -> Vec<Range<usize>> {
+        self.groups.ranges().to_vec()
+    }
+
     fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
-        if group > 0 {
-            return Vec::new();
-        }
-        named(&self.config)
+        self.groups.get(group).map(named).unwrap_or_default()
     }
 
     fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
-        self.expect_group(group)?;
-        self.config = of_group(group, changed(&self.config, changes))?;
-        Ok(())
+        self.groups.set_numbers(group, changes)
     }
 
     fn step(&mut self, inputs: &StepInputs) -> Result<()> {
-        let SgdConfig {
-            learning_rate,
-            momentum,
-            weight_decay,
-            nesterov,
-            ..
-        } = self.config;
-        let numbers = SgdNumbers {
-            learning_rate,
-            momentum,
-            weight_decay,
-            nesterov,
-        };
         let table = self.rows.table()?;
         sgd(
             self.rows.context().stream(),
             &table,
             &inputs.scalars()?,
-            &numbers,
+            &self.groups.on_device()?,
         )
     }
 }

@@ -7,6 +7,7 @@
     unsafe_code,
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
     reason = "a test fails by panicking, replays graphs, and reads f32 values written as f64"
 )]
 
@@ -21,6 +22,7 @@ mod fp8;
 mod gradients;
 mod order;
 mod peers;
+mod precision;
 mod scale;
 mod several;
 mod steps;

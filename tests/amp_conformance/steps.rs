@@ -4,9 +4,10 @@ use std::cell::RefCell;
 
 use kitsune::amp::AmpConfig;
 use kitsune::optim::{
-    AdamW, AdamWConfig, Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs,
+    AdamConfig, AdamFamily, AdamFamilyConfig, AdamW, AdamWConfig, MasterWeights, Moments,
+    Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs,
 };
-use kitsune::{Context, Result, Tensor};
+use kitsune::{Context, DType, Result, Tensor, bf16};
 
 use super::amp_support::oracle::{assert_same, number, oracle, to_f64};
 use super::amp_support::{context, grad, ones, scaler, set_grad, sgd, tensor, value};
@@ -32,38 +33,92 @@ fn state(weight: &Parameter, optimizer: &AdamW) -> (Vec<u32>, Vec<u32>) {
 
 #[test]
 fn case_48_fused_equals_unfused() {
-    // Without decay AdamW is Adam. There is no amsgrad.
+    let all = [
+        (MasterWeights::F32, Moments::Full),
+        (MasterWeights::Split, Moments::Full),
+        (MasterWeights::Off, Moments::Bf16),
+        (MasterWeights::Split, Moments::Bf16),
+    ];
+    for amsgrad in [false, true] {
+        for weight_decay in [0.0, 0.01] {
+            for (master_weights, moments) in all {
+                fused_equals_unfused::<true>(AdamWConfig {
+                    learning_rate: 0.1,
+                    weight_decay,
+                    amsgrad,
+                    master_weights,
+                    moments,
+                    ..AdamWConfig::default()
+                });
+                fused_equals_unfused::<false>(AdamConfig {
+                    learning_rate: 0.1,
+                    weight_decay,
+                    amsgrad,
+                    master_weights,
+                    moments,
+                    ..AdamConfig::default()
+                });
+            }
+        }
+    }
+}
+
+/// The optimizer alone, unscaling as it reads, and after gradients were unscaled: the same to the bit.
+fn fused_equals_unfused<const DECOUPLED: bool>(config: AdamFamilyConfig<DECOUPLED>) {
     let context = context();
     let gradients = [[0.5f32, -3.0, 1e-3], [0.25, 7.0, -2e-3], [-0.125, 0.3, 0.0]];
-    let train = |weight_decay: f64, how: usize| {
-        let weight = ones(&context, "w", &gradients[0]);
-        let mut optimizer = adamw(&weight, weight_decay);
+    let train = |how: usize| {
+        let weights = [
+            ones(&context, "f32", &[0f32; 3]),
+            ones(&context, "bf16", &[bf16::ZERO; 3]),
+        ];
+        let mut optimizer = AdamFamily::new(weights.to_vec(), config).unwrap();
         let mut scaler = scaler(&context, 128.0);
         for gradient in gradients {
             let plain = tensor(&context, &gradient);
+            let halves = plain.cast(DType::Bf16).unwrap();
+            // 16-bit gradients, and gradients of another type than their weight's.
+            for (weight, plain) in weights.iter().zip([&plain, &halves]) {
+                let scaled = scaler.scale(plain).unwrap();
+                match how {
+                    0 => weight.set_grad(plain.clone()),
+                    _ => weight.set_scaled_grad(scaled, scaler.tag()),
+                }
+                .unwrap();
+            }
             if how == 0 {
-                weight.set_grad(plain).unwrap();
                 optimizer.step_unscaled().unwrap();
                 continue;
             }
-            weight
-                .set_scaled_grad(scaler.scale(&plain).unwrap(), scaler.tag())
-                .unwrap();
             if how == 2 {
                 scaler.unscale(&optimizer).unwrap();
-                assert_eq!(grad::<f32>(&weight), gradient);
+                assert_eq!(grad::<f32>(&weights[0]), gradient);
             }
             let _ = scaler.step(&mut optimizer).unwrap();
             scaler.update().unwrap();
         }
-        state(&weight, &optimizer)
+        let each = |(index, weight): (usize, &Parameter)| {
+            let mut state = optimizer.state(index);
+            state.push(("weight", weight.value().clone()));
+            state
+        };
+        let tensors = weights.iter().enumerate().flat_map(each);
+        let read = |(name, tensor): (&'static str, Tensor)| {
+            let values = match tensor.dtype() {
+                DType::U32 => tensor.to_vec::<u32>().unwrap(),
+                _ => {
+                    let values = tensor.cast(DType::F32).unwrap().to_vec::<f32>().unwrap();
+                    values.into_iter().map(f32::to_bits).collect()
+                }
+            };
+            (name, values)
+        };
+        tensors.map(read).collect::<Vec<_>>()
     };
-    for weight_decay in [0.0, 0.01] {
-        let plain = train(weight_decay, 0);
-        assert_eq!(plain.1, [3]);
-        assert_eq!(train(weight_decay, 1), plain, "unscaled as the step reads");
-        assert_eq!(train(weight_decay, 2), plain, "unscaled before");
-    }
+    let plain = train(0);
+    assert!(plain.contains(&("steps", vec![3])));
+    assert_eq!(train(1), plain, "unscaled as the step reads: {config:?}");
+    assert_eq!(train(2), plain, "unscaled before: {config:?}");
 }
 
 #[test]

@@ -48,6 +48,8 @@ mod ops_gradients;
 mod ops_results;
 #[path = "../ops_transformer.rs"]
 mod ops_transformer;
+#[path = "../optim_adam.rs"]
+mod optim_adam;
 #[path = "../optim_adamw.rs"]
 mod optim_adamw;
 #[path = "../optim_sgd.rs"]

@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kitsune::amp::{AmpConfig, GradScaler};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
+use kitsune::optim::{
+    Adam, AdamConfig, AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd,
+    SgdConfig,
+};
 use kitsune::{Context, DType, Device, HostConfig, Tensor};
 
 use crate::device_support::{Touched, counted, over_shim_counting};
@@ -66,6 +69,20 @@ fn launches(work: impl Fn(&Context)) -> Vec<(&'static str, [u64; 2], [u64; 2])> 
     pairs.flatten().collect()
 }
 
+/// Adds a term to a gradient, of several types each.
+fn sums(context: &Context) {
+    use DType::{Bf16, F16, F32, F64};
+    for (from, to) in [(F32, F16), (F16, F32), (F32, F32), (Bf16, F64)] {
+        let term = Tensor::full(context, [1003], from, 1.0).unwrap();
+        let parameter = Tensor::zeros(context, [1003], F64).unwrap();
+        let parameter = Parameter::new("sum", parameter).unwrap();
+        parameter
+            .set_grad(term.cast(to).unwrap().duplicate().unwrap())
+            .unwrap();
+        parameter.accumulate_grad(term).unwrap();
+    }
+}
+
 #[test]
 fn kernels_move_what_they_say() {
     use DType::{Bf16, F16, F32, F64};
@@ -82,30 +99,34 @@ fn kernels_move_what_they_say() {
     let moved = launches(|context| {
         let adamw = AdamWConfig::default();
         let plain = AdamWConfig {
-            master_weights: false,
+            master_weights: MasterWeights::Off,
             ..adamw
         };
-        for config in [adamw, plain] {
+        let narrow = AdamWConfig {
+            master_weights: MasterWeights::Split,
+            moments: Moments::Bf16,
+            ..adamw
+        };
+        for config in [adamw, plain, narrow] {
             let parameters = parameters(context, &pairs);
             steps(context, &mut AdamW::new(parameters, config).unwrap());
         }
+        let amsgrad = AdamConfig {
+            amsgrad: true,
+            ..AdamConfig::default()
+        };
+        let all = parameters(context, &pairs);
+        steps(context, &mut Adam::new(all, amsgrad).unwrap());
         for momentum in [0.0, 0.9] {
             let config = SgdConfig {
                 momentum,
+                master_weights: MasterWeights::Split,
                 ..SgdConfig::default()
             };
             let parameters = parameters(context, &pairs);
             steps(context, &mut Sgd::new(parameters, config).unwrap());
         }
-        for (from, to) in [(F32, F16), (F16, F32), (F32, F32), (Bf16, F64)] {
-            let term = Tensor::full(context, [1003], from, 1.0).unwrap();
-            let parameter = Tensor::zeros(context, [1003], F64).unwrap();
-            let parameter = Parameter::new("sum", parameter).unwrap();
-            parameter
-                .set_grad(term.cast(to).unwrap().duplicate().unwrap())
-                .unwrap();
-            parameter.accumulate_grad(term).unwrap();
-        }
+        sums(context);
     });
     for (entry, said, did) in &moved {
         assert_eq!(said, did, "{entry} reads and writes");
@@ -119,7 +140,7 @@ fn kernels_move_what_they_say() {
         "gradient_check",
         "gradient_unscale",
         "multiply",
-        "adamw",
+        "adam",
         "sgd",
         "cast_f32_f16",
         "cast_f32_f32",

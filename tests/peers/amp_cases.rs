@@ -1,4 +1,4 @@
-//! Runs steps of a scaler and AdamW that a file describes, and prints what each left: the side of this crate
+//! Runs steps of a scaler and of Adam or AdamW that a file describes, and prints what each left: the side of this crate
 //! in the comparison that `tests/peers/differential.py` makes with PyTorch.
 //!
 //! Reads JSON lines from the standard input, a case each, and writes a line for each. Numbers are their bits,
@@ -12,7 +12,7 @@
 use std::io::{BufRead, stdin};
 
 use kitsune::amp::{AmpConfig, GradScaler};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
+use kitsune::optim::{AdamFamily, AdamFamilyConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Result, Tensor, bf16, f16};
 use serde_json::{Value, json};
 
@@ -72,7 +72,7 @@ fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
 }
 
 /// All steps of one case, and what each left.
-fn run(context: &Context, case: &Value) -> Result<Vec<Value>> {
+fn run<const DECOUPLED: bool>(context: &Context, case: &Value) -> Result<Vec<Value>> {
     let dtype = |key: &str| case[key].as_str().unwrap().parse::<DType>();
     let (weight_dtype, grad_dtype) = (dtype("weight_dtype")?, dtype("grad_dtype")?);
     let weights = case["weights"].as_array().unwrap().iter().enumerate();
@@ -82,14 +82,15 @@ fn run(context: &Context, case: &Value) -> Result<Vec<Value>> {
         })
         .collect::<Result<_>>()?;
     let setting = |part: &str, key: &str| f64::from_bits(case[part][key].as_u64().unwrap());
-    let config = AdamWConfig {
-        learning_rate: setting("adamw", "learning_rate"),
-        betas: (setting("adamw", "beta1"), setting("adamw", "beta2")),
-        epsilon: setting("adamw", "epsilon"),
-        weight_decay: setting("adamw", "weight_decay"),
-        ..AdamWConfig::default()
+    let config = AdamFamilyConfig::<DECOUPLED> {
+        learning_rate: setting("adam", "learning_rate"),
+        betas: (setting("adam", "beta1"), setting("adam", "beta2")),
+        epsilon: setting("adam", "epsilon"),
+        weight_decay: setting("adam", "weight_decay"),
+        amsgrad: case["amsgrad"].as_bool().unwrap(),
+        ..AdamFamilyConfig::default()
     };
-    let mut optimizer = AdamW::new(parameters.clone(), config)?;
+    let mut optimizer = AdamFamily::new(parameters.clone(), config)?;
     let config = AmpConfig {
         init_scale: setting("scaler", "init_scale"),
         growth_factor: setting("scaler", "growth_factor"),
@@ -123,6 +124,7 @@ fn run(context: &Context, case: &Value) -> Result<Vec<Value>> {
             "gradients": each(&|i| bits(&parameters[i].grad().unwrap()))?,
             "first": each(&|i| bits(optimizer.first_moment(i).unwrap()))?,
             "second": each(&|i| bits(optimizer.second_moment(i).unwrap()))?,
+            "largest": each(&|i| optimizer.largest_second_moment(i).map_or(Ok(vec![]), bits))?,
             "steps": bits(optimizer.step_counts())?,
             "norm": norm.map(f64::to_bits),
             "found_inf": found_inf != 0.0,
@@ -138,7 +140,11 @@ fn main() -> Result<()> {
     let context = Context::new(&Device::host(HostConfig::default())?)?;
     for line in stdin().lock().lines() {
         let case: Value = serde_json::from_str(&line.unwrap()).unwrap();
-        println!("{}", Value::from(run(&context, &case)?));
+        let left = match case["decoupled"].as_bool().unwrap() {
+            true => run::<true>(&context, &case)?,
+            false => run::<false>(&context, &case)?,
+        };
+        println!("{}", Value::from(left));
     }
     Ok(())
 }

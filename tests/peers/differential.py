@@ -1,4 +1,4 @@
-"""Random steps of a scaler, clipping and AdamW, in this crate and in PyTorch on the CPU, compared bit by bit.
+"""Random steps of a scaler, clipping and Adam or AdamW, with and without amsgrad, in this crate and in PyTorch on the CPU, compared bit by bit.
 
     cargo build --release --example amp_cases
     python3 tests/peers/differential.py [--cases 10000] [--seed 1]
@@ -126,7 +126,9 @@ def draw_case(draw):
             "backoff_factor": 0.5 if powers else draw.uniform(0.05, 0.95),
             "growth_interval": draw.randint(1, 3),
         },
-        "adamw": {
+        "decoupled": draw.random() < 0.5,
+        "amsgrad": draw.random() < 0.4,
+        "adam": {
             "learning_rate": draw.choice([1e-3, 3e-4, 0.1, 10 ** draw.uniform(-6, 0)]),
             "betas": draw.choice([(0.9, 0.999), (0.9, 0.95), (draw.random() * 0.99, draw.uniform(0.5, 0.9999))]),
             "epsilon": draw.choice([1e-8, 1e-6, 10 ** draw.uniform(-12, -3)]),
@@ -146,16 +148,16 @@ def bits_of(number):
 
 def for_program(case):
     """The case as this crate's side reads it."""
-    numbers = dict(case["adamw"])
+    numbers = dict(case["adam"])
     numbers["beta1"], numbers["beta2"] = numbers.pop("betas")
     scaler = dict(case["scaler"])
     interval = scaler.pop("growth_interval")
-    kept = ("weight_dtype", "grad_dtype", "in_place", "weights", "steps")
+    kept = ("weight_dtype", "grad_dtype", "in_place", "decoupled", "amsgrad", "weights", "steps")
     return {
         **{key: case[key] for key in kept},
         "growth_interval": interval,
         "max_norm": None if case["max_norm"] is None else bits_of(case["max_norm"]),
-        "adamw": {key: bits_of(value) for key, value in numbers.items()},
+        "adam": {key: bits_of(value) for key, value in numbers.items()},
         "scaler": {key: bits_of(value) for key, value in scaler.items()},
     }
 
@@ -167,11 +169,12 @@ class Peer:
 
     def __init__(self, case):
         self.case = case
-        settings, scaler = case["adamw"], case["scaler"]
+        settings, scaler = case["adam"], case["scaler"]
         self.dtype = case["weight_dtype"]
         self.parameters = [torch.nn.Parameter(from_bits(bits, self.dtype)) for bits in case["weights"]]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings["learning_rate"], betas=tuple(settings["betas"]), eps=settings["epsilon"],
+        optimizer = torch.optim.AdamW if case["decoupled"] else torch.optim.Adam
+        self.optimizer = optimizer(
+            self.parameters, amsgrad=case["amsgrad"], lr=settings["learning_rate"], betas=tuple(settings["betas"]), eps=settings["epsilon"],
             weight_decay=settings["weight_decay"], foreach=False, fused=False)
         self.scaler = torch.amp.GradScaler("cpu", **scaler)
         self.scaler.scale(torch.ones(()))
@@ -189,6 +192,8 @@ class Peer:
                 "exp_avg": from_bits(state["first"][index], self.dtype),
                 "exp_avg_sq": from_bits(state["second"][index], self.dtype),
             }
+            if self.case["amsgrad"]:
+                self.optimizer.state[parameter]["max_exp_avg_sq"] = from_bits(state["largest"][index], self.dtype)
         self.scaler._scale.fill_(state["scale"])
         self.scaler._growth_tracker.fill_(state["tracker"])
 
@@ -222,10 +227,11 @@ class Peer:
         return flag, norm
 
     def moved(self, weights, first, second, count):
-        """The last lines of PyTorch's AdamW, in its operations, from given moments. NumPy's root is rounded once."""
-        settings = self.case["adamw"]
+        """The last lines of PyTorch's Adam and AdamW, in its operations, from given moments. NumPy's root is rounded once."""
+        settings = self.case["adam"]
         beta1, beta2 = settings["betas"]
-        weights = weights * (1 - settings["learning_rate"] * settings["weight_decay"])
+        if self.case["decoupled"]:
+            weights = weights * (1 - settings["learning_rate"] * settings["weight_decay"])
         root = torch.from_numpy(np.sqrt(second.numpy()))
         denominator = (root / (1 - beta2**count) ** 0.5).add_(settings["epsilon"])
         return weights.addcdiv_(first, denominator, value=-settings["learning_rate"] / (1 - beta1**count))
@@ -247,7 +253,7 @@ class Tally:
 def compare(case, number, left, tally):
     peer = Peer(case)
     before = None
-    first_name = "first moments" if case["adamw"]["betas"][0] >= 0.5 else "first moments, beta1 below 0.5"
+    first_name = "first moments" if case["adam"]["betas"][0] >= 0.5 else "first moments, beta1 below 0.5"
     for index, (state, gradients) in enumerate(zip(left, case["steps"])):
         where = f"case {number} step {index + 1}"
         if before is not None:
@@ -255,6 +261,8 @@ def compare(case, number, left, tally):
         old = [parameter.detach().clone() for parameter in peer.parameters]
         old_first = [from_bits(before["first"][i], case["weight_dtype"]) if before else torch.zeros_like(old[i])
                      for i in range(len(old))]
+        old_largest = [from_bits(before["largest"][i], case["weight_dtype"]) if before and case["amsgrad"]
+                       else torch.zeros_like(old[i]) for i in range(len(old))]
         flag, norm = peer.step(gradients)
         if state["found_inf"] and not flag and peer.overflowed_by_dividing:
             # The one known difference: PyTorch looks at gradients before it divides them.
@@ -285,9 +293,13 @@ def compare(case, number, left, tally):
                 tally.note("weights of skipped steps", max(distances(weights, parameter.detach())), where)
                 continue
             first, second = (from_bits(state[name][i], case["weight_dtype"]) for name in ("first", "second"))
+            divisor = from_bits(state["largest"][i], case["weight_dtype"]) if case["amsgrad"] else second
+            if case["amsgrad"]:
+                for distance in distances(divisor, torch.maximum(old_largest[i], second)):
+                    tally.note("largest second moments from equal second ones", distance, where)
             for what, results in (
                 ("weights, all taken together", relative(old[i], weights, parameter.detach())),
-                ("weights from equal moments", relative(old[i], weights, peer.moved(old[i], first, second, count))),
+                ("weights from equal moments", relative(old[i], weights, peer.moved(old[i], first, divisor, count))),
                 (first_name, relative(old_first[i], first, moments["exp_avg"])),
                 ("second moments", distances(second, moments["exp_avg_sq"])),
             ):

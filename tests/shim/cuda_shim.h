@@ -22,6 +22,7 @@
 
 #define KITSUNE_SHIM
 #define __device__
+#define __forceinline__ inline
 // All threads of a block run on one host thread, one block at a time.
 #define __shared__ static thread_local
 

@@ -1,0 +1,304 @@
+//! Adam and AdamW.
+
+use std::ops::Range;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::launch::adam::{AdamNumbers, AdamSteps, COLUMNS, ROW_WORDS, adam};
+use crate::launch::update_pass::SETTING_WORDS;
+use crate::memory;
+use crate::optim::groups::{Groups, take_apart};
+use crate::optim::rows::{Needs, Rows};
+use crate::optim::settings::{Settings, named, not_negative, unchanged};
+use crate::optim::{
+    MasterWeights, Moments, Optimizer, OptimizerId, ParamGroup, Parameter, StepInputs,
+};
+use crate::storage::Tensor;
+
+/// Settings of [`Adam`], whose weight decay is added to gradients. Defaults as in PyTorch.
+pub type AdamConfig = AdamFamilyConfig<false>;
+
+/// Settings of [`AdamW`], whose weight decay is decoupled from gradients. Defaults as in PyTorch.
+pub type AdamWConfig = AdamFamilyConfig<true>;
+
+/// Adam, with weight decay added to gradients.
+pub type Adam = AdamFamily<false>;
+
+/// Adam with decoupled weight decay.
+pub type AdamW = AdamFamily<true>;
+
+/// Settings of [`Adam`] or, with `DECOUPLED` weight decay, of [`AdamW`]. Defaults as in PyTorch.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default = "AdamFamilyConfig::default", deny_unknown_fields)]
+pub struct AdamFamilyConfig<const DECOUPLED: bool> {
+    /// Step width; finite, not negative. Default 0.001.
+    pub learning_rate: f64,
+    /// Shares of the first and second moment that are kept; from 0 to below 1. Default (0.9, 0.999).
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment; finite, not negative. Default 10⁻⁸.
+    pub epsilon: f64,
+    /// Decoupled: share of the weight that a step of width 1 takes off; default 0.01. Else: share of the weight
+    /// that is added to its gradient; default 0. Finite, not negative.
+    pub weight_decay: f64,
+    /// Divides by the largest second moment that there was, not by the last. Default off.
+    pub amsgrad: bool,
+    /// Where the f32 values of 16-bit parameters are kept. Default beside them, in f32.
+    pub master_weights: MasterWeights,
+    /// In what type moments are kept. Default that of the computation.
+    pub moments: Moments,
+    /// Seed of the random numbers by which [`Moments::Bf16`] are rounded: the same seed gives the same
+    /// training, on every device. Default 0.
+    pub seed: u64,
+}
+
+impl<const DECOUPLED: bool> Default for AdamFamilyConfig<DECOUPLED> {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: if DECOUPLED { 1e-2 } else { 0.0 },
+            amsgrad: false,
+            master_weights: MasterWeights::F32,
+            moments: Moments::Full,
+            seed: 0,
+        }
+    }
+}
+
+impl<const DECOUPLED: bool> AdamFamilyConfig<DECOUPLED> {
+    /// Refuses values that cannot work.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] with the name of the field.
+    pub fn validate(&self) -> Result<()> {
+        not_negative("learning_rate", self.learning_rate)?;
+        not_negative("epsilon", self.epsilon)?;
+        not_negative("weight_decay", self.weight_decay)?;
+        for beta in [self.betas.0, self.betas.1] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::config(
+                    "betas",
+                    format!("{beta} is not from 0 to below 1"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<const DECOUPLED: bool> Settings for AdamFamilyConfig<DECOUPLED> {
+    fn numbers(&mut self) -> Vec<(&'static str, &mut f64)> {
+        vec![
+            ("learning_rate", &mut self.learning_rate),
+            ("beta1", &mut self.betas.0),
+            ("beta2", &mut self.betas.1),
+            ("epsilon", &mut self.epsilon),
+            ("weight_decay", &mut self.weight_decay),
+        ]
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+
+    fn allows(&self, changed: &Self) -> Result<()> {
+        unchanged("amsgrad", &self.amsgrad, &changed.amsgrad)?;
+        unchanged(
+            "master_weights",
+            &self.master_weights,
+            &changed.master_weights,
+        )?;
+        unchanged("moments", &self.moments, &changed.moments)?;
+        unchanged("seed", &self.seed, &changed.seed)
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            states: if self.amsgrad { 3 } else { 2 },
+            moments: self.moments,
+            masters: self.master_weights,
+        }
+    }
+
+    fn words(&self) -> [u64; SETTING_WORDS] {
+        let numbers = AdamNumbers {
+            learning_rate: self.learning_rate,
+            betas: self.betas,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+            is_decoupled: DECOUPLED,
+            seed: self.seed,
+        };
+        numbers.words()
+    }
+}
+
+/// [`Adam`] or, with `DECOUPLED` weight decay, [`AdamW`]. Each parameter counts its own steps, on the device. A step
+/// is two launches, whatever the number of groups and parameters.
+#[derive(Debug)]
+pub struct AdamFamily<const DECOUPLED: bool> {
+    rows: Rows,
+    groups: Groups<AdamFamilyConfig<DECOUPLED>>,
+    /// u32, one a parameter.
+    steps: Tensor,
+    /// f64, scratch of a step.
+    numbers: Tensor,
+}
+
+impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
+    /// An optimizer for `parameters`, all of one stream, with moments and step counts zeroed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no parameters, one given twice, or several
+    /// streams; [`Error::OutOfMemory`].
+    pub fn new(parameters: Vec<Parameter>, config: AdamFamilyConfig<DECOUPLED>) -> Result<Self> {
+        Self::with_groups(vec![ParamGroup::new(parameters, config)])
+    }
+
+    /// An optimizer for several groups of parameters, each with its settings; all move in the same launches.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); a setting that cannot work is named with its group.
+    pub fn with_groups(groups: Vec<ParamGroup<AdamFamilyConfig<DECOUPLED>>>) -> Result<Self> {
+        let op = if DECOUPLED { "AdamW" } else { "Adam" };
+        let (parameters, ranges, settings) = take_apart(groups)?;
+        let rows = Rows::new(op, COLUMNS, parameters)?;
+        let groups = Groups::new(rows.context(), ranges, settings)?;
+        let _tag = memory::tag("optimizer");
+        let (context, tensors) = (rows.context(), rows.parameters.len());
+        let steps = Tensor::zeros(context, [tensors], DType::U32)?;
+        let numbers = Tensor::zeros(context, [tensors, ROW_WORDS], DType::F64)?;
+        Ok(Self {
+            steps,
+            numbers,
+            groups,
+            rows,
+        })
+    }
+
+    /// The settings of the first group.
+    #[must_use]
+    pub fn config(&self) -> &AdamFamilyConfig<DECOUPLED> {
+        self.groups.first()
+    }
+
+    /// The settings of a group.
+    #[must_use]
+    pub fn group_config(&self, group: usize) -> Option<&AdamFamilyConfig<DECOUPLED>> {
+        self.groups.get(group)
+    }
+
+    /// Changes all settings of a group, as [`set_settings`](Optimizer::set_settings) does some.
+    ///
+    /// # Errors
+    /// As [`set_settings`](Optimizer::set_settings); also if something would have to be kept in another way:
+    /// `amsgrad`, `master_weights`, `moments` and `seed` stay as the optimizer was made.
+    pub fn set_group_config(
+        &mut self,
+        group: usize,
+        config: AdamFamilyConfig<DECOUPLED>,
+    ) -> Result<()> {
+        self.groups.set(group, config)
+    }
+
+    /// Steps enqueued from now on are this wide, in all groups.
+    ///
+    /// # Errors
+    /// As [`set_settings`](Optimizer::set_settings); the old ones stay.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
+        self.groups.set_everywhere("learning_rate", learning_rate)
+    }
+
+    /// Steps applied so far, a u32 for each parameter.
+    #[must_use]
+    pub fn step_counts(&self) -> &Tensor {
+        &self.steps
+    }
+
+    /// First moment of parameter `index`.
+    #[must_use]
+    pub fn first_moment(&self, index: usize) -> Option<&Tensor> {
+        self.rows.state(index, 0)
+    }
+
+    /// Second moment of parameter `index`.
+    #[must_use]
+    pub fn second_moment(&self, index: usize) -> Option<&Tensor> {
+        self.rows.state(index, 1)
+    }
+
+    /// Largest second moment of parameter `index`, or `None` without amsgrad.
+    #[must_use]
+    pub fn largest_second_moment(&self, index: usize) -> Option<&Tensor> {
+        self.rows.state(index, 2)
+    }
+
+    /// Master weight of parameter `index`, or `None` if it has none in f32.
+    #[must_use]
+    pub fn master_weight(&self, index: usize) -> Option<&Tensor> {
+        self.rows.master(index)
+    }
+
+    /// Lower halves of the master weights of parameter `index`, two a u32, or `None` if they are not
+    /// [split](MasterWeights::Split).
+    #[must_use]
+    pub fn master_remainder(&self, index: usize) -> Option<&Tensor> {
+        self.rows.remainder(index)
+    }
+
+    /// Copies the parameters into the master weights. Needed after parameters were overwritten, say from a
+    /// checkpoint: the next step would otherwise start from the old master weights.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if a copy cannot be enqueued.
+    pub fn reload_master_weights(&self) -> Result<()> {
+        self.rows.reload_masters()
+    }
+}
+
+impl<const DECOUPLED: bool> Optimizer for AdamFamily<DECOUPLED> {
+    fn id(&self) -> &OptimizerId {
+        &self.rows.id
+    }
+
+    fn parameters(&self) -> &[Parameter] {
+        &self.rows.parameters
+    }
+
+    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        let names = ["first_moment", "second_moment", "largest_second_moment"];
+        let mut state = self.rows.named(index, &names);
+        if let Ok(steps) = self.steps.narrow(0, index, 1) {
+            state.push(("steps", steps));
+        }
+        state
+    }
+
+    fn groups(&self) -> Vec<Range<usize>> {
+        self.groups.ranges().to_vec()
+    }
+
+    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
+        self.groups.get(group).map(named).unwrap_or_default()
+    }
+
+    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.groups.set_numbers(group, changes)
+    }
+
+    fn step(&mut self, inputs: &StepInputs) -> Result<()> {
+        let steps = AdamSteps {
+            steps: self.steps.span()?,
+            rows: self.numbers.span()?,
+        };
+        let table = self.rows.table()?;
+        adam(
+            self.rows.context().stream(),
+            &table,
+            &inputs.scalars()?,
+            &self.groups.on_device()?,
+            &steps,
+        )
+    }
+}

@@ -1,0 +1,167 @@
+//! Groups of parameters that share settings.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::launch::update_pass::{GroupSettings, SETTING_WORDS};
+use crate::memory;
+use crate::optim::Parameter;
+use crate::optim::optimizer::no_group;
+use crate::optim::rows::Needs;
+use crate::optim::settings::{Settings, of_group, with_numbers};
+use crate::storage::{Context, Tensor};
+
+/// Parameters that share settings. An optimizer takes several of them and moves all in the same launches.
+#[derive(Clone, Debug)]
+pub struct ParamGroup<C> {
+    /// The parameters, in the order in which the optimizer will number them.
+    pub parameters: Vec<Parameter>,
+    /// Their settings.
+    pub config: C,
+}
+
+impl<C> ParamGroup<C> {
+    /// `parameters` with the settings `config`.
+    #[must_use]
+    pub fn new(parameters: Vec<Parameter>, config: C) -> Self {
+        Self { parameters, config }
+    }
+}
+
+/// The settings of all groups, on the host and on the device.
+///
+/// Kernels read them from device memory that stays where it is, so that graphs captured before a change find what
+/// was changed. A change is enqueued on the optimizer's stream at once.
+#[derive(Debug)]
+pub(super) struct Groups<S> {
+    context: Context,
+    settings: Vec<S>,
+    /// The settings that the optimizer was made with, and has what it keeps for.
+    made_with: Vec<S>,
+    ranges: Vec<Range<usize>>,
+    /// f64, a row a group.
+    rows: Tensor,
+    /// u32, the group of each parameter.
+    of: Tensor,
+}
+
+/// Takes groups apart: all parameters with what they need, the groups' ranges and settings, which work.
+pub(super) type Apart<S> = (Vec<(Parameter, Needs)>, Vec<Range<usize>>, Vec<S>);
+
+/// See [`Apart`].
+pub(super) fn take_apart<S: Settings>(groups: Vec<ParamGroup<S>>) -> Result<Apart<S>> {
+    let (mut parameters, mut ranges, mut settings) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, group) in groups.into_iter().enumerate() {
+        of_group(number, group.config.validate())?;
+        let (needs, start) = (group.config.needs(), parameters.len());
+        parameters.extend(group.parameters.into_iter().map(|one| (one, needs)));
+        ranges.push(start..parameters.len());
+        settings.push(group.config);
+    }
+    Ok((parameters, ranges, settings))
+}
+
+impl<S: Settings> Groups<S> {
+    pub(super) fn new(
+        context: &Context,
+        ranges: Vec<Range<usize>>,
+        settings: Vec<S>,
+    ) -> Result<Self> {
+        let _tag = memory::tag("optimizer");
+        let numbers = (0u32..).zip(&ranges);
+        let of: Vec<u32> = numbers
+            .flat_map(|(number, range)| range.clone().map(move |_| number))
+            .collect();
+        let rows = [settings.len(), SETTING_WORDS];
+        Ok(Self {
+            context: context.clone(),
+            rows: Tensor::from_slice(context, rows, bits_as_f64(&words(&settings)))?,
+            of: Tensor::from_slice(context, [of.len()], &of)?,
+            made_with: settings.clone(),
+            settings,
+            ranges,
+        })
+    }
+
+    pub(super) fn ranges(&self) -> &[Range<usize>] {
+        &self.ranges
+    }
+
+    /// The first group's: there is one, as there are parameters.
+    pub(super) fn first(&self) -> &S {
+        &self.settings[0]
+    }
+
+    pub(super) fn get(&self, group: usize) -> Option<&S> {
+        self.settings.get(group)
+    }
+
+    /// The settings for a kernel.
+    pub(super) fn on_device(&self) -> Result<GroupSettings> {
+        Ok(GroupSettings {
+            rows: self.rows.span()?,
+            groups: self.of.span()?,
+        })
+    }
+
+    /// Changes numbers of one group by their names, all or none.
+    pub(super) fn set_numbers(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.expect(group)?;
+        let changed = of_group(group, with_numbers(&self.settings[group], changes))?;
+        self.set(group, changed)
+    }
+
+    /// Changes all settings of one group.
+    pub(super) fn set(&mut self, group: usize, settings: S) -> Result<()> {
+        self.expect(group)?;
+        let mut all = self.settings.clone();
+        all[group] = settings;
+        self.replace(all)
+    }
+
+    /// Changes one number of every group, all or none.
+    pub(super) fn set_everywhere(&mut self, name: &str, value: f64) -> Result<()> {
+        let changes = [(name, value)];
+        let settings = self.settings.iter().enumerate();
+        let changed = settings.map(|(group, old)| of_group(group, with_numbers(old, &changes)));
+        self.replace(changed.collect::<Result<_>>()?)
+    }
+
+    fn replace(&mut self, settings: Vec<S>) -> Result<()> {
+        for (group, (made_with, new)) in self.made_with.iter().zip(&settings).enumerate() {
+            of_group(group, new.validate())?;
+            of_group(group, made_with.allows(new))?;
+        }
+        let words = words(&settings);
+        if words != self::words(&self.settings) {
+            let stream = self.context.stream();
+            // A copy in a graph would bring these settings back at every launch.
+            if stream.driver().is_capturing(stream.raw())? {
+                return Err(Error::Capturing {
+                    call: "set_settings",
+                });
+            }
+            self.rows.copy_from_slice(bits_as_f64(&words))?;
+        }
+        self.settings = settings;
+        Ok(())
+    }
+
+    fn expect(&self, group: usize) -> Result<()> {
+        let groups = self.settings.len();
+        if group < groups {
+            return Ok(());
+        }
+        Err(no_group(group, groups))
+    }
+}
+
+/// The rows of all groups.
+fn words<S: Settings>(settings: &[S]) -> Vec<u64> {
+    settings.iter().flat_map(Settings::words).collect()
+}
+
+/// Words as elements of the 64-bit type that tensors have; only the bits count.
+fn bits_as_f64(words: &[u64]) -> &[f64] {
+    bytemuck::cast_slice(words)
+}
