@@ -287,12 +287,17 @@ impl ThreadCache {
             // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
             // now does not stay for ever.
             self.leave_streams();
-            self.with_owner(|contents| {
-                if !contents.add(Lane::new(key)) {
+            let mut gone = None;
+            let outcome = self.with_owner(|contents| {
+                gone = contents.add(Lane::new(key));
+                if gone.is_none() {
                     return Err(input);
                 }
                 Ok(with(contents, input))
-            })
+            });
+            // Outside the cache, because their records may hold the pool's last references.
+            drop(gone);
+            outcome
         })
     }
 
@@ -301,22 +306,19 @@ impl ThreadCache {
     #[inline(never)]
     fn make_room(&self, kept: Kept) {
         match kept {
-            Kept::Yes | Kept::Not(_) => {}
-            Kept::InPlaceOf(other) => {
-                let Some(blank) = pool::free_in_pool(other, Counted::Yes) else {
-                    return;
-                };
-                self.keep_blanks(Some(blank));
-            }
-            Kept::Full(record) => {
-                let shared = record.shared().clone();
-                let state = shared.lock_if_free();
+            Kept::Yes | Kept::Not(_) => return,
+            // Inside the cache: whoever empties all caches and then looks into the queue misses no block.
+            Kept::InPlaceOf(record) | Kept::Full(record) => {
                 self.with_owner(|contents| contents.leave_front(record));
-                match state {
-                    Some(mut state) => self.keep_blanks(self.give_left(&mut state)),
-                    None => self.empty_to_queue(),
-                }
             }
+            Kept::Crowded => {}
+        }
+        let Some(shared) = self.with_owner(|contents| contents.pool_of_left()) else {
+            return;
+        };
+        match shared.lock_if_free() {
+            Some(mut state) => self.keep_blanks(self.give_left(&mut state)),
+            None => self.leave_to_queue(|_| {}),
         }
     }
 
@@ -346,17 +348,17 @@ impl ThreadCache {
 
     /// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
     fn leave_streams(&self) {
-        self.empty_to_queue();
+        self.leave_to_queue(Contents::leave_all);
         let blanks = self.with_owner(Contents::take_blanks);
         // Outside the cache, because they may hold the pool's last references.
         blanks.into_iter().for_each(lane::drop_all);
     }
 
-    /// Empties every lane into the pool's queue. Only for the owner.
-    fn empty_to_queue(&self) {
+    /// Puts what is left into the pool's queue, and what `leave` leaves. Only for the owner.
+    fn leave_to_queue(&self, leave: impl FnOnce(&mut Contents)) {
         let mut pool = None;
         self.with_owner(|contents| {
-            contents.leave_all();
+            leave(contents);
             // From inside the cache: whoever empties all caches and then looks into the queue misses none.
             let mut left = contents.take_left();
             while let Some(record) = lane::pop(&mut left) {

@@ -25,6 +25,10 @@ const SHARE: u64 = 200;
 const LANES_MAX: usize = 16;
 /// Blocks that wait for the pool to take them back. Other threads see them as they see what lanes keep.
 const LEFT_MAX: u32 = 16;
+/// Bytes that may wait so in any case, and the part of what the pool holds: a thread that only frees is not to hold
+/// back much.
+const LEFT_BYTES_MIN: u64 = 32 * MIB;
+const LEFT_SHARE: u64 = 32;
 
 /// Why the fast way to a block ended without one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +46,7 @@ pub(super) struct Contents {
     others: Vec<Box<Lane>>,
     left: List,
     left_len: u32,
+    left_bytes: u64,
     limits: Limits,
     /// Nothing is kept any more.
     pub(super) is_closed: bool,
@@ -55,9 +60,11 @@ impl Contents {
             others: Vec::new(),
             left: None,
             left_len: 0,
+            left_bytes: 0,
             limits: Limits {
                 small_bytes: SMALL_BYTES_MIN,
                 is_asked: false,
+                left_bytes: LEFT_BYTES_MIN,
             },
             is_closed: false,
             counts: Counts::default(),
@@ -77,17 +84,22 @@ impl Contents {
         true
     }
 
-    /// Puts a new lane in front, unless nothing is to be kept. All lanes are empty.
-    pub(super) fn add(&mut self, lane: Box<Lane>) -> bool {
+    /// Puts a new lane in front, unless nothing is to be kept. Gives up lanes that are too many, whose blocks are
+    /// left.
+    pub(super) fn add(&mut self, lane: Box<Lane>) -> Option<Vec<Box<Lane>>> {
         if self.is_closed {
-            return false;
+            return None;
+        }
+        let mut gone = Vec::new();
+        if self.others.len() == LANES_MAX {
+            gone = std::mem::take(&mut self.others);
+            for lane in &mut gone {
+                lane.drain(|record| lane::push(&mut self.left, record));
+            }
         }
         let before = std::mem::replace(&mut self.front, lane);
-        if self.others.len() == LANES_MAX {
-            self.others.clear();
-        }
         self.others.push(before);
-        true
+        Some(gone)
     }
 
     /// A block of the lane in front, if that is the one named, has one, and the run of counters is of `tag`.
@@ -138,14 +150,39 @@ impl Contents {
     fn keep_counted(&mut self, record: Box<BlockRecord>) -> Kept {
         self.counts.free(record.requested, record.allocated);
         match self.front.keep(record, self.limits) {
-            // Where other streams ask for memory, they are to see it at once.
-            Kept::InPlaceOf(other) if self.left_len < LEFT_MAX && !self.limits.is_asked => {
+            Kept::InPlaceOf(other) => {
                 self.left_len += 1;
+                self.left_bytes += other.allocated;
                 lane::push(&mut self.left, other);
-                Kept::Yes
+                self.look_at_left()
             }
+            // Where other streams ask for memory, they are to see it at once.
+            Kept::Yes if self.limits.is_asked => self.look_at_left(),
             kept => kept,
         }
+    }
+
+    /// Whether more may be left.
+    #[inline]
+    fn look_at_left(&mut self) -> Kept {
+        if self.limits.is_asked
+            && let Some(older) = self.front.take_older()
+        {
+            lane::push(&mut self.left, older);
+        }
+        let is_crowded = self.limits.is_asked
+            || self.left_len >= LEFT_MAX
+            || self.left_bytes > self.limits.left_bytes;
+        if is_crowded && self.left.is_some() {
+            Kept::Crowded
+        } else {
+            Kept::Yes
+        }
+    }
+
+    /// The pool of what is left, if anything is.
+    pub(super) fn pool_of_left(&self) -> Option<Arc<Shared>> {
+        self.left.as_ref()?.shared.clone()
     }
 
     /// Places a block in memory that is free for the stream of the lane in front at once. If there is none: the
@@ -207,6 +244,7 @@ impl Contents {
     #[inline]
     pub(super) fn take_left(&mut self) -> List {
         self.left_len = 0;
+        self.left_bytes = 0;
         self.left.take()
     }
 
@@ -282,6 +320,7 @@ impl Contents {
         self.limits = Limits {
             small_bytes: SMALL_BYTES_MIN.max(state.bytes_held() / SHARE),
             is_asked: state.fences.are_asked(),
+            left_bytes: LEFT_BYTES_MIN.max(state.bytes_held() / LEFT_SHARE),
         };
     }
 }

@@ -66,6 +66,8 @@ pub(super) struct Limits {
     pub(super) small_bytes: u64,
     /// Whether other streams ask for memory: then one large block is enough.
     pub(super) is_asked: bool,
+    /// Bytes of large blocks that wait for the pool to take them back.
+    pub(super) left_bytes: u64,
 }
 
 /// The large blocks freed last.
@@ -85,13 +87,10 @@ impl Hot {
             .or_else(|| self.older.take_if(fits))
     }
 
-    /// Keeps a block, and no other if it `is_alone`; gives up what has no room.
+    /// Keeps a block; gives up what has no room.
     #[inline]
-    fn keep(&mut self, record: Box<BlockRecord>, is_alone: bool) -> List {
+    fn keep(&mut self, record: Box<BlockRecord>) -> List {
         let before = self.newest.replace(record)?;
-        if is_alone {
-            return Some(before);
-        }
         self.older.replace(before)
     }
 
@@ -113,6 +112,8 @@ pub(super) enum Kept {
     Yes,
     /// The lane has it, in place of another.
     InPlaceOf(Box<BlockRecord>),
+    /// The lane has it, and the pool should take back what is left.
+    Crowded,
     /// The lane is full. It should be emptied: what it holds is not what is asked for.
     Full(Box<BlockRecord>),
     /// The lane is not for such blocks.
@@ -148,7 +149,7 @@ impl Lane {
     pub(super) fn keep(&mut self, record: Box<BlockRecord>, limits: Limits) -> Kept {
         let bytes = record.allocated;
         if bytes > SMALL_MAX {
-            return match self.hot.keep(record, limits.is_asked) {
+            return match self.hot.keep(record) {
                 None => Kept::Yes,
                 Some(other) => Kept::InPlaceOf(other),
             };
@@ -159,6 +160,11 @@ impl Lane {
         self.small_bytes += bytes;
         push(&mut self.small[to_usize(bytes / GRANULARITY)], record);
         Kept::Yes
+    }
+
+    /// Gives up the older of the large blocks.
+    pub(super) fn take_older(&mut self) -> List {
+        self.hot.older.take()
     }
 
     /// Bytes of the blocks here.

@@ -414,6 +414,14 @@ impl Shared {
         }
     }
 
+    /// Folds the calling thread's counters before blocks may come back from other streams, which the pool itself
+    /// counts: the peak of what is active lies before that.
+    pub(super) fn fold_before_returns(&self, state: &mut State) {
+        if !state.pending.is_empty() {
+            cache::fold_of_thread(self.id, state);
+        }
+    }
+
     /// Folds every thread's counters, unless another thread has the lock.
     pub(super) fn fold_if_free(&self) {
         if let Some(mut state) = self.state.try_lock() {
@@ -439,12 +447,16 @@ impl Shared {
 
     /// Takes in every block that a cache keeps, and every block that is on its way from one.
     pub(super) fn empty_caches(&self, state: &mut State, close: Close) {
-        let mut caches = self.caches.lock();
-        caches.is_closed |= close == Close::Yes;
-        for cache in &caches.all {
+        let all = {
+            let mut caches = self.caches.lock();
+            caches.is_closed |= close == Close::Yes;
+            caches.all.clone()
+        };
+        // Without that lock: taking back may call the driver, which may run work that frees a block on this thread,
+        // and that may need a cache.
+        for cache in all {
             cache.empty(close, state);
         }
-        drop(caches);
         self.take_in_freed(state);
     }
 

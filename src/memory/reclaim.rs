@@ -32,6 +32,7 @@ use crate::sync::MutexGuard;
 #[inline]
 pub(super) fn prepare(shared: &Shared, state: &mut State, stream: &Stream) {
     if !state.fences.knows(stream) && !shared.routes.is_capturing() {
+        shared.fold_before_returns(state);
         state.let_go();
     }
     if state.decay.is_on() && state.decay.is_due(Instant::now()) && !shared.routes.is_capturing() {
@@ -64,6 +65,7 @@ fn climb(
     wanted: Wanted<'_>,
 ) -> Result<Found, Box<OutOfMemory>> {
     shared.fold_among_threads(&mut state);
+    shared.fold_before_returns(&mut state);
     if wanted.memory != MemoryIndex::ORDINARY {
         prepare(shared, &mut state, wanted.stream);
     }

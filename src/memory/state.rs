@@ -81,6 +81,8 @@ pub(super) struct State {
     spares_len: u32,
     /// Room for blocks that come back; empty in between.
     passed: Vec<Passed>,
+    /// Blocks that came back from other streams so far.
+    pub(super) came_back: u64,
 }
 
 /// Most records that are kept for later blocks.
@@ -131,6 +133,7 @@ impl State {
             spares: None,
             spares_len: 0,
             passed: Vec::new(),
+            came_back: 0,
         }
     }
 
@@ -321,6 +324,7 @@ impl State {
         let mut passed = std::mem::take(&mut self.passed);
         self.pending
             .take_passed(&mut self.fences, reuse, &mut passed);
+        self.came_back += passed.len() as u64;
         for Passed { record, fence } in passed.drain(..) {
             if self.config.poison {
                 super::poison::ordinary(&self.device, &record);

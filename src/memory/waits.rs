@@ -24,8 +24,9 @@ use crate::sync::MutexGuard;
 
 /// Waits for one stream in the ladder, between two at which blocks come back.
 pub(super) const WAITS_MAX: u32 = 2;
-/// Waits for all streams in the ladder, where other threads free and allocate without end meanwhile.
-const ALL_WAITS_MAX: u32 = 256;
+/// How often blocks that come back make all streams worth another wait, where other threads free and allocate
+/// without end meanwhile.
+const RETURNS_MAX: u32 = 64;
 /// Pauses between two looks at an event while there is a deadline.
 const PAUSE_MIN: Duration = Duration::from_micros(20);
 const PAUSE_MAX: Duration = Duration::from_millis(1);
@@ -97,24 +98,26 @@ pub(super) fn wait_for_room(
     search: impl Fn(&mut State, Wanted<'_>) -> Result<Found, Refusal>,
 ) -> Option<Found> {
     let mut waits: BTreeMap<Owner, u32> = BTreeMap::new();
-    for _ in 0..ALL_WAITS_MAX {
+    let mut returns = 0;
+    loop {
+        let came_back = state.came_back;
         let mut behind = state.bytes_behind(wanted);
         behind.retain(|owner, _| waits.get(owner).is_none_or(|count| *count < WAITS_MAX));
         let owner = cheapest(&behind, state.missing(wanted))?;
         *waits.entry(owner).or_default() += 1;
-        let Some(has_more) = wait_for(shared, state, owner, patience) else {
+        if !wait_for(shared, state, owner, patience) {
             continue;
-        };
-        if has_more {
-            waits.clear();
         }
         // What others freed meanwhile may lie in their caches.
         shared.empty_caches(state, Close::No);
         if let Ok(found) = search(state, wanted) {
             return Some(found);
         }
+        if state.came_back != came_back && returns < RETURNS_MAX {
+            returns += 1;
+            waits.clear();
+        }
     }
-    None
 }
 
 /// The stream with the least bytes that are at least `missing`, else that with most.
@@ -125,20 +128,24 @@ fn cheapest(behind: &BTreeMap<Owner, u64>, missing: u64) -> Option<Owner> {
     least.or_else(most).map(|(owner, _)| *owner)
 }
 
-/// Waits for what was freed for `owner` so far. If that has been passed: whether blocks came back thereby, to
-/// streams that may have to be waited for again.
+/// Waits for what was freed for `owner` so far; whether that has been passed.
 fn wait_for(
     shared: &Shared,
     state: &mut MutexGuard<'_, State>,
     owner: Owner,
     patience: &mut Patience,
-) -> Option<bool> {
-    let (fence, stream) = state.fences.close_epoch(owner)?;
+) -> bool {
+    let Some((fence, stream)) = state.fences.close_epoch(owner) else {
+        return false;
+    };
     let has_passed = MutexGuard::unlocked(state, || patience.wait(&stream));
     // A stream is let go of only when nobody else holds it.
     drop(stream);
     shared.take_in_freed(state);
-    has_passed.then(|| state.take_in_passed(&[fence]))
+    if has_passed {
+        state.take_in_passed(&[fence]);
+    }
+    has_passed
 }
 
 /// Waits for every stream that idle or pending memory is behind, the requester's own included, unless there
