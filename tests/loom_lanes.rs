@@ -108,7 +108,8 @@ fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
 
 #[test]
 fn threads_on_one_stream_never_get_the_same_block() {
-    check(3, |subject| {
+    // Three threads: with one preemption more, the orders are too many.
+    check(2, |subject| {
         let pool = subject.pool();
         let stream = subject.streams[0].clone();
         // One block in the pool, one in the lane of this thread.
