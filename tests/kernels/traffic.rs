@@ -10,7 +10,7 @@ use kitsune::optim::{
 };
 use kitsune::{Context, DType, Device, HostConfig, Tensor};
 
-use crate::device_support::{Touched, counted, over_shim_counting};
+use super::device_support::{Touched, counted, over_shim_counting};
 
 /// Weights and gradients of each pair of types that optimizers take, of lengths around a chunk, some not aligned.
 fn parameters(context: &Context, dtypes: &[(DType, DType)]) -> Vec<Parameter> {
