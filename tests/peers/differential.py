@@ -12,7 +12,8 @@ What must agree to the bit: the overflow flag, scale, growth tracker and step co
 (PyTorch is given the norm in f64, rounded once, which is how this crate takes it); what a skipped step leaves. What may
 be off: weights from equal moments by one, by PyTorch's operations but for the root; moments by one, as its kernels
 contract a product with a sum (the first by two for a beta1 below 0.5, where PyTorch interpolates from the other
-end). Weights are also compared with all these taken together, for information: a moment that cancels carries what it
+end). A gradient to which PyTorch's kernels add decay by a contracted product may cancel, which the moments take up:
+those are compared for information. So are weights with all these taken together: a moment that cancels carries what it
 is off by into the weight, and PyTorch's root is not rounded to nearest on every processor.
 """
 
@@ -36,7 +37,7 @@ SIGNED = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32
 
 # How far a result may be from PyTorch's; 0 if not named.
 LIMITS = {"first moments": 1, "first moments, beta1 below 0.5": 2, "second moments": 1, "weights from equal moments": 1,
-          "weights, all taken together": math.inf}
+          "weights, all taken together": math.inf, "moments, decay in the gradient": math.inf}
 
 
 def to_bits(tensor):
@@ -294,14 +295,16 @@ def compare(case, number, left, tally):
                 continue
             first, second = (from_bits(state[name][i], case["weight_dtype"]) for name in ("first", "second"))
             divisor = from_bits(state["largest"][i], case["weight_dtype"]) if case["amsgrad"] else second
+            has_decay = not case["decoupled"] and case["adam"]["weight_decay"] != 0
+            decayed = "moments, decay in the gradient" if has_decay else None
             if case["amsgrad"]:
                 for distance in distances(divisor, torch.maximum(old_largest[i], second)):
                     tally.note("largest second moments from equal second ones", distance, where)
             for what, results in (
                 ("weights, all taken together", relative(old[i], weights, parameter.detach())),
                 ("weights from equal moments", relative(old[i], weights, peer.moved(old[i], first, divisor, count))),
-                (first_name, relative(old_first[i], first, moments["exp_avg"])),
-                ("second moments", distances(second, moments["exp_avg_sq"])),
+                (decayed or first_name, relative(old_first[i], first, moments["exp_avg"])),
+                (decayed or "second moments", distances(second, moments["exp_avg_sq"])),
             ):
                 for distance in results:
                     tally.note(what, distance, where)
