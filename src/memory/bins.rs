@@ -160,7 +160,12 @@ impl Bins {
             }
             return self.best_of_bin(links, self.next_occupied(bin + 1)?, units);
         }
-        self.best_of_bin(links, self.next_occupied(bin)?, units)
+        let bin = self.next_occupied(bin)?;
+        if bin < to_usize(EXACT) {
+            // All are of one size.
+            return Some(self.heads[bin]);
+        }
+        self.best_of_bin(links, bin, units)
     }
 
     fn best_of_bin(&self, links: &impl Links, bin: usize, units: u64) -> Option<Index> {

@@ -42,6 +42,8 @@ pub(super) struct Hole {
     pub(super) units: u64,
     pub(super) owner: Owner,
     pub(super) epoch: u64,
+    /// Parts were freed in earlier epochs, as [`Territory::fence_of_page`] tells.
+    is_mixed: bool,
 }
 
 impl Hole {
@@ -129,6 +131,7 @@ impl Territory {
             units: block.link.units,
             owner: block.holder.owner()?,
             epoch: block.epoch,
+            is_mixed: block.is_mixed,
         })
     }
 
@@ -182,6 +185,9 @@ impl Territory {
     /// After what others may touch the part of `hole` that lies in `page`. A hole grows by frees of
     /// different times; its pages remember theirs.
     pub(super) fn fence_of_page(&self, hole: &Hole, page: PageIndex) -> Fence {
+        if !hole.is_mixed {
+            return hole.fence();
+        }
         // None is noted of the first epoch.
         let epoch = self.freed.epoch(page, hole.owner);
         Fence {
@@ -190,17 +196,25 @@ impl Territory {
         }
     }
 
-    /// Notes a free of `units` from `start` on, in all pages it touches.
-    #[inline]
-    fn note_free(&mut self, (start, units): (u64, u64), fence: Fence) {
-        // The epochs of a stream that nobody asked about never move on: nothing to note.
-        if fence.epoch > FIRST_EPOCH {
-            self.note_later_free((start, start + units), fence);
+    /// Notes in the pages when each of these holes of `owner`, which are about to become one, was freed.
+    #[inline(never)]
+    fn mix(&mut self, holes: [Index; 3], owner: Owner) {
+        for index in holes.into_iter().filter(|index| *index != NONE) {
+            let hole = self.blocks.at_mut(index);
+            if std::mem::replace(&mut hole.is_mixed, true) || hole.epoch <= FIRST_EPOCH {
+                continue;
+            }
+            let fence = Fence {
+                owner,
+                epoch: hole.epoch,
+            };
+            let (start, end) = (hole.start, hole.end());
+            self.note_pages((start, end), fence);
         }
     }
 
-    #[inline(never)]
-    fn note_later_free(&mut self, (start, end): (u64, u64), fence: Fence) {
+    /// Notes a free of what lies between `start` and `end`, in all pages that it touches.
+    fn note_pages(&mut self, (start, end): (u64, u64), fence: Fence) {
         let (first, last) = (start / PAGE_UNITS, (end - 1) / PAGE_UNITS);
         let whole = start.div_ceil(PAGE_UNITS)..end / PAGE_UNITS;
         if first < whole.start {
@@ -222,6 +236,10 @@ impl Territory {
         mut may_touch: impl FnMut(Fence) -> bool,
     ) -> SmallVec<[(u64, u64); 4]> {
         let mut parts: SmallVec<[(u64, u64); 4]> = SmallVec::new();
+        if !hole.is_mixed {
+            parts.extend(may_touch(hole.fence()).then_some((hole.start, hole.units)));
+            return parts;
+        }
         let end = hole.start + hole.units;
         for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
             if !may_touch(self.fence_of_page(hole, page_index(page))) {
@@ -279,6 +297,7 @@ impl Territory {
             link: Link::new(units),
             start,
             epoch: 0,
+            is_mixed: false,
             before,
             after: index,
             holder: Holder::TAKEN,
@@ -336,21 +355,25 @@ impl Territory {
     /// If the block is not taken: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index, owner: Owner, epoch: u64) {
         let Block {
-            link,
-            start,
             before,
             after,
             holder,
             ..
         } = *self.blocks.at(index);
         assert_eq!(holder, Holder::TAKEN, "block {index} is freed twice");
-        self.note_free((start, link.units), Fence { owner, epoch });
         let holder = Holder::stream(owner);
         let block = self.blocks.at_mut(index);
         block.holder = holder;
         block.epoch = epoch;
+        block.is_mixed = false;
         let continues = self.blocks.is_of(before, holder);
-        if self.blocks.is_of(after, holder) {
+        let goes_on = self.blocks.is_of(after, holder);
+        let differs = |index| self.blocks.at(index).is_mixed || self.blocks.at(index).epoch != epoch;
+        if (continues && differs(before)) || (goes_on && differs(after)) {
+            let of = |is: bool, index| if is { index } else { NONE };
+            self.mix([of(continues, before), index, of(goes_on, after)], owner);
+        }
+        if goes_on {
             if !continues {
                 return self.absorb_previous(after, owner);
             }
@@ -435,6 +458,7 @@ impl Territory {
             link: Link::new(units),
             start,
             epoch: 0,
+            is_mixed: false,
             before,
             after: NONE,
             holder: Holder::TAKEN,

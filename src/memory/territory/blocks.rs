@@ -34,6 +34,8 @@ pub(super) struct Block {
     pub(super) start: u64,
     /// Of a hole: after which epoch of its owner others may touch it.
     pub(super) epoch: u64,
+    /// Of a hole: parts of it were freed in other epochs, which its pages know.
+    pub(super) is_mixed: bool,
     pub(super) before: Index,
     pub(super) after: Index,
     pub(super) holder: Holder,
