@@ -150,35 +150,15 @@ pub(super) fn fetch(
         return Err(0);
     };
     let mut blanks = cache.give_left(state);
-    let look = |state: &mut State, blanks: &mut List| {
-        cache.with_owner(|contents| {
-            if !contents.bring_to_front(key) {
-                return Err(0);
-            }
-            if shared.has_threads() {
-                contents.fold(state);
-            }
-            let found = contents.place(shared, state, (wanted, tag), blanks);
-            if found.is_err() {
-                contents.learn(state);
-                contents.leave_hot();
-            }
-            if blanks.is_some() {
-                contents.keep_blanks(blanks);
-            }
-            found
-        })
-    };
-    let mut found = look(state, &mut blanks);
-    lane::drop_all(blanks);
-    if found.is_err() {
-        let mut blanks = cache.give_left(state);
-        if blanks.is_some() {
-            found = look(state, &mut blanks);
-            lane::drop_all(blanks);
-        }
+    let found = cache.look(shared, state, key, (wanted, tag), &mut blanks);
+    if found.is_ok() && blanks.is_none() {
+        return found;
     }
-    found
+    lane::drop_all(blanks);
+    if found.is_ok() {
+        return found;
+    }
+    cache.look_again(shared, state, key, (wanted, tag), found)
 }
 
 /// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
@@ -333,7 +313,15 @@ impl ThreadCache {
     /// has the pool's lock: no block is between the cache and the pool for anyone who looks.
     #[inline]
     fn give_left(&self, state: &mut State) -> List {
-        let mut left = self.with_owner(Contents::take_left);
+        let left = self.with_owner(Contents::take_left);
+        if left.is_none() {
+            return None;
+        }
+        Self::give(left, state)
+    }
+
+    #[inline(never)]
+    fn give(mut left: List, state: &mut State) -> List {
         let mut blanks = None;
         while let Some(record) = lane::pop(&mut left) {
             lane::push(&mut blanks, record);
@@ -344,6 +332,56 @@ impl ThreadCache {
             next = record.next.as_deref();
         }
         blanks
+    }
+
+    /// Places a block in memory that is free for the stream, and uses and keeps records of `blanks`. If there is none:
+    /// the bytes that the thread keeps for the stream, of which it leaves the large blocks. Only for the owner.
+    #[inline(always)]
+    fn look(
+        &self,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        key: LaneKey,
+        wanted: (&Wanted<'_>, TagId),
+        blanks: &mut List,
+    ) -> Result<Box<BlockRecord>, u64> {
+        self.with_owner(|contents| {
+            if !contents.bring_to_front(key) {
+                return Err(0);
+            }
+            if shared.has_threads() {
+                contents.fold(state);
+            }
+            let found = contents.place(shared, state, wanted, blanks);
+            if found.is_err() {
+                contents.learn(state);
+                contents.leave_hot();
+            }
+            if blanks.is_some() {
+                contents.keep_blanks(blanks);
+            }
+            found
+        })
+    }
+
+    /// Looks again after what the first look has left, if that is anything. Only for the owner.
+    #[cold]
+    #[inline(never)]
+    fn look_again(
+        &self,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        key: LaneKey,
+        wanted: (&Wanted<'_>, TagId),
+        before: Result<Box<BlockRecord>, u64>,
+    ) -> Result<Box<BlockRecord>, u64> {
+        let mut blanks = self.give_left(state);
+        if blanks.is_none() {
+            return before;
+        }
+        let found = self.look(shared, state, key, wanted, &mut blanks);
+        lane::drop_all(blanks);
+        found
     }
 
     /// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.

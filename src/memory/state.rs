@@ -8,14 +8,14 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request};
+use super::backing::{AtHand, Place, Placed, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
 use super::lane::{self, List};
-use super::memories::{Memories, MemoryIndex};
+use super::memories::{AnyMemory, Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
@@ -101,10 +101,10 @@ pub(super) struct Counters {
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
         let limit = config.byte_limit(device);
-        let backing: Box<dyn Backing> = if maps_pages(device, config) {
-            Box::new(PagedMemory::new(Pages::new(device, limit)?))
+        let backing = if maps_pages(device, config) {
+            AnyMemory::Paged(Box::new(PagedMemory::new(Pages::new(device, limit)?)))
         } else {
-            Box::new(SegmentedMemory::new(device, limit))
+            AnyMemory::Segmented(Box::new(SegmentedMemory::new(device, limit)))
         };
         let memories = Memories::new(backing, limit);
         Ok(Self::with(device, config, memories))
@@ -143,11 +143,11 @@ impl State {
     /// As [`new`](Self::new).
     pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
         let (device, config) = (&self.device, &self.config);
-        let backing: Box<dyn Backing> = if maps_pages(device, config) {
-            Box::new(PagedMemory::unstitched(Pages::lasting(device)?))
+        let backing = if maps_pages(device, config) {
+            AnyMemory::Paged(Box::new(PagedMemory::unstitched(Pages::lasting(device)?)))
         } else {
             // What the limit leaves is said with each request.
-            Box::new(SegmentedMemory::new(device, None))
+            AnyMemory::Segmented(Box::new(SegmentedMemory::new(device, None)))
         };
         Ok(self.memories.add(backing))
     }
