@@ -34,7 +34,7 @@ pub(super) struct BlockRecord {
     pub(super) shared: Option<Arc<Shared>>,
     /// The next record in the same list of a lane.
     pub(super) next: Option<Box<BlockRecord>>,
-    /// What few blocks have; those that do have the key of no lane.
+    /// What few blocks have; those that have anything in it have the key of no lane. Kept with the record.
     pub(super) extras: Option<Box<Extras>>,
 }
 
@@ -83,6 +83,16 @@ impl BlockRecord {
                 true
             }
         }
+    }
+
+    /// Whether nothing but the block itself is to be looked at when it is freed.
+    #[inline]
+    pub(super) fn is_plain(&self) -> bool {
+        self.extras.as_ref().is_none_or(|extras| {
+            extras.users.is_empty()
+                && extras.watchers.is_empty()
+                && extras.memory == MemoryIndex::ORDINARY
+        })
     }
 
     /// The memory that the block lies in.
@@ -206,14 +216,15 @@ impl Block {
 
 /// Tells the watchers of a block, if it has any, that it is freed.
 pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
-    let extras = &mut record.extras;
-    let watchers = extras
-        .as_mut()
-        .map(|extras| std::mem::take(&mut extras.watchers));
-    // Without users either, a lane may keep a block of ordinary memory.
-    extras.take_if(|extras| extras.users.is_empty() && extras.memory == MemoryIndex::ORDINARY);
+    let Some(extras) = record.extras.as_mut() else {
+        return record;
+    };
+    if extras.watchers.is_empty() {
+        return record;
+    }
+    let watchers = std::mem::take(&mut extras.watchers);
     let mut block = Block::new(Some(record));
-    for Watcher { watch, key } in watchers.iter().flatten().rev() {
+    for Watcher { watch, key } in watchers.iter().rev() {
         watch.freed(*key, &block);
     }
     block.record.take().expect("the block was made above")

@@ -34,6 +34,12 @@ impl Stamp {
         Self(owner << EPOCH_BITS | fence.epoch)
     }
 
+    /// Whether it is of the same stream as another and no earlier.
+    #[inline]
+    fn covers(self, before: Self) -> bool {
+        self != Self::LISTED && self.0 >> EPOCH_BITS == before.0 >> EPOCH_BITS && self.0 >= before.0
+    }
+
     #[inline]
     fn fence(self) -> Fence {
         Fence {
@@ -57,13 +63,23 @@ impl Freed {
         self.stamps.resize(pages, Stamp::NONE);
     }
 
-    /// Notes a free of all bytes of `pages`: what came before is covered, since each was taken as a whole.
-    #[inline]
-    pub(super) fn note_whole(&mut self, pages: Range<usize>, fence: Fence) {
+    /// Notes a free of what touches the pages `touched`, of which all but the first and the last are `whole`, and
+    /// those perhaps: of these pages what came before is covered, since each was taken as a whole.
+    pub(super) fn note(&mut self, touched: Range<usize>, whole: Range<usize>, fence: Fence) {
         let stamp = Stamp::new(fence);
-        self.stamps[pages.clone()].fill(stamp);
+        let (first, last) = (touched.start, touched.end - 1);
+        if first < whole.start {
+            self.note_part(first, stamp, fence);
+        }
+        if last >= whole.end && (last > first || first >= whole.start) {
+            self.note_part(last, stamp, fence);
+        }
+        if whole.is_empty() {
+            return;
+        }
+        self.stamps[whole.clone()].fill(stamp);
         if stamp == Stamp::LISTED {
-            for page in pages {
+            for page in whole {
                 *self.list_of(page) = SmallVec::from_slice(&[fence]);
             }
         }
@@ -71,15 +87,12 @@ impl Freed {
 
     /// Notes a free of a part of `page`.
     #[inline]
-    pub(super) fn note_part(&mut self, page: usize, fence: Fence) {
-        let before = self.stamps[page];
-        let stamp = Stamp::new(fence);
-        let is_later = before != Stamp::LISTED
-            && before.fence().owner == fence.owner
-            && before.fence().epoch <= fence.epoch;
-        if stamp != Stamp::LISTED && (before == Stamp::NONE || is_later) {
-            self.stamps[page] = stamp;
-        } else {
+    fn note_part(&mut self, page: usize, stamp: Stamp, fence: Fence) {
+        let before = &mut self.stamps[page];
+        let is_one = stamp != Stamp::LISTED;
+        if is_one && (*before == Stamp::NONE || stamp.covers(*before)) {
+            *before = stamp;
+        } else if !is_one || !before.covers(stamp) {
             self.note_listed(page, fence);
         }
     }
@@ -142,14 +155,17 @@ mod tests {
                 epoch: epoch - random.u64(0..2),
             };
             let first = random.usize(0..12);
-            if random.bool() {
-                freed.note_part(first, fence);
-                let latest = naive[first].entry(owner).or_insert(0);
-                *latest = fence.epoch.max(*latest);
-            } else {
-                let pages = first..random.usize(first..=12);
-                freed.note_whole(pages.clone(), fence);
-                naive[pages].fill(BTreeMap::from([(owner, fence.epoch)]));
+            let touched = first..random.usize(first + 1..=12);
+            // Either end, or both ends of the only page, may be cut.
+            let whole = first + random.usize(0..2)..touched.end - random.usize(0..2);
+            freed.note(touched.clone(), whole.clone(), fence);
+            for page in touched {
+                if whole.contains(&page) {
+                    naive[page] = BTreeMap::from([(owner, fence.epoch)]);
+                } else {
+                    let latest = naive[page].entry(owner).or_insert(0);
+                    *latest = fence.epoch.max(*latest);
+                }
             }
             for (page, known) in naive.iter().enumerate() {
                 for owner in [0, 1, 2, 1 << 21] {

@@ -41,8 +41,8 @@ impl PoolId {
 pub(super) const SMALL_MAX: u64 = 256 * KIB;
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
-/// Most blanks a lane keeps.
-const BLANKS_MAX: u32 = 256;
+/// Most blanks a lane keeps. As many blocks were in use at once.
+const BLANKS_MAX: u32 = 1 << 16;
 
 /// A list of records, linked through them.
 pub(super) type List = Option<Box<BlockRecord>>;

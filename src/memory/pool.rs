@@ -276,10 +276,12 @@ pub(super) fn free(record: Box<BlockRecord>) {
 fn free_with_extras(record: Box<BlockRecord>) {
     // Before the memory can be handed out again: nobody is told of two live blocks at one address.
     let record = block::tell_freed(record);
-    let Some(extras) = &record.extras else {
+    // A lane may keep it now.
+    if record.is_plain() {
         return free(record);
-    };
-    if extras.users.is_empty() {
+    }
+    let extras = record.extras.as_ref();
+    if extras.is_some_and(|extras| extras.users.is_empty()) {
         poison::private(&record);
     }
     drop(free_in_pool(record, Counted::No));
@@ -288,7 +290,7 @@ fn free_with_extras(record: Box<BlockRecord>) {
 /// Takes a block back that the lane in front is not for.
 #[inline(never)]
 fn free_anywhere(mut record: Box<BlockRecord>) {
-    if record.extras.is_some() {
+    if !record.is_plain() {
         return free_with_extras(record);
     }
     // What is lent goes back to its lender, who waits for the borrower.

@@ -8,6 +8,7 @@
 //! Invariant: a live range has taken its pages at home, so at most one mapping of a page is live. Must not
 //! know: how pages are chosen.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use smallvec::SmallVec;
@@ -33,6 +34,8 @@ pub(super) struct Range {
     freed_at: u64,
     /// When it was mapped, in ranges mapped.
     mapped_at: u64,
+    /// The place of a page that was not free when the range was looked at last: it is looked at first.
+    pub(super) taken_page: Cell<usize>,
 }
 
 impl Range {
@@ -101,6 +104,7 @@ impl Ranges {
             fence,
             freed_at: 0,
             mapped_at: self.mapped,
+            taken_page: Cell::new(0),
         });
         if let Some(index) = self.vacant.pop() {
             self.table[index] = range;

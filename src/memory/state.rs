@@ -243,7 +243,7 @@ impl State {
     /// Takes a block back that a thread kept, which has counted its free: it is reusable at once.
     #[inline]
     pub(super) fn take_back(&mut self, record: &BlockRecord) {
-        debug_assert!(record.extras.is_none(), "a lane keeps ordinary blocks");
+        debug_assert!(record.is_plain(), "a lane keeps ordinary blocks");
         let fence = self.fences.stamp(record.owner);
         self.give_back(MemoryIndex::ORDINARY, record, fence);
     }
@@ -269,7 +269,7 @@ impl State {
                     self.count_inactive(record.allocated);
                 }
                 self.make_reusable(&record);
-                record.extras = None;
+                record.extras.take_if(|extras| extras.memory != MemoryIndex::ORDINARY);
                 return Some(record);
             }
         };
@@ -340,9 +340,8 @@ impl State {
         self.passed = passed;
     }
 
-    fn keep_spare(&mut self, mut record: Box<BlockRecord>) {
+    fn keep_spare(&mut self, record: Box<BlockRecord>) {
         if self.spares_len < SPARES_MAX && record.memory() == MemoryIndex::ORDINARY {
-            record.extras = None;
             self.spares_len += 1;
             lane::push(&mut self.spares, record);
         }

@@ -102,13 +102,23 @@ impl PagedMemory {
 
     /// The latest fence of each owner over the pages of an idle range; `None` if one is not free.
     fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
+        let range = self.ranges.get(range);
+        let free = |position: usize| {
+            let hole = self
+                .territory
+                .hole_over_front(range.pages[position], need.units_at(position));
+            if hole.is_none() {
+                range.taken_page.set(position);
+            }
+            hole
+        };
+        free(range.taken_page.get())?;
         let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
         let mut near: Option<Hole> = None;
-        for (position, page) in self.ranges.get(range).pages.iter().enumerate() {
-            let units = need.units_at(position);
-            let hole = match near.filter(|hole| hole.has_front(*page, units)) {
+        for (position, page) in range.pages.iter().enumerate() {
+            let hole = match near.filter(|hole| hole.has_front(*page, need.units_at(position))) {
                 Some(hole) => hole,
-                None => self.territory.hole_over_front(*page, units)?,
+                None => free(position)?,
             };
             near = Some(hole);
             let fence = self.territory.fence_of_page(&hole, *page);

@@ -209,23 +209,10 @@ impl Territory {
                 epoch: hole.epoch,
             };
             let (start, end) = (hole.start, hole.end());
-            self.note_pages((start, end), fence);
-        }
-    }
-
-    /// Notes a free of what lies between `start` and `end`, in all pages that it touches.
-    fn note_pages(&mut self, (start, end): (u64, u64), fence: Fence) {
-        let (first, last) = (start / PAGE_UNITS, (end - 1) / PAGE_UNITS);
-        let whole = start.div_ceil(PAGE_UNITS)..end / PAGE_UNITS;
-        if first < whole.start {
-            self.freed.note_part(page_index(first), fence);
-        }
-        if whole.start < whole.end {
-            self.freed
-                .note_whole(page_index(whole.start)..page_index(whole.end), fence);
-        }
-        if last >= whole.end && last >= whole.start {
-            self.freed.note_part(page_index(last), fence);
+            let range = |first, end| page_index(first)..page_index(end);
+            let touched = range(start / PAGE_UNITS, end.div_ceil(PAGE_UNITS));
+            let whole = range(start.div_ceil(PAGE_UNITS), end / PAGE_UNITS);
+            self.freed.note(touched, whole, fence);
         }
     }
 
