@@ -17,25 +17,42 @@ use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
-/// reuse touches no reference count.
+/// reuse touches no reference count. What reuse touches comes first.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct BlockRecord {
     pub(super) ptr: DevicePtr,
     pub(super) requested: u64,
     pub(super) allocated: u64,
-    pub(super) place: Place,
-    /// The number of `home` in the pool.
-    pub(super) owner: Owner,
-    pub(super) tag: TagId,
     /// The lane that may keep the block as it is, if any.
     pub(super) key: LaneKey,
+    /// The next record in the same list of a lane.
+    pub(super) next: Option<Box<BlockRecord>>,
+    pub(super) place: Place,
+    /// The number of `home` in the pool.
+    pub(super) owner: OwnerField,
+    pub(super) tag: TagId,
     pub(super) home: Stream,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
-    /// The next record in the same list of a lane.
-    pub(super) next: Option<Box<BlockRecord>>,
     /// What few blocks have; those that have anything in it have the key of no lane. Kept with the record.
     pub(super) extras: Option<Box<Extras>>,
+}
+
+/// An [`Owner`] in half the room.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OwnerField(u32);
+
+impl OwnerField {
+    #[inline]
+    pub(super) fn new(owner: Owner) -> Self {
+        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
+    }
+
+    #[inline]
+    pub(super) fn get(self) -> Owner {
+        self.0 as Owner
+    }
 }
 
 /// What a free has to look at only where it is there at all.

@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use super::block::BlockRecord;
+use super::block::{BlockRecord, OwnerField};
 use super::counts::Counts;
 use super::lane::{self, Kept, Lane, LaneKey, Limits, List};
 use super::pool::{Shared, new_record};
@@ -205,7 +205,7 @@ impl Contents {
             None => self.front.take_blank(),
         };
         let spare = || {
-            let mut record = state.take_spare(wanted.stream)?;
+            let mut record = state.take_spare(owner)?;
             record.shared = Some(shared.clone());
             // As its block is to be kept by no lane where freed memory is overwritten.
             record.key = if shared.config.poison {
@@ -228,7 +228,7 @@ impl Contents {
         record.place = at_hand.place(owner);
         record.requested = wanted.requested;
         record.allocated = wanted.bytes;
-        record.owner = owner;
+        record.owner = OwnerField::new(owner);
         record.tag = tag;
         Ok(record)
     }

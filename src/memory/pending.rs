@@ -93,7 +93,7 @@ impl Pending {
         passed: &mut Vec<Passed>,
     ) {
         let has_passed = |waiting: &mut Waiting| {
-            let home = waiting.record.owner;
+            let home = waiting.record.owner.get();
             waiting.fences.retain(|fence| {
                 let may_pass = clocks.pass(home, *fence, reuse);
                 waiting.is_awaited |= may_pass && !clocks.is_known_complete(*fence);

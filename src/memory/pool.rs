@@ -7,7 +7,7 @@ use std::thread;
 
 use super::arena::GRANULARITY;
 use super::backing::{Place, Refusal};
-use super::block::{self, Block, BlockRecord, Extras};
+use super::block::{self, Block, BlockRecord, Extras, OwnerField};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;
@@ -252,7 +252,7 @@ pub(super) fn new_record(
         requested: wanted.requested,
         allocated: bytes,
         place: placed.place,
-        owner,
+        owner: OwnerField::new(owner),
         tag,
         key,
         home: wanted.stream.clone(),

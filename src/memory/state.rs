@@ -9,7 +9,7 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::backing::{AtHand, Place, Placed, Refusal, Request};
-use super::block::{BlockRecord, User};
+use super::block::{BlockRecord, OwnerField, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
@@ -76,17 +76,23 @@ pub(super) struct State {
     pub(super) counters: Counters,
     segments: Gauge,
     reserved: Gauge,
-    /// Records of blocks that came back from other streams, without their pool.
-    spares: List,
-    spares_len: u32,
+    /// By stream: records of blocks that came back from other streams, without their pool.
+    spares: Vec<Spares>,
     /// Room for blocks that come back; empty in between.
     passed: Vec<Passed>,
     /// Blocks that came back from other streams so far.
     pub(super) came_back: u64,
 }
 
-/// Most records that are kept for later blocks.
+/// Most records that are kept for later blocks of a stream.
 const SPARES_MAX: u32 = 64;
+
+/// Records of blocks that are gone.
+#[derive(Debug, Default)]
+struct Spares {
+    list: List,
+    len: u32,
+}
 
 /// What the ladder counts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -130,8 +136,7 @@ impl State {
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
-            spares: None,
-            spares_len: 0,
+            spares: Vec::new(),
             passed: Vec::new(),
             came_back: 0,
         }
@@ -244,7 +249,7 @@ impl State {
     #[inline]
     pub(super) fn take_back(&mut self, record: &BlockRecord) {
         debug_assert!(record.is_plain(), "a lane keeps ordinary blocks");
-        let fence = self.fences.stamp(record.owner);
+        let fence = self.fences.stamp(record.owner.get());
         self.give_back(MemoryIndex::ORDINARY, record, fence);
     }
 
@@ -286,9 +291,9 @@ impl State {
         };
         let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
         let freed_at = if is_private {
-            self.fences.now(record.owner)
+            self.fences.now(record.owner.get())
         } else {
-            self.fences.stamp_for_others(record.owner)
+            self.fences.stamp_for_others(record.owner.get())
         };
         self.pending.push(record, fences, freed_at);
         None
@@ -300,7 +305,7 @@ impl State {
         let home = self.fences.stream(lender);
         let home = home.expect("a stream with memory is known").clone();
         let stream = std::mem::replace(&mut record.home, home);
-        record.owner = lender;
+        record.owner = OwnerField::new(lender);
         let users = &mut record.extras.get_or_insert_default().users;
         users.retain(|user| user.stream.id() != record.home.id());
         users.push(User {
@@ -341,26 +346,30 @@ impl State {
     }
 
     fn keep_spare(&mut self, record: Box<BlockRecord>) {
-        if self.spares_len < SPARES_MAX && record.memory() == MemoryIndex::ORDINARY {
-            self.spares_len += 1;
-            lane::push(&mut self.spares, record);
+        let owner = record.owner.get();
+        if self.spares.len() <= owner {
+            self.spares.resize_with(owner + 1, Spares::default);
+        }
+        let spares = &mut self.spares[owner];
+        if spares.len < SPARES_MAX && record.memory() == MemoryIndex::ORDINARY {
+            spares.len += 1;
+            lane::push(&mut spares.list, record);
         }
     }
 
     /// Lets go of the streams that spare records hold.
     fn drop_spares(&mut self) {
-        lane::drop_all(self.spares.take());
-        self.spares_len = 0;
+        for spares in std::mem::take(&mut self.spares) {
+            lane::drop_all(spares.list);
+        }
     }
 
-    /// A record of `stream` whose block is gone, if that is the stream of the record that came back last.
-    pub(super) fn take_spare(&mut self, stream: &Stream) -> Option<Box<BlockRecord>> {
-        let record = self.spares.as_ref()?;
-        if record.home.id() != stream.id() {
-            return None;
-        }
-        self.spares_len -= 1;
-        lane::pop(&mut self.spares)
+    /// A record of the stream `owner` whose block is gone.
+    pub(super) fn take_spare(&mut self, owner: Owner) -> Option<Box<BlockRecord>> {
+        let spares = self.spares.get_mut(owner)?;
+        let record = lane::pop(&mut spares.list)?;
+        spares.len -= 1;
+        Some(record)
     }
 
     fn count_inactive(&mut self, bytes: u64) {
@@ -375,7 +384,7 @@ impl State {
     /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
     /// given so far.
     fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
-        let owner = record.owner;
+        let owner = record.owner.get();
         let memory = record.memory();
         let fence = fence.unwrap_or_else(|| {
             // Captured streams can record no events, and no other stream asks for private memory.
