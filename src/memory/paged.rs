@@ -149,6 +149,8 @@ impl PagedMemory {
                 gathered |= self.gather_from(hole, reached, request, fences);
             }
         }
+        // As long as all that is asked for can be had, holes pass as a whole.
+        self.territory.remembers_frees = fences.are_asked();
         gathered
     }
 

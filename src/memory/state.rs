@@ -274,7 +274,9 @@ impl State {
                     self.count_inactive(record.allocated);
                 }
                 self.make_reusable(&record);
-                record.extras.take_if(|extras| extras.memory != MemoryIndex::ORDINARY);
+                record
+                    .extras
+                    .take_if(|extras| extras.memory != MemoryIndex::ORDINARY);
                 return Some(record);
             }
         };

@@ -316,6 +316,7 @@ mod tests {
             (placed.place, request.bytes)
         };
         let (all, bytes) = place(&mut memory, &mut fences, 4);
+        memory.territory.remembers_frees = true;
         memory.free(all, bytes, fences.now(owner));
         let (fence, _) = fences.close_epoch(owner).unwrap();
         fences.passed(fence);

@@ -87,6 +87,8 @@ pub(super) struct Territory {
     bins: Vec<Bins>,
     starts: Starts,
     freed: Freed,
+    /// Whether pages are to remember when they were freed. Otherwise all of a hole that grows takes the latest epoch.
+    pub(super) remembers_frees: bool,
     last: Index,
 }
 
@@ -97,6 +99,7 @@ impl Territory {
             bins: Vec::new(),
             starts: Starts::default(),
             freed: Freed::default(),
+            remembers_frees: false,
             last: NONE,
         }
     }
@@ -196,7 +199,7 @@ impl Territory {
         }
     }
 
-    /// Notes in the pages when each of these holes of `owner`, which are about to become one, was freed.
+    /// Notes in their pages when holes of `owner`, which are about to become one, were freed.
     #[inline(never)]
     fn mix(&mut self, holes: [Index; 3], owner: Owner) {
         for index in holes.into_iter().filter(|index| *index != NONE) {
@@ -213,6 +216,14 @@ impl Territory {
             let touched = range(start / PAGE_UNITS, end.div_ceil(PAGE_UNITS));
             let whole = range(start.div_ceil(PAGE_UNITS), end / PAGE_UNITS);
             self.freed.note(touched, whole, fence);
+        }
+    }
+
+    /// Makes the latest epoch of each hole that of all its parts.
+    #[inline]
+    fn forget_frees(&mut self, holes: [Index; 3]) {
+        for index in holes.into_iter().filter(|index| *index != NONE) {
+            self.blocks.at_mut(index).is_mixed = false;
         }
     }
 
@@ -355,10 +366,12 @@ impl Territory {
         block.is_mixed = false;
         let continues = self.blocks.is_of(before, holder);
         let goes_on = self.blocks.is_of(after, holder);
-        let differs = |index| self.blocks.at(index).is_mixed || self.blocks.at(index).epoch != epoch;
-        if (continues && differs(before)) || (goes_on && differs(after)) {
-            let of = |is: bool, index| if is { index } else { NONE };
-            self.mix([of(continues, before), index, of(goes_on, after)], owner);
+        let of = |is: bool, index| if is { index } else { NONE };
+        let holes = [of(continues, before), index, of(goes_on, after)];
+        if self.remembers_frees {
+            self.mix(holes, owner);
+        } else {
+            self.forget_frees(holes);
         }
         if goes_on {
             if !continues {

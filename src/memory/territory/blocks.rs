@@ -34,7 +34,7 @@ pub(super) struct Block {
     pub(super) start: u64,
     /// Of a hole: after which epoch of its owner others may touch it.
     pub(super) epoch: u64,
-    /// Of a hole: parts of it were freed in other epochs, which its pages know.
+    /// Of a hole: parts of it were freed in other epochs, which its pages remember.
     pub(super) is_mixed: bool,
     pub(super) before: Index,
     pub(super) after: Index,

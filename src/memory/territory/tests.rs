@@ -91,3 +91,49 @@ fn random_operations_keep_the_invariants() {
         }
     }
 }
+
+/// What a page says of its part of a hole is no earlier than any free there, and where frees are remembered often
+/// earlier than the latest of the whole hole.
+#[test]
+fn pages_remember_their_frees() {
+    let mut random = fastrand::Rng::with_seed(23);
+    let pages = 40;
+    let mut territory = one_owner(pages);
+    let mut freed_at = vec![0; pages * page_index(PAGE_UNITS)];
+    let mut live: Vec<Index> = Vec::new();
+    let mut is_exact = [0, 0];
+    for step in 1..6_000_u64 {
+        if step % 600 == 0 {
+            territory.remembers_frees = random.bool();
+        }
+        if live.len() < 30 && random.bool() {
+            let holes: Vec<Hole> = territory.holes().collect();
+            let hole = holes[random.usize(0..holes.len())];
+            let start = hole.start + random.u64(0..hole.units);
+            let units = random.u64(1..=(hole.start + hole.units - start).min(9_000));
+            live.push(territory.take(&hole, start, units));
+        } else if !live.is_empty() {
+            let index = live.swap_remove(random.usize(0..live.len()));
+            let block = territory.blocks.at(index);
+            // Some come back late, with an earlier epoch.
+            let epoch = step - random.u64(0..step.min(3));
+            freed_at[page_index(block.start)..page_index(block.end())].fill(epoch);
+            territory.free(index, 1 + random.usize(0..2), epoch);
+        }
+        if step % 40 != 0 {
+            continue;
+        }
+        for hole in territory.holes() {
+            let end = hole.start + hole.units;
+            for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
+                let part = hole.start.max(page * PAGE_UNITS)..end.min((page + 1) * PAGE_UNITS);
+                let part = page_index(part.start)..page_index(part.end);
+                let latest = freed_at[part].iter().max().copied().unwrap();
+                let told = territory.fence_of_page(&hole, page_index(page)).epoch;
+                assert!(told >= latest, "page {page} of {hole:?} at step {step}");
+                is_exact[usize::from(told < hole.epoch)] += 1;
+            }
+        }
+    }
+    assert!(is_exact[1] * 4 > is_exact[0], "{is_exact:?}");
+}
