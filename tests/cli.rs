@@ -198,7 +198,7 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --device cuda:9", "possible values"),
         ("train --steps 0", "0"),
         ("train --steps ten", "ten"),
-        ("train --seed -1", "-1"),
+        ("train --seed -1", "invalid value '-1' for '--seed <N>'"),
         (
             "train --steps 10 --inject-overflow 11",
             "after the last step",
@@ -217,6 +217,11 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --metrics here", "here"),
         // An address for documentation, which no machine has.
         ("train --metrics 192.0.2.1:9100", "192.0.2.1:9100"),
+        // A name that is kept from ever being one.
+        (
+            "train --metrics nowhere.invalid:9100",
+            "--metrics nowhere.invalid:9100: ",
+        ),
         ("train extra", "extra"),
     ] {
         let told = refusal(kitsune(line), 2);
@@ -338,8 +343,14 @@ fn where_standard_error_is_full_the_exit_code_remains() {
 fn a_port_in_use_is_told() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let told = refusal(kitsune(&format!("train --steps 1 --metrics {address}")), 2);
-    assert!(told.contains(&address.to_string()), "{told}");
+    let named = format!("localhost:{}", address.port());
+    // Where the name has addresses of both kinds, the port of the other one may be free.
+    let other = TcpListener::bind(("::1", address.port()));
+    for address in [address.to_string(), named] {
+        let told = refusal(kitsune(&format!("train --steps 1 --metrics {address}")), 2);
+        assert!(told.contains(&address), "{told}");
+    }
+    drop(other);
 }
 
 /// A run that is ended with the test, however that ends.
@@ -366,7 +377,7 @@ fn get(address: &str) -> String {
 #[test]
 fn metrics_can_be_scraped_while_it_trains() {
     // Far more steps than it takes to be scraped.
-    let line = "train --steps 10000000 --inject-overflow 3 --metrics 127.0.0.1:0";
+    let line = "train --steps 10000000 --inject-overflow 3 --metrics localhost:0";
     let mut command = kitsune(line);
     let mut run = Running(
         command

@@ -48,12 +48,16 @@ fn the_json_object_has_its_keys_and_right_figures() {
         "events_recorded",
         "host_syncs",
         "ooms",
+        "checked",
     ];
     expected.sort_unstable();
     let mut sorted = keys.clone();
     sorted.sort_unstable();
     assert_eq!(sorted, expected);
     assert_eq!(report["device"], "host");
+    assert_eq!(report["checked"], true);
+    let unchecked = json(&["replay", TINY, "--json", "--repeats", "1"]);
+    assert_eq!(unchecked["checked"], false);
     assert_eq!(number(&report, "allocs"), 8);
     // Blocks 1, 2 and 5 are the most that live at once.
     assert_eq!(

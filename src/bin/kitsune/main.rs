@@ -55,7 +55,7 @@ fn run() -> Result<(), Failure> {
 
 fn train_command(args: &TrainArgs) -> Result<(), Failure> {
     let data = train::Data::load(args)?;
-    if let Some(address) = args.metrics {
+    if let Some(address) = &args.metrics {
         metrics_server::start(address)?;
     }
     let report = train::run(args, data, &Progress::new(args.steps))?;
