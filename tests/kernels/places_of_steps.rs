@@ -15,8 +15,11 @@ fn values(tensor: &Tensor) -> Vec<f64> {
     tensor.cast(DType::F64).unwrap().to_vec().unwrap()
 }
 
+/// Makes an optimizer of these parameters.
+type Make = fn(Vec<Parameter>) -> Box<dyn Optimizer>;
+
 /// An optimizer of each kind that kernels have a path for.
-fn optimizers() -> Vec<fn(Vec<Parameter>) -> Box<dyn Optimizer>> {
+fn optimizers() -> Vec<Make> {
     vec![
         |parameters| {
             let config = SgdConfig {
