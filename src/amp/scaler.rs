@@ -246,7 +246,9 @@ impl GradScaler {
     ///
     /// # Errors
     /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, or if no parameter has a gradient;
-    /// otherwise as [`unscale`](Self::unscale) and the optimizer's step.
+    /// otherwise as [`unscale`](Self::unscale) and the optimizer's step. Nothing was stepped, and the same call may be
+    /// made again: but for an [`Error::Driver`] that says "the step is enqueued, and only its record is missing".
+    /// After that one go on with [`update`](Self::update); statistics and reports lack the step.
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
         let number = self.steps + 1;
@@ -257,10 +259,14 @@ impl GradScaler {
                 Ok(StepOutcome::applied())
             }
             Some((memory, slot)) => {
-                slot.step(memory, optimizer, mark, number)?;
+                slot.step(memory, optimizer, mark)?;
+                let recorded = slot.record(memory, number);
                 let journal = memory.journal.clone();
                 journal.stepped(number);
                 self.steps = number;
+                recorded.map_err(|error| {
+                    error.although("the step is enqueued, and only its record is missing")
+                })?;
                 Ok(StepOutcome::pending(journal, number))
             }
         }
@@ -270,7 +276,7 @@ impl GradScaler {
     /// [`SkipPolicy::AllOrNone`] they are skipped if one of them overflows.
     ///
     /// # Errors
-    /// As [`step`](Self::step). If a check fails, nothing was stepped.
+    /// As [`step`](Self::step). If a check fails, nothing was stepped; if a step does, those before it were.
     pub fn step_all(&mut self, optimizers: &mut [&mut dyn Optimizer]) -> Result<Vec<StepOutcome>> {
         for optimizer in &*optimizers {
             let known = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
@@ -400,6 +406,12 @@ impl GradScaler {
             .iter()
             .find(|slot| slot.is_for(optimizer.id()))
             .map(Slot::found_inf)
+    }
+
+    /// Whether a step of the optimizer was enqueued since the last update.
+    pub(super) fn has_stepped<O: Optimizer + ?Sized>(&self, optimizer: &O) -> bool {
+        let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
+        slot.is_some_and(|slot| slot.stage() == Stage::Stepped)
     }
 
     /// Whether losses are scaled.
