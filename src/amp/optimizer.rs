@@ -147,12 +147,12 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(self)
     }
 
-    /// Keeps averages of the parameters, which move on applied steps only.
+    /// Keeps averages of the parameters, or of their f32 masters, which move on applied steps only.
     ///
     /// # Errors
-    /// As [`Ema::new`].
+    /// As [`Ema::of`].
     pub fn with_ema(mut self, decay: f64) -> Result<Self> {
-        self.ema = Some(Ema::new(self.optimizer.parameters(), decay)?);
+        self.ema = Some(Ema::of(&self.optimizer, decay)?);
         Ok(self)
     }
 

@@ -40,6 +40,9 @@ pub enum Moments {
     Bf16,
 }
 
+/// The name of a parameter's f32 master among its state.
+pub(super) const MASTER_WEIGHT: &str = "master_weight";
+
 /// The parameters of one optimizer with their masters and state.
 #[derive(Debug)]
 pub(super) struct Rows {
@@ -160,7 +163,7 @@ impl Rows {
         index: usize,
         names: &[&'static str],
     ) -> Vec<(&'static str, Tensor)> {
-        let master = self.master(index).map(|master| ("master_weight", master));
+        let master = self.master(index).map(|master| (MASTER_WEIGHT, master));
         let remainder = self.remainder(index);
         let remainder = remainder.map(|master| ("master_remainder", master));
         let states = self.states.get(index).into_iter().flatten();
