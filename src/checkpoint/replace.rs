@@ -3,16 +3,25 @@
 //! The new content goes to a file beside it, is flushed to the disk, and takes the name in one step. A failure
 //! leaves the old file and nothing else. A process that is killed in between leaves a hidden file that ends in
 //! `.tmp`, which can be deleted.
+//!
+//! Only a regular file is replaced: a device, a pipe or a folder of that name stays.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Makes `path` a file with what `write` writes. What follows a symbolic link is replaced, not the link.
+/// Most links on the way to a file, as systems have it.
+const LINKS_MAX: usize = 40;
+
+/// Most bytes of a name that the name beside it repeats; systems take 255 in all.
+const NAME_MAX: usize = 200;
+
+/// Makes `path` a file with what `write` writes. What follows a symbolic link is replaced, not the link. Who may read
+/// and write the file stays as it was.
 ///
 /// # Errors
 /// [`Error::File`] if any step fails, or the error of `write`.
@@ -25,38 +34,79 @@ pub(super) fn replace(
         path: path.to_owned(),
         source,
     };
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let beside = name_beside(&target).map_err(failed)?;
-    let written = fill(&beside, write).and_then(|()| fs::rename(&beside, &target));
+    let target = followed(path).map_err(failed)?;
+    let (beside, file) = create_beside(&target).map_err(failed)?;
+    let written = fill(file, &target, write).and_then(|()| fs::rename(&beside, &target));
     if let Err(error) = written {
-        // It may never have come to be; and the first error is the one to tell.
+        // The first error is the one to tell.
         let _ = fs::remove_file(&beside);
         return Err(failed(error));
     }
     flush_directory(&target).map_err(failed)
 }
 
-/// A name in the same directory that no other writer has.
-fn name_beside(target: &Path) -> io::Result<PathBuf> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let Some(name) = target.file_name().filter(|_| !target.is_dir()) else {
-        return Err(io::Error::from(io::ErrorKind::IsADirectory));
-    };
-    // Relaxed: the number only has to be unique.
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let mut beside = OsString::from(".");
-    beside.push(name);
-    beside.push(format!(".{}-{number}.tmp", std::process::id()));
-    Ok(target.with_file_name(beside))
+/// The file that `path` leads to: a regular one, or one that is not there.
+fn followed(path: &Path) -> io::Result<PathBuf> {
+    let mut target = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        let kind = match fs::symlink_metadata(&target) {
+            Ok(about) => about.file_type(),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(target),
+            Err(error) => return Err(error),
+        };
+        if kind.is_file() {
+            return Ok(target);
+        }
+        if !kind.is_symlink() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        let next = fs::read_link(&target)?;
+        // Relative to the folder that the link is in.
+        target = target.parent().unwrap_or(Path::new("")).join(next);
+    }
+    Err(io::Error::other("a chain of symbolic links without an end"))
 }
 
-fn fill(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+/// A new file in the same directory, under a name that nobody else has: also not a process of the same number that was
+/// killed, as it may have been in a container.
+fn create_beside(target: &Path) -> io::Result<(PathBuf, File)> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let Some(name) = target.file_name() else {
+        return Err(io::Error::from(ErrorKind::IsADirectory));
+    };
+    loop {
+        // Relaxed: the number only has to be unique.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let mut beside = OsString::from(".");
+        beside.push(if name.len() > NAME_MAX {
+            "kitsune".as_ref()
+        } else {
+            name
+        });
+        beside.push(format!(".{}-{number}.tmp", std::process::id()));
+        let path = target.with_file_name(beside);
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(file) => return Ok((path, file)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Fills `file`, which is to stand in for `target`, down to the disk.
+fn fill(
+    file: File,
+    target: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
     let mut writer = BufWriter::new(file);
     write(&mut writer)?;
     let file = writer
         .into_inner()
         .map_err(io::IntoInnerError::into_error)?;
+    if let Ok(about) = fs::metadata(target) {
+        file.set_permissions(about.permissions())?;
+    }
     file.sync_all()
 }
 
@@ -124,13 +174,84 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn what_a_link_points_to_is_replaced() {
+        use std::os::unix::fs::symlink;
         let directory = directory("link");
-        let (link, path) = (directory.join("link"), directory.join("state"));
-        fs::write(&path, b"old").unwrap();
+        let [first, second, lost, ring, there, again] =
+            ["first", "second", "lost", "ring", "state", "again"].map(|name| directory.join(name));
+        fs::write(&there, b"old").unwrap();
+        // Over a link to a link; relative to the folder of the link; to a file that is yet to be.
+        symlink(&second, &first).unwrap();
+        symlink("state", &second).unwrap();
+        symlink("again", &lost).unwrap();
+        for (link, path) in [(&first, &there), (&lost, &again)] {
+            replace(link, |file| file.write_all(b"new")).unwrap();
+            assert!(fs::symlink_metadata(link).unwrap().is_symlink());
+            assert_eq!(fs::read(path).unwrap(), b"new");
+        }
+        symlink(&ring, &ring).unwrap();
+        let error = replace(&ring, |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("without an end"), "{error}");
+        assert!(fs::symlink_metadata(&ring).unwrap().is_symlink());
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_regular_file_stays() {
+        use std::os::unix::net::UnixListener;
+        let directory = directory("special");
+        let (path, link) = (directory.join("socket"), directory.join("link"));
+        let _socket = UnixListener::bind(&path).unwrap();
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        replace(&link, |file| file.write_all(b"new")).unwrap();
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
-        assert_eq!(fs::read(&path).unwrap(), b"new");
+        for name in [&path, &link] {
+            let error = replace(name, |_| Ok(())).unwrap_err();
+            let told = format!("cannot write {}: not a regular file", name.display());
+            assert_eq!(error.to_string(), told);
+        }
+        assert!(!fs::symlink_metadata(&path).unwrap().is_file());
+        assert_eq!(names(&directory).len(), 2);
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn who_may_read_a_file_stays() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = directory("mode");
+        let path = directory.join("state");
+        fs::write(&path, b"old").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        replace(&path, |file| file.write_all(b"new")).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn names_may_be_long_and_leftovers_are_passed_over() {
+        let directory = directory("names");
+        for name in ["state".to_owned(), "s".repeat(255)] {
+            let short = if name.len() > NAME_MAX {
+                "kitsune"
+            } else {
+                &name
+            };
+            let process = std::process::id();
+            // More than the other tests of this process take meanwhile.
+            let left: Vec<_> = (0..1000)
+                .map(|number| directory.join(format!(".{short}.{process}-{number}.tmp")))
+                .collect();
+            left.iter()
+                .for_each(|path| fs::write(path, b"left").unwrap());
+            let path = directory.join(&name);
+            replace(&path, |file| file.write_all(b"new")).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"new");
+            assert!(left.iter().all(|path| fs::read(path).unwrap() == b"left"));
+            left.iter().for_each(|path| fs::remove_file(path).unwrap());
+        }
+        assert_eq!(names(&directory).len(), 2);
         fs::remove_dir_all(&directory).unwrap();
     }
 }
