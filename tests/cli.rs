@@ -275,6 +275,16 @@ fn bad_images_are_refused_with_their_place() {
     assert!(refusal(command, 2).contains("directory"));
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_without_an_end_is_refused() {
+    for model in ["mlp", "gpt"] {
+        let line = format!("train --model {model} --data /dev/zero");
+        let told = refusal(kitsune(&line), 2);
+        assert_eq!(told, "error: /dev/zero: larger than 16 MiB\n");
+    }
+}
+
 #[test]
 fn images_of_ones_own_are_used() {
     // Two kinds of images that one step tells apart: all paper is 0, all ink is 1.
