@@ -1,8 +1,11 @@
 //! Writing a file so that it is the old one or the new one, whatever happens meanwhile.
 //!
-//! The new content goes to a file beside it, is flushed to the disk, and takes the name in one step. A failure
-//! leaves the old file and nothing else. A process that is killed in between leaves a hidden file that ends in
-//! `.tmp`, which can be deleted.
+//! The new content goes to a file in the same folder, is flushed to the disk, and takes the name in one step. A failure
+//! leaves the old file and nothing else.
+//!
+//! Where the system can, the new file has no name while it is written, so that nothing is left of it when the process
+//! is killed. Elsewhere, and for a moment before it takes its name, it is a hidden file that ends in `.tmp`, which can
+//! be deleted.
 //!
 //! Only a regular file is replaced: a device, a pipe or a folder of that name stays.
 
@@ -16,6 +19,10 @@ use crate::error::{Error, Result};
 
 /// Most links on the way to a file, as systems have it.
 const LINKS_MAX: usize = 40;
+
+/// Where this process finds the files that it has open.
+#[cfg(target_os = "linux")]
+const OPEN_FILES: &str = "/proc/self/fd";
 
 /// Most bytes of a name that the name beside it repeats; systems take 255 in all.
 const NAME_MAX: usize = 200;
@@ -35,14 +42,84 @@ pub(super) fn replace(
         source,
     };
     let target = followed(path).map_err(failed)?;
-    let (beside, file) = create_beside(&target).map_err(failed)?;
-    let written = fill(file, &target, write).and_then(|()| fs::rename(&beside, &target));
-    if let Err(error) = written {
+    match nameless(&target) {
+        Some(file) => put_nameless(file, &target, write),
+        None => put_named(&target, write),
+    }
+    .and_then(|()| flush_directory(&target))
+    .map_err(failed)
+}
+
+/// Fills `file`, gives it a name, and then that of `target`: no system does both at once over a file that is there.
+fn put_nameless(
+    file: File,
+    target: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let file = fill(file, target, write)?;
+    let (beside, ()) = beside(target, |path| link(&file, path))?;
+    take_name(&beside, target)
+}
+
+/// Fills a file beside `target`, which then takes its name.
+fn put_named(
+    target: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let create = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
+    let (beside, file) = beside(target, create)?;
+    if let Err(error) = fill(file, target, write) {
         // The first error is the one to tell.
         let _ = fs::remove_file(&beside);
-        return Err(failed(error));
+        return Err(error);
     }
-    flush_directory(&target).map_err(failed)
+    take_name(&beside, target)
+}
+
+/// Makes the file `beside` the file `target`, or removes it.
+fn take_name(beside: &Path, target: &Path) -> io::Result<()> {
+    let taken = fs::rename(beside, target);
+    if taken.is_err() {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(beside);
+    }
+    taken
+}
+
+/// A new file without a name in the folder of `target`, if the system has such files and can name them later.
+#[cfg(target_os = "linux")]
+fn nameless(target: &Path) -> Option<File> {
+    use rustix::fs::{Mode, OFlags};
+    let can_be_named = Path::new(OPEN_FILES).is_dir();
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    // As for every new file; the system takes away what its users do not want.
+    let file = rustix::fs::open(folder(target), flags, Mode::from_raw_mode(0o666));
+    file.ok().filter(|_| can_be_named).map(File::from)
+}
+
+/// Names the file, which has no name.
+#[cfg(target_os = "linux")]
+fn link(file: &File, path: &Path) -> io::Result<()> {
+    use rustix::fs::{AtFlags, CWD};
+    use std::os::fd::AsRawFd;
+    let open = format!("{OPEN_FILES}/{}", file.as_raw_fd());
+    Ok(rustix::fs::linkat(
+        CWD,
+        open,
+        CWD,
+        path,
+        AtFlags::SYMLINK_FOLLOW,
+    )?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nameless(_: &Path) -> Option<File> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn link(_: &File, _: &Path) -> io::Result<()> {
+    Err(io::Error::from(ErrorKind::Unsupported))
 }
 
 /// The file that `path` leads to: a regular one, or one that is not there.
@@ -67,9 +144,9 @@ fn followed(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("a chain of symbolic links without an end"))
 }
 
-/// A new file in the same directory, under a name that nobody else has: also not a process of the same number that was
+/// What `make` makes of a name in the same folder that nobody else has: also not a process of the same number that was
 /// killed, as it may have been in a container.
-fn create_beside(target: &Path) -> io::Result<(PathBuf, File)> {
+fn beside<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let Some(name) = target.file_name() else {
         return Err(io::Error::from(ErrorKind::IsADirectory));
@@ -77,16 +154,16 @@ fn create_beside(target: &Path) -> io::Result<(PathBuf, File)> {
     loop {
         // Relaxed: the number only has to be unique.
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let mut beside = OsString::from(".");
-        beside.push(if name.len() > NAME_MAX {
+        let mut hidden = OsString::from(".");
+        hidden.push(if name.len() > NAME_MAX {
             "kitsune".as_ref()
         } else {
             name
         });
-        beside.push(format!(".{}-{number}.tmp", std::process::id()));
-        let path = target.with_file_name(beside);
-        match OpenOptions::new().write(true).create_new(true).open(&path) {
-            Ok(file) => return Ok((path, file)),
+        hidden.push(format!(".{}-{number}.tmp", std::process::id()));
+        let path = target.with_file_name(hidden);
+        match make(&path) {
+            Ok(made) => return Ok((path, made)),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -98,7 +175,7 @@ fn fill(
     file: File,
     target: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> io::Result<()> {
+) -> io::Result<File> {
     let mut writer = BufWriter::new(file);
     write(&mut writer)?;
     let file = writer
@@ -107,7 +184,16 @@ fn fill(
     if let Ok(about) = fs::metadata(target) {
         file.set_permissions(about.permissions())?;
     }
-    file.sync_all()
+    file.sync_all()?;
+    Ok(file)
+}
+
+/// The folder that `target` is in.
+fn folder(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Flushes the directory of `target`, in which the new name stands.
@@ -115,13 +201,7 @@ fn flush_directory(target: &Path) -> io::Result<()> {
     if cfg!(not(unix)) {
         return Ok(());
     }
-    match target
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-    {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => File::open(".")?.sync_all(),
-    }
+    File::open(folder(target))?.sync_all()
 }
 
 #[cfg(test)]
@@ -156,6 +236,30 @@ mod tests {
         assert_eq!(names(&directory), ["state"]);
         replace(&path, |file| file.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(names(&directory), ["state"]);
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_being_written_has_no_name_where_the_system_can() {
+        let directory = directory("nameless");
+        let path = directory.join("state");
+        if nameless(&path).is_some() {
+            let write = |file: &mut dyn Write| {
+                assert!(names(&directory).is_empty());
+                file.write_all(b"new")
+            };
+            replace(&path, write).unwrap();
+        }
+        // The other way, as on systems that cannot.
+        put_named(&path, |file| {
+            assert!(names(&directory).iter().any(|name| name != "state"));
+            file.write_all(b"newer")
+        })
+        .unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"newer");
+        assert!(put_named(&path, |_| Err(io::Error::from(ErrorKind::StorageFull))).is_err());
         assert_eq!(names(&directory), ["state"]);
         fs::remove_dir_all(&directory).unwrap();
     }
