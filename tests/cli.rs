@@ -204,6 +204,10 @@ fn bad_flags_are_refused_in_one_line() {
             "after the last step",
         ),
         ("train --batch-size 100000", "there are 1438 images"),
+        (
+            "train --model gpt --batch-size 4294967295",
+            "--batch-size 4294967295: at most 4096 sequences",
+        ),
         ("train --learning-rate NaN", "not above 0"),
         ("train --limit 0", "room"),
         ("train --limit lots", "not a byte count"),
