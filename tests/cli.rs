@@ -204,6 +204,10 @@ fn bad_flags_are_refused_in_one_line() {
             "after the last step",
         ),
         ("train --batch-size 100000", "there are 1438 images"),
+        (
+            "train --model gpt --batch-size 4294967295",
+            "--batch-size 4294967295: at most 4096 sequences",
+        ),
         ("train --learning-rate NaN", "not above 0"),
         ("train --limit 0", "room"),
         ("train --limit lots", "not a byte count"),
@@ -273,6 +277,16 @@ fn bad_images_are_refused_with_their_place() {
     let mut command = kitsune("train --data");
     command.arg(env!("CARGO_TARGET_TMPDIR"));
     assert!(refusal(command, 2).contains("directory"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_without_an_end_is_refused() {
+    for model in ["mlp", "gpt"] {
+        let line = format!("train --model {model} --data /dev/zero");
+        let told = refusal(kitsune(&line), 2);
+        assert_eq!(told, "error: /dev/zero: larger than 16 MiB\n");
+    }
 }
 
 #[test]

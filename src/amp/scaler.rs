@@ -130,9 +130,7 @@ impl GradScaler {
             return parameter.accumulate(op, grad, None, None);
         };
         if parameter.value().context().stream().id() != memory.context().stream().id() {
-            let name = parameter.name();
-            let reason = format!("parameter `{name}` is on another stream than the scaler");
-            return Err(Error::argument(op, reason));
+            return Err(elsewhere(op, parameter));
         }
         let check = CheckAtOnce {
             by: ScaleTag {
@@ -581,6 +579,13 @@ impl GradScaler {
             None => self.slots.len(),
         };
         if known.is_none() {
+            // Before the optimizer is claimed: another scaler may be the right one.
+            let stream = memory.context().stream().id();
+            let is_elsewhere =
+                |parameter: &&Parameter| parameter.value().context().stream().id() != stream;
+            if let Some(parameter) = optimizer.parameters().iter().find(is_elsewhere) {
+                return Err(elsewhere(call, parameter));
+            }
             if !id.claim(&self.id) {
                 let parameters = told(optimizer.parameters());
                 return Err(ScalerMisuse::OtherScaler { parameters }.into());
@@ -597,4 +602,11 @@ impl GradScaler {
         }
         Ok(Some((memory, &mut self.slots[index])))
     }
+}
+
+/// The error of `call` for a parameter that no kernel on the scaler's stream may touch.
+fn elsewhere(call: &'static str, parameter: &Parameter) -> Error {
+    let name = parameter.name();
+    let reason = format!("parameter `{name}` is on another stream than the scaler");
+    Error::argument(call, reason)
 }

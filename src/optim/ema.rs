@@ -131,6 +131,9 @@ impl Ema {
     /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::OutOfMemory`] in a
     /// first update.
     pub fn update(&mut self, found_inf: Option<&Tensor>) -> Result<()> {
+        if let Some(flag) = found_inf {
+            self.check_flag(flag)?;
+        }
         let weights: Vec<_> = self.weights.iter().cloned().enumerate().collect();
         let (averages, context) = (&self.averages, self.minus_one.context());
         let table =
@@ -151,6 +154,20 @@ impl Ema {
             groups: self.groups.span()?,
         };
         sgd(context.stream(), &table, &scalars, &settings)
+    }
+
+    fn check_flag(&self, flag: &Tensor) -> Result<()> {
+        let what = if flag.dtype() != DType::F32 || flag.len() != 1 {
+            "is not one f32"
+        } else if flag.context().stream().id() != self.minus_one.context().stream().id() {
+            "is on another stream than the averages"
+        } else {
+            return Ok(());
+        };
+        Err(Error::argument(
+            "Ema::update",
+            format!("the flag, {flag:?}, {what}"),
+        ))
     }
 
     /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are
