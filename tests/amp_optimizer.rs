@@ -163,29 +163,21 @@ fn averages_of_masters_follow_steps_that_16_bits_lose() {
         let mut joined = AmpOptimizer::new(sgd, AmpConfig::bf16())
             .and_then(|joined| joined.with_ema(0.5))
             .unwrap();
-        let (mut master, mut expected) = (1.0, 1.0);
+        let (mut master, mut expected) = (1f32, 1f32);
         for _ in 0..3 {
             weight
                 .set_grad(Tensor::full(&context, [3], dtype, 1.0).unwrap())
                 .unwrap();
             let _ = joined.step().unwrap();
             of_values.update(None).unwrap();
-            master -= 2f64.powi(-14);
+            master -= 2f32.powi(-14);
             expected += 0.5 * (master - expected);
         }
         let average = joined.ema().unwrap().average(0).unwrap();
-        assert_eq!(
-            average.to_vec::<f32>().unwrap(),
-            [expected as f32; 3],
-            "{dtype}"
-        );
+        assert_eq!(average.to_vec::<f32>().unwrap(), [expected; 3], "{dtype}");
         let lost = of_values.average(0).unwrap().to_vec::<f32>().unwrap();
         let shows = dtype == DType::F32;
-        assert_eq!(
-            lost,
-            [if shows { expected as f32 } else { 1.0 }; 3],
-            "{dtype}"
-        );
+        assert_eq!(lost, [if shows { expected } else { 1.0 }; 3], "{dtype}");
     }
 }
 

@@ -7,7 +7,7 @@ use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
 use crate::amp::journal::scale_changes;
 use crate::amp::memory::{OPTIMIZERS, ScaleMemory};
-use crate::amp::slot::{Slot, Stage, told};
+use crate::amp::slot::{Slot, Stage, elsewhere, told};
 use crate::amp::{
     AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
     StepTimes,
@@ -253,7 +253,7 @@ impl GradScaler {
         match self.slot("step", optimizer)? {
             None => {
                 optimizer.step_unscaled()?;
-                self.steps += 1;
+                self.steps = number;
                 Ok(StepOutcome::applied())
             }
             Some((memory, slot)) => {
@@ -262,10 +262,7 @@ impl GradScaler {
                 let journal = memory.journal.clone();
                 journal.stepped(number);
                 self.steps = number;
-                recorded.map_err(|error| {
-                    error.although("the step is enqueued, and only its record is missing")
-                })?;
-                Ok(StepOutcome::pending(journal, number))
+                recorded.map(|()| StepOutcome::pending(journal, number))
             }
         }
     }
@@ -400,10 +397,8 @@ impl GradScaler {
     /// optimizer.
     #[must_use]
     pub fn found_inf<O: Optimizer + ?Sized>(&self, optimizer: &O) -> Option<&Tensor> {
-        self.slots
-            .iter()
-            .find(|slot| slot.is_for(optimizer.id()))
-            .map(Slot::found_inf)
+        let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
+        slot.map(Slot::found_inf)
     }
 
     /// Whether a step of the optimizer was enqueued since the last update.
@@ -602,11 +597,4 @@ impl GradScaler {
         }
         Ok(Some((memory, &mut self.slots[index])))
     }
-}
-
-/// The error of `call` for a parameter that no kernel on the scaler's stream may touch.
-fn elsewhere(call: &'static str, parameter: &Parameter) -> Error {
-    let name = parameter.name();
-    let reason = format!("parameter `{name}` is on another stream than the scaler");
-    Error::argument(call, reason)
 }

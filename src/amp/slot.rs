@@ -232,7 +232,9 @@ impl Slot {
             optimizer: self.recorded_as.expect("a pass came before"),
             step: number,
         };
-        record_step(memory.context().stream(), &operands)
+        let recorded = record_step(memory.context().stream(), &operands);
+        recorded
+            .map_err(|error| error.although("the step is enqueued, and only its record is missing"))
     }
 
     fn pass(
@@ -352,4 +354,11 @@ pub(super) fn told(parameters: &[Parameter]) -> String {
         [one] => format!("`{}`", one.name()),
         [first, more @ ..] => format!("`{}` and {} more", first.name(), more.len()),
     }
+}
+
+/// The error of `call` for a parameter that no kernel on the scaler's stream may touch.
+pub(super) fn elsewhere(call: &'static str, parameter: &Parameter) -> Error {
+    let name = parameter.name();
+    let reason = format!("parameter `{name}` is on another stream than the scaler");
+    Error::argument(call, reason)
 }
