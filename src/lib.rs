@@ -23,6 +23,9 @@ pub mod units;
 
 mod sync;
 
+#[cfg(test)]
+mod fuzz;
+
 pub mod dtype;
 
 pub mod driver;

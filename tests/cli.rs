@@ -211,8 +211,18 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --learning-rate NaN", "not above 0"),
         ("train --limit 0", "room"),
         ("train --limit lots", "not a byte count"),
-        ("train --limit 1KiB", "limit"),
-        ("train --limit 900TiB", "limit"),
+        (
+            "train --limit 1KiB",
+            "--limit: 1024 bytes; at least 2097152",
+        ),
+        (
+            "train --limit 900TiB",
+            "--limit: 989560464998400 bytes, but the device has",
+        ),
+        (
+            "churn --workload hot --device-bytes 1",
+            "--device-bytes: 1 B is not between",
+        ),
         ("train --limit 99999999999999999999", "more bytes"),
         (
             "train --limit 2MiB --batch-size 1000",

@@ -385,9 +385,9 @@ fn what_is_no_trace_file_is_refused() {
 #[test]
 fn settings_that_cannot_work_are_refused() {
     let cases = [
-        (["--limit", "1MiB"], "limit"),
-        (["--limit", "200GiB"], "limit"),
-        (["--device-bytes", "1"], "capacity"),
+        (["--limit", "1MiB"], "--limit: 1048576 bytes"),
+        (["--limit", "200GiB"], "--limit: 214748364800 bytes"),
+        (["--device-bytes", "1"], "--device-bytes: 1 B"),
         (["--device-bytes", "99999999TiB"], "more bytes"),
         (["--repeats", "0"], "0 is not in 1..=10000"),
         (["--policy", "always"], "never, only-complete, wait"),

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// The first group is one layer: an error names element types and byte counts, and parsing either fails
 /// with an error.
 const LAYERS: [&[&str]; 12] = [
-    &["error", "units", "sync", "dtype"],
+    &["error", "units", "sync", "dtype", "fuzz"],
     &["driver"],
     &["launch"],
     &["memory"],
