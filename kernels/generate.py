@@ -1,14 +1,15 @@
 """Makes kernels/ptx/ from kernels/*.cu with a pinned NVRTC.
 
-    python3 kernels/generate.py            write the files
-    python3 kernels/generate.py --check    fail if they differ from what the sources give
-    python3 kernels/generate.py --ptxas    also assemble them for every architecture from sm_80 to sm_120
+    python3 kernels/generate.py            write the file
+    python3 kernels/generate.py --check    fail if it differs from what the sources give
+    python3 kernels/generate.py --ptxas    also assemble it for every architecture from sm_80 to sm_120
     python3 kernels/generate.py --install  install the compilers and nothing else
 
 The compilers come from packages that pip installs into target/kernels/ on first use; no CUDA toolkit, driver
 or GPU is needed. The version of NVRTC decides the version of PTX, and that the oldest driver that can load
-it: 12.0 gives PTX 8.0, which drivers from 525 on take. The sources are handed over as text under fixed names,
-so the same sources give the same bytes on every machine.
+it: 12.0 gives PTX 8.0, which drivers from 525 on take. It is made for sm_80 alone: for sm_90 the compiler writes the
+same instructions, and what a device runs is compiled from them for that device. The sources are handed over as text
+under fixed names, so the same sources give the same bytes on every machine.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import sys
 
 KERNELS = pathlib.Path(__file__).resolve().parent
 TOOLS = KERNELS.parent / "target" / "kernels"
-ARCHITECTURES = ("compute_80", "compute_90")
+ARCHITECTURE = "compute_80"
+MODULE = KERNELS / "ptx" / f"kitsune.{ARCHITECTURE}.ptx"
 # Contracted products and sums would differ from the twins, which round each. Lambdas carry no `__device__`.
 OPTIONS = ("--std=c++17", "--fmad=false", "-default-device")
 
@@ -58,7 +60,7 @@ class Nvrtc:
         getattr(self.library, f"nvrtcGet{what}")(program, buffer)
         return buffer.value
 
-    def compile(self, source, headers, architecture):
+    def compile(self, source, headers):
         """The PTX of `source`, which may include `headers`, a dictionary from names to texts."""
         def strings(values):
             return (ctypes.c_char_p * len(values))(*[value.encode() for value in values])
@@ -68,64 +70,54 @@ class Nvrtc:
         self.library.nvrtcCreateProgram(
             ctypes.byref(program), source.encode(), b"kitsune.cu", len(headers), texts, names
         )
-        options = strings((f"--gpu-architecture={architecture}", *OPTIONS))
+        options = strings((f"--gpu-architecture={ARCHITECTURE}", *OPTIONS))
         failed = self.library.nvrtcCompileProgram(program, len(options), options)
         log = self.text(program, "ProgramLog").decode().strip()
         if failed or log:
-            sys.exit(f"{architecture}:\n{log}")
+            sys.exit(log)
         return self.text(program, "PTX")
 
 
 def generate():
-    """The PTX of one module with all kernels, for each architecture."""
+    """The PTX of one module with all kernels."""
     sources = sorted(KERNELS.glob("*.cu"))
     headers = {path.name: path.read_text() for path in [*sources, *sorted(KERNELS.glob("*.cuh"))]}
     module = "".join(f'#include "{path.name}"\n' for path in sources)
-    nvrtc = Nvrtc()
-    return {name: nvrtc.compile(module, headers, name) for name in ARCHITECTURES}
+    return Nvrtc().compile(module, headers)
 
 
-def path_of(architecture):
-    return KERNELS / "ptx" / f"kitsune.{architecture}.ptx"
-
-
-def check(modules):
-    differing = [name for name, ptx in modules.items() if path_of(name).read_bytes() != ptx]
-    if differing:
-        sys.exit(f"{', '.join(differing)}: not what the sources give; run python3 kernels/generate.py")
+def check(ptx):
+    if MODULE.read_bytes() != ptx:
+        sys.exit(f"{MODULE.name}: not what the sources give; run python3 kernels/generate.py")
 
 
 def assemble():
     ptxas = ptxas_program()
     ptxas.chmod(0o755)
-    for source in ARCHITECTURES:
-        for target in ASSEMBLED_FOR:
-            if int(target[3:]) >= int(source[8:]):
-                output = TOOLS / f"kitsune.{target}.cubin"
-                command = [ptxas, f"--gpu-name={target}", path_of(source), "--output-file", output]
-                subprocess.run(command, check=True)
-                print(f"{source} assembles for {target}: {output.stat().st_size} bytes")
+    for target in ASSEMBLED_FOR:
+        output = TOOLS / f"kitsune.{target}.cubin"
+        subprocess.run([ptxas, f"--gpu-name={target}", MODULE, "--output-file", output], check=True)
+        print(f"assembles for {target}: {output.stat().st_size} bytes")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--ptxas", action="store_true", help="assemble the files")
+    parser.add_argument("--ptxas", action="store_true", help="assemble the file")
     parser.add_argument("--install", action="store_true", help="install the compilers and nothing else")
     options = parser.parse_args()
     if options.install:
         nvrtc_library()
         ptxas_program()
         return
-    modules = generate()
+    ptx = generate()
     if options.check:
-        check(modules)
-    for name, ptx in modules.items():
-        if not options.check:
-            path_of(name).write_bytes(ptx)
-        entries = len(re.findall(rb"\.visible \.entry", ptx))
-        version = re.search(rb"\.version (\S+)", ptx)[1].decode()
-        print(f"{name}: {entries} entries, {len(ptx)} bytes, PTX {version}")
+        check(ptx)
+    else:
+        MODULE.write_bytes(ptx)
+    entries = len(re.findall(rb"\.visible \.entry", ptx))
+    version = re.search(rb"\.version (\S+)", ptx)[1].decode()
+    print(f"{MODULE.name}: {entries} entries, {len(ptx)} bytes, PTX {version}")
     if options.ptxas:
         assemble()
 

@@ -158,25 +158,23 @@ __device__ __forceinline__ void update_chunk(const Chunk& chunk, const StepScala
         }
         with_states(As<C>{});
     };
-    // Masters of 16-bit parameters, with gradients of the same type or in float.
-    auto run_half = [&](auto parameter) {
-        auto with_gradient = [&](auto gradient) {
-            if (m_type == F32) run(float(), parameter, gradient, Typed<float>(m));
-            else run(float(), parameter, gradient, Split<2>(p, m));
-        };
-        if (g_type == F32) with_gradient(Typed<float>(g));
-        else with_gradient(decltype(parameter)(g));
+    // A 16-bit parameter and its master, with gradients of the same type or in float.
+    auto run_half = [&](auto parameter, auto master) {
+        if (g_type == F32) run(float(), parameter, Typed<float>(g), master);
+        else run(float(), parameter, decltype(parameter)(g), master);
     };
-    bool usual = g_type == p_type || g_type == F32;
+    bool usual = g_type == p_type || g_type == F32, wide = m && m_type == F32, cut = m && !wide;
     if (p_type == F64) {
         run(double(), Any(p, p_type), Any(g, g_type), Any(p, p_type));
     } else if (p_type == F32 && g_type == F32 && !m) {
         run(float(), Typed<float>(p), Typed<float>(g), Typed<float>(p));
-    } else if (p_type == F16 && usual && m) {
-        run_half(Typed<f16>(p));
-    } else if (p_type == BF16 && usual && m) {
-        run_half(Typed<bf16>(p));
-    } else if (m && m_type != F32) {
+    } else if (p_type == F16 && usual && wide) {
+        run_half(Typed<f16>(p), Typed<float>(m));
+    } else if (p_type == BF16 && usual && wide) {
+        run_half(Typed<bf16>(p), Typed<float>(m));
+    } else if (p_type == BF16 && usual && cut) {
+        run_half(Typed<bf16>(p), Split<2>(p, m));
+    } else if (cut) {
         run(float(), Any(p, p_type), Any(g, g_type), Split<16>(p, m));
     } else {
         Any weight(m ? m : p, m ? m_type : p_type);

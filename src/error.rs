@@ -350,6 +350,18 @@ impl Error {
         }
     }
 
+    /// The error with what holds all the same, if it is the driver's.
+    pub(crate) fn although(self, holds: &str) -> Self {
+        match self {
+            Self::Driver { call, code, reason } => Self::Driver {
+                call,
+                code,
+                reason: format!("{reason}; {holds}"),
+            },
+            other => other,
+        }
+    }
+
     /// Shorthand for [`Error::InvalidConfig`].
     pub(crate) fn config(key: &'static str, reason: impl Into<String>) -> Self {
         Self::InvalidConfig {

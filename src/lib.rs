@@ -23,6 +23,9 @@ pub mod units;
 
 mod sync;
 
+#[cfg(test)]
+mod fuzz;
+
 pub mod dtype;
 
 pub mod driver;
@@ -56,6 +59,8 @@ mod documents {
     mod readme {}
     #[doc = include_str!("../docs/amp.md")]
     mod amp {}
+    #[doc = include_str!("../docs/memory.md")]
+    mod memory {}
     #[doc = include_str!("../docs/from-pytorch.md")]
     mod from_pytorch {}
     #[doc = include_str!("../docs/testing.md")]

@@ -295,6 +295,10 @@ fn each_part_is_taken_once_and_none_is_forgotten() {
     }
     twice.add_extra("x", &1).unwrap();
     assert_eq!(refused(twice.add_extra("x", &1)).0, "x");
+    // JSON would hold nothing in its place.
+    let (key, reason) = refused(twice.add_extra("best loss", &f64::INFINITY));
+    assert_eq!(key, "best loss");
+    assert!(reason.contains("JSON has no inf"), "{reason}");
     assert_eq!(refused(twice.extra::<String>("x")).0, "x");
     assert_eq!(refused(twice.extra::<u32>("y")).0, "y");
     assert_eq!(twice.extra::<u32>("x").unwrap(), 1);

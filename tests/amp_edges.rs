@@ -13,7 +13,7 @@ use std::sync::Arc;
 use kitsune::amp::{AmpConfig, GradScaler, Outcome};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{
-    AdamW, AdamWConfig, Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs,
+    AdamW, AdamWConfig, Ema, Optimizer, OptimizerId, Parameter, Sgd, SgdConfig, StepInputs,
 };
 use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor};
 
@@ -286,4 +286,118 @@ fn gradients_may_differ_in_number_from_step_to_step() {
     assert!(scaler.step(&mut optimizer).is_err());
     parameters[0].set_grad(filled(&context, 1.0)).unwrap();
     assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
+}
+
+/// What `outcome` says went wrong.
+fn refusal<T>(outcome: kitsune::Result<T>) -> String {
+    match outcome {
+        Ok(_) => panic!("it was not refused"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn what_lives_on_another_stream_is_named_and_left_alone() {
+    let here = new_context();
+    let there = Context::with_pool(here.pool()).unwrap();
+    let one = |context: &Context| Tensor::full(context, [], DType::F32, 1.0).unwrap();
+    let mut scaler = GradScaler::new(&here, AmpConfig::default()).unwrap();
+    let told = refusal(scaler.scale(&one(&there)));
+    assert!(told.starts_with("scale: Tensor(f32 []"), "{told}");
+    assert!(
+        told.ends_with("than the scaler; copy_to its context first"),
+        "{told}"
+    );
+    scaler.scale(&one(&here)).unwrap();
+
+    let weight = parameter(&there, "elsewhere");
+    weight
+        .set_grad(Tensor::full(&there, [4], DType::F32, 1.0).unwrap())
+        .unwrap();
+    let mut optimizer = Sgd::new(vec![weight.clone()], SgdConfig::default()).unwrap();
+    for (call, told) in [
+        ("check", refusal(scaler.check(&optimizer))),
+        ("unscale", refusal(scaler.unscale(&optimizer))),
+        (
+            "clip_grad_norm",
+            refusal(scaler.clip_grad_norm(&optimizer, 1.0)),
+        ),
+        ("step", refusal(scaler.step(&mut optimizer))),
+    ] {
+        let expected =
+            format!("{call}: parameter `elsewhere` is on another stream than the scaler");
+        assert_eq!(told, expected);
+    }
+    // The wrong scaler has no claim to it.
+    let mut right = GradScaler::new(&there, AmpConfig::default()).unwrap();
+    right.scale(&one(&there)).unwrap();
+    assert!(right.step(&mut optimizer).unwrap().is_applied().unwrap());
+
+    let mut ema = Ema::new(&[weight], 0.5).unwrap();
+    let told = refusal(ema.update(Some(&one(&here))));
+    assert!(
+        told.starts_with("Ema::update: the flag, Tensor(f32 []"),
+        "{told}"
+    );
+    assert!(
+        told.ends_with("is on another stream than the averages"),
+        "{told}"
+    );
+}
+
+#[test]
+fn parameters_that_share_memory_are_refused_by_name() {
+    let context = new_context();
+    let both = Tensor::zeros(&context, [4, 2], DType::F32).unwrap();
+    let part = |name: &str, start: usize, len: usize| {
+        Parameter::new(name, both.narrow(0, start, len).unwrap()).unwrap()
+    };
+    let make = |parameters: [Parameter; 2]| Sgd::new(parameters.to_vec(), SgdConfig::default());
+    let told = refusal(make([part("upper", 0, 3), part("lower", 2, 2)]));
+    assert_eq!(told, "Sgd: parameters `upper` and `lower` share memory");
+    let tied = AdamW::new(
+        vec![part("a", 0, 4), part("b", 0, 4)],
+        AdamWConfig::default(),
+    );
+    assert!(refusal(tied).contains("`a` and `b` share memory"));
+    // Side by side they do not.
+    make([part("upper", 0, 2), part("lower", 2, 2)]).unwrap();
+}
+
+#[test]
+fn a_gradient_is_not_added_to_itself() {
+    let context = new_context();
+    let scaler = GradScaler::new(
+        &context,
+        AmpConfig {
+            init_scale: 1.0,
+            ..AmpConfig::default()
+        },
+    )
+    .unwrap();
+    let twos = || Tensor::full(&context, [4], DType::F32, 2.0).unwrap();
+    for through_scaler in [false, true] {
+        let weight = parameter(&context, "weight");
+        let add = |gradient: Tensor| match through_scaler {
+            false => weight.accumulate_grad(gradient),
+            true => scaler.accumulate(&weight, gradient),
+        };
+        let gradient = twos();
+        add(gradient.clone()).unwrap();
+        let told = refusal(add(gradient.clone()));
+        assert!(
+            told.contains("`weight` has a gradient that shares memory"),
+            "{told}"
+        );
+        add(gradient.duplicate().unwrap()).unwrap();
+        assert_eq!(weight.grad().unwrap().to_vec::<f32>().unwrap(), [4.0; 4]);
+    }
+    // Where the sum has a buffer of its own, terms may come again.
+    let weight = parameter(&context, "weight");
+    weight.accumulate_in_f32().unwrap();
+    let gradient = twos();
+    for _ in 0..3 {
+        weight.accumulate_grad(gradient.clone()).unwrap();
+    }
+    assert_eq!(weight.grad().unwrap().to_vec::<f32>().unwrap(), [6.0; 4]);
 }

@@ -259,8 +259,15 @@ fn states_that_cannot_be_are_refused_by_key() {
         }
         assert_eq!(scaler.state_dict().unwrap(), good, "nothing was changed");
     }
-    let unknown = r#"{"version": 1, "tensors": [], "more": 1}"#;
-    assert!(serde_json::from_str::<Fp8State>(unknown).is_err());
+    let read = |text| {
+        serde_json::from_str::<Fp8State>(text)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(read(r#"{"version": 1, "tensors": [], "more": 1}"#).contains("unknown field `more`"));
+    assert!(read(r#"{"tensors": []}"#).contains("missing field `version`"));
+    // A later version is named before its keys are complained about.
+    assert!(read(r#"{"version": 2, "tensors": 3, "more": 1}"#).contains("version 2 is not known"));
 }
 
 #[test]

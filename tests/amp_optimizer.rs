@@ -11,7 +11,7 @@ use amp_support::{context, ones, parameter, scaler, set_grad, sgd, value};
 use kitsune::amp::{AmpConfig, AmpOptimizer, AppliedSteps, GradScaler, ScalingMode};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{
-    AdamW, AdamWConfig, Decay, Ema, Optimizer, Parameter, Schedule, Sgd, SgdConfig,
+    AdamW, AdamWConfig, Decay, Ema, MasterWeights, Optimizer, Parameter, Schedule, Sgd, SgdConfig,
 };
 use kitsune::{Context, DType, Device, Element, Error, HostConfig, Tensor, bf16, f16};
 
@@ -139,6 +139,64 @@ fn averages_follow<T: Element>(tolerance: f64) {
         assert_ne!(bits(average), before);
         before = bits(average);
     }
+}
+
+/// Steps too small to show in 16 bits: averages of masters follow them, averages of the 16-bit values do not.
+#[test]
+fn averages_of_masters_follow_steps_that_16_bits_lose() {
+    let context = context();
+    for (dtype, master_weights) in [
+        (DType::Bf16, MasterWeights::F32),
+        (DType::F16, MasterWeights::F32),
+        (DType::F16, MasterWeights::Split),
+        (DType::F32, MasterWeights::F32),
+    ] {
+        let value = Tensor::full(&context, [3], dtype, 1.0).unwrap();
+        let weight = Parameter::new("w", value).unwrap();
+        let config = SgdConfig {
+            learning_rate: 2f64.powi(-14),
+            master_weights,
+            ..SgdConfig::default()
+        };
+        let sgd = Sgd::new(vec![weight.clone()], config).unwrap();
+        let mut of_values = Ema::new(std::slice::from_ref(&weight), 0.5).unwrap();
+        let mut joined = AmpOptimizer::new(sgd, AmpConfig::bf16())
+            .and_then(|joined| joined.with_ema(0.5))
+            .unwrap();
+        let (mut master, mut expected) = (1f32, 1f32);
+        for _ in 0..3 {
+            weight
+                .set_grad(Tensor::full(&context, [3], dtype, 1.0).unwrap())
+                .unwrap();
+            let _ = joined.step().unwrap();
+            of_values.update(None).unwrap();
+            master -= 2f32.powi(-14);
+            expected += 0.5 * (master - expected);
+        }
+        let average = joined.ema().unwrap().average(0).unwrap();
+        assert_eq!(average.to_vec::<f32>().unwrap(), [expected; 3], "{dtype}");
+        let lost = of_values.average(0).unwrap().to_vec::<f32>().unwrap();
+        let shows = dtype == DType::F32;
+        assert_eq!(lost, [if shows { expected } else { 1.0 }; 3], "{dtype}");
+    }
+}
+
+/// Masters that are split are averaged by their 16-bit halves, as is said.
+#[test]
+fn averages_of_split_masters_are_those_of_their_parameters() {
+    let context = context();
+    let weight = parameter(&context, "w", &[bf16::ONE; 2]);
+    let config = SgdConfig {
+        learning_rate: 0.25,
+        master_weights: MasterWeights::Split,
+        ..SgdConfig::default()
+    };
+    let mut optimizer = Sgd::new(vec![weight.clone()], config).unwrap();
+    let mut ema = Ema::of(&optimizer, 0.5).unwrap();
+    set_grad(&weight, &[bf16::ONE; 2]);
+    optimizer.step_unscaled().unwrap();
+    ema.update(None).unwrap();
+    assert_eq!(ema.average(0).unwrap().to_vec::<f32>().unwrap(), [0.875; 2]);
 }
 
 #[test]

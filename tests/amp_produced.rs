@@ -48,13 +48,18 @@ struct Run {
 }
 
 impl Run {
-    fn new(weights: DType, scale: f64) -> Self {
+    /// Of weights of this type, whose gradients are added up in buffers of f32 if `wide`.
+    fn new(weights: DType, scale: f64, wide: bool) -> Self {
         let log = Arc::default();
         let device = counted::device(&device(HostConfig::default()), &log);
         let context = Context::new(&device).unwrap();
         let parameter = |(number, len): (usize, &usize)| {
             let value = tensor(&context, weights, 0, &numbers(number, *len));
-            Parameter::new(format!("p{number}"), value).unwrap()
+            let parameter = Parameter::new(format!("p{number}"), value).unwrap();
+            if wide {
+                parameter.accumulate_in_f32().unwrap();
+            }
+            parameter
         };
         let parameters: Vec<_> = LENGTHS.iter().enumerate().map(parameter).collect();
         Self {
@@ -159,38 +164,88 @@ const TYPES: [(DType, [DType; 2]); 6] = [
     (DType::F64, [DType::F64, DType::F64]),
 ];
 
+/// Gradients that become bad in turn, checked in a pass of their own and where they are made.
+fn assert_found_the_same(weights: DType, types: [DType; 2], wide: bool) {
+    let (inf, nan) = (f64::INFINITY, f64::NAN);
+    // 3 is no power of two: multiplying by its inverse rounds.
+    let [mut plain, mut produced] = [(); 2].map(|()| Run::new(weights, 3.0, wide));
+    let bads = [
+        None,
+        Some((6, 140_002, inf)),
+        None,
+        Some((1, 0, nan)),
+        Some((5, 65_536, -inf)),
+        Some((3, 511, nan)),
+        None,
+    ];
+    for (round, bad) in bads.into_iter().enumerate() {
+        let clip = round % 2 == 0;
+        plain.accumulate(false, types, round, bad);
+        produced.accumulate(true, types, round, bad);
+        for parameter in produced.parameters.iter().filter(|_| wide) {
+            assert_eq!(parameter.grad().unwrap().dtype(), DType::F32);
+        }
+        let (plain, produced) = (plain.step(clip), produced.step(clip));
+        let what = format!("{weights} {types:?} {wide}, round {round}");
+        produced.assert_same(&plain, &what);
+        assert_eq!(
+            matches!(plain.outcome, Outcome::Applied),
+            bad.is_none(),
+            "{what}"
+        );
+        assert_eq!(plain.launches("gradient_check"), 1, "{what}");
+        assert_eq!(produced.launches("gradient_check"), 0, "{what}");
+        assert_eq!(produced.launches("gradient_gather"), 1, "{what}");
+    }
+}
+
 #[test]
 fn what_is_found_is_the_same_to_the_bit() {
-    let (inf, nan) = (f64::INFINITY, f64::NAN);
     for (weights, types) in TYPES {
-        // 3 is no power of two: multiplying by its inverse rounds.
-        let [mut plain, mut produced] = [(); 2].map(|()| Run::new(weights, 3.0));
-        let bads = [
-            None,
-            Some((6, 140_002, inf)),
-            None,
-            Some((1, 0, nan)),
-            Some((5, 65_536, -inf)),
-            Some((3, 511, nan)),
-            None,
-        ];
-        for (round, bad) in bads.into_iter().enumerate() {
-            let clip = round % 2 == 0;
-            plain.accumulate(false, types, round, bad);
-            produced.accumulate(true, types, round, bad);
-            let (plain, produced) = (plain.step(clip), produced.step(clip));
-            let what = format!("{types:?}, round {round}");
-            produced.assert_same(&plain, &what);
-            assert_eq!(
-                matches!(plain.outcome, Outcome::Applied),
-                bad.is_none(),
-                "{what}"
-            );
-            assert_eq!(plain.launches("gradient_check"), 1, "{what}");
-            assert_eq!(produced.launches("gradient_check"), 0, "{what}");
-            assert_eq!(produced.launches("gradient_gather"), 1, "{what}");
-        }
+        assert_found_the_same(weights, types, false);
     }
+}
+
+/// Whatever the types of the terms, the sum is in f32, and it is what is checked.
+#[test]
+fn so_it_is_of_sums_in_f32() {
+    use DType::{Bf16, F16, F32};
+    for (weights, types) in [
+        (F16, [F16, F16]),
+        (Bf16, [Bf16, Bf16]),
+        (Bf16, [F32, Bf16]),
+        (F16, [Bf16, F16]),
+        (F16, [F16, F32]),
+        (F32, [F32, F32]),
+    ] {
+        assert_found_the_same(weights, types, true);
+    }
+}
+
+/// Terms that 16 bits would lose count, also for the check; and the sums of the next window begin anew.
+#[test]
+fn sums_in_f32_overflow_by_what_they_are() {
+    let (log, context) = noting();
+    let mut scaler = scaler(&context, 1.0);
+    let weight = Parameter::new("w", Tensor::zeros(&context, [4], DType::F16).unwrap()).unwrap();
+    weight.accumulate_in_f32().unwrap();
+    let mut optimizer = sgd(&[&weight], 1.0);
+    let mut addresses = Vec::new();
+    // The largest f16 twice is infinite in f16 and finite in f32.
+    for (term, applied) in [(65_504.0, true), (f64::INFINITY, false), (1.0, true)] {
+        for _ in 0..2 {
+            let term = Tensor::full(&context, [4], DType::F16, term).unwrap();
+            scaler.accumulate(&weight, term).unwrap();
+        }
+        addresses.push(weight.grad().unwrap().ptr());
+        log.lock().clear();
+        let outcome = scaler.step(&mut optimizer).unwrap();
+        assert!(!counted::names(&log).contains(&"gradient_check"));
+        assert_eq!(outcome.is_applied().unwrap(), applied, "{term}");
+        scaler.update().unwrap();
+        optimizer.zero_grad();
+    }
+    assert!(addresses.iter().all(|address| *address == addresses[0]));
 }
 
 #[test]

@@ -116,7 +116,7 @@ fn beside_elements_a_step_moves_next_to_nothing() {
         "gradient_check",
         "clip_coefficient",
         "cast_f64_f64",
-        "adam_advance",
+        "adam_prepare",
         "adam",
         "step_record",
         "scale_update",

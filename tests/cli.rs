@@ -198,17 +198,31 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --device cuda:9", "possible values"),
         ("train --steps 0", "0"),
         ("train --steps ten", "ten"),
-        ("train --seed -1", "-1"),
+        ("train --seed -1", "invalid value '-1' for '--seed <N>'"),
         (
             "train --steps 10 --inject-overflow 11",
             "after the last step",
         ),
         ("train --batch-size 100000", "there are 1438 images"),
+        (
+            "train --model gpt --batch-size 4294967295",
+            "--batch-size 4294967295: at most 4096 sequences",
+        ),
         ("train --learning-rate NaN", "not above 0"),
         ("train --limit 0", "room"),
         ("train --limit lots", "not a byte count"),
-        ("train --limit 1KiB", "limit"),
-        ("train --limit 900TiB", "limit"),
+        (
+            "train --limit 1KiB",
+            "--limit: 1024 bytes; at least 2097152",
+        ),
+        (
+            "train --limit 900TiB",
+            "--limit: 989560464998400 bytes, but the device has",
+        ),
+        (
+            "churn --workload hot --device-bytes 1",
+            "--device-bytes: 1 B is not between",
+        ),
         ("train --limit 99999999999999999999", "more bytes"),
         (
             "train --limit 2MiB --batch-size 1000",
@@ -217,6 +231,11 @@ fn bad_flags_are_refused_in_one_line() {
         ("train --metrics here", "here"),
         // An address for documentation, which no machine has.
         ("train --metrics 192.0.2.1:9100", "192.0.2.1:9100"),
+        // A name that is kept from ever being one.
+        (
+            "train --metrics nowhere.invalid:9100",
+            "--metrics nowhere.invalid:9100: ",
+        ),
         ("train extra", "extra"),
     ] {
         let told = refusal(kitsune(line), 2);
@@ -268,6 +287,16 @@ fn bad_images_are_refused_with_their_place() {
     let mut command = kitsune("train --data");
     command.arg(env!("CARGO_TARGET_TMPDIR"));
     assert!(refusal(command, 2).contains("directory"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_without_an_end_is_refused() {
+    for model in ["mlp", "gpt"] {
+        let line = format!("train --model {model} --data /dev/zero");
+        let told = refusal(kitsune(&line), 2);
+        assert_eq!(told, "error: /dev/zero: larger than 16 MiB\n");
+    }
 }
 
 #[test]
@@ -338,8 +367,14 @@ fn where_standard_error_is_full_the_exit_code_remains() {
 fn a_port_in_use_is_told() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let told = refusal(kitsune(&format!("train --steps 1 --metrics {address}")), 2);
-    assert!(told.contains(&address.to_string()), "{told}");
+    let named = format!("localhost:{}", address.port());
+    // Where the name has addresses of both kinds, the port of the other one may be free.
+    let other = TcpListener::bind(("::1", address.port()));
+    for address in [address.to_string(), named] {
+        let told = refusal(kitsune(&format!("train --steps 1 --metrics {address}")), 2);
+        assert!(told.contains(&address), "{told}");
+    }
+    drop(other);
 }
 
 /// A run that is ended with the test, however that ends.
@@ -366,7 +401,7 @@ fn get(address: &str) -> String {
 #[test]
 fn metrics_can_be_scraped_while_it_trains() {
     // Far more steps than it takes to be scraped.
-    let line = "train --steps 10000000 --inject-overflow 3 --metrics 127.0.0.1:0";
+    let line = "train --steps 10000000 --inject-overflow 3 --metrics localhost:0";
     let mut command = kitsune(line);
     let mut run = Running(
         command

@@ -42,7 +42,7 @@ fn the_device_says_what_it_is() {
     assert_eq!(installation.driver_version, (13, 0));
     assert_eq!(installation.library, cuda_support::library_path());
     assert!(installation.devices[0].memory_pools);
-    assert_eq!(installation.devices[0].kernels_for, Some((9, 0)));
+    assert_eq!(installation.devices[0].kernels_for, Some((8, 0)));
 }
 
 #[test]

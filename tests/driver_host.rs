@@ -415,3 +415,25 @@ fn devices_of_a_platform_understand_each_other() {
     assert_eq!(read(&right, b, 1024), vec![42; 1024]);
     drop((left, right));
 }
+
+#[test]
+fn events_of_another_platform_are_refused() {
+    let [one, other] = [(); 2].map(|()| Device::host(HostConfig::default()).unwrap());
+    let (stream, foreign) = (one.create_stream().unwrap(), other.create_stream().unwrap());
+    // Handles of the two are the same numbers, and mean other things.
+    let (event, strange) = (stream.record().unwrap(), foreign.record().unwrap());
+    for (call, outcome) in [
+        ("wait", stream.wait(&strange)),
+        ("wait", stream.wait_for(&foreign)),
+        ("record", event.record(&foreign)),
+    ] {
+        match outcome {
+            Err(Error::InvalidArgument { op, reason }) => {
+                assert_eq!(op, call);
+                assert!(reason.contains("do not understand each other"), "{reason}");
+            }
+            other => panic!("{call}: {other:?}"),
+        }
+    }
+    stream.wait(&event).unwrap();
+}

@@ -48,12 +48,16 @@ fn the_json_object_has_its_keys_and_right_figures() {
         "events_recorded",
         "host_syncs",
         "ooms",
+        "checked",
     ];
     expected.sort_unstable();
     let mut sorted = keys.clone();
     sorted.sort_unstable();
     assert_eq!(sorted, expected);
     assert_eq!(report["device"], "host");
+    assert_eq!(report["checked"], true);
+    let unchecked = json(&["replay", TINY, "--json", "--repeats", "1"]);
+    assert_eq!(unchecked["checked"], false);
     assert_eq!(number(&report, "allocs"), 8);
     // Blocks 1, 2 and 5 are the most that live at once.
     assert_eq!(
@@ -381,9 +385,9 @@ fn what_is_no_trace_file_is_refused() {
 #[test]
 fn settings_that_cannot_work_are_refused() {
     let cases = [
-        (["--limit", "1MiB"], "limit"),
-        (["--limit", "200GiB"], "limit"),
-        (["--device-bytes", "1"], "capacity"),
+        (["--limit", "1MiB"], "--limit: 1048576 bytes"),
+        (["--limit", "200GiB"], "--limit: 214748364800 bytes"),
+        (["--device-bytes", "1"], "--device-bytes: 1 B"),
         (["--device-bytes", "99999999TiB"], "more bytes"),
         (["--repeats", "0"], "0 is not in 1..=10000"),
         (["--policy", "always"], "never, only-complete, wait"),

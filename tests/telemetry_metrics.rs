@@ -2,7 +2,8 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use kitsune::{Device, HostConfig, Pool, PoolConfig, memory, telemetry};
+use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
+use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor, memory, telemetry};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 fn recorder() -> (PrometheusRecorder, PrometheusHandle) {
@@ -89,6 +90,51 @@ fn pools_have_names() {
     });
 }
 
+/// A scaler of two tensors, one of which was converted.
+fn fp8(values: &[f32]) -> Fp8Scaler {
+    let context = Context::with_pool(&pool()).unwrap();
+    let tensors = [("x", DType::F8E4M3), ("y", DType::F8E5M2)];
+    let mut scaler = Fp8Scaler::new(&context, Fp8Config::default(), &tensors).unwrap();
+    let x = Tensor::from_slice(&context, [values.len()], values).unwrap();
+    scaler.quantize("x", &x).unwrap();
+    scaler.update().unwrap();
+    scaler
+}
+
+#[test]
+fn tensors_of_8_bits_are_published_as_they_are() {
+    let (recorder, handle) = recorder();
+    metrics::with_local_recorder(&recorder, || {
+        telemetry::describe();
+        // Two that are too large, two that vanish.
+        let scaler = fp8(&[1000.0, -500.0, 2.0, 1e-5, -1e-6, 0.0]);
+        telemetry::publish_fp8(&scaler).unwrap();
+        telemetry::publish_fp8(&scaler).unwrap();
+        telemetry::publish_fp8_as(&fp8(&[f32::NAN, 1.0, 1.0]), "other").unwrap();
+        let text = handle.render();
+        let of = |scaler: &str, tensor: &str, name: &str| {
+            let labels = format!("{{scaler=\"{scaler}\",tensor=\"{tensor}\"}}");
+            value(&text, &format!("kitsune_fp8_{name}{labels}"))
+        };
+        let stats = &scaler.stats().unwrap().tensors[0];
+        for (name, expected) in [
+            ("scale", f64::from(stats.scale)),
+            ("amax", 1000.0),
+            ("elements_total", 6.0),
+            ("overflowed_elements_total", 2.0),
+            ("vanished_elements_total", 2.0),
+            ("nan_elements_total", 0.0),
+            ("scale_updates_total", 1.0),
+            ("not_finite_updates_total", 0.0),
+        ] {
+            assert_eq!(of("default", "x", name), expected, "{name}");
+        }
+        assert_eq!(of("default", "y", "elements_total"), 0.0);
+        assert_eq!(of("other", "x", "nan_elements_total"), 1.0);
+        assert_eq!(of("other", "x", "not_finite_updates_total"), 1.0);
+    });
+}
+
 #[test]
 fn every_metric_is_described_and_well_named() {
     let (recorder, handle) = recorder();
@@ -96,11 +142,12 @@ fn every_metric_is_described_and_well_named() {
     metrics::with_local_recorder(&recorder, || {
         telemetry::describe();
         telemetry::publish(&pool);
+        telemetry::publish_fp8(&fp8(&[1.0])).unwrap();
     });
     let text = handle.render();
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     let types: Vec<_> = types.map(|line| line.split_once(' ').unwrap()).collect();
-    assert!(types.len() > 15, "{text}");
+    assert!(types.len() > 25, "{text}");
     for (name, kind) in types {
         assert!(
             text.contains(&format!("# HELP {name} ")),

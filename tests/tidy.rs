@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// The first group is one layer: an error names element types and byte counts, and parsing either fails
 /// with an error.
 const LAYERS: [&[&str]; 12] = [
-    &["error", "units", "sync", "dtype"],
+    &["error", "units", "sync", "dtype", "fuzz"],
     &["driver"],
     &["launch"],
     &["memory"],
@@ -277,11 +277,18 @@ fn leftovers(source: &str) -> Vec<String> {
         .collect()
 }
 
-/// Targets of relative links in `markdown` that `exists` denies.
+/// Targets of relative links in `markdown` that `exists` denies: of `[text](target)`, and of lines `[text]: target`.
 fn dead_links(markdown: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut faults = Vec::new();
-    for (at, _) in markdown.match_indices("](") {
-        let rest = &markdown[at + 2..];
+    let begins_line = |at: usize| {
+        let line = &markdown[markdown[..at].rfind('\n').map_or(0, |end| end + 1)..at];
+        line.starts_with('[') && !line[1..].contains('[')
+    };
+    let apart = markdown
+        .match_indices("]: ")
+        .filter(|(at, _)| begins_line(*at));
+    for (at, mark) in markdown.match_indices("](").chain(apart) {
+        let rest = &markdown[at + mark.len()..];
         let link = &rest[..rest.find([')', ' ', '\n']).unwrap_or(rest.len())];
         let file = link.split('#').next().unwrap_or(link);
         let outside = link.contains("://") || link.starts_with("mailto:");
@@ -497,7 +504,10 @@ fn dead_links_are_found() {
     let exists = |link: &str| link == "docs/here.md";
     let text = "[a](docs/here.md#part) [b](https://example.org/x) [c](#part)";
     assert!(dead_links(text, exists).is_empty());
-    assert_eq!(dead_links("\n[d](docs/gone.md)", exists).len(), 1);
+    assert!(dead_links("\n[a]: docs/here.md\nlet x: [u8]: gone", exists).is_empty());
+    for text in ["\n[d](docs/gone.md)", "\n[d]: docs/gone.md\n"] {
+        assert_eq!(dead_links(text, exists).len(), 1, "{text}");
+    }
 }
 
 #[test]

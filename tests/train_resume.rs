@@ -150,13 +150,65 @@ fn what_cannot_be_taken_up_is_refused_in_one_line() {
 #[test]
 fn a_place_that_cannot_be_written_is_refused_first() {
     let folder = folder("place");
-    let missing = folder.join("missing").join("state");
-    for path in [&missing, &folder] {
+    let state = folder.join("state");
+    let long = folder.join("n".repeat(250) + "{step}");
+    for (path, reason) in [
+        (
+            folder.join("missing").join("state"),
+            "no such place for a file",
+        ),
+        (folder.clone(), "no such place for a file"),
+        (
+            folder.join("{step}").join("state"),
+            "no such place for a file",
+        ),
+        // It has room for the first steps' number, and not for the last.
+        (long, "File name too long"),
+        #[cfg(target_os = "linux")]
+        (PathBuf::from("/proc/state"), ""),
+        #[cfg(unix)]
+        (socket(&folder), "not a regular file"),
+    ] {
         let path = path.to_str().unwrap();
         let arguments = [
             "train", "--device", "host", "--steps", "9999999", "--save", path,
         ];
-        assert!(refusal(&arguments, 2).contains("no such place for a file"));
+        let told = refusal(&arguments, 2);
+        let expected = format!("error: --save {path}: {reason}");
+        assert!(told.starts_with(&expected), "{told}");
     }
+    // Looking for a place leaves nothing there, and takes nothing away.
+    fs::write(&state, b"old").unwrap();
+    let state = state.to_str().unwrap();
+    let told = refusal(
+        &[
+            "train",
+            "--device",
+            "host",
+            "--limit",
+            "2MiB",
+            "--batch-size",
+            "1000",
+            "--save",
+            state,
+        ],
+        2,
+    );
+    assert!(told.contains("--limit"), "{told}");
+    assert_eq!(fs::read(state).unwrap(), b"old");
+    let hidden = fs::read_dir(&folder).unwrap().filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name();
+        name.to_string_lossy().starts_with('.')
+    });
+    assert_eq!(hidden.count(), 0);
     fs::remove_dir_all(&folder).unwrap();
+}
+
+/// A socket in `folder`: something that is no regular file.
+#[cfg(unix)]
+fn socket(folder: &Path) -> PathBuf {
+    let path = folder.join("socket");
+    // The file stays when the socket is closed.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    path
 }

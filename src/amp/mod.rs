@@ -86,6 +86,7 @@ mod scaler;
 mod slot;
 mod state;
 mod stats;
+mod versioned;
 
 pub use applied::{AppliedSteps, AppliedStepsState};
 pub use config::AmpConfig;

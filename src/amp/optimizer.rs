@@ -147,12 +147,12 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(self)
     }
 
-    /// Keeps averages of the parameters, which move on applied steps only.
+    /// Keeps averages of the parameters, or of their f32 masters, which move on applied steps only.
     ///
     /// # Errors
-    /// As [`Ema::new`].
+    /// As [`Ema::of`].
     pub fn with_ema(mut self, decay: f64) -> Result<Self> {
-        self.ema = Some(Ema::new(self.optimizer.parameters(), decay)?);
+        self.ema = Some(Ema::of(&self.optimizer, decay)?);
         Ok(self)
     }
 
@@ -182,22 +182,29 @@ impl<O: Optimizer> AmpOptimizer<O> {
     /// [`zero_grad`](Self::zero_grad).
     ///
     /// # Errors
-    /// As the calls it is made of. [`Error::ScalerAlarm`] comes after all was enqueued: the training may go on.
+    /// As the calls it is made of. What fails before the optimizer's step leaves weights, optimizer state and averages
+    /// as they were: make the same call again, or update the [scaler](Self::scaler_mut) and go on with other gradients.
+    /// What fails after it keeps nothing else from being done: the step's record, the averages, the count of applied
+    /// steps, the scale's update, for which `scaler_mut().update()` makes up. [`Error::ScalerAlarm`] comes after all was
+    /// enqueued. The training may go on.
     pub fn step(&mut self) -> Result<StepOutcome> {
         self.set_rates()?;
         if let Some((max_norm, kind)) = self.clip {
             self.scaler
                 .clip_grad_norm_by(&self.optimizer, max_norm, kind)?;
         }
-        let outcome = self.scaler.step(&mut self.optimizer)?;
+        let is_due = self.scaler.has_stepped(&self.optimizer);
+        let outcome = self.scaler.step(&mut self.optimizer);
+        if outcome.is_err() && (is_due || !self.scaler.has_stepped(&self.optimizer)) {
+            return outcome;
+        }
         let flag = self.scaler.found_inf(&self.optimizer);
-        if let Some(ema) = &mut self.ema {
-            ema.update(flag)?;
-        }
-        if let Some(scheduled) = &mut self.schedule {
-            scheduled.applied.record(flag)?;
-        }
-        self.scaler.update()?;
+        let averaged = self.ema.as_mut().map_or(Ok(()), |ema| ema.update(flag));
+        let scheduled = self.schedule.as_mut();
+        let counted = scheduled.map_or(Ok(()), |scheduled| scheduled.applied.record(flag));
+        let updated = self.scaler.update();
+        let outcome = outcome?;
+        averaged.and(counted).and(updated)?;
         Ok(outcome)
     }
 

@@ -34,6 +34,7 @@ impl Scalable for Tensor {
                 dtype: self.dtype(),
             });
         }
+        expect_stream(self, scale)?;
         let wide = if self.dtype() == DType::F64 {
             DType::F64
         } else {
@@ -58,10 +59,23 @@ impl Scalable for Loss {
     fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self> {
         match scale {
             // Named in full: the trait's method of the same name is this one.
-            Some(scale) => Self::scaled_by(self, scale),
+            Some(scale) => {
+                expect_stream(self.value(), scale)?;
+                Self::scaled_by(self, scale)
+            }
             None => Ok(self.clone()),
         }
     }
+}
+
+/// Refuses what no kernel may multiply by `scale`.
+fn expect_stream(outputs: &Tensor, scale: &Tensor) -> Result<()> {
+    if outputs.context().stream().id() == scale.context().stream().id() {
+        return Ok(());
+    }
+    let reason =
+        format!("{outputs:?} is on another stream than the scaler; copy_to its context first");
+    Err(Error::argument("scale", reason))
 }
 
 impl<T: Scalable + ?Sized> Scalable for &T {

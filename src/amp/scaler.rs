@@ -7,7 +7,7 @@ use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
 use crate::amp::journal::scale_changes;
 use crate::amp::memory::{OPTIMIZERS, ScaleMemory};
-use crate::amp::slot::{Slot, Stage, told};
+use crate::amp::slot::{Slot, Stage, elsewhere, told};
 use crate::amp::{
     AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
     StepTimes,
@@ -130,9 +130,7 @@ impl GradScaler {
             return parameter.accumulate(op, grad, None, None);
         };
         if parameter.value().context().stream().id() != memory.context().stream().id() {
-            let name = parameter.name();
-            let reason = format!("parameter `{name}` is on another stream than the scaler");
-            return Err(Error::argument(op, reason));
+            return Err(elsewhere(op, parameter));
         }
         let check = CheckAtOnce {
             by: ScaleTag {
@@ -246,22 +244,25 @@ impl GradScaler {
     ///
     /// # Errors
     /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, or if no parameter has a gradient;
-    /// otherwise as [`unscale`](Self::unscale) and the optimizer's step.
+    /// otherwise as [`unscale`](Self::unscale) and the optimizer's step. Nothing was stepped, and the same call may be
+    /// made again: but for an [`Error::Driver`] that says "the step is enqueued, and only its record is missing".
+    /// After that one go on with [`update`](Self::update); statistics and reports lack the step.
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
         let number = self.steps + 1;
         match self.slot("step", optimizer)? {
             None => {
                 optimizer.step_unscaled()?;
-                self.steps += 1;
+                self.steps = number;
                 Ok(StepOutcome::applied())
             }
             Some((memory, slot)) => {
-                slot.step(memory, optimizer, mark, number)?;
+                slot.step(memory, optimizer, mark)?;
+                let recorded = slot.record(memory, number);
                 let journal = memory.journal.clone();
                 journal.stepped(number);
                 self.steps = number;
-                Ok(StepOutcome::pending(journal, number))
+                recorded.map(|()| StepOutcome::pending(journal, number))
             }
         }
     }
@@ -270,7 +271,7 @@ impl GradScaler {
     /// [`SkipPolicy::AllOrNone`] they are skipped if one of them overflows.
     ///
     /// # Errors
-    /// As [`step`](Self::step). If a check fails, nothing was stepped.
+    /// As [`step`](Self::step). If a check fails, nothing was stepped; if a step does, those before it were.
     pub fn step_all(&mut self, optimizers: &mut [&mut dyn Optimizer]) -> Result<Vec<StepOutcome>> {
         for optimizer in &*optimizers {
             let known = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
@@ -396,10 +397,14 @@ impl GradScaler {
     /// optimizer.
     #[must_use]
     pub fn found_inf<O: Optimizer + ?Sized>(&self, optimizer: &O) -> Option<&Tensor> {
-        self.slots
-            .iter()
-            .find(|slot| slot.is_for(optimizer.id()))
-            .map(Slot::found_inf)
+        let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
+        slot.map(Slot::found_inf)
+    }
+
+    /// Whether a step of the optimizer was enqueued since the last update.
+    pub(super) fn has_stepped<O: Optimizer + ?Sized>(&self, optimizer: &O) -> bool {
+        let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
+        slot.is_some_and(|slot| slot.stage() == Stage::Stepped)
     }
 
     /// Whether losses are scaled.
@@ -569,6 +574,13 @@ impl GradScaler {
             None => self.slots.len(),
         };
         if known.is_none() {
+            // Before the optimizer is claimed: another scaler may be the right one.
+            let stream = memory.context().stream().id();
+            let is_elsewhere =
+                |parameter: &&Parameter| parameter.value().context().stream().id() != stream;
+            if let Some(parameter) = optimizer.parameters().iter().find(is_elsewhere) {
+                return Err(elsewhere(call, parameter));
+            }
             if !id.claim(&self.id) {
                 let parameters = told(optimizer.parameters());
                 return Err(ScalerMisuse::OtherScaler { parameters }.into());

@@ -170,27 +170,29 @@ impl Slot {
         let flag = self.found_inf.span()?;
         let gradients = &mut self.gradients;
         let (norm, coefficient) = memory.timed(CLIP_TIME, || {
-            let numbers = gradients.coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+            let (norm, coefficient) =
+                gradients.coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+            // The slot's own norm is overwritten in the next iteration; the caller gets one to keep. Before anything
+            // is clipped, which after an error must not be.
+            let norm = norm.duplicate()?;
             if in_place {
-                gradients.multiply(parameters, &numbers.1)?;
+                gradients.multiply(parameters, &coefficient)?;
             }
-            Ok(numbers)
+            Ok((norm, coefficient))
         })?;
         self.norm_taken = true;
         if !in_place {
             self.clip = Some(coefficient);
         }
-        // The slot's own norm is overwritten in the next iteration; the caller gets one to keep.
-        norm.duplicate()
+        Ok(norm)
     }
 
-    /// Checks if that was not done yet, steps, and records it as step `number`.
+    /// Checks if that was not done yet, and steps. After an error nothing was stepped.
     pub(super) fn step<O: Optimizer + ?Sized>(
         &mut self,
         memory: &ScaleMemory,
         optimizer: &mut O,
         mark: UnscaleMark,
-        number: u64,
     ) -> Result<()> {
         let inv_scale = match self.stage {
             Stage::Ready => {
@@ -214,6 +216,11 @@ impl Slot {
         };
         memory.timed(STEP_TIME, || optimizer.step(&inputs))?;
         self.stage = Stage::Stepped;
+        Ok(())
+    }
+
+    /// Records the step that was just enqueued as step `number`.
+    pub(super) fn record(&self, memory: &ScaleMemory, number: u64) -> Result<()> {
         let counts = self.gradients.counts().expect("a pass came before");
         let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
         let operands = RecordOperands {
@@ -225,7 +232,9 @@ impl Slot {
             optimizer: self.recorded_as.expect("a pass came before"),
             step: number,
         };
-        record_step(memory.context().stream(), &operands)
+        let recorded = record_step(memory.context().stream(), &operands);
+        recorded
+            .map_err(|error| error.although("the step is enqueued, and only its record is missing"))
     }
 
     fn pass(
@@ -345,4 +354,11 @@ pub(super) fn told(parameters: &[Parameter]) -> String {
         [one] => format!("`{}`", one.name()),
         [first, more @ ..] => format!("`{}` and {} more", first.name(), more.len()),
     }
+}
+
+/// The error of `call` for a parameter that no kernel on the scaler's stream may touch.
+pub(super) fn elsewhere(call: &'static str, parameter: &Parameter) -> Error {
+    let name = parameter.name();
+    let reason = format!("parameter `{name}` is on another stream than the scaler");
+    Error::argument(call, reason)
 }

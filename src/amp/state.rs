@@ -1,91 +1,88 @@
 //! The saved state of a scaler.
 
-use std::collections::BTreeMap;
-
-use serde::de::IgnoredAny;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 
 use crate::amp::AmpConfig;
 use crate::amp::memory::Trackers;
+use crate::amp::versioned;
 use crate::error::{Error, Result};
 use crate::launch::Refill;
 
 /// Version of the keys. Absent in what PyTorch saved, whose five keys mean the same.
 const VERSION: u32 = 1;
 
-macro_rules! state {
-    ($($(#[$meta:meta])* $field:ident $key:literal: $type:ty,)*) => {
-        /// What a scaler needs to go on where it was: PyTorch's five keys, and those for what PyTorch does not
-        /// have, of which a scaler keeps its own where they are absent. All absent for a disabled scaler. A
-        /// state that PyTorch saved can be loaded.
-        ///
-        /// Reading one of a later version fails with that version, whatever else is in it; of this version,
-        /// unknown keys are refused.
-        #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-        #[serde(try_from = "Read")]
-        pub struct ScalerState {
-            $(
-                $(#[$meta])*
-                #[serde(rename = $key, skip_serializing_if = "Option::is_none")]
-                pub $field: Option<$type>,
-            )*
-        }
-
-        /// A state as it is read: with what its version does not know.
-        #[derive(serde::Deserialize)]
-        struct Read {
-            $(#[serde(rename = $key, default)] $field: Option<$type>,)*
-            #[serde(flatten)]
-            unknown: BTreeMap<String, IgnoredAny>,
-        }
-
-        impl TryFrom<Read> for ScalerState {
-            type Error = String;
-
-            fn try_from(read: Read) -> Result<Self, String> {
-                check_version(read.version)?;
-                if let Some(key) = read.unknown.keys().next() {
-                    return Err(format!("unknown key `{key}`"));
-                }
-                Ok(Self { $($field: read.$field,)* })
-            }
-        }
-    };
-}
-
-state! {
+/// What a scaler needs to go on where it was: PyTorch's five keys, and those for what PyTorch does not have, of which a
+/// scaler keeps its own where they are absent. All absent for a disabled scaler. A state that PyTorch saved can be
+/// loaded.
+///
+/// It is read from formats that tell what they hold, as JSON does. Reading one of a later version fails with that
+/// version, whatever else is in it; of this version, keys that are unknown or hold something else are refused by name.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(remote = "Self", deny_unknown_fields)]
+pub struct ScalerState {
     /// Version of this layout.
-    version "version": u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<u32>,
     /// The scale.
-    scale "scale": f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
     /// As in [`AmpConfig`].
-    growth_factor "growth_factor": f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth_factor: Option<f64>,
     /// As in [`AmpConfig`].
-    backoff_factor "backoff_factor": f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backoff_factor: Option<f64>,
     /// As in [`AmpConfig`].
-    growth_interval "growth_interval": u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth_interval: Option<u32>,
     /// Clean updates since the scale last changed.
-    growth_tracker "_growth_tracker": u32,
+    #[serde(rename = "_growth_tracker", skip_serializing_if = "Option::is_none")]
+    pub growth_tracker: Option<u32>,
     /// As in [`AmpConfig`].
-    min_scale "min_scale": f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_scale: Option<f64>,
     /// As in [`AmpConfig`].
-    max_scale "max_scale": f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_scale: Option<f64>,
     /// As in [`AmpConfig`].
-    hysteresis "hysteresis": u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hysteresis: Option<u32>,
     /// As in [`AmpConfig`].
-    refill "refill": Refill,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refill: Option<Refill>,
     /// As in [`AmpConfig`].
-    late_growth "late_growth": bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub late_growth: Option<bool>,
     /// Overflows that were tolerated and not forgotten; none if absent.
-    overflows "_overflows": u32,
+    #[serde(rename = "_overflows", skip_serializing_if = "Option::is_none")]
+    pub overflows: Option<u32>,
 }
 
-fn check_version(version: Option<u32>) -> Result<(), String> {
-    match version.filter(|version| *version != VERSION) {
-        Some(version) => Err(format!(
-            "version {version} is not known; this is version {VERSION}"
-        )),
-        None => Ok(()),
+impl Serialize for ScalerState {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
     }
+}
+
+impl<'de> Deserialize<'de> for ScalerState {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let state = versioned::checked(deserializer, VERSION)?;
+        Self::deserialize(&state).map_err(|error| {
+            let reason = culprit(&state).unwrap_or_else(|| error.to_string());
+            D::Error::custom(reason)
+        })
+    }
+}
+
+/// What is wrong with the first key of `state` that cannot be. Every key can do without the others.
+fn culprit(state: &Value) -> Option<String> {
+    state.as_object()?.iter().find_map(|(key, value)| {
+        let alone = Value::Object([(key.clone(), value.clone())].into_iter().collect());
+        let error = ScalerState::deserialize(&alone).err()?;
+        Some(format!("key `{key}`: {error}"))
+    })
 }
 
 impl ScalerState {
@@ -121,7 +118,10 @@ impl ScalerState {
             let reason = "the state is empty; it was saved from a disabled scaler".to_owned();
             return Err(Error::state("scale", reason));
         }
-        check_version(self.version).map_err(|reason| Error::state("version", reason))?;
+        if let Some(version) = self.version.filter(|version| *version != VERSION) {
+            let reason = format!("{version} is not known; this is version {VERSION}");
+            return Err(Error::state("version", reason));
+        }
         let missing = |key| move || Error::state(key, "the saved state has no such key");
         let restored = AmpConfig {
             init_scale: self.scale.ok_or_else(missing("scale"))?,

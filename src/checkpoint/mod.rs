@@ -51,6 +51,7 @@
 //! Must not know: command line, how weights move.
 
 mod file;
+mod finite;
 mod header;
 mod json;
 mod replace;
@@ -184,7 +185,8 @@ impl Checkpoint {
     /// Adds a value of the caller's, such as the place in the data.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for a name that stands twice, or a value that JSON cannot hold.
+    /// [`Error::InvalidState`] for a name that stands twice, or a value that JSON cannot hold: keys that are no text,
+    /// infinities and NaN.
     pub fn add_extra<T: Serialize + ?Sized>(&mut self, name: &str, value: &T) -> Result<()> {
         let value = to_json(name, value)?;
         match self.extra.insert(name.to_owned(), value) {
@@ -264,6 +266,7 @@ fn check_part_name(name: &str) -> Result<()> {
 }
 
 fn to_json<T: Serialize + ?Sized>(name: &str, value: &T) -> Result<Value> {
+    finite::check(value).map_err(|refusal| Error::state(name, refusal.to_string()))?;
     serde_json::to_value(value).map_err(|error| Error::state(name, error.to_string()))
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::{DeviceProperties, Driver, HostConfig, MemoryInfo, Stream, host};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A device. Cheap to clone; the device is closed when the last clone and everything made from it is gone.
 #[derive(Clone)]
@@ -115,6 +115,15 @@ impl Device {
     /// [`Error::Driver`](crate::Error::Driver) if the driver has no more.
     pub fn create_stream(&self) -> Result<Stream> {
         Stream::new(self)
+    }
+
+    /// Refuses a device whose handles mean something else here.
+    pub(super) fn expect_platform(&self, op: &'static str, other: &Self) -> Result<()> {
+        if self.driver().platform() == other.driver().platform() {
+            return Ok(());
+        }
+        let reason = format!("{self:?} and {other:?} do not understand each other's events");
+        Err(Error::argument(op, reason))
     }
 
     /// Whether both handles mean the same opened device.

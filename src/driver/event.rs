@@ -23,6 +23,12 @@ impl Event {
         })
     }
 
+    /// The device that the event was made on.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The driver's handle, valid while this event lives.
     #[must_use]
     pub fn raw(&self) -> RawEvent {
@@ -32,8 +38,10 @@ impl Event {
     /// Marks the present end of `stream`, replacing an earlier mark.
     ///
     /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a stream of another platform;
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
     pub fn record(&self, stream: &Stream) -> Result<()> {
+        self.device.expect_platform("record", stream.device())?;
         self.device.driver().record(self.raw, stream.raw())
     }
 

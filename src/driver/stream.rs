@@ -99,14 +99,17 @@ impl Stream {
     /// Makes work enqueued from now on wait for the point that `event` marks now; the host does not wait.
     ///
     /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an event of another platform;
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
     pub fn wait(&self, event: &Event) -> Result<()> {
+        self.device().expect_platform("wait", event.device())?;
         self.driver().stream_wait(self.raw(), event.raw())
     }
 
     /// Makes work enqueued from now on wait for everything enqueued on `other` so far.
     ///
     /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a stream of another platform;
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
     pub fn wait_for(&self, other: &Self) -> Result<()> {
         if self.id() == other.id() {

@@ -12,9 +12,10 @@
 //!
 //! Products and quotients are taken from the left, as in PyTorch: (1 − β₂) · g · g is finite for larger g.
 //!
-//! A skipped step leaves w, m, v, x and k as they are. Two launches for all groups together: [`Advance`] counts the
-//! step and makes a row of numbers for each tensor of its group's settings, in f64; [`Adam`] moves the weights. Both
-//! decide by the same flag. State in bf16 is rounded by numbers that depend on the seed, the tensor's index, k and the
+//! A skipped step leaves w, m, v, x and k as they are. Two launches for all groups together: [`Prepare`] makes a row of
+//! numbers for each tensor, in f64, of its group's settings and k + 1, and nothing else; [`Adam`] moves the weights and
+//! counts the step. So if only the first can be enqueued, nothing has changed but scratch. Both decide by the same flag.
+//! State in bf16 is rounded by numbers that depend on the seed, the tensor's index, k and the
 //! element's index; so a skipped step does not move them either.
 //!
 //! Bytes a parameter moves, read or written, with `g` bytes of a gradient element:
@@ -33,7 +34,7 @@
 //! | 16-bit gradient, f32 master, bf16 moments | 2 + 2 + 10 + 8 = 22 |
 //! | 16-bit gradient, master cut in two, bf16 moments | 2 + 2 + 8 + 8 = 20 |
 //!
-//! Twins: [`Advance`], [`Adam`].
+//! Twins: [`Prepare`], [`Adam`].
 
 use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::dtype::DType;
@@ -95,7 +96,8 @@ pub(crate) struct AdamSteps {
 /// amsgrad, the largest second moment. The states of a row are all of one type.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other;
+/// [`Error::Driver`](crate::Error::Driver) if the driver refuses. Nothing but the scratch will be written.
 pub(crate) fn adam(
     stream: &Stream,
     table: &ChunkTable,
@@ -122,7 +124,7 @@ pub(crate) fn adam(
     let (table, scalars, settings, steps) = (*table, *scalars, *settings, *steps);
     enqueue(
         stream,
-        Advance {
+        Prepare {
             table,
             scalars,
             settings,
@@ -134,22 +136,22 @@ pub(crate) fn adam(
         Adam {
             table,
             scalars,
-            rows: steps.rows,
+            steps,
         },
     )
 }
 
 #[derive(Debug)]
-struct Advance {
+struct Prepare {
     table: ChunkTable,
     scalars: StepScalars,
     settings: GroupSettings,
     steps: AdamSteps,
 }
 
-impl Kernel for Advance {
+impl Kernel for Prepare {
     fn entry(&self) -> &'static str {
-        "adam_advance"
+        "adam_prepare"
     }
 
     fn elements(&self) -> u64 {
@@ -177,24 +179,30 @@ impl Kernel for Advance {
         if unsafe { self.scalars.factors() }.is_none() {
             return;
         }
-        // SAFETY: only this kernel accesses the counters now.
-        let steps = unsafe { self.steps.steps.slice_mut::<u32>() };
-        // SAFETY: as above.
+        // SAFETY: nothing writes the counters now.
+        let steps = unsafe { self.steps.steps.slice::<u32>() };
+        // SAFETY: only this kernel accesses the rows now.
         let rows = unsafe { self.steps.rows.slice_mut::<f64>() };
         // SAFETY: the table was uploaded in stream order before this kernel.
-        let chunks = unsafe { self.table.chunks() };
-        // A tensor steps once, by its first chunk; tensors without a gradient have none.
-        for tensor in chunks
-            .filter(|chunk| chunk.offset() == 0)
-            .map(|chunk| chunk.tensor())
-        {
-            steps[tensor] = steps[tensor].saturating_add(1);
+        for tensor in unsafe { stepped(&self.table) } {
             // SAFETY: settings are written in stream order only.
             let of = unsafe { self.settings.of(tensor) };
-            let row = numbers_of_step(of, tensor, steps[tensor]);
+            let row = numbers_of_step(of, tensor, steps[tensor].saturating_add(1));
             rows[tensor * ROW_WORDS..][..ROW_WORDS].copy_from_slice(bytemuck::cast_slice(&row));
         }
     }
+}
+
+/// The tensors that step, each once: by its first chunk. Those without a gradient have none.
+///
+/// # Safety
+/// As [`ChunkTable::chunks`].
+unsafe fn stepped(table: &ChunkTable) -> impl Iterator<Item = usize> {
+    // SAFETY: the caller's promise.
+    let chunks = unsafe { table.chunks() };
+    chunks
+        .filter(|chunk| chunk.offset() == 0)
+        .map(|chunk| chunk.tensor())
 }
 
 /// The row of a tensor in step `step`, of its group's settings.
@@ -225,7 +233,7 @@ fn numbers_of_step(of: [f64; SETTING_WORDS], tensor: usize, step: u32) -> [u64; 
 struct Adam {
     table: ChunkTable,
     scalars: StepScalars,
-    rows: Span,
+    steps: AdamSteps,
 }
 
 /// The formula with the rows at hand.
@@ -343,7 +351,7 @@ impl Kernel for Adam {
     fn arguments(&self, into: &mut Arguments) {
         self.table.push_to(into);
         self.scalars.push_to(into);
-        push_spans(into, &[&self.rows]);
+        push_spans(into, &[&self.steps.steps, &self.steps.rows]);
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -359,9 +367,15 @@ impl Kernel for Adam {
         let Some(factors) = (unsafe { self.scalars.factors() }) else {
             return;
         };
-        // SAFETY: `Advance` wrote the rows before, in stream order.
-        let rows = unsafe { self.rows.slice::<f64>() };
+        // SAFETY: `Prepare` wrote the rows before, in stream order.
+        let rows = unsafe { self.steps.rows.slice::<f64>() };
         // SAFETY: the caller's promise; launchers of tables know that rows share no bytes.
         unsafe { for_each_row(&self.table, factors, &Formula { rows }) };
+        // SAFETY: only this kernel accesses the counters now.
+        let steps = unsafe { self.steps.steps.slice_mut::<u32>() };
+        // SAFETY: the table was uploaded in stream order before this kernel.
+        for tensor in unsafe { stepped(&self.table) } {
+            steps[tensor] = steps[tensor].saturating_add(1);
+        }
     }
 }

@@ -9,7 +9,9 @@
 //! towards the weight, so it runs in that kernel: the weight stands where the gradient would, multiplied by −1,
 //! and a weight decay of 1 adds the average to it.
 //!
-//! Averages are f32 (f64 of f64 weights): with a decay near 1 the summands are too small for 16 bits.
+//! Averages are f32 (f64 of f64 weights): with a decay near 1 the summands are too small for 16 bits. For the same reason
+//! a 16-bit weight is best averaged by its f32 master, which [`Ema::of`] does: steps too small to show in 16 bits would
+//! show in no average of them either.
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -17,9 +19,10 @@ use crate::launch::chunk_table::MAX_COLUMNS;
 use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
 use crate::launch::update_pass::{GRADIENT, GroupSettings, PARAMETER, SETTING_WORDS, StepScalars};
 use crate::memory;
-use crate::optim::Parameter;
+use crate::optim::rows::MASTER_WEIGHT;
 use crate::optim::state::{Live, NamedTensors, match_named, save_named};
 use crate::optim::table::DeviceTable;
+use crate::optim::{Optimizer, Parameter};
 use crate::storage::{HostTensor, Load, Tensor};
 
 /// Exponential moving averages of parameters, which begin as their values.
@@ -42,6 +45,8 @@ use crate::storage::{HostTensor, Load, Tensor};
 pub struct Ema {
     decay: f64,
     parameters: Vec<Parameter>,
+    /// What is averaged: the values, or masters of them.
+    weights: Vec<Tensor>,
     averages: Vec<Tensor>,
     minus_one: Tensor,
     /// What the kernel reads of the decay: a row of settings, and its number for each average.
@@ -51,19 +56,43 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// Averages of `parameters`, all of one stream, of which each step keeps the share `decay`.
+    /// Averages of the values of `parameters`, all of one stream, of which each step keeps the share `decay`. For 16-bit
+    /// parameters of an optimizer use [`of`](Self::of).
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for a decay that is not from 0 to below 1; [`Error::InvalidArgument`] for no
     /// parameters or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: &[Parameter], decay: f64) -> Result<Self> {
+        let values = parameters.iter().map(|one| one.value().clone());
+        Self::averaging(parameters, values.collect(), decay)
+    }
+
+    /// Averages of the parameters of `optimizer`: of their f32 master weights where it has them, else of their values.
+    /// Masters that are [split](crate::optim::MasterWeights::Split) are no tensors of their own; of those the 16-bit
+    /// values are averaged.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of<O: Optimizer + ?Sized>(optimizer: &O, decay: f64) -> Result<Self> {
+        let parameters = optimizer.parameters();
+        let weight = |(index, parameter): (usize, &Parameter)| {
+            let mut state = optimizer.state(index).into_iter();
+            let master = state.find(|(name, _)| *name == MASTER_WEIGHT);
+            master.map_or_else(|| parameter.value().clone(), |(_, master)| master)
+        };
+        let weights = parameters.iter().enumerate().map(weight).collect();
+        Self::averaging(parameters, weights, decay)
+    }
+
+    /// Averages of `weights`, which are the values of `parameters` or of the same shapes.
+    fn averaging(parameters: &[Parameter], weights: Vec<Tensor>, decay: f64) -> Result<Self> {
         check_decay(decay)?;
         let Some(first) = parameters.first() else {
             return Err(Error::argument("Ema", "no parameters"));
         };
         let context = first.value().context();
         let _tag = memory::tag("ema");
-        let average = |parameter: &Parameter| {
+        let average = |(parameter, weight): (&Parameter, &Tensor)| {
             let value = parameter.value();
             if value.context().stream().id() != context.stream().id() {
                 let reason = format!("parameter `{}` is on another stream", parameter.name());
@@ -74,13 +103,15 @@ impl Ema {
                 _ => DType::F32,
             };
             let average = Tensor::uninit(context, value.shape(), dtype)?;
-            average.copy_from(value)?;
+            average.copy_from(weight)?;
             Ok(average)
         };
+        let averages = parameters.iter().zip(&weights).map(average);
         Ok(Self {
             decay,
-            averages: parameters.iter().map(average).collect::<Result<_>>()?,
+            averages: averages.collect::<Result<_>>()?,
             parameters: parameters.to_vec(),
+            weights,
             minus_one: Tensor::full(context, [], DType::F32, -1.0)?,
             settings: Tensor::from_slice(context, [SETTING_WORDS], &settings(decay))?,
             groups: Tensor::zeros(context, [parameters.len()], DType::U32)?,
@@ -100,8 +131,10 @@ impl Ema {
     /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::OutOfMemory`] in a
     /// first update.
     pub fn update(&mut self, found_inf: Option<&Tensor>) -> Result<()> {
-        let weights = self.parameters.iter().map(Parameter::value).cloned();
-        let weights: Vec<_> = weights.enumerate().collect();
+        if let Some(flag) = found_inf {
+            self.check_flag(flag)?;
+        }
+        let weights: Vec<_> = self.weights.iter().cloned().enumerate().collect();
         let (averages, context) = (&self.averages, self.minus_one.context());
         let table =
             self.table
@@ -121,6 +154,20 @@ impl Ema {
             groups: self.groups.span()?,
         };
         sgd(context.stream(), &table, &scalars, &settings)
+    }
+
+    fn check_flag(&self, flag: &Tensor) -> Result<()> {
+        let what = if flag.dtype() != DType::F32 || flag.len() != 1 {
+            "is not one f32"
+        } else if flag.context().stream().id() != self.minus_one.context().stream().id() {
+            "is on another stream than the averages"
+        } else {
+            return Ok(());
+        };
+        Err(Error::argument(
+            "Ema::update",
+            format!("the flag, {flag:?}, {what}"),
+        ))
     }
 
     /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are

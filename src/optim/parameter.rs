@@ -205,7 +205,7 @@ impl Parameter {
     ///
     /// # Errors
     /// As [`set_grad`](Self::set_grad), [`Error::InvalidArgument`] if the gradient that is there was divided
-    /// by a loss scale already, and [`Error::OutOfMemory`] if one of the two has gaps and must be copied.
+    /// by a loss scale already or shares memory with `grad`, and [`Error::OutOfMemory`] if one of the two has gaps and must be copied.
     pub fn accumulate_grad(&self, grad: Tensor) -> Result<()> {
         self.accumulate_scaled_grad(grad, None)
     }
@@ -254,6 +254,12 @@ impl Parameter {
             Some(buffer) => buffer.copy_from(sum).map(|()| buffer.clone())?,
             None => sum.contiguous()?,
         };
+        // The sum is written there, and would change the term for its next use.
+        if sum.storage_span().overlaps(&grad.storage_span()) {
+            return refuse(
+                "has a gradient that shares memory with the one to be added; add a duplicate of it",
+            );
+        }
         let term = grad.contiguous()?;
         slot.produced.forget();
         let is_added = match check {

@@ -40,6 +40,9 @@ pub enum Moments {
     Bf16,
 }
 
+/// The name of a parameter's f32 master among its state.
+pub(super) const MASTER_WEIGHT: &str = "master_weight";
+
 /// The parameters of one optimizer with their masters and state.
 #[derive(Debug)]
 pub(super) struct Rows {
@@ -89,6 +92,27 @@ impl Needs {
     }
 }
 
+/// Refuses parameters whose elements are in part the same, which would be moved twice. Their values have no gaps.
+fn check_apart(op: &'static str, parameters: &[Parameter]) -> Result<()> {
+    let place = |parameter: &Parameter| parameter.value().storage_span();
+    let mut placed: Vec<_> = parameters
+        .iter()
+        .map(|parameter| (place(parameter), parameter.name()))
+        .filter(|(span, _)| !span.is_empty())
+        .collect();
+    placed.sort_unstable_by_key(|(span, _)| span.ptr());
+    for pair in placed.windows(2) {
+        let [(before, first), (span, second)] = pair else {
+            continue;
+        };
+        if before.overlaps(span) {
+            let reason = format!("parameters `{first}` and `{second}` share memory");
+            return Err(Error::argument(op, reason));
+        }
+    }
+    Ok(())
+}
+
 impl Rows {
     /// Makes and zeroes all state, so that no later step allocates any. Tables have `columns` columns; `op`
     /// names the optimizer in errors.
@@ -114,6 +138,7 @@ impl Rows {
             let name = parameter.name();
             return Err(Error::argument(op, format!("parameter `{name}` {what}")));
         }
+        check_apart(op, &parameters)?;
         let _tag = memory::tag("optimizer");
         let pairs = || parameters.iter().map(Parameter::value).zip(&needs);
         let masters = pairs().map(|(value, needs)| needs.master(value));
@@ -160,7 +185,7 @@ impl Rows {
         index: usize,
         names: &[&'static str],
     ) -> Vec<(&'static str, Tensor)> {
-        let master = self.master(index).map(|master| ("master_weight", master));
+        let master = self.master(index).map(|master| (MASTER_WEIGHT, master));
         let remainder = self.remainder(index);
         let remainder = remainder.map(|master| ("master_remainder", master));
         let states = self.states.get(index).into_iter().flatten();

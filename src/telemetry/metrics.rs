@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use metrics::{Label, SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
 
+use crate::amp::fp8::{Fp8Scaler, Fp8TensorStats};
 use crate::amp::{GradScaler, ScalerStats};
 use crate::driver::{Device, DeviceKind};
 use crate::error::Result;
@@ -260,12 +261,55 @@ const SCALER: &[Metric<ScalerStats>] = &[
     ),
 ];
 
+/// What is published of each tensor of a scaler of 8-bit tensors, under the labels `scaler` and `tensor`.
+const FP8: &[Metric<Fp8TensorStats>] = &[
+    Metric::gauge(
+        "kitsune.fp8.scale",
+        "Factor by which the tensor is multiplied.",
+        |fp8| fp8.scale.into(),
+    ),
+    Metric::gauge(
+        "kitsune.fp8.amax",
+        "Largest magnitude that the last update of the scale saw, 0 before.",
+        |fp8| fp8.amax.into(),
+    ),
+    Metric::counter("kitsune.fp8.elements", "Elements converted.", |fp8| {
+        fp8.elements
+    }),
+    Metric::counter(
+        "kitsune.fp8.overflowed_elements",
+        "Elements that were too large, infinities included.",
+        |fp8| fp8.overflowed,
+    ),
+    Metric::counter(
+        "kitsune.fp8.vanished_elements",
+        "Elements other than 0 that became 0.",
+        |fp8| fp8.vanished,
+    ),
+    Metric::counter(
+        "kitsune.fp8.nan_elements",
+        "Elements that are NaN.",
+        |fp8| fp8.nan,
+    ),
+    Metric::counter(
+        "kitsune.fp8.scale_updates",
+        "Updates of the scale, whether or not it moved.",
+        |fp8| fp8.updates,
+    ),
+    Metric::counter(
+        "kitsune.fp8.not_finite_updates",
+        "Updates of the scale that saw an infinity or NaN.",
+        |fp8| fp8.not_finite,
+    ),
+];
+
 /// Gives the installed recorder the unit and help text of every metric. Metrics that are published without
 /// are complete but for these.
 pub fn describe() {
     POOL.iter().for_each(Metric::describe);
     TAG.iter().for_each(Metric::describe);
     SCALER.iter().for_each(Metric::describe);
+    FP8.iter().for_each(Metric::describe);
 }
 
 /// Publishes the statistics of `pool` as those of the pool `default` of its device. See [`publish_as`].
@@ -318,6 +362,36 @@ pub fn publish_scaler_as(scaler: &GradScaler, name: &str) -> Result<()> {
     SCALER
         .iter()
         .for_each(|metric| metric.publish(&stats, &labels));
+    Ok(())
+}
+
+/// Publishes the statistics of `scaler` as those of the scaler `default`. See [`publish_fp8_as`].
+///
+/// # Errors
+/// As [`publish_fp8_as`].
+pub fn publish_fp8(scaler: &Fp8Scaler) -> Result<()> {
+    publish_fp8_as(scaler, "default")
+}
+
+/// Publishes the statistics of each tensor of `scaler` under the labels `scaler="name"` and `tensor`, its name. Two
+/// scalers of one program need two names.
+///
+/// They lie on the device, so this waits for everything enqueued before: meant for every some steps. There are eight
+/// series a tensor.
+///
+/// # Errors
+/// [`Error::Driver`](crate::Error::Driver) if work of the stream failed; nothing was published.
+pub fn publish_fp8_as(scaler: &Fp8Scaler, name: &str) -> Result<()> {
+    let shared = |text: &str| SharedString::from(Arc::<str>::from(text));
+    let scaler_label = Label::new("scaler", shared(name));
+    for tensor in &scaler.stats()?.tensors {
+        let labels = [
+            scaler_label.clone(),
+            Label::new("tensor", shared(&tensor.name)),
+        ];
+        FP8.iter()
+            .for_each(|metric| metric.publish(tensor, &labels));
+    }
     Ok(())
 }
 

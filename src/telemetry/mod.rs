@@ -32,4 +32,6 @@ pub mod trace;
 pub use self::replay_csv::ReplayCsv;
 
 #[cfg(feature = "metrics")]
-pub use self::metrics::{describe, publish, publish_as, publish_scaler, publish_scaler_as};
+pub use self::metrics::{
+    describe, publish, publish_as, publish_fp8, publish_fp8_as, publish_scaler, publish_scaler_as,
+};

@@ -142,5 +142,15 @@ fn case_30_load_invalid() {
             .to_string()
     };
     assert!(read(r#"{"version": 9, "scales": [1.0]}"#).contains("version 9"));
-    assert!(read(r#"{"version": 1, "scales": [1.0]}"#).contains("unknown key `scales`"));
+    assert!(read(r#"{"version": 9, "scale": "high", "refill": 7}"#).contains("version 9"));
+    assert!(read(r#"{"version": "2b", "scale": 1.0}"#).contains("version \"2b\" is not known"));
+    // Of this version, the key that cannot be is named.
+    assert!(read(r#"{"version": 1, "scales": [1.0]}"#).contains("unknown field `scales`"));
+    let told = read(r#"{"version": 1, "scale": 2.0, "growth_factor": "two"}"#);
+    assert!(told.contains("key `growth_factor`: invalid type"), "{told}");
+    let told = read(r#"{"_growth_tracker": -1}"#);
+    assert!(
+        told.contains("key `_growth_tracker`: invalid value"),
+        "{told}"
+    );
 }

@@ -1,11 +1,14 @@
 //! Scaled conversions to and from 8 bits.
 
 use kitsune::amp::fp8::{AmaxAlgorithm, Fp8Config, Fp8Scaler};
-use kitsune::launch::{self, QuantizeTo};
+use kitsune::launch::{self, QuantizeTo, Span};
 use kitsune::{Context, DType, Device, F8E4M3, F8E5M2, HostConfig, Overflow, Tensor};
 
 use super::device_support::with_kernels;
-use super::support::{LEADS, LENGTHS, Nearness, compare, large, numbers, with_specials};
+use super::places::{BAD, LEN, PLACES, assert_stay, same_kind, spoiled_at};
+use super::support::{
+    LEADS, LENGTHS, Nearness, Side, compare, large, numbers, on_each, with_specials,
+};
 
 /// Everything that quantizing `len` elements writes, twice, so that it goes on from what it finds.
 fn quantized(dtypes: [DType; 2], len: usize, leads: [usize; 2], overflow: Overflow, scale: f64) {
@@ -111,6 +114,81 @@ fn dequantizing() {
             }
         }
     }
+}
+
+/// What is not finite becomes NaN, or the largest number if that is asked for; nothing else does. The largest magnitude
+/// and the counts tell of it wherever it was.
+#[test]
+fn elements_that_are_not_finite_stay_where_they_are() {
+    for dtype in DType::FLOATS {
+        for narrow in DType::F8 {
+            // e4m3 has no infinities.
+            let becomes = |x: f64| match narrow {
+                DType::F8E4M3 if x.is_infinite() => f64::NAN,
+                _ => x,
+            };
+            assert_stay("quantize", [dtype, narrow], becomes, |side, x, y| {
+                quantize_alone(side, x, y, Overflow::Infinity);
+            });
+            let saturated = |x: f64| if x.is_nan() { x } else { 1.0 };
+            assert_stay("quantize", [dtype, narrow], saturated, |side, x, y| {
+                quantize_alone(side, x, y, Overflow::Saturate);
+            });
+            assert_stay("dequantize", [narrow, dtype], becomes, |side, x, y| {
+                let inverse = side.array(DType::F32, 0, &[0.5]);
+                launch::dequantize(&side.stream, x, &inverse, y).unwrap();
+            });
+        }
+        for (number, place) in PLACES.into_iter().enumerate() {
+            let (bad, lead) = (BAD[number % 3], number % 4);
+            let outputs = on_each(|side| {
+                let x = side.array(dtype, lead, &spoiled_at(place, bad));
+                let [amax, also] = [(); 2].map(|()| side.array(DType::F32, 0, &[0.0]));
+                let counts = side.array(DType::F64, 0, &[0.0; 5]);
+                launch::amax(&side.stream, &x, &amax).unwrap();
+                let y = side.rubbish(DType::F8E5M2, lead, LEN);
+                let scale = side.array(DType::F32, 0, &[1.0]);
+                let full = QuantizeTo {
+                    y: &y,
+                    scale: &scale,
+                    overflow: Overflow::Saturate,
+                    inverse: None,
+                    amax: Some(&also),
+                    counts: Some(&counts),
+                };
+                launch::quantize(&side.stream, &x, &full).unwrap();
+                vec![amax, also, counts]
+            });
+            for output in outputs {
+                let what = format!("{dtype} {bad} at {place}: {output:?}");
+                let largest = bad.abs();
+                assert!(
+                    output[..2].iter().all(|amax| same_kind(amax[0], largest)),
+                    "{what}"
+                );
+                let is_nan = f64::from(u8::from(bad.is_nan()));
+                assert_eq!(
+                    output[2][..4],
+                    [LEN as f64, 1.0 - is_nan, 0.0, is_nan],
+                    "{what}"
+                );
+            }
+        }
+    }
+}
+
+/// Quantizes by a scale of 1, with nothing beside.
+fn quantize_alone(side: &Side, x: &Span, y: &Span, overflow: Overflow) {
+    let scale = side.array(DType::F32, 0, &[1.0]);
+    let to = QuantizeTo {
+        y,
+        scale: &scale,
+        overflow,
+        inverse: None,
+        amax: None,
+        counts: None,
+    };
+    launch::quantize(&side.stream, x, &to).unwrap();
 }
 
 /// Scales and histories after iterations of every kind, on this device.

@@ -1,9 +1,14 @@
 //! Ten million elements: every grid is at its largest, and threads, warps and blocks go on to further turns.
 
-use kitsune::DType;
-use kitsune::launch::{self, Activation, StridedCopy};
+use kitsune::amp::{AmpConfig, GradScaler};
+use kitsune::launch::{self, Accumulate, Activation, LayerNorm, Matrix, StridedCopy};
+use kitsune::optim::{
+    AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd, SgdConfig,
+};
+use kitsune::{Context, DType, Tensor};
 
 use super::support::{Nearness, compare, large, numbers, of_library};
+use super::tables::{Seen, assert_same, on_both, steps, tensor, ulps_of_adam};
 
 const COLUMNS: usize = 101;
 
@@ -102,4 +107,132 @@ fn ten_million_to_transpose() {
         launch::copy_strided(&side.stream, &copy).unwrap();
         vec![dst]
     });
+}
+
+#[test]
+fn ten_million_from_8_bits_and_their_largest() {
+    compare("8 bits", Nearness::Bits, |side| {
+        let x = side.array(DType::F8E4M3, 1, &numbers(7, large(), 400.0));
+        let inverse = side.array(DType::F32, 0, &[1.0 / 3.0]);
+        let y = side.rubbish(DType::Bf16, 1, x.len());
+        let amax = side.array(DType::F32, 0, &[0.0]);
+        launch::dequantize(&side.stream, &x, &inverse, &y).unwrap();
+        launch::amax(&side.stream, &y, &amax).unwrap();
+        vec![y, amax]
+    });
+}
+
+#[test]
+fn ten_million_in_a_product() {
+    let columns = large() / COLUMNS;
+    // Each of so many steps rounds, in either order.
+    let near = Nearness::Ulps(1.0, 1e-4);
+    compare("product", near, |side| {
+        let a = side.array(DType::F32, 0, &numbers(8, COLUMNS * columns, 0.01));
+        let b = side.array(DType::F32, 0, &numbers(9, 2 * columns, 0.01));
+        let out = side.rubbish(DType::F32, 0, COLUMNS * 2);
+        let left = Matrix::dense(&a, COLUMNS, columns).unwrap();
+        let right = Matrix::dense(&b, columns, 2).unwrap();
+        launch::matmul(&side.stream, &left, &right, &out, Accumulate::Overwrite).unwrap();
+        vec![out]
+    });
+}
+
+#[test]
+fn ten_million_of_a_transformer() {
+    const LENGTH: usize = 64;
+    compare("transformer", Nearness::Ulps(4.0, 1e-5), |side| {
+        let rows = large() / LENGTH / LENGTH * LENGTH;
+        let x = side.array(DType::F16, 0, &numbers(10, rows * LENGTH, 3.0));
+        let [ones, bias] = [1, 2].map(|seed| side.array(DType::F16, 0, &numbers(seed, 64, 1.0)));
+        let [out, weights, picked] = [(); 3].map(|()| side.rubbish(DType::F16, 0, x.len()));
+        let stats = side.rubbish(DType::F32, 0, 2 * rows);
+        let operands = LayerNorm {
+            x: &x,
+            weight: &ones,
+            bias: &bias,
+            out: &out,
+            stats: &stats,
+            epsilon: 1e-3,
+        };
+        launch::layer_norm(&side.stream, &operands).unwrap();
+        launch::causal_softmax(&side.stream, &x, &weights, LENGTH, 0.5).unwrap();
+        let ids: Vec<f64> = (0..rows).map(|row| (row * 7 % 1000) as f64).collect();
+        let ids = side.array(DType::U32, 0, &ids);
+        launch::embedding(&side.stream, &x, &ids, &picked, LENGTH).unwrap();
+        vec![out, weights, picked]
+    });
+}
+
+/// Optimizers of every way to keep state, beside checks, unscaling and clipping.
+fn ten_million_weights<O: Optimizer>(
+    dtypes: &[DType],
+    ulps: f64,
+    make: impl Fn(Vec<Parameter>) -> O,
+) {
+    let both = on_both(|context| {
+        let weight = |dtype: &DType| {
+            let value = tensor(context, *dtype, &numbers(1, large(), 1.0));
+            Parameter::new(format!("{dtype}"), value).unwrap()
+        };
+        let weights: Vec<_> = dtypes.iter().map(weight).collect();
+        steps(context, &weights, make(weights.clone()))
+    });
+    assert_same("ten million", &both, 0.0, ulps);
+}
+
+#[test]
+fn ten_million_weights_of_adamw() {
+    ten_million_weights(&[DType::F32, DType::F16], ulps_of_adam(), |weights| {
+        AdamW::new(weights, AdamWConfig::default()).unwrap()
+    });
+}
+
+#[test]
+fn ten_million_weights_of_narrow_adamw() {
+    ten_million_weights(&[DType::Bf16], ulps_of_adam(), |weights| {
+        let config = AdamWConfig {
+            master_weights: MasterWeights::Split,
+            moments: Moments::Bf16,
+            amsgrad: true,
+            ..AdamWConfig::default()
+        };
+        AdamW::new(weights, config).unwrap()
+    });
+}
+
+#[test]
+fn ten_million_weights_of_sgd() {
+    ten_million_weights(&[DType::Bf16], 0.0, |weights| {
+        let config = SgdConfig {
+            momentum: 0.9,
+            master_weights: MasterWeights::Split,
+            ..SgdConfig::default()
+        };
+        Sgd::new(weights, config).unwrap()
+    });
+}
+
+#[test]
+fn ten_million_in_a_sum_that_is_checked_where_it_is_made() {
+    let both = on_both(|context: &Context| {
+        let first = tensor(context, DType::F32, &numbers(11, large(), 1.0));
+        let weight = Tensor::zeros(context, [large()], DType::F32).unwrap();
+        let weight = Parameter::new("w", weight).unwrap();
+        let mut scaler = GradScaler::new(context, AmpConfig::bf16()).unwrap();
+        scaler.accumulate(&weight, first).unwrap();
+        let mut terms = numbers(12, large(), 1.0);
+        let len = terms.len();
+        (terms[len / 2], terms[len - 1]) = (f64::NAN, f64::INFINITY);
+        let terms = tensor(context, DType::Bf16, &terms);
+        scaler.accumulate(&weight, terms).unwrap();
+        let mut sgd = Sgd::new(vec![weight.clone()], SgdConfig::default()).unwrap();
+        assert!(!scaler.step(&mut sgd).unwrap().is_applied().unwrap());
+        scaler.update().unwrap();
+        let report = &scaler.stats().unwrap().overflows[0].tensors[0];
+        let counts = [report.inf_count, report.nan_count, report.first_index];
+        assert_eq!(counts, [1, 1, len as u64 / 2]);
+        vec![Seen::of(&weight.grad().unwrap())]
+    });
+    assert_same("produced", &both, 0.0, 0.0);
 }

@@ -10,6 +10,8 @@ mod fp8;
 mod large;
 mod layouts;
 mod places;
+mod places_of_steps;
+mod produced;
 mod rows;
 mod shim;
 mod support;

@@ -3,18 +3,18 @@
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::launch::{self, Activation, Span, StridedCopy};
-use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
+use kitsune::optim::{Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Device, HostConfig, Result, Stream, Tensor};
 
 use super::device_support::with_kernels;
-use super::support::on_each;
+use super::support::{Side, on_each};
 
 /// More than a chunk of 65536, and no multiple of a pack.
-const LEN: usize = 65_536 + 4_099;
+pub(super) const LEN: usize = 65_536 + 4_099;
 
 /// The first elements, those before the first aligned pack, both sides of pack, block and chunk borders, the middle, those
 /// behind the last whole pack, and the last.
-const PLACES: [usize; 19] = [
+pub(super) const PLACES: [usize; 19] = [
     0,
     1,
     2,
@@ -36,13 +36,13 @@ const PLACES: [usize; 19] = [
     LEN - 1,
 ];
 
-const BAD: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+pub(super) const BAD: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
 /// How many elements arrays are off their alignment.
-const LEADS: [usize; 3] = [0, 1, 3];
+pub(super) const LEADS: [usize; 3] = [0, 1, 3];
 
 /// Ones, with another of [`BAD`] at each place; `turn` says which comes first.
-fn spoiled(turn: usize) -> Vec<f64> {
+pub(super) fn spoiled(turn: usize) -> Vec<f64> {
     let mut values = vec![1.0; LEN];
     for (number, place) in PLACES.into_iter().enumerate() {
         values[place] = BAD[(number + turn) % BAD.len()];
@@ -51,14 +51,14 @@ fn spoiled(turn: usize) -> Vec<f64> {
 }
 
 /// One that is alone of its kind at `place`.
-fn spoiled_at(place: usize, bad: f64) -> Vec<f64> {
+pub(super) fn spoiled_at(place: usize, bad: f64) -> Vec<f64> {
     let mut values = vec![1.0; LEN];
     values[place] = bad;
     values
 }
 
 /// Of numbers that are not finite: the same one. Finite ones are all alike.
-fn same_kind(a: f64, b: f64) -> bool {
+pub(super) fn same_kind(a: f64, b: f64) -> bool {
     a.is_finite() && b.is_finite() || a.is_nan() && b.is_nan() || a == b
 }
 
@@ -74,7 +74,7 @@ fn gelu(x: f64) -> f64 {
     if x == f64::NEG_INFINITY { f64::NAN } else { x }
 }
 
-const KERNELS: [OfOne; 8] = [
+const KERNELS: [OfOne; 9] = [
     ("cast", launch::cast, |x| x),
     (
         "add",
@@ -106,6 +106,12 @@ const KERNELS: [OfOne; 8] = [
         |stream, x, out| launch::activation_backward(stream, Activation::Relu, out, x, out),
         |x| x,
     ),
+    // The density there is 0, which is multiplied by infinity.
+    (
+        "gelu_backward",
+        |stream, x, out| launch::activation_backward(stream, Activation::Gelu, x, out, out),
+        |x| if x.is_finite() { x } else { f64::NAN },
+    ),
     (
         "copy_strided",
         |stream, x, out| {
@@ -122,26 +128,48 @@ const KERNELS: [OfOne; 8] = [
     ),
 ];
 
+/// Launches on spoiled elements of this type, at every alignment: each must become what `becomes` says, and no other.
+#[track_caller]
+pub(super) fn assert_stay(
+    what: &str,
+    [from, to]: [DType; 2],
+    becomes: impl Fn(f64) -> f64,
+    launch: impl Fn(&Side, &Span, &Span),
+) {
+    for (turn, lead) in LEADS.into_iter().enumerate() {
+        let values = spoiled(turn);
+        let outputs = on_each(|side| {
+            let x = side.array(from, lead, &values);
+            // Ones, where a kernel reads them too.
+            let out = side.array(to, (lead + turn) % 8, &[1.0; LEN]);
+            launch(side, &x, &out);
+            vec![out]
+        });
+        for (side, output) in outputs.iter().enumerate() {
+            let mut pairs = values.iter().zip(&output[0]);
+            let wrong = pairs.position(|(x, y)| !same_kind(becomes(*x), *y));
+            assert_eq!(wrong, None, "{what} {from} {to} lead {lead} side {side}");
+        }
+    }
+}
+
 #[test]
 fn elements_that_are_not_finite_stay_where_they_are() {
-    for (name, launch, becomes) in KERNELS {
-        for dtype in DType::FLOATS {
-            for (turn, lead) in LEADS.into_iter().enumerate() {
-                let values = spoiled(turn);
-                let outputs = on_each(|side| {
-                    let x = side.array(dtype, lead, &values);
-                    // Ones, where a kernel reads them too.
-                    let out = side.array(dtype, (lead + turn) % 8, &[1.0; LEN]);
-                    launch(&side.stream, &x, &out).unwrap();
-                    vec![out]
-                });
-                for (side, output) in outputs.iter().enumerate() {
-                    let mut pairs = values.iter().zip(&output[0]);
-                    let wrong = pairs.position(|(x, y)| !same_kind(becomes(*x), *y));
-                    assert_eq!(wrong, None, "{name} {dtype} lead {lead} side {side}");
-                }
-            }
+    for dtype in DType::FLOATS {
+        for (name, launch, becomes) in KERNELS {
+            assert_stay(name, [dtype; 2], becomes, |side, x, out| {
+                launch(&side.stream, x, out).unwrap();
+            });
         }
+        assert_stay(
+            "scale",
+            [dtype; 2],
+            |x| -x,
+            |side, x, out| {
+                let factor = side.array(DType::F32, 0, &[-2.0]);
+                launch::scale(&side.stream, x, &factor, out).unwrap();
+            },
+        );
     }
 }
 
@@ -152,13 +180,15 @@ fn one_element_that_is_not_finite_shows_in_a_sum() {
             for (number, place) in PLACES.into_iter().enumerate() {
                 let outputs = on_each(|side| {
                     let x = side.array(dtype, LEADS[number % 3], &spoiled_at(place, bad));
-                    let sum = side.rubbish(launch::sum_dtype(dtype), 0, 1);
+                    let [sum, mean] =
+                        [(); 2].map(|()| side.rubbish(launch::sum_dtype(dtype), 0, 1));
                     launch::sum(&side.stream, &x, &sum).unwrap();
-                    vec![sum]
+                    launch::mean(&side.stream, &x, &mean).unwrap();
+                    vec![sum, mean]
                 });
                 for output in outputs {
                     assert!(
-                        same_kind(output[0][0], bad),
+                        same_kind(output[0][0], bad) && same_kind(output[1][0], bad),
                         "{dtype} {bad} at {place}: {output:?}"
                     );
                 }
@@ -197,9 +227,16 @@ fn one_element_of_a_matrix_spoils_its_row_or_column_alone() {
                     launch::sum_rows(stream, &x, &sums).unwrap();
                     launch::argmax_rows(stream, &x, &best).unwrap();
                     launch::cross_entropy(stream, &x, &labels, &losses, &loss, &p).unwrap();
-                    vec![sums, best, p]
+                    let seed = side.array(DType::F32, 0, &[4.0]);
+                    let grad = side.rubbish(dtype, 1, x.len());
+                    launch::cross_entropy_backward(stream, &p, &labels, &seed, &grad).unwrap();
+                    let bias = side.array(dtype, 3, &values[..COLUMNS]);
+                    let with_bias = side.rubbish(dtype, 0, x.len());
+                    launch::add_bias(stream, &x, &bias, &with_bias).unwrap();
+                    vec![sums, best, p, grad, with_bias]
                 });
-                for [sums, best, p] in [twin, kernel].map(|side| <[_; 3]>::try_from(side).unwrap())
+                for [sums, best, p, grad, with_bias] in
+                    [twin, kernel].map(|side| <[_; 5]>::try_from(side).unwrap())
                 {
                     let what = format!("{dtype} {bad} in row {row}, column {column}");
                     for (at, sum) in sums.iter().enumerate() {
@@ -214,9 +251,15 @@ fn one_element_of_a_matrix_spoils_its_row_or_column_alone() {
                         column
                     };
                     assert_eq!(best[row], largest as f64, "{what}");
-                    let spoiled = p.iter().map(|p| !p.is_finite());
-                    let elsewhere = spoiled.enumerate().filter(|(at, _)| at / COLUMNS != row);
-                    assert!(!elsewhere.into_iter().any(|(_, spoiled)| spoiled), "{what}");
+                    for (at, (p, grad)) in p.iter().zip(&grad).enumerate() {
+                        assert!(at / COLUMNS == row || p.is_finite(), "{what}");
+                        assert_eq!(p.is_finite(), grad.is_finite(), "{what}");
+                    }
+                    for (at, sum) in with_bias.iter().enumerate() {
+                        // The bias is the first row: one element there spoils its column.
+                        let expected = values[at] + values[at % COLUMNS];
+                        assert!(same_kind(*sum, expected), "{what}, with a bias");
+                    }
                 }
             }
         }
@@ -224,7 +267,7 @@ fn one_element_of_a_matrix_spoils_its_row_or_column_alone() {
 }
 
 /// A context on each of the two devices.
-fn contexts() -> [Context; 2] {
+pub(super) fn contexts() -> [Context; 2] {
     let host = Device::host(HostConfig::default()).unwrap();
     [host.clone(), with_kernels(&host)].map(|device| Context::new(&device).unwrap())
 }
@@ -235,14 +278,14 @@ fn of_dtype(context: &Context, dtype: DType, values: &[f64]) -> Tensor {
 }
 
 /// `values` in the middle of a larger tensor, `lead` elements past its start.
-fn misaligned(context: &Context, dtype: DType, lead: usize, values: &[f64]) -> Tensor {
+pub(super) fn misaligned(context: &Context, dtype: DType, lead: usize, values: &[f64]) -> Tensor {
     let all = [&vec![1.0; lead][..], values, &[1.0; 5]].concat();
     let tensor = of_dtype(context, dtype, &all);
     tensor.narrow(0, lead, values.len()).unwrap()
 }
 
 /// A small tensor before it, and one behind it.
-fn with_neighbours(context: &Context, dtype: DType, middle: Tensor) -> Vec<Parameter> {
+pub(super) fn with_neighbours(context: &Context, dtype: DType, middle: Tensor) -> Vec<Parameter> {
     let small = || of_dtype(context, dtype, &[1.0; 33]);
     [small(), middle, small()]
         .into_iter()
@@ -280,41 +323,6 @@ fn one_gradient_that_is_not_finite_is_found_counted_and_placed() {
                     let is_nan = u64::from(bad.is_nan());
                     assert_eq!(counts, (1 - is_nan, is_nan, place as u64), "{what}");
                 }
-            }
-        }
-    }
-}
-
-#[test]
-fn a_gradient_that_is_not_finite_spoils_its_own_weight_alone() {
-    for context in contexts() {
-        for dtype in DType::FLOATS {
-            for (turn, lead) in LEADS.into_iter().enumerate() {
-                let values = spoiled(turn);
-                let step = |make: &dyn Fn(Vec<Parameter>) -> Box<dyn Optimizer>| {
-                    let gradient = misaligned(&context, dtype, lead, &values);
-                    let parameters = with_neighbours(&context, dtype, gradient);
-                    let mut optimizer = make(parameters.clone());
-                    optimizer.step_unscaled().unwrap();
-                    for (number, parameter) in parameters.iter().enumerate() {
-                        let after = parameter.value().cast(DType::F64).unwrap();
-                        let after = after.to_vec::<f64>().unwrap();
-                        let finite = |at: usize| number != 1 || values[at].is_finite();
-                        let wrong =
-                            (0..after.len()).find(|at| after[*at].is_finite() != finite(*at));
-                        assert_eq!(wrong, None, "{dtype} lead {lead} tensor {number}");
-                    }
-                };
-                step(&|parameters| {
-                    let config = SgdConfig {
-                        momentum: 0.9,
-                        ..SgdConfig::default()
-                    };
-                    Box::new(Sgd::new(parameters, config).unwrap())
-                });
-                step(&|parameters| {
-                    Box::new(AdamW::new(parameters, AdamWConfig::default()).unwrap())
-                });
             }
         }
     }

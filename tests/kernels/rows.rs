@@ -186,6 +186,28 @@ fn cross_entropy() {
     }
 }
 
+/// Probabilities of every type, the gradient of the same one or of another.
+#[test]
+fn cross_entropy_backward_of_any_probabilities() {
+    for dtype in DType::FLOATS {
+        for to in DType::FLOATS {
+            for (rows, columns) in SHAPES {
+                let what = format!("cross entropy backward {dtype} {to} {rows} {columns}");
+                compare(&what, Nearness::Bits, |side| {
+                    let p = side.array(dtype, rows % 3, &with_specials(12, rows * columns, 1.0));
+                    let labels: Vec<f64> = (0..rows).map(|row| (row % columns) as f64).collect();
+                    let labels = side.array(DType::U32, 1, &labels);
+                    let seed = side.array(DType::F32, 0, &[3.0]);
+                    let grad = side.rubbish(to, 1, p.len());
+                    launch::cross_entropy_backward(&side.stream, &p, &labels, &seed, &grad)
+                        .unwrap();
+                    vec![grad]
+                });
+            }
+        }
+    }
+}
+
 #[test]
 fn products_of_matrices() {
     let sizes = [

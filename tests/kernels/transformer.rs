@@ -6,7 +6,7 @@
 use kitsune::DType;
 use kitsune::launch::{self, LayerNorm, LayerNormBackward};
 
-use super::support::{Nearness, compare, numbers};
+use super::support::{Nearness, compare, numbers, on_each};
 
 const NEAR: Nearness = Nearness::Ulps(4.0, 1e-5);
 
@@ -79,18 +79,85 @@ fn normalization() {
                 };
                 launch::layer_norm(&side.stream, &operands).unwrap();
                 let grad_out = side.array(to, 0, &numbers(4, len, 1.0));
-                let (grad_in, terms) = (side.rubbish(dtype, 1, len), side.rubbish(wide, 0, len));
-                let operands = LayerNormBackward {
-                    x: &x,
-                    weight: &weight,
-                    stats: &stats,
-                    grad_out: &grad_out,
-                    grad_in: &grad_in,
-                    grad_normalized: &terms,
-                };
-                launch::layer_norm_backward(&side.stream, &operands).unwrap();
-                vec![out, stats, grad_in, terms]
+                let mut outputs = vec![out, stats];
+                // All operands of one type, or the terms of a sum in that of the sum.
+                for terms in [dtype, wide] {
+                    let (grad_in, terms) =
+                        (side.rubbish(dtype, 1, len), side.rubbish(terms, 0, len));
+                    let operands = LayerNormBackward {
+                        x: &x,
+                        weight: &weight,
+                        stats: &stats,
+                        grad_out: &grad_out,
+                        grad_in: &grad_in,
+                        grad_normalized: &terms,
+                    };
+                    launch::layer_norm_backward(&side.stream, &operands).unwrap();
+                    outputs.extend([grad_in, terms]);
+                }
+                outputs
             });
+        }
+    }
+}
+
+/// One element that is not finite spoils its own row of every result, and no other, wherever in the row it is.
+#[test]
+fn one_element_that_is_not_finite_spoils_its_row_alone() {
+    const ROWS: usize = 9;
+    const COLUMNS: usize = 9;
+    for dtype in DType::FLOATS {
+        for bad in [f64::NAN, f64::INFINITY] {
+            for (row, column) in [(0, 0), (3, 1), (8, 7), (8, 8)] {
+                let mut values = numbers(5, ROWS * COLUMNS, 2.0);
+                values[row * COLUMNS + column] = bad;
+                let outputs = on_each(|side| {
+                    let x = side.array(dtype, 1, &values);
+                    let ones = side.array(dtype, 0, &[1.0; COLUMNS]);
+                    let wide = launch::sum_dtype(dtype);
+                    let [out, grad_in, terms, weights, picked] =
+                        [(); 5].map(|()| side.rubbish(dtype, 0, x.len()));
+                    let stats = side.rubbish(wide, 0, 2 * ROWS);
+                    let forward = LayerNorm {
+                        x: &x,
+                        weight: &ones,
+                        bias: &ones,
+                        out: &out,
+                        stats: &stats,
+                        epsilon: 1e-3,
+                    };
+                    launch::layer_norm(&side.stream, &forward).unwrap();
+                    let finite = side.array(dtype, 0, &numbers(6, x.len(), 1.0));
+                    let backward = LayerNormBackward {
+                        x: &x,
+                        weight: &ones,
+                        stats: &stats,
+                        grad_out: &finite,
+                        grad_in: &grad_in,
+                        grad_normalized: &terms,
+                    };
+                    launch::layer_norm_backward(&side.stream, &backward).unwrap();
+                    launch::causal_softmax(&side.stream, &x, &weights, COLUMNS, 1.0).unwrap();
+                    let ids: Vec<f64> = (0..9).map(f64::from).collect();
+                    let ids = side.array(DType::U32, 0, &ids);
+                    launch::embedding(&side.stream, &x, &ids, &picked, COLUMNS).unwrap();
+                    let grad = side.rubbish(dtype, 0, x.len());
+                    launch::embedding_backward(&side.stream, &x, &ids, &grad, COLUMNS).unwrap();
+                    vec![out, grad_in, terms, weights, picked, grad]
+                });
+                for (side, outputs) in outputs.iter().enumerate() {
+                    for (number, output) in outputs.iter().enumerate() {
+                        let what = format!("{dtype} {bad} at {row} {column}: {number} of {side}");
+                        let is_bad = |at: usize| !output[at].is_finite();
+                        let elsewhere = |at: &usize| at / COLUMNS != row && is_bad(*at);
+                        assert_eq!((0..output.len()).find(elsewhere), None, "{what}");
+                        // A row sees what stands up to its own place.
+                        let shows = number != 3 || column <= row;
+                        let in_row = (row * COLUMNS..(row + 1) * COLUMNS).any(is_bad);
+                        assert_eq!(in_row, shows, "{what}");
+                    }
+                }
+            }
         }
     }
 }

@@ -6,8 +6,8 @@
 for each parameter).
 """
 
+import argparse
 import statistics
-import sys
 import time
 
 import torch
@@ -38,8 +38,9 @@ def milliseconds(work):
     return 1e3 * (time.perf_counter() - start)
 
 
-for argument in sys.argv[1:]:
-    count = int(float(argument))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("counts", nargs="+", type=float, metavar="PARAMETERS")
+for count in map(int, parser.parse_args().counts):
     source = torch.ones(2 * count, dtype=torch.float64)
     target = torch.zeros_like(source)
     step = trainer(count)

@@ -2,6 +2,10 @@
 
 use std::ops::RangeInclusive;
 
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::amp::versioned;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -12,8 +16,11 @@ const VERSION: u32 = 1;
 const SCALES: RangeInclusive<f32> = f32::MIN_POSITIVE..=f32::MAX;
 
 /// What an [`Fp8Scaler`](super::Fp8Scaler) needs to go on where it was.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+///
+/// It is read from formats that tell what they hold, as JSON does. Reading one of a later version fails with that
+/// version, whatever else is in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Fp8State {
     /// Version of this layout.
     pub version: u32,
@@ -22,7 +29,7 @@ pub struct Fp8State {
 }
 
 /// Scale and history of one tensor.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fp8TensorState {
     /// Its name.
@@ -33,6 +40,19 @@ pub struct Fp8TensorState {
     pub scale: f32,
     /// Its largest magnitudes: the running one, which is 0, then the oldest to the newest. One 0 for current scales.
     pub history: Vec<f32>,
+}
+
+impl Serialize for Fp8State {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Fp8State {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let state = versioned::checked(deserializer, VERSION)?;
+        Self::deserialize(&state).map_err(D::Error::custom)
+    }
 }
 
 impl Fp8State {

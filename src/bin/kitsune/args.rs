@@ -1,12 +1,13 @@
 //! The command line, and what is refused before anything runs.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand, ValueEnum, value_parser};
+use clap::{
+    Arg, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint, value_parser,
+};
 use kitsune::{DType, Device, HostConfig};
 use serde::{Deserialize, Serialize};
 
@@ -72,9 +73,10 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
 
-    /// Serve Prometheus metrics at http://ADDR/metrics during the run, for example 127.0.0.1:9100.
-    #[arg(long, value_name = "ADDR")]
-    pub(crate) metrics: Option<SocketAddr>,
+    /// Serve Prometheus metrics at http://ADDR/metrics during the run, for example 127.0.0.1:9100 or
+    /// localhost:9100.
+    #[arg(long, value_name = "ADDR", value_parser = parse_address)]
+    pub(crate) metrics: Option<String>,
 
     /// Put an infinity into a gradient at this step (the first is 1).
     #[arg(long, value_name = "STEP", value_parser = value_parser!(u64).range(1..))]
@@ -109,7 +111,7 @@ pub(crate) struct TrainArgs {
     pub(crate) accumulate: u32,
 
     /// Clip gradients to this norm; gpt clips to 1 if not given.
-    #[arg(long, value_name = "NORM", value_parser = parse_learning_rate)]
+    #[arg(long, value_name = "NORM", value_parser = parse_norm)]
     pub(crate) clip: Option<f32>,
 
     /// Step width of the optimizer at the start, 0.01 (mlp) or 0.003 (gpt) if not given; it falls to zero over
@@ -175,7 +177,8 @@ pub(crate) enum Parsed {
 
 /// Understands `line`, whose first element is the program's name.
 pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure> {
-    let args = match Cli::try_parse_from(line) {
+    let matches = command().try_get_matches_from(line);
+    let args = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => match cli.command {
             Command::Train(args) => args,
             Command::Replay(args) => return Ok(Parsed::Replay(Box::new(args))),
@@ -191,6 +194,18 @@ pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
         )));
     }
     Ok(Parsed::Train(Box::new(args)))
+}
+
+/// The command line's definition. What stands behind a flag with a value is that value, also where it begins with a
+/// hyphen: a negative number is refused as one, and not as a flag that nobody knows. Of files that holds not, so that
+/// `--save --json` makes no file called `--json`.
+fn command() -> clap::Command {
+    let takes_any = |arg: Arg| {
+        let is_value = arg.get_long().is_some() && arg.get_action().takes_values();
+        let is_file = arg.get_value_hint() == ValueHint::AnyPath;
+        arg.allow_hyphen_values(is_value && !is_file)
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(takes_any))
 }
 
 /// Clap calls help an error, and spreads real errors over several lines.
@@ -212,7 +227,12 @@ fn condensed(text: &str) -> String {
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
         .filter(|line| !line.is_empty());
     let line = told.collect::<Vec<_>>().join(" ");
-    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    // What the standard library says of a sign or a point.
+    line.replace(
+        "invalid digit found in string",
+        "not a whole number, 0 or more",
+    )
 }
 
 fn dtype_parser() -> impl TypedValueParser<Value = DType> {
@@ -258,6 +278,26 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A host, by name or number, and a port, as they were given. Whether there is such a host turns out when it is used.
+fn parse_address(text: &str) -> Result<String, String> {
+    let is_address = text
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    if is_address {
+        Ok(text.to_owned())
+    } else {
+        Err("not an address and a port, such as 127.0.0.1:9100 or localhost:9100".to_owned())
+    }
+}
+
+fn parse_norm(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(norm) if norm > 0.0 && norm.is_finite() => Ok(norm),
+        Ok(_) => Err("not above 0 and finite".to_owned()),
+        Err(_) => Err("not a number such as 1.5".to_owned()),
+    }
+}
+
 fn parse_learning_rate(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
@@ -283,8 +323,7 @@ mod tests {
 
     #[test]
     fn the_definition_is_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
@@ -298,6 +337,9 @@ mod tests {
             (DType::Bf16, Some(2 << 20), 7)
         );
         assert!(
+            matches!(parsed("kitsune train --clip 1000"), Ok(Parsed::Train(args)) if args.clip == Some(1000.0))
+        );
+        assert!(
             matches!(parsed("kitsune --help"), Ok(Parsed::Help(text)) if text.contains("train"))
         );
         assert!(matches!(
@@ -306,9 +348,20 @@ mod tests {
         ));
     }
 
+    fn assert_refused(cases: &[(&str, &str)]) {
+        for (line, reason) in cases {
+            let message = refusal(line);
+            assert!(message.contains(reason), "`{line}` said: {message}");
+            assert!(
+                !message.contains('\n') && !message.contains("Usage"),
+                "{message}"
+            );
+        }
+    }
+
     #[test]
     fn refusals_are_one_line_and_say_why() {
-        let cases = [
+        assert_refused(&[
             ("kitsune", "no command"),
             ("kitsune tarin", "'tarin'"),
             (
@@ -320,9 +373,12 @@ mod tests {
                 "[possible values: auto, host, cuda]",
             ),
             ("kitsune train --steps 0", "0 is not in 1.."),
-            ("kitsune train --steps -1", "'-1'"),
             (
                 "kitsune train --steps 99999999999999999999",
+                "number too large",
+            ),
+            (
+                "kitsune train --seed 18446744073709551616",
                 "number too large",
             ),
             (
@@ -340,25 +396,51 @@ mod tests {
             ),
             ("kitsune train --inject-overflow 0", "0 is not in 1.."),
             ("kitsune train --batch-size 0", "0 is not in 1.."),
+            (
+                "kitsune train --batch-size 2.5",
+                "'--batch-size <N>': not a whole number",
+            ),
             ("kitsune train --learning-rate NaN", "not above 0"),
             ("kitsune train --learning-rate inf", "not above 0"),
-            ("kitsune train --learning-rate -1", "-1"),
             ("kitsune train --learning-rate fast", "not a number"),
+            ("kitsune train --clip 0", "not above 0"),
+            ("kitsune train --clip NaN", "not above 0"),
+            ("kitsune train --clip 1e39", "not above 0 and finite"),
             ("kitsune train --limit 0", "must leave room"),
             ("kitsune train --limit 99999999TiB", "more bytes"),
             ("kitsune train --limit MiB", "not a byte count"),
             ("kitsune train --limit 1.5GiB", "not a byte count"),
-            ("kitsune train --metrics 9100", "invalid socket address"),
             ("kitsune train --save-every 5", "--save <FILE>"),
             ("kitsune train --save x --save-every 0", "0 is not in 1.."),
-        ];
-        for (line, reason) in cases {
-            let message = refusal(line);
-            assert!(message.contains(reason), "`{line}` said: {message}");
-            assert!(
-                !message.contains('\n') && !message.contains("Usage"),
-                "{message}"
-            );
+        ]);
+        for address in ["9100", ":9100", "localhost", "localhost:65536"] {
+            let line = format!("kitsune train --metrics {address}");
+            assert_refused(&[(&line, "not an address and a port")]);
         }
+    }
+
+    #[test]
+    fn values_that_begin_with_a_hyphen_are_named_with_their_flag() {
+        let of = |value, flag| format!("invalid value '{value}' for '--{flag}>': ");
+        for (line, value, flag) in [
+            ("train --steps -1", "-1", "steps <N"),
+            ("train --seed -1", "-1", "seed <N"),
+            ("train --accumulate -2", "-2", "accumulate <N"),
+            ("train --learning-rate -1", "-1", "learning-rate <X"),
+            ("train --clip -inf", "-inf", "clip <NORM"),
+            ("train --limit -5MiB", "-5MiB", "limit <BYTES"),
+            ("replay x --event-lag -1", "-1", "event-lag <N"),
+            ("churn --workload hot --allocs -1", "-1", "allocs <N"),
+        ] {
+            assert_refused(&[(&format!("kitsune {line}"), &of(value, flag))]);
+        }
+        assert_refused(&[
+            (
+                "kitsune train --dtype -f16",
+                "invalid value '-f16' for '--dtype <DTYPE>'",
+            ),
+            // A file that somebody means has another name.
+            ("kitsune train --save --json", "a value is required"),
+        ]);
     }
 }

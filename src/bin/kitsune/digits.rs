@@ -4,10 +4,9 @@
 //! place where it stands. Every fifth image is held back for testing.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 
+use crate::data_file;
 use crate::failure::{Failure, one_line};
 
 /// Pixels of one image.
@@ -18,8 +17,6 @@ const PIXEL_MAX: u32 = 16;
 const DIGIT_MAX: u32 = 9;
 /// One image in this many is for testing only.
 const TEST_EVERY: usize = 5;
-/// Room for a hundred thousand images, and an end to files that have none.
-const FILE_BYTES_MAX: u64 = 16 << 20;
 /// The images that come with the program.
 const BUILT_IN: &str = include_str!("../../../examples/data/digits.csv");
 
@@ -49,15 +46,10 @@ pub(crate) struct Digits {
 impl Digits {
     /// Reads `path`, or the images that come with the program.
     pub(crate) fn load(path: Option<&Path>) -> Result<Self, Failure> {
-        let Some(path) = path else {
-            return Self::parse(BUILT_IN.as_bytes()).map_err(Failure::Run);
-        };
-        let refuse = |reason| Failure::Input(format!("{}: {reason}", path.display()));
-        let bytes = read(path).map_err(|error| refuse(error.to_string()))?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(refuse(format!("larger than {} MiB", FILE_BYTES_MAX >> 20)));
+        match path {
+            None => Self::parse(BUILT_IN.as_bytes()).map_err(Failure::Run),
+            Some(path) => data_file::load(path, Self::parse),
         }
-        Self::parse(&bytes).map_err(refuse)
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
@@ -86,15 +78,6 @@ impl Digits {
         }
         Ok(Self { train, test })
     }
-}
-
-/// The contents of `path`, or as many of them as show that there are too many.
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?
-        .take(FILE_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Adds the image of one line to `set`.

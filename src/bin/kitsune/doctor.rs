@@ -224,7 +224,7 @@ mod tests {
                 virtual_memory: true,
                 page_granularity: 2 << 20,
                 memory_pools: true,
-                kernels_for: Some("9.0".to_owned()),
+                kernels_for: Some("8.0".to_owned()),
                 ptx_version: Some("8.0".to_owned()),
                 why_not_cublaslt: None,
             }],
@@ -243,7 +243,7 @@ device         0: H, compute capability 9.0, 132 multiprocessors
                memory: 79.0 GiB of 80.0 GiB free
                virtual memory: yes, in units of 2.0 MiB
                memory pools: yes
-               kernels: for 9.0, PTX 8.0
+               kernels: for 8.0, PTX 8.0
                matrix products: by cuBLASLt
 NCCL           none
 --device auto  H

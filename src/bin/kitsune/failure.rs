@@ -42,7 +42,12 @@ impl From<kitsune::Error> for Failure {
             kitsune::Error::OutOfMemory(report) if report.limited => {
                 Self::Input(format!("--limit is too small: {error}"))
             }
-            kitsune::Error::InvalidConfig { .. } => Self::Input(error.to_string()),
+            // The settings that have a flag, by its name.
+            kitsune::Error::InvalidConfig { key, reason } => Self::Input(match *key {
+                "limit" => format!("--limit: {reason}"),
+                "capacity" => format!("--device-bytes: {reason}"),
+                _ => error.to_string(),
+            }),
             _ => Self::Run(error.to_string()),
         }
     }

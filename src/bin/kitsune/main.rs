@@ -4,7 +4,7 @@
 //! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
 //!
 //! - `args`: the command line, checked before anything runs.
-//! - `digits`, `batches`, `text`, `random`: what is learned, and the order in which it is shown.
+//! - `data_file`, `digits`, `batches`, `text`, `random`: what is learned, and the order in which it is shown.
 //! - `train`: the training run.
 //! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
 //! - `progress`, `metrics_server`: what is told meanwhile.
@@ -17,6 +17,7 @@
 mod args;
 mod batches;
 mod churn;
+mod data_file;
 mod digits;
 mod doctor;
 mod failure;
@@ -55,7 +56,7 @@ fn run() -> Result<(), Failure> {
 
 fn train_command(args: &TrainArgs) -> Result<(), Failure> {
     let data = train::Data::load(args)?;
-    if let Some(address) = args.metrics {
+    if let Some(address) = &args.metrics {
         metrics_server::start(address)?;
     }
     let report = train::run(args, data, &Progress::new(args.steps))?;

@@ -4,7 +4,8 @@
 
 use std::path::Path;
 
-use crate::failure::{Failure, one_line};
+use crate::data_file;
+use crate::failure::Failure;
 use crate::random::Random;
 
 /// Most characters of one sequence.
@@ -15,9 +16,6 @@ const SHORTEST: usize = 16;
 
 /// Of so many characters, one is for testing.
 const TEST_SHARE: usize = 10;
-
-/// An end to files that have none.
-const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The text that comes with the program.
 const BUILT_IN: &[u8] = include_bytes!("../../../examples/data/tales.txt");
@@ -42,20 +40,10 @@ pub(crate) struct Sequences {
 impl Text {
     /// Reads `path`, or the text that comes with the program.
     pub(crate) fn load(path: Option<&Path>) -> Result<Self, Failure> {
-        let Some(path) = path else {
-            return Self::of(BUILT_IN).map_err(Failure::Run);
-        };
-        let refuse =
-            |reason: String| Failure::Input(format!("{}: {}", path.display(), one_line(&reason)));
-        let bytes = std::fs::metadata(path)
-            .and_then(|about| {
-                if about.len() > FILE_BYTES_MAX {
-                    return Err(std::io::Error::other("larger than 16 MiB"));
-                }
-                std::fs::read(path)
-            })
-            .map_err(|error| refuse(error.to_string()))?;
-        Self::of(&bytes).map_err(refuse)
+        match path {
+            None => Self::of(BUILT_IN).map_err(Failure::Run),
+            Some(path) => data_file::load(path, Self::of),
+        }
     }
 
     fn of(bytes: &[u8]) -> Result<Self, String> {

@@ -2,12 +2,14 @@
 //! or with one error that names the culprit, and never panics.
 
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::dtype::f16;
+use crate::fuzz::{changed, changes, fuzz};
 use crate::optim::NamedTensors;
+
+const CASES: u32 = 2048;
 
 /// A checkpoint with tensors of several types, one without elements, and settings.
 fn checkpoint() -> Checkpoint {
@@ -273,69 +275,6 @@ fn hostile_states_name_the_culprit() {
     assert!(refusal(&with_state(&deep)).1.contains("recursion limit"));
 }
 
-/// A change of bytes: what is written where, or cut off.
-#[derive(Clone, Debug)]
-enum Change {
-    Set(u8),
-    Insert(u8),
-    Remove,
-    Truncate,
-    Repeat(u8),
-}
-
-fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, Change)>> {
-    let change = prop_oneof![
-        8 => any::<u8>().prop_map(Change::Set),
-        // What JSON is made of.
-        8 => prop::sample::select(&b"{}[]\",:0123456789-e. "[..]).prop_map(Change::Set),
-        4 => any::<u8>().prop_map(Change::Insert),
-        2 => Just(Change::Remove),
-        1 => Just(Change::Truncate),
-        2 => (1..64_u8).prop_map(Change::Repeat),
-    ];
-    prop::collection::vec((any::<prop::sample::Index>(), change), 1..6)
-}
-
-fn changed(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, Change)]) -> Vec<u8> {
-    for (index, change) in changes {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = index.index(bytes.len());
-        match change {
-            Change::Set(value) => bytes[at] = *value,
-            Change::Insert(value) => bytes.insert(at, *value),
-            Change::Remove => drop(bytes.remove(at)),
-            Change::Truncate => bytes.truncate(at),
-            Change::Repeat(count) => {
-                let end = bytes.len().min(at + usize::from(*count));
-                let part = bytes[at..end].to_vec();
-                bytes.splice(at..at, part);
-            }
-        }
-    }
-    bytes
-}
-
-/// Runs `test` on values of `strategy`, always the same ones, or those of the seed that `KITSUNE_SEED` names;
-/// a failure names the seed and the smallest value that fails.
-fn fuzz<S: Strategy>(strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
-    const CASES: u32 = 2048;
-    let seed = std::env::var("KITSUNE_SEED").map_or(0, |seed| {
-        seed.parse::<u64>().expect("KITSUNE_SEED is a number")
-    });
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = ProptestConfig {
-        cases: CASES,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let outcome = TestRunner::new_with_rng(config, rng).run(strategy, test);
-    outcome.unwrap_or_else(|error| panic!("KITSUNE_SEED={seed}: {error}"));
-}
-
 /// Asserts that a refusal names something, in one line.
 fn check(outcome: &Result<Checkpoint, Error>) -> Result<(), TestCaseError> {
     if let Err(error) = outcome {
@@ -349,7 +288,7 @@ fn check(outcome: &Result<Checkpoint, Error>) -> Result<(), TestCaseError> {
 
 #[test]
 fn changed_files_are_refused_or_the_same() {
-    fuzz(&changes(), |changes| {
+    fuzz(CASES, &changes(), |changes| {
         let outcome = read(&changed(file(), &changes));
         check(&outcome)?;
         prop_assert!(outcome.map_or(true, |read| read == checkpoint()));
@@ -359,7 +298,7 @@ fn changed_files_are_refused_or_the_same() {
 
 #[test]
 fn changed_headers_and_states_are_answered() {
-    fuzz(&(changes(), any::<bool>()), |(changes, in_state)| {
+    fuzz(CASES, &(changes(), any::<bool>()), |(changes, in_state)| {
         let (header, state, data) = parts(&file());
         let text = if in_state { state } else { header }.to_string();
         let text = changed(text.into_bytes(), &changes);
@@ -377,7 +316,7 @@ fn changed_headers_and_states_are_answered() {
 fn arbitrary_bytes_are_refused() {
     let lengths = prop_oneof![0..200_u64, any::<u64>()];
     let rest = prop::collection::vec(any::<u8>(), 0..200);
-    fuzz(&(lengths, rest), |(length, rest)| {
+    fuzz(CASES, &(lengths, rest), |(length, rest)| {
         let outcome = read(&[&length.to_le_bytes()[..], &rest].concat());
         check(&outcome)?;
         prop_assert!(outcome.is_err());

@@ -22,7 +22,7 @@ const CALL: &str = "launch";
 /// Shared memory that a block may have without asking for more.
 const SHARED_BYTES_PLAIN: u32 = 48 << 10;
 
-/// All entry points, compiled for devices of one compute capability and later ones.
+/// All entry points, for devices of one compute capability and later ones.
 #[derive(Debug)]
 pub(super) struct Ptx {
     /// The compute capability, as (major, minor).
@@ -31,28 +31,20 @@ pub(super) struct Ptx {
     text: &'static str,
 }
 
-/// Newest first.
-static PTX: [Ptx; 2] = [
-    Ptx {
-        target: (9, 0),
-        text: concat!(
-            include_str!("../../../kernels/ptx/kitsune.compute_90.ptx"),
-            "\0"
-        ),
-    },
-    Ptx {
-        target: (8, 0),
-        text: concat!(
-            include_str!("../../../kernels/ptx/kitsune.compute_80.ptx"),
-            "\0"
-        ),
-    },
-];
+/// One text for all devices: for a newer one it would be the same instructions, which the driver compiles for the
+/// device it has.
+static PTX: Ptx = Ptx {
+    target: (8, 0),
+    text: concat!(
+        include_str!("../../../kernels/ptx/kitsune.compute_80.ptx"),
+        "\0"
+    ),
+};
 
 impl Ptx {
-    /// The newest that a device of this compute capability can run.
+    /// What a device of this compute capability can run.
     pub(super) fn choose(capability: Option<(u32, u32)>) -> Option<&'static Self> {
-        PTX.iter().find(|ptx| Some(ptx.target) <= capability)
+        (Some(PTX.target) <= capability).then_some(&PTX)
     }
 
     /// The version of the PTX language, as the text states it.
@@ -209,20 +201,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_code_that_a_device_runs_is_chosen() {
+    fn devices_from_8_0_on_have_code() {
         let target = |major, minor| Ptx::choose(Some((major, minor))).map(|ptx| ptx.target);
         assert_eq!(target(7, 5), None);
         assert_eq!(target(8, 0), Some((8, 0)));
-        assert_eq!(target(8, 9), Some((8, 0)));
-        assert_eq!(target(9, 0), Some((9, 0)));
-        assert_eq!(target(12, 0), Some((9, 0)));
+        assert_eq!(target(12, 0), Some((8, 0)));
         assert!(Ptx::choose(None).is_none());
     }
 
     #[test]
     fn the_code_is_old_enough_for_the_oldest_driver() {
-        for ptx in &PTX {
-            assert_eq!(ptx.version(), "8.0", "what drivers for CUDA 12.0 compile");
-        }
+        assert_eq!(PTX.version(), "8.0", "what drivers for CUDA 12.0 compile");
     }
 }

@@ -5,11 +5,13 @@ use std::io::{Cursor, Write};
 
 use flate2::write::GzEncoder;
 use proptest::prelude::*;
-use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 use super::open::decompressed;
 use super::{Event, TraceError, TraceReader};
+use crate::fuzz::{changed, changes, fuzz};
+
+const CASES: u32 = 512;
 
 /// Reads a file of these bytes to its end or to the first error.
 fn read(bytes: Vec<u8>) -> Result<Vec<Event>, TraceError> {
@@ -52,68 +54,6 @@ fn valid(blocks: u64) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// A change of a file: what is written where, or cut off.
-#[derive(Clone, Debug)]
-enum Change {
-    Set(u8),
-    Insert(u8),
-    Remove,
-    Truncate,
-    /// Repeats a few bytes from there on.
-    Repeat(u8),
-}
-
-fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, Change)>> {
-    let change = prop_oneof![
-        8 => any::<u8>().prop_map(Change::Set),
-        2 => any::<u8>().prop_map(Change::Insert),
-        2 => Just(Change::Remove),
-        1 => Just(Change::Truncate),
-        2 => (1..64_u8).prop_map(Change::Repeat),
-    ];
-    prop::collection::vec((any::<prop::sample::Index>(), change), 1..6)
-}
-
-fn changed(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, Change)]) -> Vec<u8> {
-    for (index, change) in changes {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = index.index(bytes.len());
-        match change {
-            Change::Set(value) => bytes[at] = *value,
-            Change::Insert(value) => bytes.insert(at, *value),
-            Change::Remove => drop(bytes.remove(at)),
-            Change::Truncate => bytes.truncate(at),
-            Change::Repeat(count) => {
-                let end = bytes.len().min(at + usize::from(*count));
-                let part = bytes[at..end].to_vec();
-                bytes.splice(at..at, part);
-            }
-        }
-    }
-    bytes
-}
-
-/// Runs `test` on values of `strategy`, always the same ones, or those of the seed that `KITSUNE_SEED` names;
-/// a failure names the seed and the smallest value that fails.
-fn fuzz<S: Strategy>(strategy: &S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
-    const CASES: u32 = 512;
-    let seed = std::env::var("KITSUNE_SEED").map_or(0, |seed| {
-        seed.parse::<u64>().expect("KITSUNE_SEED is a number")
-    });
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = ProptestConfig {
-        cases: CASES,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
-    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let outcome = TestRunner::new_with_rng(config, rng).run(strategy, test);
-    outcome.unwrap_or_else(|error| panic!("KITSUNE_SEED={seed}: {error}"));
-}
-
 #[test]
 fn arbitrary_bytes_behind_any_head_are_answered() {
     let heads = prop::sample::select(vec![
@@ -125,7 +65,7 @@ fn arbitrary_bytes_behind_any_head_are_answered() {
         b"#alloctrace v1 streams=2 name=x\n",
     ]);
     let rest = prop::collection::vec(any::<u8>(), 0..400);
-    fuzz(&(heads, rest), |(head, rest)| {
+    fuzz(CASES, &(heads, rest), |(head, rest)| {
         let outcome = read([head, &rest].concat());
         // Compressed lines can be many more than the file has.
         let is_plain = head.starts_with(b"#");
@@ -142,7 +82,7 @@ fn arbitrary_bytes_behind_any_head_are_answered() {
 
 #[test]
 fn changed_traces_are_answered() {
-    fuzz(&(1..40_u64, changes()), |(blocks, changes)| {
+    fuzz(CASES, &(1..40_u64, changes()), |(blocks, changes)| {
         let text = changed(valid(blocks), &changes);
         let lines = text.iter().filter(|byte| **byte == b'\n').count();
         check(read(text), lines)
@@ -152,7 +92,7 @@ fn changed_traces_are_answered() {
 #[test]
 fn changed_compressed_traces_are_answered() {
     let strategy = (1..40_u64, changes(), any::<bool>());
-    fuzz(&strategy, |(blocks, changes, is_gzip)| {
+    fuzz(CASES, &strategy, |(blocks, changes, is_gzip)| {
         let compress = if is_gzip { gzip } else { zstandard };
         let file = changed(compress(&valid(blocks)), &changes);
         check(read(file), usize::MAX - 1)

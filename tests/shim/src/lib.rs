@@ -8,10 +8,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 pub const LIBRARY: &str = env!("KITSUNE_SHIM_LIBRARY");
 
 /// What `kernels/generate.py` made, in which entry points tell the sizes of their arguments.
-pub static PTX: [&str; 2] = [
-    include_str!("../../../kernels/ptx/kitsune.compute_80.ptx"),
-    include_str!("../../../kernels/ptx/kitsune.compute_90.ptx"),
-];
+pub static PTX: &str = include_str!("../../../kernels/ptx/kitsune.compute_80.ptx");
 
 unsafe extern "C" {
     fn kitsune_host_launch(

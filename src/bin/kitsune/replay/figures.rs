@@ -36,15 +36,15 @@ pub(crate) struct Figures {
     /// What stands for the addresses of all blocks, in deterministic mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) address_digest: Option<String>,
+    /// Whether every block was written and read back, and was found as it should be: `false` where nobody asked for
+    /// it. One that was not ends the run with an error.
+    pub(crate) checked: bool,
     /// Smallest device on which the trace passes, where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) min_device_bytes: Option<u64>,
     /// All timed passes, in ns a pair, in ascending order.
     #[serde(skip)]
     pub(crate) times: Vec<f64>,
-    /// Whether every block was written and read back, and was found as it should be.
-    #[serde(skip)]
-    pub(crate) checked: bool,
 }
 
 impl Figures {

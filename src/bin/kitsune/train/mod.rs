@@ -53,7 +53,7 @@ impl Data {
 /// Trains as `args` say and tests the result.
 pub(crate) fn run(args: &TrainArgs, data: Data, progress: &Progress) -> Result<Report, Failure> {
     if let Some(path) = &args.save {
-        saving::check_place(path)?;
+        saving::check_place(path, args.steps)?;
     }
     let mut trainer = Trainer::new(args, data)?;
     let began = Instant::now();

@@ -1,5 +1,7 @@
 //! Trainings in files: what is saved beside the network, and what must be the same where it is taken up.
 
+use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use kitsune::DType;
@@ -43,16 +45,35 @@ impl Run {
     }
 }
 
-/// Refuses a place to save to that is not there, before anything is trained.
-pub(super) fn check_place(path: &Path) -> Result<(), Failure> {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    if parent.is_none_or(Path::is_dir) && !path.is_dir() {
-        return Ok(());
+/// Refuses a place to save to that cannot have a file, before anything is trained: the last one to be written, since a
+/// name may grow with the number of steps.
+pub(super) fn check_place(path: &Path, steps: u64) -> Result<(), Failure> {
+    let refuse = |reason: &str| {
+        let reason = format!("--save {}: {reason}", path.display());
+        Err(Failure::Input(reason))
+    };
+    let last = numbered(path, steps);
+    match fs::metadata(&last) {
+        Ok(about) if about.is_dir() => return refuse("no such place for a file"),
+        Ok(about) if !about.is_file() => return refuse("not a regular file"),
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return refuse(&error.to_string()),
     }
-    let reason = format!("--save {}: no such place for a file", path.display());
-    Err(Failure::Input(reason))
+    let parent = match last.parent() {
+        None => return refuse("no such place for a file"),
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+    };
+    if !parent.is_dir() {
+        return refuse("no such place for a file");
+    }
+    // Whether a file can be made here is best found out by making one.
+    let trial = parent.join(format!(".kitsune.{}.tmp", std::process::id()));
+    match File::create(&trial).and_then(|_| fs::remove_file(&trial)) {
+        Ok(()) => Ok(()),
+        Err(error) => refuse(&error.to_string()),
+    }
 }
 
 /// Writes the training as it is after step `step`.

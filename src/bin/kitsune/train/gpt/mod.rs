@@ -10,11 +10,15 @@ use serde_json::Value;
 
 use self::network::Network;
 use super::task::{Pass, Task, seed};
+use crate::failure::Failure;
 use crate::random::Random;
 use crate::text::{Sequences, Text};
 
 /// Sequences a batch, unless asked for otherwise.
 const BATCH_SIZE: usize = 8;
+
+/// Most sequences a batch: a quarter of a million characters, for which the pool takes 3 GiB.
+const BATCH_SIZE_MAX: usize = 4096;
 
 /// The text, the network that continues it, and what it sees next.
 #[derive(Debug)]
@@ -54,11 +58,16 @@ impl GptTask {
         text: Text,
         size: Option<u32>,
         seed: u64,
-    ) -> kitsune::Result<Self> {
+    ) -> Result<Self, Failure> {
+        let size = size.map_or(BATCH_SIZE, |size| size as usize);
+        if size > BATCH_SIZE_MAX {
+            let reason = format!("--batch-size {size}: at most {BATCH_SIZE_MAX} sequences");
+            return Err(Failure::Input(reason));
+        }
         Ok(Self {
             network: Network::new(context, text.vocabulary, seed)?,
             random: Random::new(seed),
-            size: size.map_or(BATCH_SIZE, |size| size as usize),
+            size,
             context: context.clone(),
             dtype,
             text,

@@ -1,0 +1,295 @@
+//! Whichever driver call of a step fails: either nothing of the step was done, and the same call does it, or all of it
+//! was. No weight, moment or count moves alone, and what goes on afterwards is, to the bit, what was never disturbed.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod amp_support;
+
+use std::sync::Arc;
+
+use amp_support::device_support::device;
+use kitsune::amp::{AmpConfig, AmpOptimizer, GradScaler};
+use kitsune::driver::fault::FaultDriver;
+use kitsune::optim::{
+    Adam, AdamConfig, AdamW, AdamWConfig, Decay, MasterWeights, Moments, Optimizer, Parameter,
+    Schedule, Sgd, SgdConfig,
+};
+use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor};
+
+const ITERATIONS: u64 = 4;
+
+/// The iteration in which a gradient is infinite.
+const OVERFLOW: u64 = 3;
+
+/// Each with its optimizer.
+type Make = fn(Vec<Parameter>) -> Box<dyn Optimizer>;
+
+const OPTIMIZERS: [(&str, Make); 3] = [
+    ("sgd", |parameters| {
+        let config = SgdConfig {
+            momentum: 0.9,
+            ..SgdConfig::default()
+        };
+        Box::new(Sgd::new(parameters, config).unwrap())
+    }),
+    ("adamw", |parameters| {
+        Box::new(AdamW::new(parameters, AdamWConfig::default()).unwrap())
+    }),
+    ("narrow adam", |parameters| {
+        let config = AdamConfig {
+            amsgrad: true,
+            master_weights: MasterWeights::Split,
+            moments: Moments::Bf16,
+            ..AdamConfig::default()
+        };
+        Box::new(Adam::new(parameters, config).unwrap())
+    }),
+];
+
+/// A boxed optimizer, for what takes one by value.
+struct Boxed(Box<dyn Optimizer>);
+
+impl Optimizer for Boxed {
+    fn id(&self) -> &kitsune::optim::OptimizerId {
+        self.0.id()
+    }
+    fn parameters(&self) -> &[Parameter] {
+        self.0.parameters()
+    }
+    fn step(&mut self, inputs: &kitsune::optim::StepInputs) -> Result<()> {
+        self.0.step(inputs)
+    }
+    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        self.0.state(index)
+    }
+    fn groups(&self) -> Vec<std::ops::Range<usize>> {
+        self.0.groups()
+    }
+    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
+        self.0.settings(group)
+    }
+    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
+        self.0.set_settings(group, changes)
+    }
+}
+
+/// A driver whose calls can fail, and weights of several types on it.
+struct Bench {
+    faults: Arc<FaultDriver>,
+    parameters: Vec<Parameter>,
+}
+
+impl Bench {
+    fn new() -> (Self, Context) {
+        let inner = device(HostConfig::default());
+        let faults = Arc::new(FaultDriver::new(inner.driver().clone()));
+        let context = Context::new(&Device::from_driver(faults.clone())).unwrap();
+        let types = [(DType::F32, 5), (DType::Bf16, 300), (DType::F16, 7)];
+        let parameter = |(dtype, len): (DType, usize)| {
+            let value = Tensor::full(&context, [len], dtype, 1.0).unwrap();
+            Parameter::new(format!("{dtype}"), value).unwrap()
+        };
+        let parameters = types.map(parameter).to_vec();
+        (Self { faults, parameters }, context)
+    }
+
+    /// Gradients of this iteration, scaled.
+    fn set_gradients(&self, scaler: &GradScaler, iteration: u64) {
+        for (number, parameter) in (0u64..).zip(&self.parameters) {
+            let value = parameter.value();
+            let mut random = fastrand::Rng::with_seed(10 * iteration + number);
+            let mut gradient: Vec<f64> = (0..value.len()).map(|_| random.f64() - 0.5).collect();
+            if iteration == OVERFLOW && number == 1 {
+                gradient[100] = f64::INFINITY;
+            }
+            let gradient =
+                Tensor::from_slice(value.context(), [gradient.len()], &gradient).unwrap();
+            let gradient = scaler
+                .scale(&gradient.cast(value.dtype()).unwrap())
+                .unwrap();
+            parameter.set_scaled_grad(gradient, scaler.tag()).unwrap();
+        }
+    }
+
+    /// All that a step may move, in bits.
+    fn moved(&self, optimizer: &dyn Optimizer) -> Vec<Vec<u8>> {
+        let values = self.parameters.iter().map(|one| one.value().clone());
+        let states = (0..self.parameters.len()).flat_map(|index| optimizer.state(index));
+        let all = values.chain(states.map(|(_, tensor)| tensor));
+        all.map(|tensor| tensor.to_host().unwrap().bytes().to_vec())
+            .collect()
+    }
+}
+
+/// A fault: the iteration, and which call of it.
+type Fault = Option<(u64, u64)>;
+
+/// What every iteration leaves of weights and state, the averages and the scale in the end.
+struct Run {
+    moved: Vec<Vec<Vec<u8>>>,
+    averages: Vec<Vec<u8>>,
+    scale: f64,
+    /// Whether the fault came.
+    came: bool,
+    /// The iteration whose error came when its weights had moved.
+    late: Option<u64>,
+}
+
+fn config(timing: bool) -> AmpConfig {
+    AmpConfig {
+        init_scale: 64.0,
+        growth_interval: 2,
+        timing,
+        ..AmpConfig::default()
+    }
+}
+
+/// Iterations of all that belongs to a step, in one call each. A call that fails and moved nothing is made again.
+fn joined(make: Make, timing: bool, fault: Fault) -> Run {
+    let (bench, _context) = Bench::new();
+    let schedule = Schedule {
+        warmup: 2,
+        decay: Decay::Constant,
+    };
+    let optimizer = Boxed(make(bench.parameters.clone()));
+    let mut joined = AmpOptimizer::new(optimizer, config(timing))
+        .and_then(|joined| joined.with_clip(1.0))
+        .and_then(|joined| joined.with_schedule(schedule))
+        .and_then(|joined| joined.with_ema(0.5))
+        .unwrap();
+    let (mut moved, mut came, mut late) = (Vec::new(), false, None);
+    for iteration in 1..=ITERATIONS {
+        bench.set_gradients(joined.scaler(), iteration);
+        let before = bench.moved(joined.optimizer());
+        let nth = fault.filter(|fault| fault.0 == iteration);
+        if let Some((_, nth)) = nth {
+            bench.faults.fail_nth(None, nth);
+        }
+        let outcome = joined.step();
+        if nth.is_some() {
+            came = bench.faults.disarm() == 0;
+        }
+        if let Err(error) = outcome {
+            assert!(came, "{error}");
+            if bench.moved(joined.optimizer()) == before {
+                let _ = joined.step().unwrap();
+            } else {
+                late = Some(iteration);
+                // Due only if it was the update that failed.
+                if joined.scaler().state_dict().is_err() {
+                    joined.scaler_mut().update().unwrap();
+                }
+            }
+        }
+        joined.zero_grad();
+        moved.push(bench.moved(joined.optimizer()));
+    }
+    let averages = (0..bench.parameters.len()).map(|index| {
+        let average = joined.ema().unwrap().average(index).unwrap();
+        average.to_host().unwrap().bytes().to_vec()
+    });
+    Run {
+        moved,
+        averages: averages.collect(),
+        scale: joined.scaler().scale_factor().unwrap(),
+        came,
+        late,
+    }
+}
+
+/// Makes a call until it succeeds.
+fn until_done<R>(mut call: impl FnMut() -> Result<R>) -> R {
+    loop {
+        match call() {
+            Ok(result) => return result,
+            Err(Error::Driver { .. } | Error::OutOfMemory(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Iterations that unscale, clip in place and step in calls of their own, each made again if it fails.
+fn in_calls(make: Make, timing: bool, fault: Fault) -> Run {
+    let (bench, context) = Bench::new();
+    let mut optimizer = make(bench.parameters.clone());
+    let mut scaler = GradScaler::new(&context, config(timing)).unwrap();
+    let (mut moved, mut came, mut late) = (Vec::new(), false, None);
+    for iteration in 1..=ITERATIONS {
+        bench.set_gradients(&scaler, iteration);
+        let nth = fault.filter(|fault| fault.0 == iteration);
+        if let Some((_, nth)) = nth {
+            bench.faults.fail_nth(None, nth);
+        }
+        until_done(|| scaler.unscale(&*optimizer));
+        until_done(|| scaler.clip_grad_norm(&*optimizer, 1.0));
+        until_done(|| match scaler.step(&mut *optimizer) {
+            Err(error) if error.to_string().contains("only its record is missing") => {
+                late = Some(iteration);
+                Ok(())
+            }
+            outcome => outcome.map(drop),
+        });
+        until_done(|| scaler.update());
+        if nth.is_some() {
+            came = bench.faults.disarm() == 0;
+        }
+        optimizer.zero_grad();
+        moved.push(bench.moved(&*optimizer));
+    }
+    Run {
+        moved,
+        averages: Vec::new(),
+        scale: scaler.scale_factor().unwrap(),
+        came,
+        late,
+    }
+}
+
+/// Lets every call of an iteration fail, in the first one, which allocates, and in the last one.
+fn every_call_fails(run: fn(Make, bool, Fault) -> Run) -> u64 {
+    let mut late = 0;
+    for (name, make) in OPTIMIZERS {
+        for timing in [false, true] {
+            let undisturbed = run(make, timing, None);
+            assert!(undisturbed.moved[1] != undisturbed.moved[0], "{name}");
+            let skipped = usize::try_from(OVERFLOW).unwrap() - 1;
+            assert!(
+                undisturbed.moved[skipped] == undisturbed.moved[skipped - 1],
+                "{name}"
+            );
+            for iteration in [1, ITERATIONS] {
+                let mut nth = 0;
+                loop {
+                    nth += 1;
+                    let what =
+                        format!("{name}, timing {timing}, call {nth} of iteration {iteration}");
+                    let run = run(make, timing, Some((iteration, nth)));
+                    if !run.came {
+                        break;
+                    }
+                    assert_eq!(run.scale, undisturbed.scale, "{what}");
+                    // What the schedule or the averages missed of one iteration, later ones show.
+                    let until = usize::try_from(run.late.unwrap_or(ITERATIONS)).unwrap();
+                    assert!(run.moved[..until] == undisturbed.moved[..until], "{what}");
+                    match run.late {
+                        None => assert!(run.averages == undisturbed.averages, "{what}"),
+                        Some(_) => late += 1,
+                    }
+                }
+                assert!(nth > 4, "{name}: {nth} calls");
+            }
+        }
+    }
+    late
+}
+
+#[test]
+fn whichever_call_of_a_joined_step_fails_nothing_is_half_done() {
+    // The record, the averages, the count, the update.
+    assert!(every_call_fails(joined) >= 4 * 12);
+}
+
+#[test]
+fn whichever_call_of_single_steps_fails_it_can_be_made_again() {
+    assert_eq!(every_call_fails(in_calls), 12, "the record");
+}
