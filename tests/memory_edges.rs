@@ -197,3 +197,19 @@ fn allocating_beside_a_capture_leaves_it_and_the_stream_alone() {
         pool.check_invariants();
     }
 }
+
+#[test]
+fn a_stream_of_another_platform_holds_no_memory_back() {
+    let device = device(64 << 20);
+    let pool = pool(&device, ReusePolicy::OnlyComplete);
+    let foreign = Device::host(HostConfig::default()).unwrap();
+    assert_ne!(device.driver().platform(), foreign.driver().platform());
+    let mut block = pool
+        .allocate(1 << 20, &device.create_stream().unwrap())
+        .unwrap();
+    let user = foreign.create_stream().unwrap();
+    block.record_stream(&user);
+    block.record_use(&user);
+    drop(block);
+    assert_eq!(pool.stats().active_bytes.current, 0);
+}

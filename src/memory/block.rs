@@ -187,7 +187,8 @@ impl Block {
     }
 
     /// Says that work enqueued on `stream` so far uses this block, so that the memory is reused only after
-    /// that work, as of the moment of the free, has run. The home stream needs no record.
+    /// that work, as of the moment of the free, has run. The home stream needs no record, and a stream of another
+    /// platform (a host device made separately, say), which cannot reach the memory, gets none.
     ///
     /// The meaning is PyTorch's: it is decided at the free which work has to be waited for, so work that
     /// `stream` is given between this call and the free delays the reuse as well. It costs nothing now; to
@@ -224,10 +225,12 @@ impl Block {
         }
     }
 
-    /// The record, if there is memory and `stream` is not its home.
+    /// The record, if there is memory and `stream` may use it without being its home.
     fn record_for(&mut self, stream: &Stream) -> Option<&mut BlockRecord> {
         let record = self.record.as_deref_mut()?;
-        (record.home.id() != stream.id()).then_some(record)
+        let home = &record.home;
+        let may_use = home.driver().platform() == stream.driver().platform();
+        (may_use && home.id() != stream.id()).then_some(record)
     }
 }
 

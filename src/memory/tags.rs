@@ -3,7 +3,9 @@
 //! A *tag* names a component (`amp`, `activations`). While a [`TagScope`] lives, blocks allocated by its
 //! thread count under its tag until they are freed, wherever that happens.
 
+use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::sync::LazyLock;
 
 use parking_lot::RwLock;
 
@@ -14,8 +16,33 @@ use super::stats::{Gauge, Stat};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TagId(u16);
 
-/// Names of all tags used so far; number 0 is "untagged".
-static NAMES: RwLock<Vec<&'static str>> = RwLock::new(Vec::new());
+/// Names of all tags used so far.
+static NAMES: LazyLock<RwLock<Names>> = LazyLock::new(RwLock::default);
+
+struct Names {
+    /// By number; 0 is "untagged".
+    names: Vec<&'static str>,
+    numbers: HashMap<&'static str, usize>,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self {
+            names: vec![TagId::UNTAGGED],
+            numbers: HashMap::from([(TagId::UNTAGGED, 0)]),
+        }
+    }
+}
+
+impl Names {
+    fn number(&mut self, name: &'static str) -> usize {
+        let Self { names, numbers } = self;
+        *numbers.entry(name).or_insert_with(|| {
+            names.push(name);
+            names.len() - 1
+        })
+    }
+}
 
 impl TagId {
     const UNTAGGED: &'static str = "untagged";
@@ -30,25 +57,15 @@ impl TagId {
     }
 
     fn named(name: &'static str) -> Self {
-        let position = |names: &[&str]| names.iter().position(|known| *known == name);
-        let found = position(&NAMES.read());
-        let index = found.unwrap_or_else(|| {
-            let mut names = NAMES.write();
-            if names.is_empty() {
-                names.push(Self::UNTAGGED);
-            }
-            position(&names).unwrap_or_else(|| {
-                names.push(name);
-                names.len() - 1
-            })
-        });
-        // A program with 65,536 component names would get all further ones counted as untagged.
+        let known = NAMES.read().numbers.get(name).copied();
+        let index = known.unwrap_or_else(|| NAMES.write().number(name));
         Self(u16::try_from(index).unwrap_or(0))
     }
 
     pub(super) fn name(self) -> &'static str {
         NAMES
             .read()
+            .names
             .get(usize::from(self.0))
             .copied()
             .unwrap_or(Self::UNTAGGED)
@@ -65,7 +82,7 @@ pub struct TagScope {
 }
 
 /// Counts blocks that the calling thread allocates from now on under `name`, until the scope is dropped.
-/// Scopes nest; the innermost counts.
+/// Scopes nest; the innermost counts. A process may have 65,535 names: under more, blocks count as `untagged`.
 pub fn tag(name: &'static str) -> TagScope {
     let outer = LOCAL.with(|local| local.tag.replace(TagId::named(name)));
     TagScope {

@@ -93,7 +93,7 @@ fn random_operations_keep_the_invariants() {
 }
 
 /// What a page says of its part of a hole is no earlier than any free there, and where frees are remembered often
-/// earlier than the latest of the whole hole.
+/// earlier than the latest of the whole hole: a test that saw too few of these shows nothing.
 #[test]
 fn pages_remember_their_frees() {
     let mut random = fastrand::Rng::with_seed(23);
@@ -135,5 +135,5 @@ fn pages_remember_their_frees() {
             }
         }
     }
-    assert!(is_exact[1] * 4 > is_exact[0], "{is_exact:?}");
+    assert!(is_exact[1] > 200, "{is_exact:?}");
 }
