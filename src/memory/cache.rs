@@ -314,14 +314,12 @@ impl ThreadCache {
     #[inline]
     fn give_left(&self, state: &mut State) -> List {
         let left = self.with_owner(Contents::take_left);
-        if left.is_none() {
-            return None;
-        }
-        Self::give(left, state)
+        left.and_then(|first| Self::give(first, state))
     }
 
     #[inline(never)]
-    fn give(mut left: List, state: &mut State) -> List {
+    fn give(first: Box<BlockRecord>, state: &mut State) -> List {
+        let mut left = Some(first);
         let mut blanks = None;
         while let Some(record) = lane::pop(&mut left) {
             lane::push(&mut blanks, record);

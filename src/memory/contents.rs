@@ -205,7 +205,7 @@ impl Contents {
             None => self.front.take_blank(),
         };
         let spare = || {
-            let mut record = state.take_spare(owner)?;
+            let mut record = state.spares.take(owner)?;
             record.shared = Some(shared.clone());
             // As its block is to be kept by no lane where freed memory is overwritten.
             record.key = if shared.config.poison {

@@ -1,7 +1,7 @@
 //! When each page was freed last, and by which streams.
 //!
-//! A hole grows by frees of different times, and its one epoch is the latest. Its pages remember theirs, so that
-//! other streams can take those that have been free for long. Nearly every page was last freed by one stream: that
+//! A hole grows by frees of different times, and its one epoch is the latest. While other streams ask for memory in
+//! vain, its pages remember theirs, so that those that have been free for long can be taken. Nearly every page was last freed by one stream: that
 //! is one number a page, so that a large free writes a row of equal numbers. Pages that several streams freed parts
 //! of are listed apart.
 //!

@@ -40,7 +40,7 @@
 //! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit), `ranges` (second
 //! mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
-//! `reclaim` the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
+//! `spares` keeps records, `reclaim` has the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
 //! shrinks a pool. What needs no lock of the pool is in `cache`: `contents`, made of `lane`s, behind `biased`. Captures are in
 //! `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what stands around a pool:
 //! limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
@@ -79,6 +79,7 @@ mod report;
 mod routes;
 mod segmented;
 mod small;
+mod spares;
 mod starts;
 mod state;
 mod stats;

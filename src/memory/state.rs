@@ -14,12 +14,12 @@ use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
-use super::lane::{self, List};
 use super::memories::{AnyMemory, Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
 use super::segmented::SegmentedMemory;
+use super::spares::Spares;
 use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
 use super::territory::Owner;
@@ -76,22 +76,11 @@ pub(super) struct State {
     pub(super) counters: Counters,
     segments: Gauge,
     reserved: Gauge,
-    /// By stream: records of blocks that came back from other streams, without their pool.
-    spares: Vec<Spares>,
+    pub(super) spares: Spares,
     /// Room for blocks that come back; empty in between.
     passed: Vec<Passed>,
     /// Blocks that came back from other streams so far.
     pub(super) came_back: u64,
-}
-
-/// Most records that are kept for later blocks of a stream.
-const SPARES_MAX: u32 = 64;
-
-/// Records of blocks that are gone.
-#[derive(Debug, Default)]
-struct Spares {
-    list: List,
-    len: u32,
 }
 
 /// What the ladder counts.
@@ -136,7 +125,7 @@ impl State {
             counters: Counters::default(),
             segments: Gauge::default(),
             reserved: Gauge::default(),
-            spares: Vec::new(),
+            spares: Spares::default(),
             passed: Vec::new(),
             came_back: 0,
         }
@@ -342,36 +331,11 @@ impl State {
                 || matches!(record.place, Place::Small { .. } | Place::Lent { .. });
             let fence = fence.filter(|_| !keeps_none);
             self.make_reusable_after(&record, fence);
-            self.keep_spare(record);
+            if record.memory() == MemoryIndex::ORDINARY {
+                self.spares.keep(record);
+            }
         }
         self.passed = passed;
-    }
-
-    fn keep_spare(&mut self, record: Box<BlockRecord>) {
-        let owner = record.owner.get();
-        if self.spares.len() <= owner {
-            self.spares.resize_with(owner + 1, Spares::default);
-        }
-        let spares = &mut self.spares[owner];
-        if spares.len < SPARES_MAX && record.memory() == MemoryIndex::ORDINARY {
-            spares.len += 1;
-            lane::push(&mut spares.list, record);
-        }
-    }
-
-    /// Lets go of the streams that spare records hold.
-    fn drop_spares(&mut self) {
-        for spares in std::mem::take(&mut self.spares) {
-            lane::drop_all(spares.list);
-        }
-    }
-
-    /// A record of the stream `owner` whose block is gone.
-    pub(super) fn take_spare(&mut self, owner: Owner) -> Option<Box<BlockRecord>> {
-        let spares = self.spares.get_mut(owner)?;
-        let record = lane::pop(&mut spares.list)?;
-        spares.len -= 1;
-        Some(record)
     }
 
     fn count_inactive(&mut self, bytes: u64) {
@@ -424,7 +388,7 @@ impl State {
     }
 
     fn retire(&mut self) {
-        self.drop_spares();
+        self.spares.clear();
         self.fences.retire(|owner| {
             self.memories.needs_nothing_of(owner) && !self.pending.is_behind(owner)
         });
@@ -435,7 +399,7 @@ impl State {
     pub(super) fn let_go(&mut self) {
         // Blocks that wait for other streams hold on to their own.
         self.poll_pending();
-        self.drop_spares();
+        self.spares.clear();
         let gone = self.fences.look_at_gone();
         if gone.is_empty() {
             return;

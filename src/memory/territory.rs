@@ -219,14 +219,6 @@ impl Territory {
         }
     }
 
-    /// Makes the latest epoch of each hole that of all its parts.
-    #[inline]
-    fn forget_frees(&mut self, holes: [Index; 3]) {
-        for index in holes.into_iter().filter(|index| *index != NONE) {
-            self.blocks.at_mut(index).is_mixed = false;
-        }
-    }
-
     /// The parts of `hole` whose pages `may_touch`, as large as possible: (start, units) of each.
     pub(super) fn parts(
         &self,
@@ -366,12 +358,16 @@ impl Territory {
         block.is_mixed = false;
         let continues = self.blocks.is_of(before, holder);
         let goes_on = self.blocks.is_of(after, holder);
-        let of = |is: bool, index| if is { index } else { NONE };
-        let holes = [of(continues, before), index, of(goes_on, after)];
         if self.remembers_frees {
-            self.mix(holes, owner);
+            let of = |is: bool, index| if is { index } else { NONE };
+            self.mix([of(continues, before), index, of(goes_on, after)], owner);
         } else {
-            self.forget_frees(holes);
+            // The latest epoch becomes that of all parts.
+            for (is_hole, neighbor) in [(continues, before), (goes_on, after)] {
+                if is_hole {
+                    self.blocks.at_mut(neighbor).is_mixed = false;
+                }
+            }
         }
         if goes_on {
             if !continues {
