@@ -531,3 +531,34 @@ fn state_begins_as_zeros_and_a_skipped_step_leaves_it() {
         }
     }
 }
+
+/// Equal gradients are rounded by other chances in another chunk, in another tensor, and with another seed.
+#[test]
+fn chances_differ_by_place_tensor_and_seed() {
+    const CHUNK: usize = 65_536;
+    let context = context();
+    let moments = |seed: u64| {
+        let parameters = ["a", "b"].map(|name| {
+            let value = Tensor::zeros(&context, [2 * CHUNK], DType::F32).unwrap();
+            let parameter = Parameter::new(name, value).unwrap();
+            let gradient = Tensor::full(&context, [2 * CHUNK], DType::F32, 0.3).unwrap();
+            parameter.set_grad(gradient).unwrap();
+            parameter
+        });
+        let config = AdamConfig {
+            moments: Moments::Bf16,
+            seed,
+            ..AdamConfig::default()
+        };
+        let mut adam = Adam::new(parameters.to_vec(), config).unwrap();
+        adam.step_unscaled().unwrap();
+        [0, 1].map(|index| {
+            let moment = adam.first_moment(index).unwrap();
+            moment.to_vec::<bf16>().unwrap()
+        })
+    };
+    let [[first, second], [other, _]] = [moments(1), moments(2)];
+    assert!(first[..CHUNK] != first[CHUNK..], "chunks");
+    assert!(first != second, "tensors");
+    assert!(first != other, "seeds");
+}

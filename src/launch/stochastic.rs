@@ -212,4 +212,17 @@ mod tests {
             }
         }
     }
+
+    /// The same values, as each of an element's three numbers.
+    #[test]
+    fn the_numbers_of_an_element_have_chances_of_their_own() {
+        let chances = Chances::new(7, 0, BLOCK);
+        let values = [1.0f32 + 1.0 / 256.0; BLOCK];
+        let rounded = [0, 1, 2].map(|which| {
+            let mut into = [bf16::ZERO; BLOCK];
+            chances.round(which, &values, &mut into);
+            into
+        });
+        assert!(rounded[0] != rounded[1] && rounded[1] != rounded[2] && rounded[0] != rounded[2]);
+    }
 }
