@@ -1,9 +1,9 @@
 //! When each page was freed last, and by which streams.
 //!
 //! A hole grows by frees of different times, and its one epoch is the latest. While other streams ask for memory in
-//! vain, its pages remember theirs, so that those that have been free for long can be taken. Nearly every page was last freed by one stream: that
-//! is one number a page, so that a large free writes a row of equal numbers. Pages that several streams freed parts
-//! of are listed apart.
+//! vain, its pages remember theirs, so that those that have been free for long can be taken. Nearly every page was
+//! last freed by one stream: that is one number a page, so that a large free writes a row of equal numbers. Pages
+//! that several streams freed parts of are listed apart.
 //!
 //! Must not know: blocks.
 
