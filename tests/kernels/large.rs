@@ -1,7 +1,9 @@
 //! Ten million elements: every grid is at its largest, and threads, warps and blocks go on to further turns.
 
 use kitsune::amp::{AmpConfig, GradScaler};
-use kitsune::launch::{self, Accumulate, Activation, LayerNorm, Matrix, StridedCopy};
+use kitsune::launch::{
+    self, Accumulate, Activation, LayerNorm, LayerNormBackward, Matrix, StridedCopy,
+};
 use kitsune::optim::{
     AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd, SgdConfig,
 };
@@ -161,6 +163,47 @@ fn ten_million_of_a_transformer() {
         let ids = side.array(DType::U32, 0, &ids);
         launch::embedding(&side.stream, &x, &ids, &picked, LENGTH).unwrap();
         vec![out, weights, picked]
+    });
+}
+
+#[test]
+fn ten_million_of_a_transformer_on_the_way_back() {
+    const LENGTH: usize = 64;
+    const TABLE: usize = 100;
+    compare("transformer, backward", Nearness::Ulps(4.0, 1e-4), |side| {
+        let rows = large() / LENGTH / LENGTH * LENGTH;
+        let [x, grad, ones] = [(13, rows), (14, rows), (15, 1)]
+            .map(|(seed, rows)| side.array(DType::F32, 0, &numbers(seed, rows * LENGTH, 1.0)));
+        let [out, back, terms, weights, scores] =
+            [(); 5].map(|()| side.rubbish(DType::F32, 0, x.len()));
+        let stats = side.rubbish(DType::F32, 0, 2 * rows);
+        let stream = &side.stream;
+        let forward = LayerNorm {
+            x: &x,
+            weight: &ones,
+            bias: &ones,
+            out: &out,
+            stats: &stats,
+            epsilon: 1e-3,
+        };
+        launch::layer_norm(stream, &forward).unwrap();
+        let backward = LayerNormBackward {
+            x: &x,
+            weight: &ones,
+            stats: &stats,
+            grad_out: &grad,
+            grad_in: &back,
+            grad_normalized: &terms,
+        };
+        launch::layer_norm_backward(stream, &backward).unwrap();
+        launch::causal_softmax(stream, &x, &weights, LENGTH, 0.5).unwrap();
+        launch::causal_softmax_backward(stream, &weights, &grad, &scores, LENGTH, 0.5).unwrap();
+        let ids: Vec<f64> = (0..rows).map(|row| (row * 7 % TABLE) as f64).collect();
+        let ids = side.array(DType::U32, 0, &ids);
+        let table = side.rubbish(DType::F32, 0, TABLE * LENGTH);
+        launch::embedding_backward(stream, &grad, &ids, &table, LENGTH).unwrap();
+        launch::activation_backward(stream, Activation::Gelu, &x, &grad, &out).unwrap();
+        vec![back, terms, scores, table, out]
     });
 }
 
