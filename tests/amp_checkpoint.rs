@@ -7,6 +7,7 @@ mod amp_support;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use amp_support::boxed::Boxed;
 use amp_support::device_support::device;
 use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
 use kitsune::amp::{AmpConfig, AmpOptimizer, AmpOptimizerState, AppliedSteps, GradScaler};
@@ -20,33 +21,6 @@ use kitsune::{Context, DType, Device, Error, HostConfig, HostTensor, Result, Ten
 
 /// The optimizers of this library, as one type.
 type Any = Box<dyn Optimizer>;
-
-/// An optimizer of unknown type as a type.
-struct Dyn(Any);
-
-impl Optimizer for Dyn {
-    fn id(&self) -> &OptimizerId {
-        self.0.id()
-    }
-    fn parameters(&self) -> &[Parameter] {
-        self.0.parameters()
-    }
-    fn step(&mut self, inputs: &StepInputs) -> Result<()> {
-        self.0.step(inputs)
-    }
-    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
-        self.0.state(index)
-    }
-    fn groups(&self) -> Vec<std::ops::Range<usize>> {
-        self.0.groups()
-    }
-    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
-        self.0.settings(group)
-    }
-    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
-        self.0.set_settings(group, changes)
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
@@ -79,7 +53,7 @@ impl Setting {
 
 struct Training {
     parameters: Vec<Parameter>,
-    optimizer: AmpOptimizer<Dyn>,
+    optimizer: AmpOptimizer<Boxed>,
     step: u32,
 }
 
@@ -112,7 +86,7 @@ impl Training {
             growth_interval: 2,
             ..AmpConfig::default()
         };
-        let optimizer = Dyn(optimizer(setting.kind, &parameters));
+        let optimizer = Boxed(optimizer(setting.kind, &parameters));
         let mut joined = AmpOptimizer::new(optimizer, config).unwrap();
         if setting.ema {
             joined = joined.with_ema(0.9).unwrap();

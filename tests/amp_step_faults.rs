@@ -7,6 +7,7 @@ mod amp_support;
 
 use std::sync::Arc;
 
+use amp_support::boxed::Boxed;
 use amp_support::device_support::device;
 use kitsune::amp::{AmpConfig, AmpOptimizer, GradScaler};
 use kitsune::driver::fault::FaultDriver;
@@ -45,33 +46,6 @@ const OPTIMIZERS: [(&str, Make); 3] = [
         Box::new(Adam::new(parameters, config).unwrap())
     }),
 ];
-
-/// A boxed optimizer, for what takes one by value.
-struct Boxed(Box<dyn Optimizer>);
-
-impl Optimizer for Boxed {
-    fn id(&self) -> &kitsune::optim::OptimizerId {
-        self.0.id()
-    }
-    fn parameters(&self) -> &[Parameter] {
-        self.0.parameters()
-    }
-    fn step(&mut self, inputs: &kitsune::optim::StepInputs) -> Result<()> {
-        self.0.step(inputs)
-    }
-    fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
-        self.0.state(index)
-    }
-    fn groups(&self) -> Vec<std::ops::Range<usize>> {
-        self.0.groups()
-    }
-    fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
-        self.0.settings(group)
-    }
-    fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
-        self.0.set_settings(group, changes)
-    }
-}
 
 /// A driver whose calls can fail, and weights of several types on it.
 struct Bench {

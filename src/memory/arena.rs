@@ -8,7 +8,8 @@
 //! Invariants: blocks tile their segment in address order; no two neighbors are free; exactly the free
 //! blocks are filed in the bins.
 
-use super::bins::{Bins, Index, Link, Links, NONE};
+use super::bins::{Bins, Index, Link, NONE};
+use super::slab::{Linked, Slab};
 
 /// Bytes in a unit: every block's size and offset is a multiple of it.
 pub(crate) const GRANULARITY: u64 = 512;
@@ -45,56 +46,29 @@ struct Segment {
     first: Index,
 }
 
-#[derive(Debug)]
-struct Blocks {
-    slab: Vec<Block>,
-    unused: Vec<Index>,
-}
-
-impl Links for Blocks {
+impl Linked for Block {
     #[inline]
-    fn link(&self, index: Index) -> &Link {
-        &self.slab[index as usize].link
+    fn link(&self) -> &Link {
+        &self.link
     }
     #[inline]
-    fn link_mut(&mut self, index: Index) -> &mut Link {
-        &mut self.slab[index as usize].link
-    }
-}
-
-impl Blocks {
-    fn insert(&mut self, block: Block) -> Index {
-        if let Some(index) = self.unused.pop() {
-            self.slab[index as usize] = block;
-            return index;
-        }
-        let index = Index::try_from(self.slab.len()).expect("fewer than 2^32 blocks");
-        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
-        self.slab.push(block);
-        index
-    }
-
-    fn at(&mut self, index: Index) -> &mut Block {
-        &mut self.slab[index as usize]
+    fn link_mut(&mut self) -> &mut Link {
+        &mut self.link
     }
 }
 
 /// The blocks of one stream in one size range.
 #[derive(Debug)]
 pub(super) struct Arena {
-    blocks: Blocks,
+    blocks: Slab<Block>,
     bins: Bins,
     segments: Vec<Option<Segment>>,
 }
 
 impl Arena {
     pub(super) fn new() -> Self {
-        let blocks = Blocks {
-            slab: Vec::new(),
-            unused: Vec::new(),
-        };
         Self {
-            blocks,
+            blocks: Slab::default(),
             bins: Bins::new(),
             segments: Vec::new(),
         }
@@ -136,7 +110,7 @@ impl Arena {
             return false;
         }
         self.bins.remove(&mut self.blocks, first);
-        self.blocks.unused.push(first);
+        self.blocks.remove(first);
         self.segments[segment as usize] = None;
         true
     }
@@ -159,7 +133,7 @@ impl Arena {
         };
         if link.units == units {
             self.bins.remove(&mut self.blocks, index);
-            self.blocks.at(index).is_free = false;
+            self.blocks.at_mut(index).is_free = false;
             return Some(placed(index));
         }
         // The front is cut off, and what is left keeps its name.
@@ -173,7 +147,7 @@ impl Arena {
         });
         self.bins
             .resize(&mut self.blocks, index, link.units - units);
-        let rest = self.blocks.at(index);
+        let rest = self.blocks.at_mut(index);
         rest.start = start + units;
         rest.before = taken;
         self.set_after(before, segment, taken);
@@ -187,7 +161,7 @@ impl Arena {
             let segment = self.segments[segment as usize].as_mut();
             segment.expect("a segment with blocks exists").first = after;
         } else {
-            self.blocks.at(before).after = after;
+            self.blocks.at_mut(before).after = after;
         }
     }
 
@@ -205,8 +179,8 @@ impl Arena {
             is_free,
         } = *self.blocks.at(index);
         assert!(!is_free, "block {index} is freed twice");
-        self.blocks.at(index).is_free = true;
-        let is_free = |arena: &mut Self, index| index != NONE && arena.blocks.at(index).is_free;
+        self.blocks.at_mut(index).is_free = true;
+        let is_free = |arena: &Self, index| index != NONE && arena.blocks.at(index).is_free;
         let (continues, goes_on) = (is_free(self, before), is_free(self, after));
         if continues {
             let mut units = self.blocks.at(before).link.units + link.units;
@@ -216,21 +190,21 @@ impl Arena {
                 let gone = *self.blocks.at(after);
                 units += gone.link.units;
                 next = gone.after;
-                self.blocks.unused.push(after);
+                self.blocks.remove(after);
             }
-            self.blocks.at(before).after = next;
+            self.blocks.at_mut(before).after = next;
             if next != NONE {
-                self.blocks.at(next).before = before;
+                self.blocks.at_mut(next).before = before;
             }
-            self.blocks.unused.push(index);
+            self.blocks.remove(index);
             self.bins.resize(&mut self.blocks, before, units);
         } else if goes_on {
-            let next = self.blocks.at(after);
+            let next = self.blocks.at_mut(after);
             next.start = start;
             next.before = before;
             let units = next.link.units + link.units;
             self.set_after(before, segment, after);
-            self.blocks.unused.push(index);
+            self.blocks.remove(index);
             self.bins.resize(&mut self.blocks, after, units);
         } else {
             self.bins.insert(&mut self.blocks, index);
@@ -244,13 +218,13 @@ impl Arena {
 
     /// The segment that block `index` lies in.
     pub(super) fn segment_of(&self, index: Index) -> SegmentIndex {
-        self.blocks.slab[index as usize].segment
+        self.blocks.at(index).segment
     }
 
     /// Whether no block of `segment` is allocated.
     pub(super) fn is_segment_free(&self, segment: SegmentIndex) -> bool {
         self.segments[segment as usize].is_some_and(|Segment { units, first }| {
-            let block = &self.blocks.slab[first as usize];
+            let block = self.blocks.at(first);
             block.is_free && block.link.units == units
         })
     }
@@ -290,7 +264,7 @@ impl Arena {
             };
             let (mut at, mut before, mut index) = (0, NONE, first);
             while index != NONE {
-                let block = &self.blocks.slab[index as usize];
+                let block = self.blocks.at(index);
                 assert_eq!(
                     block.segment as usize, number,
                     "block {index} is in another segment"
@@ -303,7 +277,7 @@ impl Arena {
                     block.is_free,
                     "filing of block {index}"
                 );
-                let neighbor_free = before != NONE && self.blocks.slab[before as usize].is_free;
+                let neighbor_free = before != NONE && self.blocks.at(before).is_free;
                 assert!(
                     !(block.is_free && neighbor_free),
                     "free neighbors {before} and {index}"
@@ -322,11 +296,7 @@ impl Arena {
             );
             held += units;
         }
-        assert_eq!(
-            walked + self.blocks.unused.len(),
-            self.blocks.slab.len(),
-            "a block leaked"
-        );
+        assert_eq!(walked, self.blocks.len(), "a block leaked");
         (held * GRANULARITY, allocated * GRANULARITY)
     }
 }

@@ -151,14 +151,8 @@ pub(super) fn fetch(
     };
     let mut blanks = cache.give_left(state);
     let found = cache.look(shared, state, key, (wanted, tag), &mut blanks);
-    if found.is_ok() && blanks.is_none() {
-        return found;
-    }
     lane::drop_all(blanks);
-    if found.is_ok() {
-        return found;
-    }
-    cache.look_again(shared, state, key, (wanted, tag), found)
+    found.or_else(|kept| cache.look_again(shared, state, key, (wanted, tag), kept))
 }
 
 /// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
@@ -334,7 +328,7 @@ impl ThreadCache {
 
     /// Places a block in memory that is free for the stream, and uses and keeps records of `blanks`. If there is none:
     /// the bytes that the thread keeps for the stream, of which it leaves the large blocks. Only for the owner.
-    #[inline(always)]
+    #[inline]
     fn look(
         &self,
         shared: &Arc<Shared>,
@@ -371,11 +365,11 @@ impl ThreadCache {
         state: &mut State,
         key: LaneKey,
         wanted: (&Wanted<'_>, TagId),
-        before: Result<Box<BlockRecord>, u64>,
+        kept: u64,
     ) -> Result<Box<BlockRecord>, u64> {
         let mut blanks = self.give_left(state);
         if blanks.is_none() {
-            return before;
+            return Err(kept);
         }
         let found = self.look(shared, state, key, wanted, &mut blanks);
         lane::drop_all(blanks);

@@ -8,12 +8,9 @@
 //! Must not know: what is captured, and when.
 
 use std::collections::BTreeMap;
-use std::ops::{Deref, DerefMut};
 
-use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Placed, Refusal, Request, Totals};
 use super::fences::{COMMON, Fence, Fences};
-use super::paged::PagedMemory;
-use super::segmented::SegmentedMemory;
 use super::territory::Owner;
 use crate::error::Result;
 
@@ -29,56 +26,9 @@ impl MemoryIndex {
     }
 }
 
-/// Memory of either kind. What each allocation and free does is called directly, the rest through [`Backing`].
-#[derive(Debug)]
-pub(super) enum AnyMemory {
-    Paged(Box<PagedMemory>),
-    Segmented(Box<SegmentedMemory>),
-}
-
-impl AnyMemory {
-    /// As [`Backing::place`].
-    #[inline]
-    pub(super) fn place(&mut self, request: &Request) -> Option<AtHand> {
-        match self {
-            Self::Paged(memory) => memory.place(request),
-            Self::Segmented(memory) => memory.place(request),
-        }
-    }
-
-    /// As [`Backing::free`].
-    #[inline]
-    pub(super) fn free(&mut self, place: Place, bytes: u64, fence: Fence) {
-        match self {
-            Self::Paged(memory) => memory.free(place, bytes, fence),
-            Self::Segmented(memory) => memory.free(place, bytes, fence),
-        }
-    }
-}
-
-impl Deref for AnyMemory {
-    type Target = dyn Backing;
-
-    fn deref(&self) -> &Self::Target {
-        match self {
-            Self::Paged(memory) => &**memory,
-            Self::Segmented(memory) => &**memory,
-        }
-    }
-}
-
-impl DerefMut for AnyMemory {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        match self {
-            Self::Paged(memory) => &mut **memory,
-            Self::Segmented(memory) => &mut **memory,
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Memory {
-    backing: AnyMemory,
+    backing: Box<dyn Backing>,
     /// Once released: what has to be passed before a page may go.
     released: Option<Vec<Fence>>,
 }
@@ -96,7 +46,7 @@ pub(super) struct Memories {
 }
 
 impl Memories {
-    pub(super) fn new(ordinary: AnyMemory, limit: Option<u64>) -> Self {
+    pub(super) fn new(ordinary: Box<dyn Backing>, limit: Option<u64>) -> Self {
         let ordinary = Memory {
             backing: ordinary,
             released: None,
@@ -120,7 +70,7 @@ impl Memories {
     }
 
     /// Adds a private memory.
-    pub(super) fn add(&mut self, backing: AnyMemory) -> MemoryIndex {
+    pub(super) fn add(&mut self, backing: Box<dyn Backing>) -> MemoryIndex {
         let memory = Some(Memory {
             backing,
             released: None,
@@ -146,9 +96,9 @@ impl Memories {
     }
 
     #[inline]
-    pub(super) fn get_mut(&mut self, index: MemoryIndex) -> &mut AnyMemory {
+    pub(super) fn get_mut(&mut self, index: MemoryIndex) -> &mut dyn Backing {
         let memory = self.list[index.slot()].as_mut();
-        &mut memory
+        &mut *memory
             .expect("a memory outlives its users and blocks")
             .backing
     }

@@ -37,7 +37,7 @@
 //! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
-//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit), `ranges` (second
+//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit, of blocks in a `slab`), `ranges` (second
 //! mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
 //! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
 //! `spares` keeps records, `reclaim` has the ladder (with `waits`, `hooks` and `report`), `pool` the lock, `controls` and `decay` what
@@ -78,6 +78,7 @@ mod reclaim;
 mod report;
 mod routes;
 mod segmented;
+mod slab;
 mod small;
 mod spares;
 mod starts;

@@ -8,13 +8,13 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::backing::{AtHand, Place, Placed, Refusal, Request};
+use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request};
 use super::block::{BlockRecord, OwnerField, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
-use super::memories::{AnyMemory, Memories, MemoryIndex};
+use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
@@ -96,10 +96,10 @@ pub(super) struct Counters {
 impl State {
     pub(super) fn new(device: &Device, config: &PoolConfig) -> Result<Self> {
         let limit = config.byte_limit(device);
-        let backing = if maps_pages(device, config) {
-            AnyMemory::Paged(Box::new(PagedMemory::new(Pages::new(device, limit)?)))
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
+            Box::new(PagedMemory::new(Pages::new(device, limit)?))
         } else {
-            AnyMemory::Segmented(Box::new(SegmentedMemory::new(device, limit)))
+            Box::new(SegmentedMemory::new(device, limit))
         };
         let memories = Memories::new(backing, limit);
         Ok(Self::with(device, config, memories))
@@ -137,11 +137,11 @@ impl State {
     /// As [`new`](Self::new).
     pub(super) fn add_private(&mut self) -> Result<MemoryIndex> {
         let (device, config) = (&self.device, &self.config);
-        let backing = if maps_pages(device, config) {
-            AnyMemory::Paged(Box::new(PagedMemory::unstitched(Pages::lasting(device)?)))
+        let backing: Box<dyn Backing> = if maps_pages(device, config) {
+            Box::new(PagedMemory::unstitched(Pages::lasting(device)?))
         } else {
             // What the limit leaves is said with each request.
-            AnyMemory::Segmented(Box::new(SegmentedMemory::new(device, None)))
+            Box::new(SegmentedMemory::new(device, None))
         };
         Ok(self.memories.add(backing))
     }

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+pub mod boxed;
 #[path = "../device_support/mod.rs"]
 pub mod device_support;
 pub mod oracle;

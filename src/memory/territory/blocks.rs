@@ -1,6 +1,7 @@
 //! The blocks that tile a territory, in a slab of indices.
 
-use super::super::bins::{Index, Link, Links, NONE};
+use super::super::bins::{Index, Link, NONE};
+use super::super::slab::{Linked, Slab};
 use super::Owner;
 
 /// Who has a block.
@@ -48,59 +49,23 @@ impl Block {
     }
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Blocks {
-    slab: Vec<Block>,
-    unused: Vec<Index>,
+impl Linked for Block {
+    #[inline]
+    fn link(&self) -> &Link {
+        &self.link
+    }
+    #[inline]
+    fn link_mut(&mut self) -> &mut Link {
+        &mut self.link
+    }
 }
 
-impl Links for Blocks {
-    #[inline]
-    fn link(&self, index: Index) -> &Link {
-        &self.slab[index as usize].link
-    }
-    #[inline]
-    fn link_mut(&mut self, index: Index) -> &mut Link {
-        &mut self.slab[index as usize].link
-    }
-}
+pub(super) type Blocks = Slab<Block>;
 
 impl Blocks {
-    #[inline]
-    pub(super) fn insert(&mut self, block: Block) -> Index {
-        if let Some(index) = self.unused.pop() {
-            self.slab[index as usize] = block;
-            return index;
-        }
-        let index = Index::try_from(self.slab.len()).expect("fewer than 2^32 blocks");
-        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
-        self.slab.push(block);
-        index
-    }
-
-    #[inline]
-    pub(super) fn remove(&mut self, index: Index) {
-        self.unused.push(index);
-    }
-
-    #[inline]
-    pub(super) fn at(&self, index: Index) -> &Block {
-        &self.slab[index as usize]
-    }
-
-    #[inline]
-    pub(super) fn at_mut(&mut self, index: Index) -> &mut Block {
-        &mut self.slab[index as usize]
-    }
-
     /// Whether block `index` is there and `holder` has it.
     #[inline]
     pub(super) fn is_of(&self, index: Index, holder: Holder) -> bool {
         index != NONE && self.at(index).holder == holder
-    }
-
-    /// Blocks there are.
-    pub(super) fn len(&self) -> usize {
-        self.slab.len() - self.unused.len()
     }
 }

@@ -1,0 +1,71 @@
+//! Blocks in one vector, named by index; places of blocks that are gone are taken again.
+//!
+//! Must not know: what blocks are, but for the link by which they are filed.
+
+use super::bins::{Index, Link, Links, NONE};
+
+/// A block that can be filed in bins.
+pub(super) trait Linked: Copy {
+    fn link(&self) -> &Link;
+    fn link_mut(&mut self) -> &mut Link;
+}
+
+#[derive(Debug)]
+pub(super) struct Slab<B> {
+    slots: Vec<B>,
+    unused: Vec<Index>,
+}
+
+impl<B> Default for Slab<B> {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            unused: Vec::new(),
+        }
+    }
+}
+
+impl<B: Linked> Links for Slab<B> {
+    #[inline]
+    fn link(&self, index: Index) -> &Link {
+        self.at(index).link()
+    }
+    #[inline]
+    fn link_mut(&mut self, index: Index) -> &mut Link {
+        self.at_mut(index).link_mut()
+    }
+}
+
+impl<B: Linked> Slab<B> {
+    #[inline]
+    pub(super) fn insert(&mut self, block: B) -> Index {
+        if let Some(index) = self.unused.pop() {
+            self.slots[index as usize] = block;
+            return index;
+        }
+        let index = Index::try_from(self.slots.len()).expect("fewer than 2^32 blocks");
+        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
+        self.slots.push(block);
+        index
+    }
+
+    #[inline]
+    pub(super) fn remove(&mut self, index: Index) {
+        self.unused.push(index);
+    }
+
+    #[inline]
+    pub(super) fn at(&self, index: Index) -> &B {
+        &self.slots[index as usize]
+    }
+
+    #[inline]
+    pub(super) fn at_mut(&mut self, index: Index) -> &mut B {
+        &mut self.slots[index as usize]
+    }
+
+    /// Blocks there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.unused.len()
+    }
+}
