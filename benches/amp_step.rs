@@ -3,7 +3,8 @@
 //!
 //! Steps and copies take turns, so that what else the machine does meets both; figures are medians, with the least and
 //! the most, and the ratio of the two medians. The goal for 10⁸ parameters in f32 is at most 1.25 times the copy.
-//! `cargo bench --bench amp_step -- 1e8` measures one size. `tests/peers/amp_step.py` does the same with PyTorch.
+//! `cargo bench --bench amp_step -- 1e8` measures one size. `tests/peers/amp_step.py` does the same with PyTorch, and
+//! takes turns with this program if it is given its path: `--in-turn` makes a step for each line of standard input.
 #![allow(clippy::print_stdout, reason = "figures are printed")]
 
 #[path = "../tests/device_support/mod.rs"]
@@ -159,6 +160,33 @@ fn measure(parameters: usize, rounds: usize) {
     }
 }
 
+/// For each line of standard input, a step of each case with weights in f32, whose times make a line of the output.
+fn in_turn(parameters: usize) {
+    let cases = CASES
+        .iter()
+        .filter(|(_, weights, ..)| *weights == DType::F32);
+    let trainer = |&(_, weights, gradients, produced): &_| {
+        let mut trainer = Trainer::new(parameters, weights, gradients, produced);
+        trainer.traffic();
+        trainer
+    };
+    let mut trainers: Vec<_> = cases.map(trainer).collect();
+    for line in std::io::stdin().lines() {
+        line.expect("input is text");
+        let times = trainers.iter_mut().map(|trainer| {
+            trainer.prepare();
+            1e3 * time(|| trainer.step()).as_secs_f64()
+        });
+        println!(
+            "{}",
+            times
+                .map(|time| format!("{time:.3}"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        );
+    }
+}
+
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--test") {
@@ -170,9 +198,12 @@ fn main() {
         .iter()
         .filter_map(|one| one.parse().ok())
         .collect();
+    let takes_turns = arguments.iter().any(|argument| argument == "--in-turn");
     for (parameters, rounds) in sizes {
-        if asked.is_empty() || asked.contains(&(parameters as f64)) {
-            measure(parameters, rounds);
+        match asked.is_empty() || asked.contains(&(parameters as f64)) {
+            true if takes_turns => return in_turn(parameters),
+            true => measure(parameters, rounds),
+            false => {}
         }
     }
 }

@@ -45,6 +45,79 @@ fn mappings_of(platform: u64) -> usize {
     mine.filter(|line| line.contains(" rw-s ")).count()
 }
 
+/// Whether the system makes a huge page of shared memory when it is told to, as tried on a page of `device`.
+fn makes_huge_pages(device: &Device) -> bool {
+    const MADV_COLLAPSE: libc::c_int = 25;
+    let driver = device.driver();
+    let range = driver.reserve(PAGE).unwrap();
+    driver
+        .map(range, &[driver.create_page(PAGE).unwrap()])
+        .unwrap();
+    let stream = device.create_stream().unwrap();
+    write(&stream, range, &[1]);
+    stream.synchronize().unwrap();
+    // SAFETY: the advice changes no contents.
+    unsafe { libc::madvise(pointer(range), to_usize(PAGE), MADV_COLLAPSE) == 0 }
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap()
+}
+
+fn pointer(ptr: DevicePtr) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(to_usize(ptr.0))
+}
+
+/// How many of the system's pages have memory in a device page at `ptr`.
+fn resident(ptr: DevicePtr) -> usize {
+    let bytes = to_usize(PAGE);
+    let mut pages = vec![0u8; bytes / 4096];
+    // SAFETY: the array has a byte for each page of a system with pages of 4 KiB, and for fewer else.
+    let outcome = unsafe { libc::mincore(pointer(ptr), bytes, pages.as_mut_ptr()) };
+    assert_eq!(outcome, 0);
+    pages.iter().filter(|page| **page & 1 == 1).count()
+}
+
+#[test]
+fn a_prefault_brings_the_memory_of_untouched_pages_and_changes_no_byte() {
+    let device = threads();
+    let driver = device.driver();
+    let stream = device.create_stream().unwrap();
+    let range = driver.reserve(4 * PAGE).unwrap();
+    let pages: Vec<_> = (0..4).map(|_| driver.create_page(PAGE).unwrap()).collect();
+    driver.map(range, &pages).unwrap();
+    let at = |page: u64| range.offset(page * PAGE);
+    write(&stream, at(1).offset(7), &[1, 2, 3]);
+    stream.synchronize().unwrap();
+    driver.prefault(at(0), 0);
+    driver.prefault(DevicePtr(u64::MAX), u64::MAX);
+    assert_eq!([0, 1, 2, 3].map(|page| resident(at(page))), [0, 1, 0, 0]);
+
+    // From the middle of the first to the middle of the third.
+    driver.prefault(at(0).offset(PAGE / 2), 2 * PAGE);
+    let all = to_usize(PAGE / 4096);
+    let expected = if makes_huge_pages(&device) {
+        [all, 1, all, 0]
+    } else {
+        [1, 1, 1, 0]
+    };
+    let now = || [0, 1, 2, 3].map(|page| resident(at(page)));
+    assert_eq!(now(), expected);
+    assert_eq!(read(&stream, at(1).offset(6), 5), [0, 1, 2, 3, 0]);
+    assert_eq!(read(&stream, at(2).offset(PAGE - 1), 1), [0]);
+
+    // A page counts as asked for until it is destroyed; the next one there has no memory again.
+    unmap(&device, range, 4 * PAGE).unwrap();
+    pages
+        .into_iter()
+        .for_each(|page| driver.destroy_page(page).unwrap());
+    let page = driver.create_page(PAGE).unwrap();
+    driver.map(range, &[page]).unwrap();
+    assert_eq!(resident(range), 0);
+    driver.prefault(range, 1);
+    assert_eq!(resident(range), expected[0]);
+}
+
 #[test]
 fn a_page_shows_the_same_bytes_at_every_address() {
     let device = threads();

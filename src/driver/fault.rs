@@ -301,6 +301,10 @@ impl Driver for FaultDriver {
         unsafe { inner.unmap(ptr, bytes) }
     }
 
+    fn prefault(&self, ptr: DevicePtr, bytes: u64) {
+        self.inner.prefault(ptr, bytes);
+    }
+
     fn create_stream(&self) -> Result<RawStream> {
         self.pass("create_stream")?.create_stream()
     }

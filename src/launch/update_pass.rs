@@ -22,10 +22,11 @@ use crate::driver::{Arguments, Stream, Traffic};
 use crate::dtype::{DType, bf16};
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
-use crate::launch::compute::{CHUNK as BLOCK, Compute, load, multiply_all, store};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
 use crate::launch::device::{push_optional, push_spans};
 use crate::launch::split_master::{join, split};
 use crate::launch::stochastic::Chances;
+use crate::launch::vector::vectorized;
 use crate::launch::{PARALLEL_MIN, Span};
 use crate::units::to_usize;
 
@@ -200,6 +201,24 @@ pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &
     }
 }
 
+vectorized! {
+    /// `values[i] = (values[i] · factors[0]) · factors[1]`.
+    fn scale<C: Compute>(values: &mut [C], factors: [C; 2]) {
+        for value in values {
+            *value = *value * factors[0] * factors[1];
+        }
+    }
+}
+
+vectorized! {
+    /// [`scale`] to another place: a copy first would read the memory by itself.
+    fn scale_into<C: Compute>(values: &mut [C], from: &[C], factors: [C; 2]) {
+        for (value, from) in values.iter_mut().zip(from) {
+            *value = *from * factors[0] * factors[1];
+        }
+    }
+}
+
 /// A chunk of one parameter with all that belongs to it.
 struct Row {
     tensor: usize,
@@ -218,9 +237,7 @@ impl Row {
     /// Called from a `run`, whose caller promises that rows are live and not accessed by others. The columns of a
     /// row share no bytes.
     unsafe fn update<C: Compute>(&self, factors: [f32; 2], rule: &impl Rule) {
-        let factors = factors
-            .map(C::from_f32)
-            .map(|factor| (factor != C::from_f32(1.0)).then_some(factor));
+        let factors = factors.map(C::from_f32);
         let by_chance = self.states[0].is_some_and(|state| state.dtype() != C::DTYPE);
         let weight = self.master.unwrap_or(self.parameter);
         let (mut weights, mut gradients) = ([C::default(); BLOCK], [C::default(); BLOCK]);
@@ -228,10 +245,14 @@ impl Row {
         for start in (0..self.parameter.len()).step_by(BLOCK) {
             let len = BLOCK.min(self.parameter.len() - start);
             let gradients = &mut gradients[..len];
-            // SAFETY: the caller's promise.
-            unsafe { load(&self.gradient, start, gradients) };
-            for factor in factors.iter().flatten() {
-                multiply_all(gradients, *factor);
+            if self.gradient.dtype() == C::DTYPE {
+                // SAFETY: the caller's promise.
+                let from = unsafe { self.gradient.sub(start, len).slice::<C>() };
+                scale_into(gradients, from, factors);
+            } else {
+                // SAFETY: the caller's promise.
+                unsafe { load(&self.gradient, start, gradients) };
+                scale(gradients, factors);
             }
             let mut buffers = kept.iter_mut();
             let mut states = self.states.map(|state| {

@@ -19,7 +19,10 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::Span;
 use crate::memory::{Block, PinnedBlock};
-use crate::units::to_usize;
+use crate::units::{MIB, to_usize};
+
+/// Buffers from this size on are announced to the driver: half of a huge page.
+const PREFAULT_MIN: u64 = MIB;
 
 /// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
 /// thread, without blocking.
@@ -39,6 +42,9 @@ impl Buffer {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
         let block = context.allocator().allocate(bytes, context.stream())?;
+        if bytes >= PREFAULT_MIN {
+            context.stream().driver().prefault(block.ptr(), bytes);
+        }
         Ok(Self {
             context: context.clone(),
             ptr: block.ptr(),

@@ -122,6 +122,7 @@ impl Driver for Capped {
         fn reserve(bytes: u64) -> Result<DevicePtr>;
         fn release(ptr: DevicePtr, bytes: u64) -> Result<()>;
         fn map(ptr: DevicePtr, pages: &[PageHandle]) -> Result<()>;
+        fn prefault(ptr: DevicePtr, bytes: u64) -> ();
         fn create_stream() -> Result<RawStream>;
         fn destroy_stream(stream: RawStream) -> Result<()>;
         fn synchronize_stream(stream: RawStream) -> Result<()>;

@@ -100,6 +100,7 @@ impl Driver for Counted {
         fn create_page(bytes: u64) -> Result<PageHandle>;
         fn destroy_page(page: PageHandle) -> Result<()>;
         fn map(ptr: DevicePtr, pages: &[PageHandle]) -> Result<()>;
+        fn prefault(ptr: DevicePtr, bytes: u64) -> ();
         fn create_stream() -> Result<RawStream>;
         fn destroy_stream(stream: RawStream) -> Result<()>;
         fn synchronize_stream(stream: RawStream) -> Result<()>;

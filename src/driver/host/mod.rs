@@ -168,6 +168,13 @@ impl Driver for HostDriver {
         unsafe { pages.unmap(self.memory.capacity(), ptr, bytes) }
     }
 
+    fn prefault(&self, ptr: DevicePtr, bytes: u64) {
+        // Plain memory is left to its faults.
+        if let Ok(pages) = self.memory.pages("prefault") {
+            pages.prefault(ptr, bytes);
+        }
+    }
+
     fn create_stream(&self) -> Result<RawStream> {
         let memory = Arc::clone(&self.memory);
         Ok(self

@@ -47,6 +47,8 @@ struct Page {
     bytes: u64,
     mappings: u64,
     has_handle: bool,
+    /// Whether its memory was asked for in one piece, so that nobody asks again.
+    is_prefaulted: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +106,7 @@ impl Pages {
             bytes,
             mappings: 0,
             has_handle: true,
+            is_prefaulted: false,
         };
         state.pages.insert(handle, page);
         Ok(handle)
@@ -254,6 +257,19 @@ impl Pages {
         Ok(())
     }
 
+    /// Puts huge pages behind the part of a range that has no memory yet. Beyond the range, at most what is left
+    /// of a granule comes with it.
+    pub(super) fn prefault(&self, ptr: DevicePtr, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        // Others need not wait for the system: what the caller is about to write stays mapped.
+        let asked = self.state.lock().ask(ptr, bytes);
+        for (at, mapping) in asked {
+            self.file.prefault(at, mapping.offset, mapping.bytes);
+        }
+    }
+
     /// Takes the page out of the table and gives its memory back if nobody has it any more.
     fn collect(&self, capacity: &Capacity, state: &mut State, handle: PageHandle) {
         let page = &state.pages[&handle];
@@ -299,6 +315,23 @@ impl State {
             // Removing a mapping may split an area in two: that is counted, and never refused.
             areas::take_anyway(now - taken);
         }
+    }
+
+    /// Mappings of a range whose memory nobody asked for before in one piece; it counts as asked for.
+    fn ask(&mut self, ptr: DevicePtr, bytes: u64) -> Vec<(u64, Mapping)> {
+        let end = ptr.0.saturating_add(bytes);
+        let mut asked = Vec::new();
+        let reaching_in = self.mappings.range(..end).rev();
+        for (&at, mapping) in reaching_in.take_while(|(at, it)| **at + it.bytes > ptr.0) {
+            let page = self.pages.get_mut(&mapping.page);
+            let page = page.expect("a mapped page is in the table");
+            let is_covered = ptr.0 <= at && at + mapping.bytes <= end;
+            if !page.is_prefaulted && (is_covered || page.bytes == PAGE_GRANULARITY) {
+                page.is_prefaulted = true;
+                asked.push((at, *mapping));
+            }
+        }
+        asked
     }
 
     /// The page, if its handle is valid.

@@ -89,11 +89,14 @@ mod linux {
     use std::ptr::null_mut;
 
     use parking_lot::Mutex;
-    use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
-    use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+    use rustix::fs::{
+        FallocateFlags, MemfdFlags, SeekFrom, fallocate, ftruncate, memfd_create, seek,
+    };
+    use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 
     use super::unix::{UNCOMMITTED, error, map_anywhere, pointer, unmap};
     use super::{Result, refuse};
+    use crate::driver::host::config::PAGE_GRANULARITY;
     use crate::driver::host::errno::ENOMEM;
     use crate::units::{align_up, to_usize};
 
@@ -138,6 +141,9 @@ mod linux {
     /// *away* is refused too, because empty reserved addresses are a mapping and cutting one in two makes
     /// three. Giving these up makes room for that.
     const SPARE_MAPPINGS: usize = 4;
+
+    /// Not in every libc.
+    const MADV_COLLAPSE: libc::c_int = 25;
 
     /// Length of a spare mapping: rounded up to the system's page.
     const SPARE_BYTES: u64 = 1;
@@ -198,6 +204,28 @@ mod linux {
         ) -> Result<()> {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             fallocate(&self.file, flags, offset, bytes).map_err(|errno| error(call, errno))
+        }
+
+        /// Puts huge pages behind a part of the file that is shown at `address`, if it has no memory yet and
+        /// the system can (Linux from 6.1 on, unless shared memory is denied huge pages). One fault for 2 MiB
+        /// instead of 512 makes the first touch ten times cheaper, and fewer addresses to translate make
+        /// every pass over the memory faster. Contents stay. A refusal leaves the part to its faults.
+        pub(in super::super) fn prefault(&self, address: u64, offset: u64, bytes: u64) {
+            let next = seek(&self.file, SeekFrom::Data(offset));
+            if next.is_ok_and(|next| next < offset + bytes) {
+                // Putting together what is in pieces copies it, which takes longer than it saves.
+                return;
+            }
+            // The system makes a huge page of what has at least one page, of the size of a huge page.
+            for piece in (address..address + bytes).step_by(to_usize(PAGE_GRANULARITY)) {
+                // SAFETY: the advice changes no contents, whatever is mapped there.
+                let touched = unsafe { madvise(pointer(piece), 1, Advice::LinuxPopulateRead) };
+                if touched.is_err() {
+                    return;
+                }
+            }
+            // SAFETY: as above.
+            let _ = unsafe { libc::madvise(pointer(address), to_usize(bytes), MADV_COLLAPSE) };
         }
 
         /// Shows a part of the file at `address`.
@@ -316,6 +344,10 @@ mod other_file {
         }
 
         pub(in super::super) fn discard(&self, _: &'static str, _: u64, _: u64) -> Result<()> {
+            match *self {}
+        }
+
+        pub(in super::super) fn prefault(&self, _: u64, _: u64, _: u64) {
             match *self {}
         }
 
