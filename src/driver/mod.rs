@@ -239,8 +239,9 @@ pub trait Driver: Debug + Send + Sync {
     /// No enqueued work may still touch the range: unmapping does not wait.
     unsafe fn unmap(&self, ptr: DevicePtr, bytes: u64) -> Result<()>;
 
-    /// Says that a range is about to be used throughout: memory that would come piece by piece with the first
-    /// touch may come now, all at once. A hint, which changes no contents; the default ignores it.
+    /// Says that the work enqueued next uses all of a range that the caller holds: memory that would come piece
+    /// by piece with the first touch may come now, all at once. Cheap where it has come. A hint, which changes
+    /// no contents; the default ignores it.
     fn prefault(&self, ptr: DevicePtr, bytes: u64) {
         let _ = (ptr, bytes);
     }

@@ -333,3 +333,52 @@ impl Row {
         split(weights, high, low);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_are_scaled_alike_wherever_they_are_read() {
+        let quiet_nan = f32::from_bits(0xffc1_2345);
+        let edges = [
+            0.0,
+            f32::MIN_POSITIVE,
+            1e-45,
+            1e-30,
+            0.1,
+            3.0,
+            f32::MAX,
+            f32::INFINITY,
+        ];
+        let values: Vec<f32> = edges
+            .into_iter()
+            .flat_map(|value| [value, -value])
+            .collect();
+        let values = [values, vec![quiet_nan]].concat();
+        for factors in [
+            [1.0, 1.0],
+            [1.0 / 65536.0, 0.3],
+            [1e-30, 1e30],
+            [1e30, 1e-30],
+        ] {
+            // One after the other: their product alone would neither overflow nor vanish.
+            let expected = values.iter().map(|value| value * factors[0] * factors[1]);
+            let expected: Vec<u32> = expected.map(f32::to_bits).collect();
+            let (mut there, mut here) = (values.clone(), vec![7.0; values.len()]);
+            scale(&mut there, factors);
+            scale_into(&mut here, &values, factors);
+            for scaled in [there, here] {
+                let bits: Vec<u32> = scaled.into_iter().map(f32::to_bits).collect();
+                assert_eq!(bits, expected, "{factors:?}");
+                if factors == [1.0, 1.0] {
+                    assert!(
+                        bits.iter()
+                            .zip(&values)
+                            .all(|(bits, value)| *bits == value.to_bits())
+                    );
+                }
+            }
+        }
+    }
+}

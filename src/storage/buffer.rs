@@ -21,7 +21,7 @@ use crate::launch::Span;
 use crate::memory::{Block, PinnedBlock};
 use crate::units::{MIB, to_usize};
 
-/// Buffers from this size on are announced to the driver: half of a huge page.
+/// Uses of so many bytes are announced to the driver: half of a huge page.
 const PREFAULT_MIN: u64 = MIB;
 
 /// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
@@ -42,9 +42,6 @@ impl Buffer {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
         let block = context.allocator().allocate(bytes, context.stream())?;
-        if bytes >= PREFAULT_MIN {
-            context.stream().driver().prefault(block.ptr(), bytes);
-        }
         Ok(Self {
             context: context.clone(),
             ptr: block.ptr(),
@@ -101,12 +98,22 @@ impl Buffer {
         &self.version
     }
 
+    /// Tells the driver that the next work uses all of `bytes` bytes from byte `start` on. Not said where the
+    /// memory is allocated: what nobody uses is to cost nothing.
+    pub(super) fn announce(&self, start: u64, bytes: u64) {
+        if bytes >= PREFAULT_MIN {
+            let driver = self.context.stream().driver();
+            driver.prefault(self.ptr.offset(start), bytes);
+        }
+    }
+
     /// Enqueues setting every byte to `value`.
     pub(super) fn fill_bytes(&self, value: u8) -> Result<()> {
         self.version.advance();
         if self.bytes == 0 {
             return Ok(());
         }
+        self.announce(0, self.bytes);
         let stream = self.context.stream();
         // SAFETY: the block is `bytes` long and freed in order with this very stream.
         unsafe {
@@ -149,6 +156,7 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.announce(start, bytes.len() as u64);
         let stream = self.context.stream();
         // SAFETY: the range lies in the block, which is freed in order with this very stream.
         unsafe {
@@ -166,6 +174,7 @@ impl Buffer {
         if bytes == 0 {
             return Ok(());
         }
+        self.announce(0, bytes);
         let stream = self.context.stream();
         source.order(stream)?;
         // SAFETY: both are at least as long. The buffer is freed in order with this very stream; `source`
@@ -236,6 +245,7 @@ impl Buffer {
         if bytes == 0 {
             return Ok(());
         }
+        self.announce(0, bytes);
         let (to, from) = (self.context.stream(), source.context.stream());
         to.wait_for(from)?;
         // SAFETY: both ranges lie in their blocks; the wait above orders the copy behind all writes of

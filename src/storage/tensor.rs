@@ -200,8 +200,14 @@ impl Tensor {
     /// Everything from the first element to the last, gaps included, as a kernel argument.
     #[must_use]
     pub(crate) fn storage_span(&self) -> Span {
-        self.buffer
-            .span(self.layout.offset(), self.layout.extent(), self.dtype)
+        let (start, len) = (self.layout.offset(), self.layout.extent());
+        if self.is_contiguous() {
+            // Kernels use their arguments throughout; of gaps there may be more than of elements.
+            let element = self.dtype.bits() / 8;
+            let [start, bytes] = [start, len].map(|count| count as u64 * element);
+            self.buffer.announce(start, bytes);
+        }
+        self.buffer.span(start, len, self.dtype)
     }
 }
 

@@ -260,7 +260,7 @@ impl Pages {
     /// Puts huge pages behind the part of a range that has no memory yet. Beyond the range, at most what is left
     /// of a granule comes with it.
     pub(super) fn prefault(&self, ptr: DevicePtr, bytes: u64) {
-        if bytes == 0 {
+        if bytes == 0 || !self.file.may_prefault() {
             return;
         }
         // Others need not wait for the system: what the caller is about to write stays mapped.

@@ -87,6 +87,7 @@ mod unix {
 mod linux {
     use std::os::fd::OwnedFd;
     use std::ptr::null_mut;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use parking_lot::Mutex;
     use rustix::fs::{
@@ -145,6 +146,11 @@ mod linux {
     /// Not in every libc.
     const MADV_COLLAPSE: libc::c_int = 25;
 
+    /// Refusals of huge pages in a row after which the system is not asked again. One alone may come of a page
+    /// that others use just then. A system that knows none refuses at once, but one short of memory that hangs
+    /// together looks for it each time.
+    const REFUSALS_MAX: u32 = 8;
+
     /// Length of a spare mapping: rounded up to the system's page.
     const SPARE_BYTES: u64 = 1;
 
@@ -155,6 +161,8 @@ mod linux {
         file: OwnedFd,
         /// Addresses of the spare mappings.
         spare: Mutex<Vec<u64>>,
+        /// How often in a row the system refused a huge page.
+        refusals: AtomicU32,
     }
 
     impl PageFile {
@@ -162,8 +170,11 @@ mod linux {
         pub(in super::super) fn new(call: &'static str, name: &str) -> Result<Self> {
             let file =
                 memfd_create(name, MemfdFlags::CLOEXEC).map_err(|errno| error(call, errno))?;
-            let spare = Mutex::default();
-            let file = Self { file, spare };
+            let file = Self {
+                file,
+                spare: Mutex::default(),
+                refusals: AtomicU32::new(0),
+            };
             file.keep_spare();
             Ok(file)
         }
@@ -209,23 +220,28 @@ mod linux {
         /// Puts huge pages behind a part of the file that is shown at `address`, if it has no memory yet and
         /// the system can (Linux from 6.1 on, unless shared memory is denied huge pages). One fault for 2 MiB
         /// instead of 512 makes the first touch ten times cheaper, and fewer addresses to translate make
-        /// every pass over the memory faster. Contents stay. A refusal leaves the part to its faults.
+        /// every pass over the memory faster. Contents stay. A refusal leaves the part to its faults, and some
+        /// end [the asking](Self::may_prefault).
         pub(in super::super) fn prefault(&self, address: u64, offset: u64, bytes: u64) {
+            if !self.may_prefault() {
+                return;
+            }
             let next = seek(&self.file, SeekFrom::Data(offset));
             if next.is_ok_and(|next| next < offset + bytes) {
                 // Putting together what is in pieces copies it, which takes longer than it saves.
                 return;
             }
-            // The system makes a huge page of what has at least one page, of the size of a huge page.
-            for piece in (address..address + bytes).step_by(to_usize(PAGE_GRANULARITY)) {
-                // SAFETY: the advice changes no contents, whatever is mapped there.
-                let touched = unsafe { madvise(pointer(piece), 1, Advice::LinuxPopulateRead) };
-                if touched.is_err() {
-                    return;
-                }
+            // Relaxed: a count that decides nothing but whether to try.
+            if collapse(address, bytes) {
+                self.refusals.store(0, Ordering::Relaxed);
+            } else {
+                self.refusals.fetch_add(1, Ordering::Relaxed);
             }
-            // SAFETY: as above.
-            let _ = unsafe { libc::madvise(pointer(address), to_usize(bytes), MADV_COLLAPSE) };
+        }
+
+        /// Whether huge pages are still asked for.
+        pub(in super::super) fn may_prefault(&self) -> bool {
+            self.refusals.load(Ordering::Relaxed) < REFUSALS_MAX
         }
 
         /// Shows a part of the file at `address`.
@@ -270,6 +286,17 @@ mod linux {
             self.keep_spare();
             outcome.map(drop).map_err(|errno| error(call, errno))
         }
+    }
+
+    /// Whether a mapping without memory now has huge pages throughout.
+    fn collapse(address: u64, bytes: u64) -> bool {
+        // The system makes a huge page of what has at least one page, of the size of a huge page.
+        let touched = (address..address + bytes)
+            .step_by(to_usize(PAGE_GRANULARITY))
+            // SAFETY: the advice changes no contents, whatever is mapped there.
+            .all(|piece| unsafe { madvise(pointer(piece), 1, Advice::LinuxPopulateRead) }.is_ok());
+        // SAFETY: as above.
+        touched && unsafe { libc::madvise(pointer(address), to_usize(bytes), MADV_COLLAPSE) } == 0
     }
 
     impl Drop for PageFile {
@@ -348,6 +375,10 @@ mod other_file {
         }
 
         pub(in super::super) fn prefault(&self, _: u64, _: u64, _: u64) {
+            match *self {}
+        }
+
+        pub(in super::super) fn may_prefault(&self) -> bool {
             match *self {}
         }
 

@@ -207,6 +207,10 @@ impl Driver for ProbeDriver {
         unsafe { self.inner.unmap(ptr, bytes) }
     }
 
+    fn prefault(&self, ptr: DevicePtr, bytes: u64) {
+        self.inner.prefault(ptr, bytes);
+    }
+
     fn create_stream(&self) -> Result<RawStream> {
         self.inner.create_stream()
     }
