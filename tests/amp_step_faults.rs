@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use amp_support::boxed::Boxed;
 use amp_support::device_support::device;
-use kitsune::amp::{AmpConfig, AmpOptimizer, GradScaler};
+use kitsune::amp::{AmpConfig, AmpOptimizer, GradScaler, SkipPolicy};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{
     Adam, AdamConfig, AdamW, AdamWConfig, Decay, MasterWeights, Moments, Optimizer, Parameter,
@@ -84,15 +84,16 @@ impl Bench {
             parameter.set_scaled_grad(gradient, scaler.tag()).unwrap();
         }
     }
+}
 
-    /// All that a step may move, in bits.
-    fn moved(&self, optimizer: &dyn Optimizer) -> Vec<Vec<u8>> {
-        let values = self.parameters.iter().map(|one| one.value().clone());
-        let states = (0..self.parameters.len()).flat_map(|index| optimizer.state(index));
-        let all = values.chain(states.map(|(_, tensor)| tensor));
-        all.map(|tensor| tensor.to_host().unwrap().bytes().to_vec())
-            .collect()
-    }
+/// All that a step may move, in bits.
+fn moved_by(optimizer: &dyn Optimizer) -> Vec<Vec<u8>> {
+    let parameters = optimizer.parameters();
+    let values = parameters.iter().map(|one| one.value().clone());
+    let states = (0..parameters.len()).flat_map(|index| optimizer.state(index));
+    let all = values.chain(states.map(|(_, tensor)| tensor));
+    all.map(|tensor| tensor.to_host().unwrap().bytes().to_vec())
+        .collect()
 }
 
 /// A fault: the iteration, and which call of it.
@@ -134,7 +135,7 @@ fn joined(make: Make, timing: bool, fault: Fault) -> Run {
     let (mut moved, mut came, mut late) = (Vec::new(), false, None);
     for iteration in 1..=ITERATIONS {
         bench.set_gradients(joined.scaler(), iteration);
-        let before = bench.moved(joined.optimizer());
+        let before = moved_by(joined.optimizer());
         let nth = fault.filter(|fault| fault.0 == iteration);
         if let Some((_, nth)) = nth {
             bench.faults.fail_nth(None, nth);
@@ -145,7 +146,7 @@ fn joined(make: Make, timing: bool, fault: Fault) -> Run {
         }
         if let Err(error) = outcome {
             assert!(came, "{error}");
-            if bench.moved(joined.optimizer()) == before {
+            if moved_by(joined.optimizer()) == before {
                 let _ = joined.step().unwrap();
             } else {
                 late = Some(iteration);
@@ -156,7 +157,7 @@ fn joined(make: Make, timing: bool, fault: Fault) -> Run {
             }
         }
         joined.zero_grad();
-        moved.push(bench.moved(joined.optimizer()));
+        moved.push(moved_by(joined.optimizer()));
     }
     let averages = (0..bench.parameters.len()).map(|index| {
         let average = joined.ema().unwrap().average(index).unwrap();
@@ -208,7 +209,76 @@ fn in_calls(make: Make, timing: bool, fault: Fault) -> Run {
             came = bench.faults.disarm() == 0;
         }
         optimizer.zero_grad();
-        moved.push(bench.moved(&*optimizer));
+        moved.push(moved_by(&*optimizer));
+    }
+    Run {
+        moved,
+        averages: Vec::new(),
+        scale: scaler.scale_factor().unwrap(),
+        came,
+        late,
+    }
+}
+
+/// Iterations that step an optimizer for each weight in one call, all or none. After a failure it is made again for those
+/// that are left, which are those that did not move.
+fn all_at_once(make: Make, timing: bool, fault: Fault) -> Run {
+    let (bench, context) = Bench::new();
+    let optimizer = |parameter: &Parameter| make(vec![parameter.clone()]);
+    let mut optimizers: Vec<_> = bench.parameters.iter().map(optimizer).collect();
+    let config = AmpConfig {
+        skip_policy: SkipPolicy::AllOrNone,
+        ..config(timing)
+    };
+    let mut scaler = GradScaler::new(&context, config).unwrap();
+    let all = |optimizers: &[Box<dyn Optimizer>]| -> Vec<_> {
+        optimizers.iter().map(|one| moved_by(&**one)).collect()
+    };
+    let (mut moved, mut came, mut late) = (Vec::new(), false, None);
+    for iteration in 1..=ITERATIONS {
+        bench.set_gradients(&scaler, iteration);
+        let before = all(&optimizers);
+        let nth = fault.filter(|fault| fault.0 == iteration);
+        if let Some((_, nth)) = nth {
+            bench.faults.fail_nth(None, nth);
+        }
+        let (mut outcomes, mut done) = (Vec::new(), 0);
+        while done < optimizers.len() {
+            let rest = optimizers[done..].iter_mut().map(|one| &mut **one);
+            let mut rest: Vec<&mut dyn Optimizer> = rest.map(|one| one as _).collect();
+            match scaler.step_all(&mut rest) {
+                Ok(stepped) => {
+                    done += stepped.len();
+                    outcomes.extend(stepped);
+                }
+                Err(failed) => {
+                    done += failed.stepped.len();
+                    outcomes.extend(failed.stepped);
+                    if failed
+                        .error
+                        .to_string()
+                        .contains("only its record is missing")
+                    {
+                        done += 1;
+                        late = Some(iteration);
+                    }
+                    for (index, (now, before)) in all(&optimizers).iter().zip(&before).enumerate() {
+                        assert_eq!(now != before, index < done, "optimizer {index} of {done}");
+                    }
+                }
+            }
+        }
+        until_done(|| scaler.update());
+        if nth.is_some() {
+            came = bench.faults.disarm() == 0;
+        }
+        let missing = usize::from(late == Some(iteration));
+        assert_eq!(outcomes.len(), optimizers.len() - missing);
+        for outcome in outcomes {
+            assert_eq!(outcome.is_applied().unwrap(), iteration != OVERFLOW);
+        }
+        optimizers.iter_mut().for_each(|one| one.zero_grad());
+        moved.push(all(&optimizers).concat());
     }
     Run {
         moved,
@@ -266,4 +336,48 @@ fn whichever_call_of_a_joined_step_fails_nothing_is_half_done() {
 #[test]
 fn whichever_call_of_single_steps_fails_it_can_be_made_again() {
     assert_eq!(every_call_fails(in_calls), 12, "the record");
+}
+
+#[test]
+fn whichever_call_of_steps_made_at_once_fails_it_tells_which_were_made() {
+    assert_eq!(every_call_fails(all_at_once), 3 * 12, "the records");
+}
+
+/// A scaler that is off knows no optimizer, but its caller does.
+#[test]
+fn without_a_scale_it_is_told_as_well_which_steps_were_made() {
+    let (bench, context) = Bench::new();
+    let mut scaler = GradScaler::new(
+        &context,
+        AmpConfig {
+            enabled: false,
+            ..AmpConfig::default()
+        },
+    )
+    .unwrap();
+    bench.set_gradients(&scaler, 1);
+    let optimizer = |parameter: &Parameter| OPTIMIZERS[0].1(vec![parameter.clone()]);
+    let mut optimizers: Vec<_> = bench.parameters.iter().map(optimizer).collect();
+    let before: Vec<_> = optimizers.iter().map(|one| moved_by(&**one)).collect();
+    let mut all: Vec<&mut dyn Optimizer> =
+        optimizers.iter_mut().map(|one| &mut **one as _).collect();
+    bench.faults.fail_nth(Some("launch"), 2);
+    let failed = scaler.step_all(&mut all).unwrap_err();
+    bench.faults.disarm();
+    let told = failed.to_string();
+    assert!(told.ends_with("; the step before is enqueued"), "{told}");
+    assert_eq!(failed.stepped.len(), 1);
+    assert!(failed.stepped[0].is_applied().unwrap());
+    assert!(matches!(
+        Error::from(failed),
+        Error::Driver { call: "launch", .. }
+    ));
+    let moved: Vec<_> = all.iter().map(|one| moved_by(&**one)).collect();
+    assert_eq!(
+        [0, 1, 2].map(|index| moved[index] != before[index]),
+        [true, false, false]
+    );
+    let outcomes = scaler.step_all(&mut all[1..]).unwrap();
+    assert_eq!(outcomes.len(), 2);
+    assert!(moved_by(all[2]) != before[2]);
 }

@@ -86,6 +86,7 @@ mod scaler;
 mod slot;
 mod state;
 mod stats;
+mod step_all;
 mod versioned;
 
 pub use applied::{AppliedSteps, AppliedStepsState};
@@ -98,6 +99,7 @@ pub use scalable::Scalable;
 pub use scaler::GradScaler;
 pub use state::ScalerState;
 pub use stats::{ScaleChange, ScalerStats, StepTimes};
+pub use step_all::StepAllError;
 
 pub use crate::ops::autocast::{AutocastGuard, autocast};
 

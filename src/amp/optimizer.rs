@@ -6,6 +6,7 @@
 //!
 //! Must not know: how an optimizer moves a weight.
 
+use crate::amp::slot::Stage;
 use crate::amp::{
     AmpConfig, AppliedSteps, AppliedStepsState, GradScaler, ScalerState, StepOutcome,
 };
@@ -193,9 +194,10 @@ impl<O: Optimizer> AmpOptimizer<O> {
             self.scaler
                 .clip_grad_norm_by(&self.optimizer, max_norm, kind)?;
         }
-        let is_due = self.scaler.has_stepped(&self.optimizer);
+        let is_due = self.scaler.stage(&self.optimizer) == Stage::Stepped;
         let outcome = self.scaler.step(&mut self.optimizer);
-        if outcome.is_err() && (is_due || !self.scaler.has_stepped(&self.optimizer)) {
+        let has_stepped = self.scaler.stage(&self.optimizer) == Stage::Stepped;
+        if outcome.is_err() && (is_due || !has_stepped) {
             return outcome;
         }
         let flag = self.scaler.found_inf(&self.optimizer);

@@ -267,24 +267,6 @@ impl GradScaler {
         }
     }
 
-    /// Checks the gradients of all `optimizers` that were not checked yet, then enqueues all steps. Under
-    /// [`SkipPolicy::AllOrNone`] they are skipped if one of them overflows.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step). If a check fails, nothing was stepped; if a step does, those before it were.
-    pub fn step_all(&mut self, optimizers: &mut [&mut dyn Optimizer]) -> Result<Vec<StepOutcome>> {
-        for optimizer in &*optimizers {
-            let known = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
-            if known.is_none_or(|slot| slot.stage() == Stage::Ready) {
-                self.check(&**optimizer)?;
-            }
-        }
-        optimizers
-            .iter_mut()
-            .map(|optimizer| self.step(&mut **optimizer))
-            .collect()
-    }
-
     /// Adapts the scale to what the optimizers' checks found since the last update, and makes all of them
     /// ready. However many overflowed, the scale backs off once.
     ///
@@ -401,10 +383,10 @@ impl GradScaler {
         slot.map(Slot::found_inf)
     }
 
-    /// Whether a step of the optimizer was enqueued since the last update.
-    pub(super) fn has_stepped<O: Optimizer + ?Sized>(&self, optimizer: &O) -> bool {
+    /// What was done for the optimizer since the last update.
+    pub(super) fn stage<O: Optimizer + ?Sized>(&self, optimizer: &O) -> Stage {
         let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
-        slot.is_some_and(|slot| slot.stage() == Stage::Stepped)
+        slot.map_or(Stage::Ready, Slot::stage)
     }
 
     /// Whether losses are scaled.
