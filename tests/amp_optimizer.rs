@@ -11,9 +11,10 @@ use amp_support::{context, ones, parameter, scaler, set_grad, sgd, value};
 use kitsune::amp::{AmpConfig, AmpOptimizer, AppliedSteps, GradScaler, ScalingMode};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{
-    AdamW, AdamWConfig, Decay, Ema, MasterWeights, Optimizer, Parameter, Schedule, Sgd, SgdConfig,
+    AdamW, AdamWConfig, Decay, Ema, MasterWeights, Optimizer, OptimizerId, Parameter, Schedule,
+    Sgd, SgdConfig, StepInputs,
 };
-use kitsune::{Context, DType, Device, Element, Error, HostConfig, Tensor, bf16, f16};
+use kitsune::{Context, DType, Device, Element, Error, HostConfig, Result, Tensor, bf16, f16};
 
 const INF: f32 = f32::INFINITY;
 
@@ -147,6 +148,7 @@ fn averages_of_masters_follow_steps_that_16_bits_lose() {
     let context = context();
     for (dtype, master_weights) in [
         (DType::Bf16, MasterWeights::F32),
+        (DType::Bf16, MasterWeights::Split),
         (DType::F16, MasterWeights::F32),
         (DType::F16, MasterWeights::Split),
         (DType::F32, MasterWeights::F32),
@@ -181,22 +183,119 @@ fn averages_of_masters_follow_steps_that_16_bits_lose() {
     }
 }
 
-/// Masters that are split are averaged by their 16-bit halves, as is said.
-#[test]
-fn averages_of_split_masters_are_those_of_their_parameters() {
+/// Parts of tensors that begin at odd places, of no element, an odd number of them, and more than a chunk.
+fn parts(context: &Context) -> Vec<Parameter> {
+    let places = [(0, 2), (1, 0), (3, 1), (257, 0), (70_001, 1)];
+    let part = |(len, start): (usize, usize)| {
+        let mut random = fastrand::Rng::with_seed(len as u64);
+        let mut values: Vec<bf16> = (0..len + start)
+            .map(|_| bf16::from_f32(random.f32() - 0.5))
+            .collect();
+        if let Some(first) = values.get_mut(start) {
+            *first = bf16::NEG_ZERO;
+        }
+        let value = Tensor::from_slice(context, [len + start], &values).unwrap();
+        let value = value.narrow(0, start, len).unwrap();
+        Parameter::new(format!("{len}"), value).unwrap()
+    };
+    places.map(part).to_vec()
+}
+
+/// Averages of masters kept like this, which begin in the middle of a training: at first and after each step; and the
+/// same of the 16-bit values.
+fn averages_of(masters: MasterWeights) -> [Vec<Vec<u8>>; 2] {
     let context = context();
-    let weight = parameter(&context, "w", &[bf16::ONE; 2]);
+    let parameters = parts(&context);
     let config = SgdConfig {
-        learning_rate: 0.25,
-        master_weights: MasterWeights::Split,
+        learning_rate: 2f64.powi(-13),
+        momentum: 0.5,
+        master_weights: masters,
         ..SgdConfig::default()
     };
-    let mut optimizer = Sgd::new(vec![weight.clone()], config).unwrap();
-    let mut ema = Ema::of(&optimizer, 0.5).unwrap();
-    set_grad(&weight, &[bf16::ONE; 2]);
-    optimizer.step_unscaled().unwrap();
-    ema.update(None).unwrap();
-    assert_eq!(ema.average(0).unwrap().to_vec::<f32>().unwrap(), [0.875; 2]);
+    let mut optimizer = Sgd::new(parameters.clone(), config).unwrap();
+    let mut scaler = scaler(&context, 4.0);
+    let mut emas: Vec<Ema> = Vec::new();
+    let mut seen = [Vec::new(), Vec::new()];
+    for step in 0..7 {
+        for parameter in &parameters {
+            let value = parameter.value();
+            let mut random = fastrand::Rng::with_seed(step);
+            let mut gradient: Vec<f32> = (0..value.len()).map(|_| random.f32() - 0.5).collect();
+            if let Some(last) = gradient.last_mut().filter(|_| step == 4) {
+                *last = INF;
+            }
+            scaled_grad(&scaler, parameter, &gradient);
+        }
+        let outcome = scaler.step(&mut optimizer).unwrap();
+        for ema in &mut emas {
+            ema.update(scaler.found_inf(&optimizer)).unwrap();
+        }
+        scaler.update().unwrap();
+        assert_eq!(outcome.is_applied().unwrap(), step != 4);
+        match step {
+            1 => {
+                emas.push(Ema::of(&optimizer, 0.75).unwrap());
+                emas.push(Ema::new(&parameters, 0.75).unwrap());
+            }
+            5 => emas.iter_mut().for_each(|ema| ema.set_decay(0.5).unwrap()),
+            _ => {}
+        }
+        for (ema, seen) in emas.iter().zip(&mut seen) {
+            let averages = (0..parameters.len()).map(|index| bits(ema.average(index).unwrap()));
+            seen.push(averages.collect::<Vec<_>>().concat());
+        }
+    }
+    seen
+}
+
+#[test]
+fn averages_of_split_masters_are_those_of_whole_ones() {
+    let [split, of_values] = averages_of(MasterWeights::Split);
+    let [whole, _] = averages_of(MasterWeights::F32);
+    assert_eq!(split.len(), 6);
+    assert!(split == whole);
+    assert!(split != of_values);
+    let skipped = 4 - 1;
+    assert!(split[skipped] == split[skipped - 1]);
+    assert!(split.windows(2).filter(|pair| pair[0] == pair[1]).count() == 1);
+}
+
+/// An optimizer whose master of its one parameter is what it was given.
+struct Odd(Sgd, &'static str, Tensor);
+
+impl Optimizer for Odd {
+    fn id(&self) -> &OptimizerId {
+        self.0.id()
+    }
+    fn parameters(&self) -> &[Parameter] {
+        self.0.parameters()
+    }
+    fn step(&mut self, inputs: &StepInputs) -> Result<()> {
+        self.0.step(inputs)
+    }
+    fn state(&self, _: usize) -> Vec<(&'static str, Tensor)> {
+        vec![(self.1, self.2.clone())]
+    }
+}
+
+#[test]
+fn masters_that_do_not_fit_are_refused() {
+    let context = context();
+    let weight = parameter(&context, "w", &[bf16::ONE; 3]);
+    for (name, len, dtype) in [
+        ("master_weight", 2, DType::F32),
+        ("master_weight", 3, DType::U32),
+        ("master_remainder", 1, DType::U32),
+        ("master_remainder", 2, DType::F32),
+    ] {
+        let odd = Tensor::zeros(&context, [len], dtype).unwrap();
+        let error = Ema::of(&Odd(sgd(&[&weight], 1.0), name, odd), 0.5).unwrap_err();
+        let told = error.to_string();
+        assert_eq!(
+            told, "Ema: the master of parameter `w` does not fit it",
+            "{name}"
+        );
+    }
 }
 
 #[test]

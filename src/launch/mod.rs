@@ -24,6 +24,7 @@ mod cross_entropy;
 mod cublaslt;
 mod device;
 mod elementwise;
+pub(crate) mod ema;
 mod embedding;
 mod fill;
 pub(crate) mod fp8_update;

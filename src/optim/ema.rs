@@ -5,21 +5,17 @@
 //! ```
 //!
 //! Whether a step was applied is decided on the device, by the flag that decided the step itself: an average is
-//! left alone, to the bit, exactly when its weight was. The formula is a step of plain gradient descent
-//! towards the weight, so it runs in that kernel: the weight stands where the gradient would, multiplied by −1,
-//! and a weight decay of 1 adds the average to it.
+//! left alone, to the bit, exactly when its weight was.
 //!
 //! Averages are f32 (f64 of f64 weights): with a decay near 1 the summands are too small for 16 bits. For the same reason
-//! a 16-bit weight is best averaged by its f32 master, which [`Ema::of`] does: steps too small to show in 16 bits would
-//! show in no average of them either.
+//! a 16-bit weight is best averaged by its f32 master, which [`Ema::of`] does, whole or cut in two: steps too small to
+//! show in 16 bits would show in no average of them either.
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::launch::chunk_table::MAX_COLUMNS;
-use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
-use crate::launch::update_pass::{GRADIENT, GroupSettings, PARAMETER, SETTING_WORDS, StepScalars};
+use crate::launch::ema::{AVERAGE, COLUMNS, REMAINDER, WEIGHT, ema};
 use crate::memory;
-use crate::optim::rows::MASTER_WEIGHT;
+use crate::optim::rows::{MASTER_REMAINDER, MASTER_WEIGHT};
 use crate::optim::state::{Live, NamedTensors, match_named, save_named};
 use crate::optim::table::DeviceTable;
 use crate::optim::{Optimizer, Parameter};
@@ -45,14 +41,57 @@ use crate::storage::{HostTensor, Load, Tensor};
 pub struct Ema {
     decay: f64,
     parameters: Vec<Parameter>,
-    /// What is averaged: the values, or masters of them.
-    weights: Vec<Tensor>,
+    weights: Vec<Weight>,
     averages: Vec<Tensor>,
-    minus_one: Tensor,
-    /// What the kernel reads of the decay: a row of settings, and its number for each average.
-    settings: Tensor,
-    groups: Tensor,
+    /// 1 − decay, an f64.
+    share: Tensor,
     table: DeviceTable,
+}
+
+/// What is averaged: a value, or a master of it.
+#[derive(Debug)]
+struct Weight {
+    /// The value or master; the upper halves of masters that are cut in two.
+    tensor: Tensor,
+    /// Their lower halves.
+    remainder: Option<Tensor>,
+}
+
+impl Weight {
+    fn value_of(parameter: &Parameter) -> Self {
+        Self {
+            tensor: parameter.value().clone(),
+            remainder: None,
+        }
+    }
+
+    /// The master of `parameter` in `state`, if it has one, else its value.
+    fn master_of(parameter: &Parameter, state: Vec<(&'static str, Tensor)>) -> Result<Self> {
+        let mut weight = Self::value_of(parameter);
+        for (name, tensor) in state {
+            match name {
+                MASTER_WEIGHT => weight.tensor = tensor,
+                MASTER_REMAINDER => weight.remainder = Some(tensor),
+                _ => {}
+            }
+        }
+        let Self { tensor, remainder } = &weight;
+        let value = parameter.value();
+        let fits = tensor.shape() == value.shape()
+            && tensor.dtype().is_computed()
+            && remainder.as_ref().is_none_or(|low| {
+                let words = value.len().div_ceil(2);
+                tensor.dtype() == DType::Bf16 && low.dtype() == DType::U32 && low.len() == words
+            });
+        if fits {
+            return Ok(weight);
+        }
+        let reason = format!(
+            "the master of parameter `{}` does not fit it",
+            parameter.name()
+        );
+        Err(Error::argument("Ema", reason))
+    }
 }
 
 impl Ema {
@@ -63,36 +102,34 @@ impl Ema {
     /// [`Error::InvalidConfig`] for a decay that is not from 0 to below 1; [`Error::InvalidArgument`] for no
     /// parameters or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: &[Parameter], decay: f64) -> Result<Self> {
-        let values = parameters.iter().map(|one| one.value().clone());
+        let values = parameters.iter().map(Weight::value_of);
         Self::averaging(parameters, values.collect(), decay)
     }
 
-    /// Averages of the parameters of `optimizer`: of their f32 master weights where it has them, else of their values.
-    /// Masters that are [split](crate::optim::MasterWeights::Split) are no tensors of their own; of those the 16-bit
-    /// values are averaged.
+    /// Averages of the parameters of `optimizer`: of their f32 master weights where it has them, also if those are
+    /// [split](crate::optim::MasterWeights::Split), else of their values.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new); [`Error::InvalidArgument`] for an optimizer of the caller's whose masters do not fit its
+    /// parameters.
     pub fn of<O: Optimizer + ?Sized>(optimizer: &O, decay: f64) -> Result<Self> {
         let parameters = optimizer.parameters();
-        let weight = |(index, parameter): (usize, &Parameter)| {
-            let mut state = optimizer.state(index).into_iter();
-            let master = state.find(|(name, _)| *name == MASTER_WEIGHT);
-            master.map_or_else(|| parameter.value().clone(), |(_, master)| master)
-        };
-        let weights = parameters.iter().enumerate().map(weight).collect();
-        Self::averaging(parameters, weights, decay)
+        let weights = parameters
+            .iter()
+            .enumerate()
+            .map(|(index, parameter)| Weight::master_of(parameter, optimizer.state(index)));
+        Self::averaging(parameters, weights.collect::<Result<_>>()?, decay)
     }
 
-    /// Averages of `weights`, which are the values of `parameters` or of the same shapes.
-    fn averaging(parameters: &[Parameter], weights: Vec<Tensor>, decay: f64) -> Result<Self> {
+    /// Averages of `weights`, those of `parameters`.
+    fn averaging(parameters: &[Parameter], weights: Vec<Weight>, decay: f64) -> Result<Self> {
         check_decay(decay)?;
         let Some(first) = parameters.first() else {
             return Err(Error::argument("Ema", "no parameters"));
         };
         let context = first.value().context();
         let _tag = memory::tag("ema");
-        let average = |(parameter, weight): (&Parameter, &Tensor)| {
+        let average = |parameter: &Parameter| {
             let value = parameter.value();
             if value.context().stream().id() != context.stream().id() {
                 let reason = format!("parameter `{}` is on another stream", parameter.name());
@@ -102,21 +139,21 @@ impl Ema {
                 DType::F64 => DType::F64,
                 _ => DType::F32,
             };
-            let average = Tensor::uninit(context, value.shape(), dtype)?;
-            average.copy_from(weight)?;
-            Ok(average)
+            // Going all the way from here ends at any weight to the bit: −0 − (−0 − w) is w, also for zeros.
+            Tensor::full(context, value.shape(), dtype, -0.0)
         };
-        let averages = parameters.iter().zip(&weights).map(average);
-        Ok(Self {
+        let averages = parameters.iter().map(average);
+        let mut ema = Self {
             decay,
             averages: averages.collect::<Result<_>>()?,
             parameters: parameters.to_vec(),
             weights,
-            minus_one: Tensor::full(context, [], DType::F32, -1.0)?,
-            settings: Tensor::from_slice(context, [SETTING_WORDS], &settings(decay))?,
-            groups: Tensor::zeros(context, [parameters.len()], DType::U32)?,
+            share: Tensor::full(context, [1], DType::F64, 1.0)?,
             table: DeviceTable::new("Ema", COLUMNS),
-        })
+        };
+        ema.update(None)?;
+        ema.share.fill(1.0 - decay)?;
+        Ok(ema)
     }
 
     /// Enqueues one update, which leaves the averages as they are unless `found_inf`, an f32 on the device, is
@@ -128,38 +165,40 @@ impl Ema {
     /// [`found_inf`](../amp/struct.GradScaler.html#method.found_inf). The scaler's update clears the flag.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::OutOfMemory`] in a
-    /// first update.
+    /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::Driver`] if it cannot be
+    /// enqueued.
     pub fn update(&mut self, found_inf: Option<&Tensor>) -> Result<()> {
         if let Some(flag) = found_inf {
             self.check_flag(flag)?;
         }
-        let weights: Vec<_> = self.weights.iter().cloned().enumerate().collect();
-        let (averages, context) = (&self.averages, self.minus_one.context());
+        let tensors = self.weights.iter().map(|weight| weight.tensor.clone());
+        let tensors: Vec<_> = tensors.enumerate().collect();
+        let (averages, weights) = (&self.averages, &self.weights);
+        let context = self.share.context();
         let table =
             self.table
-                .refresh(context, averages.len(), &weights, |list, index, weight| {
-                    let mut row = [None; MAX_COLUMNS];
-                    row[PARAMETER] = Some(averages[index].span()?);
-                    row[GRADIENT] = Some(weight.span()?);
-                    list.push(index, &row[..COLUMNS])
+                .refresh(context, averages.len(), &tensors, |list, index, tensor| {
+                    let mut row = [None; COLUMNS];
+                    row[AVERAGE] = Some(averages[index].span()?);
+                    row[WEIGHT] = Some(tensor.span()?);
+                    if let Some(remainder) = &weights[index].remainder {
+                        row[REMAINDER] = Some(remainder.span()?.halves(tensor.len()));
+                    }
+                    list.push(index, &row)
                 })?;
-        let scalars = StepScalars {
-            found_inf: found_inf.map(Tensor::span).transpose()?,
-            inv_scale: Some(self.minus_one.span()?),
-            clip: None,
-        };
-        let settings = GroupSettings {
-            rows: self.settings.span()?,
-            groups: self.groups.span()?,
-        };
-        sgd(context.stream(), &table, &scalars, &settings)
+        let found_inf = found_inf.map(Tensor::span).transpose()?;
+        ema(
+            context.stream(),
+            &table,
+            &self.share.span()?,
+            found_inf.as_ref(),
+        )
     }
 
     fn check_flag(&self, flag: &Tensor) -> Result<()> {
         let what = if flag.dtype() != DType::F32 || flag.len() != 1 {
             "is not one f32"
-        } else if flag.context().stream().id() != self.minus_one.context().stream().id() {
+        } else if flag.context().stream().id() != self.share.context().stream().id() {
             "is on another stream than the averages"
         } else {
             return Ok(());
@@ -216,18 +255,18 @@ impl Ema {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] unless it is from 0 to below 1; [`Error::Capturing`] while an update is being
-    /// captured; [`Error::Driver`] if the copy cannot be enqueued. The old one stays.
+    /// captured; [`Error::Driver`] if the write cannot be enqueued. The old one stays.
     pub fn set_decay(&mut self, decay: f64) -> Result<()> {
         check_decay(decay)?;
         if decay == self.decay {
             return Ok(());
         }
-        let stream = self.settings.context().stream();
-        // A copy in a graph would bring this share back at every launch.
+        let stream = self.share.context().stream();
+        // A write in a graph would bring this share back at every launch.
         if stream.driver().is_capturing(stream.raw())? {
             return Err(Error::Capturing { call: "set_decay" });
         }
-        self.settings.copy_from_slice(&settings(decay))?;
+        self.share.fill(1.0 - decay)?;
         self.decay = decay;
         Ok(())
     }
@@ -262,8 +301,8 @@ impl Ema {
             ));
         }
         let mut writes = match_named(self.live(), &state.averages)?;
-        let row = HostTensor::from_slice([SETTING_WORDS], &settings(decay))?;
-        writes.push((self.settings.clone(), row));
+        let share = HostTensor::from_slice([1], &[1.0 - decay])?;
+        writes.push((self.share.clone(), share));
         Ok(Load::writing(writes).then(move || self.decay = decay))
     }
 
@@ -283,17 +322,6 @@ pub struct EmaState {
     pub decay: f64,
     /// The averages.
     pub averages: NamedTensors,
-}
-
-/// The settings of the kernel by which an average moves.
-fn settings(decay: f64) -> [f64; SETTING_WORDS] {
-    let numbers = SgdNumbers {
-        learning_rate: 1.0 - decay,
-        momentum: 0.0,
-        weight_decay: 1.0,
-        nesterov: false,
-    };
-    bytemuck::cast(numbers.words())
 }
 
 /// Refuses a decay that no average can have.

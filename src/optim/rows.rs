@@ -43,6 +43,9 @@ pub enum Moments {
 /// The name of a parameter's f32 master among its state.
 pub(super) const MASTER_WEIGHT: &str = "master_weight";
 
+/// The name of the lower halves of a parameter's masters among its state.
+pub(super) const MASTER_REMAINDER: &str = "master_remainder";
+
 /// The parameters of one optimizer with their masters and state.
 #[derive(Debug)]
 pub(super) struct Rows {
@@ -187,7 +190,7 @@ impl Rows {
     ) -> Vec<(&'static str, Tensor)> {
         let master = self.master(index).map(|master| (MASTER_WEIGHT, master));
         let remainder = self.remainder(index);
-        let remainder = remainder.map(|master| ("master_remainder", master));
+        let remainder = remainder.map(|master| (MASTER_REMAINDER, master));
         let states = self.states.get(index).into_iter().flatten();
         let states = names.iter().copied().zip(states);
         let tensors = master.into_iter().chain(remainder).chain(states);

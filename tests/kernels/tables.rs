@@ -3,8 +3,8 @@
 
 use kitsune::amp::{AmpConfig, GradScaler, NormKind};
 use kitsune::optim::{
-    Adam, AdamConfig, AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, ParamGroup, Parameter,
-    Sgd, SgdConfig,
+    Adam, AdamConfig, AdamW, AdamWConfig, Ema, MasterWeights, Moments, Optimizer, ParamGroup,
+    Parameter, Sgd, SgdConfig,
 };
 use kitsune::{Context, DType, Device, Element, HostConfig, Tensor, bf16, f16};
 
@@ -261,6 +261,37 @@ fn adam_steps_in_groups() {
         steps(context, &parameters, optimizer)
     });
     assert_same("adam in groups", &both, 0.0, ulps_of_adam());
+}
+
+/// Averages of values and of masters, which move, are skipped, and move otherwise.
+#[test]
+fn averages() {
+    for masters in [MasterWeights::Split, MasterWeights::F32, MasterWeights::Off] {
+        let both = on_both(|context| {
+            let parameters = parameters(context);
+            let config = SgdConfig {
+                learning_rate: 0.01,
+                master_weights: masters,
+                ..SgdConfig::default()
+            };
+            let mut optimizer = Sgd::new(parameters.clone(), config).unwrap();
+            set_gradients(&parameters, 1, None);
+            optimizer.step_unscaled().unwrap();
+            let mut ema = Ema::of(&optimizer, 0.875).unwrap();
+            let [clear, set] =
+                [0.0, f64::NAN].map(|flag| Tensor::full(context, [], DType::F32, flag).unwrap());
+            for (step, flag) in [(2, None), (3, Some(&set)), (4, Some(&clear))] {
+                set_gradients(&parameters, step, None);
+                optimizer.step_unscaled().unwrap();
+                ema.update(flag).unwrap();
+            }
+            ema.set_decay(0.1).unwrap();
+            ema.update(None).unwrap();
+            let average = |index| Seen::of(ema.average(index).unwrap());
+            (0..parameters.len()).map(average).collect()
+        });
+        assert_same(&format!("{masters:?}"), &both, 0.0, 0.0);
+    }
 }
 
 /// More chunks than a warp has lanes, so that a lane adds up several.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{
-    Adam, AdamConfig, AdamW, AdamWConfig, MasterWeights, Moments, Optimizer, Parameter, Sgd,
+    Adam, AdamConfig, AdamW, AdamWConfig, Ema, MasterWeights, Moments, Optimizer, Parameter, Sgd,
     SgdConfig,
 };
 use kitsune::{Context, DType, Device, HostConfig, Tensor};
@@ -109,7 +109,9 @@ fn kernels_move_what_they_say() {
         };
         for config in [adamw, plain, narrow] {
             let parameters = parameters(context, &pairs);
-            steps(context, &mut AdamW::new(parameters, config).unwrap());
+            let mut optimizer = AdamW::new(parameters, config).unwrap();
+            steps(context, &mut optimizer);
+            Ema::of(&optimizer, 0.5).unwrap().update(None).unwrap();
         }
         let amsgrad = AdamConfig {
             amsgrad: true,
@@ -142,6 +144,7 @@ fn kernels_move_what_they_say() {
         "multiply",
         "adam",
         "sgd",
+        "ema",
         "cast_f32_f16",
         "cast_f32_f32",
         "add_f32",
