@@ -81,7 +81,8 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file could not be read or written. One that was there before is as it was.
+    /// A file could not be read or written. One that was there before is as it was, unless the system's answer says that
+    /// the new one is in place.
     #[error("cannot {action} {}: {source}", path.display())]
     File {
         /// What was tried: `read` or `write`.

@@ -1,7 +1,8 @@
 //! Writing a file so that it is the old one or the new one, whatever happens meanwhile.
 //!
-//! The new content goes to a file in the same folder, is flushed to the disk, and takes the name in one step. A failure
-//! leaves the old file and nothing else.
+//! The new content goes to a file in the same folder, is flushed to the disk, and takes the name in one step; then the
+//! folder is flushed. A failure leaves the old file and nothing else, but for one of the last flush, which says that the
+//! new file is there.
 //!
 //! Where the system can, the new file has no name while it is written, so that nothing is left of it when the process
 //! is killed. Elsewhere, and for a moment before it takes its name, it is a hidden file that ends in `.tmp`, which can
@@ -42,12 +43,24 @@ pub(super) fn replace(
         source,
     };
     let target = followed(path).map_err(failed)?;
-    match nameless(&target) {
-        Some(file) => put_nameless(file, &target, write),
-        None => put_named(&target, write),
-    }
-    .and_then(|()| flush_directory(&target))
-    .map_err(failed)
+    put(&target, nameless(&target), write).map_err(failed)
+}
+
+/// Makes `target` a file with what `write` writes, by way of `nameless`, a new file without a name, if there is one.
+fn put(
+    target: &Path,
+    nameless: Option<File>,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    match nameless {
+        Some(file) => put_nameless(file, target, write),
+        None => put_named(target, write),
+    }?;
+    flush_directory(target).map_err(|error| {
+        let told =
+            format!("the new file is in place, but may not outlast a loss of power: {error}");
+        io::Error::new(error.kind(), told)
+    })
 }
 
 /// Fills `file`, gives it a name, and then that of `target`: no system does both at once over a file that is there.
@@ -204,19 +217,22 @@ fn flush_directory(target: &Path) -> io::Result<()> {
     File::open(folder(target))?.sync_all()
 }
 
+#[cfg(all(test, target_os = "linux"))]
+mod system_calls;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     /// An empty directory of the test called `name`.
-    fn directory(name: &str) -> PathBuf {
+    pub(super) fn directory(name: &str) -> PathBuf {
         let path = std::env::temp_dir().join(format!("kitsune-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
         path
     }
 
-    fn names(directory: &Path) -> Vec<OsString> {
+    pub(super) fn names(directory: &Path) -> Vec<OsString> {
         let entries = fs::read_dir(directory).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
     }
@@ -261,6 +277,23 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"newer");
         assert!(put_named(&path, |_| Err(io::Error::from(ErrorKind::StorageFull))).is_err());
         assert_eq!(names(&directory), ["state"]);
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_name_that_is_taken_by_a_folder_meanwhile_stays_the_folders() {
+        let directory = directory("taken");
+        let path = directory.join("state");
+        for has_name in [false, true] {
+            let nameless = nameless(&path).filter(|_| !has_name);
+            let outcome = put(&path, nameless, |file| {
+                fs::create_dir(&path)?;
+                file.write_all(b"new")
+            });
+            assert!(outcome.is_err());
+            assert_eq!(names(&directory), ["state"]);
+            fs::remove_dir(&path).unwrap();
+        }
         fs::remove_dir_all(&directory).unwrap();
     }
 
