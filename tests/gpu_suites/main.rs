@@ -20,8 +20,12 @@ mod amp_oracle_gradients;
 mod amp_oracle_scale;
 #[path = "../amp_oracle_steps.rs"]
 mod amp_oracle_steps;
+#[path = "../amp_produced.rs"]
+mod amp_produced;
 #[path = "../amp_scaler.rs"]
 mod amp_scaler;
+#[path = "../amp_step_faults.rs"]
+mod amp_step_faults;
 #[path = "../amp_training.rs"]
 mod amp_training;
 #[path = "../amp_watch.rs"]
