@@ -15,8 +15,9 @@ use driver_support::{fill, read, threads, write};
 use kitsune::driver::DevicePtr;
 use kitsune::driver::host::PAGE_GRANULARITY as PAGE;
 use kitsune::memory::PinnedPool;
+use kitsune::optim::{Parameter, Sgd, SgdConfig};
 use kitsune::units::MIB;
-use kitsune::{Context, DType, Device, Result, Tensor};
+use kitsune::{Context, DType, Device, Result, Tensor, ops};
 use parking_lot::RwLock;
 
 /// Held for writing while the process is denied huge pages, for reading by tests that hope for some.
@@ -222,6 +223,20 @@ fn tensors_cost_nothing_until_they_are_used_and_then_what_is_used() {
     // Of a view with gaps, no more than what is written.
     let column = tensor.narrow(0, 4, 4).unwrap().narrow(1, 0, 8).unwrap();
     column.fill(1.0).unwrap();
+    assert_eq!(now(), [0, 0, 512, 512, 512, 1, 1, 1]);
+    // Of a table, the rows that are picked.
+    let ids = Tensor::from_slice(&context, [1], &[3u32]).unwrap();
+    let picked = ops::embedding(&tensor, &ids).unwrap();
+    assert!(
+        picked
+            .to_vec::<f32>()
+            .unwrap()
+            .iter()
+            .all(|one| *one == 1.0)
+    );
+    Parameter::new("table", tensor.clone())
+        .and_then(|table| Sgd::new(vec![table], SgdConfig::default()))
+        .unwrap();
     assert_eq!(now(), [0, 0, 512, 512, 512, 1, 1, 1]);
 }
 

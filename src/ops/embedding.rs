@@ -18,7 +18,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let out = Tensor::uninit(table.context(), [ids.len(), columns], table.dtype())?;
     launch::embedding(
         table.context().stream(),
-        &table.contiguous()?.span()?,
+        &table.contiguous()?.place(),
         &ids.contiguous()?.span()?,
         &out.span()?,
         columns,

@@ -255,7 +255,7 @@ impl Parameter {
             None => sum.contiguous()?,
         };
         // The sum is written there, and would change the term for its next use.
-        if sum.storage_span().overlaps(&grad.storage_span()) {
+        if sum.place().overlaps(&grad.place()) {
             return refuse(
                 "has a gradient that shares memory with the one to be added; add a duplicate of it",
             );

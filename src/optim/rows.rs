@@ -97,7 +97,7 @@ impl Needs {
 
 /// Refuses parameters whose elements are in part the same, which would be moved twice. Their values have no gaps.
 fn check_apart(op: &'static str, parameters: &[Parameter]) -> Result<()> {
-    let place = |parameter: &Parameter| parameter.value().storage_span();
+    let place = |parameter: &Parameter| parameter.value().place();
     let mut placed: Vec<_> = parameters
         .iter()
         .map(|parameter| (place(parameter), parameter.name()))

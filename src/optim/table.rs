@@ -40,9 +40,8 @@ impl DeviceTable {
         gradients: &[(usize, Tensor)],
         mut push: impl FnMut(&mut ChunkList, usize, &Tensor) -> Result<()>,
     ) -> Result<ChunkTable> {
-        let key = |(index, tensor): &(usize, Tensor)| {
-            (*index, tensor.storage_span(), tensor.layout().clone())
-        };
+        let key =
+            |(index, tensor): &(usize, Tensor)| (*index, tensor.place(), tensor.layout().clone());
         let same = self.keys.len() == gradients.len()
             && self
                 .keys

@@ -200,14 +200,22 @@ impl Tensor {
     /// Everything from the first element to the last, gaps included, as a kernel argument.
     #[must_use]
     pub(crate) fn storage_span(&self) -> Span {
-        let (start, len) = (self.layout.offset(), self.layout.extent());
         if self.is_contiguous() {
             // Kernels use their arguments throughout; of gaps there may be more than of elements.
             let element = self.dtype.bits() / 8;
-            let [start, bytes] = [start, len].map(|count| count as u64 * element);
+            let [start, bytes] =
+                [self.layout.offset(), self.layout.extent()].map(|count| count as u64 * element);
             self.buffer.announce(start, bytes);
         }
-        self.buffer.span(start, len, self.dtype)
+        self.place()
+    }
+
+    /// [`storage_span`](Self::storage_span) to compare with others, or for a kernel that picks a few of the
+    /// elements: what it does not use is to cost nothing.
+    #[must_use]
+    pub(crate) fn place(&self) -> Span {
+        self.buffer
+            .span(self.layout.offset(), self.layout.extent(), self.dtype)
     }
 }
 
