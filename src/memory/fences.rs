@@ -203,6 +203,12 @@ impl Fences {
         })
     }
 
+    /// Whether `stream` is the one that [`owner`](Self::owner) was asked for last.
+    #[inline]
+    pub(super) fn served_last(&self, stream: &Stream) -> bool {
+        self.recent[0].is_some_and(|(last, _)| last == stream.id())
+    }
+
     /// Whether `stream` has a number already.
     #[inline]
     pub(super) fn knows(&self, stream: &Stream) -> bool {

@@ -23,13 +23,13 @@ use crate::units::KIB;
 
 /// Requests up to this size share pages with other small ones.
 const SMALL_MAX: u64 = 256 * KIB;
-/// New pages are preferred to stitching while what is held exceeds the most ever in use by at most one
-/// part in this many: memory traded against mapping calls.
-const SLACK: u64 = 100;
+/// New pages are preferred to stitching while what is held exceeds the most ever in use by at most so many
+/// thousandths: memory traded against mapping calls.
+const SLACK: u64 = 13;
 
 /// What may be held without stitching where `most` bytes were in use at once.
 pub(super) fn with_slack(most: u64) -> u64 {
-    most.saturating_add(most / SLACK)
+    most.saturating_add(most / 1000 * SLACK)
 }
 
 /// Pages of one device and the blocks in them.
@@ -87,7 +87,7 @@ impl PagedMemory {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn large_at_hand(&mut self, request: &Request) -> Option<AtHand> {
         let units = request.bytes / GRANULARITY;
         let (index, start) = self.territory.allocate(request.owner, units)?;
@@ -109,6 +109,7 @@ impl PagedMemory {
         })
     }
 
+    #[inline(never)]
     fn place_large(&mut self, request: Request) -> Option<Placed> {
         let found = self.large_at_hand(&request)?;
         Some(found.placed(request.owner))

@@ -129,30 +129,44 @@ impl Pool {
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         match cache::take(self, stream, bytes) {
             Ok(record) => Ok(Block::new(Some(record))),
-            Err(miss) => self.allocate_in_pool(bytes, stream, miss),
+            Err(miss) => self.allocate_past_lane(bytes, stream, miss),
         }
     }
 
+    /// Allocates where the lane in front was not looked at.
     #[inline(never)]
-    fn allocate_in_pool(&self, requested: u64, stream: &Stream, miss: Miss) -> Result<Block> {
+    fn allocate_anywhere(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
         shared.check_device(stream)?;
         if requested == 0 {
             return Ok(Block::new(None));
         }
         let memory = shared.routes.find(shared.id, stream)?;
+        let wanted = Wanted::new(requested, stream, memory);
         if memory != MemoryIndex::ORDINARY {
-            let wanted = Wanted::new(requested, stream, memory);
             let found = reclaim::allocate(shared, shared.lock(), wanted)?;
             return Ok(Block::new(Some(record_of(found, wanted, shared))));
         }
-        let wanted = Wanted::new(requested, stream, memory);
         let key = LaneKey::new(shared.id, stream.id());
-        if miss == Miss::Elsewhere
-            && let Some(record) = cache::take_anywhere(shared, key, (requested, wanted.bytes))
-        {
+        if let Some(record) = cache::take_anywhere(shared, key, (requested, wanted.bytes)) {
             return Ok(Block::new(Some(record)));
         }
+        self.allocate_past_lane(requested, stream, Miss::Here)
+    }
+
+    /// Allocates what the lane in front did not have. Was it looked at, the memory is ordinary, and the stream is of the
+    /// pool's device: others have no lane.
+    #[inline(never)]
+    fn allocate_past_lane(&self, requested: u64, stream: &Stream, miss: Miss) -> Result<Block> {
+        if miss == Miss::Elsewhere {
+            return self.allocate_anywhere(requested, stream);
+        }
+        if requested == 0 {
+            return Ok(Block::new(None));
+        }
+        let shared = self.shared();
+        let wanted = Wanted::new(requested, stream, MemoryIndex::ORDINARY);
+        let key = LaneKey::new(shared.id, stream.id());
         let mut state = shared.lock();
         reclaim::prepare(shared, &mut state, stream);
         let record = match cache::fetch(shared, &mut state, key, &wanted) {

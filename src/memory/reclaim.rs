@@ -29,8 +29,15 @@ use crate::sync::MutexGuard;
 
 /// Does what is due before memory is looked for: lets go of streams that are gone when a new one comes, and
 /// returns what was idle for long.
-#[inline]
+#[inline(always)]
 pub(super) fn prepare(shared: &Shared, state: &mut State, stream: &Stream) {
+    if !state.fences.served_last(stream) || state.decay.is_on() {
+        prepare_further(shared, state, stream);
+    }
+}
+
+#[inline(never)]
+fn prepare_further(shared: &Shared, state: &mut State, stream: &Stream) {
     if !state.fences.knows(stream) && !shared.routes.is_capturing() {
         shared.fold_before_returns(state);
         state.let_go();

@@ -11,11 +11,13 @@
 //! events, how a hole's epoch is waited for.
 
 mod blocks;
+mod hole;
 mod invariants;
 
 use smallvec::SmallVec;
 
 use blocks::{Block, Blocks, Holder};
+pub(super) use hole::Hole;
 
 use super::arena::GRANULARITY;
 use super::bins::{Bins, Index, Link, Links, NONE};
@@ -27,53 +29,15 @@ use super::starts::Starts;
 pub(super) const PAGE: u64 = 2 << 20;
 /// Units of a page.
 pub(super) const PAGE_UNITS: u64 = PAGE / GRANULARITY;
+/// Least units of blocks that begin on a page if they are whole pages and their hole allows it, so that they leave whole
+/// pages when they are freed, which can be stitched. For smaller ones it would gain less than it costs.
+const ON_PAGE_MIN: u64 = 6 * PAGE_UNITS;
 
 /// A stream as the owner of holes: its number in the pool's table of streams.
 pub(super) type Owner = usize;
 
 /// Number of a page's home.
 pub(super) type PageIndex = usize;
-
-/// A hole as others see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Hole {
-    pub(super) index: Index,
-    pub(super) start: u64,
-    pub(super) units: u64,
-    pub(super) owner: Owner,
-    pub(super) epoch: u64,
-    /// Parts were freed in earlier epochs, as [`Territory::fence_of_page`] tells.
-    is_mixed: bool,
-}
-
-impl Hole {
-    /// After what others may touch it.
-    pub(super) fn fence(&self) -> Fence {
-        Fence {
-            owner: self.owner,
-            epoch: self.epoch,
-        }
-    }
-
-    /// The pages that lie in the hole as a whole.
-    pub(super) fn whole_pages(&self) -> std::ops::Range<PageIndex> {
-        let first = self.start.div_ceil(PAGE_UNITS);
-        let end = (self.start + self.units) / PAGE_UNITS;
-        page_index(first)..page_index(end.max(first))
-    }
-
-    /// Whether the first `units` of `page` lie in the hole.
-    pub(super) fn has_front(&self, page: PageIndex, units: u64) -> bool {
-        let start = page as u64 * PAGE_UNITS;
-        self.start <= start && start + units <= self.start + self.units
-    }
-
-    /// The first page whose front of `units` lies in the hole.
-    pub(super) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
-        let page = self.start.div_ceil(PAGE_UNITS);
-        (page * PAGE_UNITS + units <= self.start + self.units).then(|| page_index(page))
-    }
-}
 
 fn page_index(page: u64) -> PageIndex {
     crate::units::to_usize(page)
@@ -245,11 +209,19 @@ impl Territory {
         parts
     }
 
-    /// Takes `units` from the front of the hole of `owner` that fits them best; the block and its start.
-    #[inline]
+    /// Takes `units` out of the hole of `owner` that fits them best: at its front, or large blocks of whole pages on
+    /// a page. The block and its start.
+    #[inline(always)]
     pub(super) fn allocate(&mut self, owner: Owner, units: u64) -> Option<(Index, u64)> {
         let index = self.bins.get(owner)?.find(&self.blocks, units)?;
-        let start = self.blocks.at(index).start;
+        let hole = self.blocks.at(index);
+        let start = hole.start;
+        if units >= ON_PAGE_MIN && units.is_multiple_of(PAGE_UNITS) {
+            let page = start.next_multiple_of(PAGE_UNITS);
+            if page > start && page + units <= hole.end() {
+                return Some((self.take_inside(index, owner, page, units), page));
+            }
+        }
         Some((self.take_front(index, owner, units), start))
     }
 
@@ -259,15 +231,43 @@ impl Territory {
         if start == hole.start {
             return self.take_front(hole.index, hole.owner, units);
         }
-        self.unfile(hole.index, hole.owner);
-        let index = self.cut(hole.index, start);
-        self.file(hole.index, hole.owner);
-        if hole.start + hole.units > start + units {
-            let rest = self.cut(index, start + units);
-            self.file(rest, hole.owner);
+        self.take_inside(hole.index, hole.owner, start, units)
+    }
+
+    /// Takes `units` from `start` on, behind the front of the hole `index`, which keeps its name.
+    fn take_inside(&mut self, index: Index, owner: Owner, start: u64, units: u64) -> Index {
+        let hole = *self.blocks.at(index);
+        let (end, after) = (start + units, hole.after);
+        let taken = self.blocks.insert(Block {
+            link: Link::new(units),
+            start,
+            before: index,
+            holder: Holder::TAKEN,
+            ..hole
+        });
+        self.bins[owner].resize(&mut self.blocks, index, start - hole.start);
+        self.blocks.at_mut(index).after = taken;
+        let page = start / PAGE_UNITS;
+        if hole.start / PAGE_UNITS != page {
+            self.starts.set(page_index(page), Some(taken));
         }
-        self.blocks.at_mut(index).holder = Holder::TAKEN;
-        index
+        if end == hole.end() {
+            self.set_before(after, taken);
+            return taken;
+        }
+        let rest = self.blocks.insert(Block {
+            link: Link::new(hole.end() - end),
+            start: end,
+            before: taken,
+            ..hole
+        });
+        self.blocks.at_mut(taken).after = rest;
+        self.set_before(after, rest);
+        if end / PAGE_UNITS != page {
+            self.starts.set(page_index(end / PAGE_UNITS), Some(rest));
+        }
+        self.bins[owner].insert(&mut self.blocks, rest);
+        taken
     }
 
     /// Takes `units` from the front of the hole `index`, which keeps its name.

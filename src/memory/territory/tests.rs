@@ -30,6 +30,32 @@ fn growth_continues_the_last_hole_of_the_same_owner_only() {
 }
 
 #[test]
+fn large_blocks_of_whole_pages_begin_on_a_page_if_the_hole_allows_it() {
+    const LARGE: u64 = ON_PAGE_MIN;
+    let mut territory = one_owner(9);
+    let mut start = |units| territory.allocate(0, units).map(|(_, start)| start);
+    assert_eq!(start(7), Some(0));
+    assert_eq!(start(PAGE_UNITS), Some(7));
+    assert_eq!(start(LARGE), Some(2 * PAGE_UNITS));
+    // What fits before it goes there.
+    assert_eq!(start(PAGE_UNITS - 8), Some(PAGE_UNITS + 7));
+    assert_eq!(start(PAGE_UNITS), Some(LARGE + 2 * PAGE_UNITS));
+    territory.check_invariants();
+
+    // A bit more than whole pages, and whole pages without room for it.
+    let mut territory = one_owner(7);
+    let first = territory.allocate(0, 7).unwrap();
+    let rest = territory.allocate(0, LARGE + 9).unwrap();
+    assert_eq!(rest.1, 7);
+    let last = territory.allocate(0, PAGE_UNITS - 16).unwrap();
+    territory.free(rest.0, 0, 1);
+    assert_eq!(territory.allocate(0, LARGE).unwrap().1, 7);
+    territory.free(first.0, 0, 2);
+    territory.free(last.0, 0, 3);
+    territory.check_invariants();
+}
+
+#[test]
 fn a_page_in_the_middle_of_a_hole_can_be_taken() {
     let mut territory = one_owner(5);
     let hole = territory.hole_over_page(2).unwrap();

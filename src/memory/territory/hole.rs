@@ -1,0 +1,46 @@
+//! A hole, as those see it who look for memory.
+
+use super::super::bins::Index;
+use super::super::fences::Fence;
+use super::{Owner, PAGE_UNITS, PageIndex, page_index};
+
+/// A hole as others see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Hole {
+    pub(in super::super) index: Index,
+    pub(in super::super) start: u64,
+    pub(in super::super) units: u64,
+    pub(in super::super) owner: Owner,
+    pub(in super::super) epoch: u64,
+    /// Parts were freed in earlier epochs, as [`Territory::fence_of_page`] tells.
+    pub(super) is_mixed: bool,
+}
+
+impl Hole {
+    /// After what others may touch it.
+    pub(in super::super) fn fence(&self) -> Fence {
+        Fence {
+            owner: self.owner,
+            epoch: self.epoch,
+        }
+    }
+
+    /// The pages that lie in the hole as a whole.
+    pub(in super::super) fn whole_pages(&self) -> std::ops::Range<PageIndex> {
+        let first = self.start.div_ceil(PAGE_UNITS);
+        let end = (self.start + self.units) / PAGE_UNITS;
+        page_index(first)..page_index(end.max(first))
+    }
+
+    /// Whether the first `units` of `page` lie in the hole.
+    pub(in super::super) fn has_front(&self, page: PageIndex, units: u64) -> bool {
+        let start = page as u64 * PAGE_UNITS;
+        self.start <= start && start + units <= self.start + self.units
+    }
+
+    /// The first page whose front of `units` lies in the hole.
+    pub(in super::super) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
+        let page = self.start.div_ceil(PAGE_UNITS);
+        (page * PAGE_UNITS + units <= self.start + self.units).then(|| page_index(page))
+    }
+}
