@@ -7,7 +7,7 @@ mod amp_support;
 use std::sync::Arc;
 
 use amp_support::device_support::device;
-use amp_support::{context, ones, parameter, scaler, set_grad, sgd, value};
+use amp_support::{context, ones, parameter, scaler, set_grad, sgd, tensor, value};
 use kitsune::amp::{AmpConfig, AmpOptimizer, AppliedSteps, GradScaler, ScalingMode};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{
@@ -295,6 +295,28 @@ fn masters_that_do_not_fit_are_refused() {
             told, "Ema: the master of parameter `w` does not fit it",
             "{name}"
         );
+    }
+}
+
+#[test]
+fn averages_have_the_width_of_the_master_and_not_of_the_parameter() {
+    let context = context();
+    let values: Vec<f64> = (1..=100).map(f64::from).collect();
+    for (of_weight, of_master) in [(DType::F64, DType::F32), (DType::F32, DType::F64)] {
+        let cast = |dtype| tensor(&context, &values).cast(dtype).unwrap();
+        let weight = Parameter::new("w", Tensor::zeros(&context, [100], of_weight).unwrap());
+        let weight = weight.unwrap();
+        let odd = Odd(sgd(&[&weight], 1.0), "master_weight", cast(of_master));
+        let mut ema = Ema::of(&odd, 0.5).unwrap();
+        odd.2.fill(0.0).unwrap();
+        ema.update(None).unwrap();
+        let average = ema.average(0).unwrap();
+        assert_eq!(average.dtype(), of_master);
+        let halved: Vec<f64> = values.iter().map(|value| value / 2.0).collect();
+        let seen = average.cast(DType::F64).unwrap().to_vec::<f64>().unwrap();
+        assert_eq!(seen, halved);
+        let tried = ema.with_averages(|| weight.value().cast(DType::F64)?.to_vec::<f64>());
+        assert_eq!(tried.unwrap(), halved);
     }
 }
 

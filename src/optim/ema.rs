@@ -100,7 +100,7 @@ impl Ema {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for a decay that is not from 0 to below 1; [`Error::InvalidArgument`] for no
-    /// parameters or several streams; [`Error::OutOfMemory`].
+    /// parameters, several streams, or parameters that share memory; [`Error::OutOfMemory`].
     pub fn new(parameters: &[Parameter], decay: f64) -> Result<Self> {
         let values = parameters.iter().map(Weight::value_of);
         Self::averaging(parameters, values.collect(), decay)
@@ -129,20 +129,21 @@ impl Ema {
         };
         let context = first.value().context();
         let _tag = memory::tag("ema");
-        let average = |parameter: &Parameter| {
+        let average = |(parameter, weight): (&Parameter, &Weight)| {
             let value = parameter.value();
             if value.context().stream().id() != context.stream().id() {
                 let reason = format!("parameter `{}` is on another stream", parameter.name());
                 return Err(Error::argument("Ema", reason));
             }
-            let dtype = match value.dtype() {
+            // The kernel takes f64 averages for those of f64 weights.
+            let dtype = match weight.tensor.dtype() {
                 DType::F64 => DType::F64,
                 _ => DType::F32,
             };
             // Going all the way from here ends at any weight to the bit: −0 − (−0 − w) is w, also for zeros.
             Tensor::full(context, value.shape(), dtype, -0.0)
         };
-        let averages = parameters.iter().map(average);
+        let averages = parameters.iter().zip(&weights).map(average);
         let mut ema = Self {
             decay,
             averages: averages.collect::<Result<_>>()?,
