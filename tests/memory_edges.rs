@@ -199,6 +199,30 @@ fn allocating_beside_a_capture_leaves_it_and_the_stream_alone() {
 }
 
 #[test]
+fn a_stream_of_another_device_is_refused_whatever_the_thread_keeps() {
+    let device = device(64 << 20);
+    let pool = pool(&device, ReusePolicy::OnlyComplete);
+    let stream = device.create_stream().unwrap();
+    let foreign = Device::host(HostConfig::default()).unwrap();
+    let other = foreign.create_stream().unwrap();
+    for _ in 0..2 {
+        for bytes in [0, 512, 1 << 20, u64::MAX] {
+            let refused = pool.allocate(bytes, &other);
+            assert!(
+                matches!(refused, Err(Error::InvalidArgument { .. })),
+                "{bytes}: {refused:?}"
+            );
+        }
+        // The second time the thread has a lane, with blocks of these sizes.
+        for bytes in [512, 1 << 20, 4096] {
+            drop(pool.allocate(bytes, &stream).unwrap());
+        }
+    }
+    assert_eq!(pool.stats().allocation.current, 0);
+    pool.check_invariants();
+}
+
+#[test]
 fn a_stream_of_another_platform_holds_no_memory_back() {
     let device = device(64 << 20);
     let pool = pool(&device, ReusePolicy::OnlyComplete);

@@ -154,8 +154,8 @@ impl Pool {
         self.allocate_past_lane(requested, stream, Miss::Here)
     }
 
-    /// Allocates what the lane in front did not have. Was it looked at, the memory is ordinary, and the stream is of the
-    /// pool's device: others have no lane.
+    /// Allocates what the lane in front did not have. After [`Miss::Here`] the memory is ordinary and the stream of the
+    /// pool's device: there was no route when the lane was looked at, and no other stream has a lane.
     #[inline(never)]
     fn allocate_past_lane(&self, requested: u64, stream: &Stream, miss: Miss) -> Result<Block> {
         if miss == Miss::Elsewhere {

@@ -12,7 +12,7 @@ pub(in super::super) struct Hole {
     pub(in super::super) units: u64,
     pub(in super::super) owner: Owner,
     pub(in super::super) epoch: u64,
-    /// Parts were freed in earlier epochs, as [`Territory::fence_of_page`] tells.
+    /// Parts were freed in earlier epochs, as [`fence_of_page`](super::Territory::fence_of_page) tells.
     pub(super) is_mixed: bool,
 }
 

@@ -91,11 +91,24 @@ fn random_operations_keep_the_invariants() {
     let mut random = fastrand::Rng::with_seed(11);
     let mut territory = one_owner(6);
     let mut live: Vec<Index> = Vec::new();
+    let mut inside = 0;
     for _ in 0..20_000 {
         let owner = random.usize(0..3);
         match random.u32(0..20) {
-            0 => drop(territory.append(random.usize(1..3), owner)),
-            1..10 => live.extend(allocate(&mut territory, owner, random.u64(1..9000))),
+            0 => drop(territory.append(random.usize(1..12), owner)),
+            1..8 => live.extend(allocate(&mut territory, owner, random.u64(1..9000))),
+            8..10 => {
+                // Whole pages, and a bit more or less.
+                let units = random.u64(5..9) * PAGE_UNITS + random.u64(0..3) - 1;
+                let hole = territory.best_fit(owner, units);
+                let taken = territory.allocate(owner, units);
+                assert_eq!(taken.is_some(), hole.is_some());
+                if let (Some(hole), Some((index, start))) = (hole, taken) {
+                    assert_eq!(territory.start(index), start);
+                    inside += u32::from(start > hole.start);
+                    live.push(index);
+                }
+            }
             10..12 => {
                 let page = random.usize(0..territory.pages());
                 if let Some(hole) = territory.hole_over_page(page) {
@@ -116,6 +129,7 @@ fn random_operations_keep_the_invariants() {
             territory.check_invariants();
         }
     }
+    assert!(inside > 30, "{inside} blocks behind the front of a hole");
 }
 
 /// What a page says of its part of a hole is no earlier than any free there, and where frees are remembered often
