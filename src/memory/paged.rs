@@ -87,6 +87,7 @@ impl PagedMemory {
         }
     }
 
+    // Always, since the compiler would not: a call costs every allocation past the lane ten instructions.
     #[inline(always)]
     fn large_at_hand(&mut self, request: &Request) -> Option<AtHand> {
         let units = request.bytes / GRANULARITY;
@@ -109,6 +110,7 @@ impl PagedMemory {
         })
     }
 
+    // Never, as it is for what lies at hand nowhere: it would keep `large_at_hand` from the place where it counts.
     #[inline(never)]
     fn place_large(&mut self, request: Request) -> Option<Placed> {
         let found = self.large_at_hand(&request)?;

@@ -29,6 +29,7 @@ use crate::sync::MutexGuard;
 
 /// Does what is due before memory is looked for: lets go of streams that are gone when a new one comes, and
 /// returns what was idle for long.
+// Always: for the stream that was served last it is two comparisons.
 #[inline(always)]
 pub(super) fn prepare(shared: &Shared, state: &mut State, stream: &Stream) {
     if !state.fences.served_last(stream) || state.decay.is_on() {

@@ -211,6 +211,7 @@ impl Territory {
 
     /// Takes `units` out of the hole of `owner` that fits them best: at its front, or large blocks of whole pages on
     /// a page. The block and its start.
+    // Always, as `PagedMemory::large_at_hand`.
     #[inline(always)]
     pub(super) fn allocate(&mut self, owner: Owner, units: u64) -> Option<(Index, u64)> {
         let index = self.bins.get(owner)?.find(&self.blocks, units)?;
