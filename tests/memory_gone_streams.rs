@@ -139,8 +139,8 @@ fn memory_of_a_stream_that_is_gone_but_busy_stays_its_own() {
             // Each asks for what the first has left, which is there once that has run.
             let newest = setup.stream();
             let found = setup.pool.allocate(10 * MIB, &newest).unwrap();
-            if setup.held() == held {
-                assert_eq!(setup.live(), 2, "the one that was busy is let go of");
+            // It may have run just after the pool looked for streams to let go of: then the next one finds it gone.
+            if setup.held() == held && setup.live() == 2 {
                 break;
             }
             drop((found, newest));
