@@ -45,6 +45,28 @@ fn fill(stream: &Stream, ptr: kitsune::driver::DevicePtr) {
     unsafe { stream.driver().fill(ptr, 3, 512, stream.raw()) }.unwrap();
 }
 
+/// Places within a pool are numbers of 32 bits, of 512 bytes each.
+#[test]
+fn more_than_two_tebibytes_are_refused_on_a_device_that_has_them() {
+    for contiguous in [false, true] {
+        let device = device(8 << 40);
+        let config = PoolConfig {
+            contiguous,
+            ..PoolConfig::default()
+        };
+        let pool = Pool::new(&device, config).unwrap();
+        let stream = device.create_stream().unwrap();
+        let _in_use = pool.allocate(3 << 20, &stream).unwrap();
+        for bytes in [2 << 40, 3 << 40] {
+            let error = pool.allocate(bytes, &stream).unwrap_err();
+            assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
+        }
+        let block = pool.allocate(5 << 20, &stream).unwrap();
+        fill(&stream, block.ptr());
+        pool.check_invariants();
+    }
+}
+
 #[test]
 fn sizes_that_no_device_has_are_refused_with_a_report() {
     for contiguous in [false, true] {

@@ -8,21 +8,29 @@
 //! Invariants: blocks tile their segment in address order; no two neighbors are free; exactly the free
 //! blocks are filed in the bins.
 
-use super::bins::{Bins, Index, Link, NONE};
+use super::bins::{Bins, Index, Link, NONE, Units};
 use super::slab::{Linked, Slab};
 
 /// Bytes in a unit: every block's size and offset is a multiple of it.
 pub(crate) const GRANULARITY: u64 = 512;
 
+/// Most bytes of a segment.
+pub(super) const SEGMENT_MAX: u64 = Units::MAX as u64 * GRANULARITY;
+
 /// A segment's index in its arena.
 pub(super) type SegmentIndex = u32;
 
-/// A block as the arena sees it.
+fn bytes_of(units: Units) -> u64 {
+    u64::from(units) * GRANULARITY
+}
+
+/// A block as the arena sees it, in half a cache line.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
 struct Block {
     link: Link,
     /// Start within the segment, in units.
-    start: u64,
+    start: Units,
     segment: SegmentIndex,
     /// Neighbors in address order within the segment.
     before: Index,
@@ -42,7 +50,7 @@ pub(super) struct Placed {
 /// A segment as the arena sees it.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
-    units: u64,
+    units: Units,
     first: Index,
 }
 
@@ -74,19 +82,20 @@ impl Arena {
         }
     }
 
-    /// Takes over a segment of `bytes` (a positive multiple of [`GRANULARITY`]), free as a whole.
+    /// Takes over a segment of `bytes` (a positive multiple of [`GRANULARITY`], at most [`SEGMENT_MAX`]), free as a
+    /// whole.
     pub(super) fn add_segment(&mut self, bytes: u64) -> SegmentIndex {
         assert!(
             bytes > 0 && bytes.is_multiple_of(GRANULARITY),
             "a segment of {bytes} bytes"
         );
+        let units = Units::try_from(bytes / GRANULARITY).expect("at most SEGMENT_MAX bytes");
         let vacant = self.segments.iter().position(Option::is_none);
         let index = vacant.unwrap_or_else(|| {
             self.segments.push(None);
             self.segments.len() - 1
         });
         let segment = SegmentIndex::try_from(index).expect("fewer than 2^32 segments");
-        let units = bytes / GRANULARITY;
         let first = self.blocks.insert(Block {
             link: Link::new(units),
             start: 0,
@@ -117,7 +126,7 @@ impl Arena {
 
     /// Places a block of `bytes` (a positive multiple of [`GRANULARITY`]), or finds no room.
     pub(super) fn allocate(&mut self, bytes: u64) -> Option<Placed> {
-        let units = bytes / GRANULARITY;
+        let units = Units::try_from(bytes / GRANULARITY).ok()?;
         let index = self.bins.find(&self.blocks, units)?;
         let Block {
             link,
@@ -129,7 +138,7 @@ impl Arena {
         let placed = |index| Placed {
             index,
             segment,
-            offset: start * GRANULARITY,
+            offset: u64::from(start) * GRANULARITY,
         };
         if link.units == units {
             self.bins.remove(&mut self.blocks, index);
@@ -170,16 +179,17 @@ impl Arena {
     /// # Panics
     /// If the block is not allocated: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index) {
+        let block = self.blocks.at_mut(index);
+        assert!(!block.is_free, "block {index} is freed twice");
+        block.is_free = true;
         let Block {
             link,
             start,
             segment,
             before,
             after,
-            is_free,
-        } = *self.blocks.at(index);
-        assert!(!is_free, "block {index} is freed twice");
-        self.blocks.at_mut(index).is_free = true;
+            ..
+        } = *block;
         let is_free = |arena: &Self, index| index != NONE && arena.blocks.at(index).is_free;
         let (continues, goes_on) = (is_free(self, before), is_free(self, after));
         if continues {
@@ -213,7 +223,8 @@ impl Arena {
 
     /// Bytes of the largest free block; 0 if there is none.
     pub(super) fn largest_free(&self) -> u64 {
-        self.bins.largest(&self.blocks).unwrap_or(0) * GRANULARITY
+        let largest = self.bins.largest(&self.blocks);
+        largest.map_or(0, bytes_of)
     }
 
     /// The segment that block `index` lies in.
@@ -237,7 +248,7 @@ impl Arena {
             .iter(&self.blocks)
             .filter(|(index, _)| in_use(index));
         blocks.fold((0, 0), |(bytes, count), (_, units)| {
-            (bytes + units * GRANULARITY, count + 1)
+            (bytes + bytes_of(units), count + 1)
         })
     }
 
@@ -245,7 +256,7 @@ impl Arena {
     pub(super) fn free_blocks(&self) -> (u64, u64) {
         let blocks = self.bins.iter(&self.blocks);
         blocks.fold((0, 0), |(bytes, count), (_, units)| {
-            (bytes + units * GRANULARITY, count + 1)
+            (bytes + bytes_of(units), count + 1)
         })
     }
 
@@ -283,7 +294,7 @@ impl Arena {
                     "free neighbors {before} and {index}"
                 );
                 if !block.is_free {
-                    allocated += block.link.units;
+                    allocated += bytes_of(block.link.units);
                 }
                 walked += 1;
                 at += block.link.units;
@@ -294,10 +305,10 @@ impl Arena {
                 at, units,
                 "the blocks of segment {number} do not reach its end"
             );
-            held += units;
+            held += bytes_of(units);
         }
         assert_eq!(walked, self.blocks.len(), "a block leaked");
-        (held * GRANULARITY, allocated * GRANULARITY)
+        (held, allocated)
     }
 }
 

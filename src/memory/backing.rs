@@ -24,19 +24,31 @@ pub(super) struct Request {
     pub(super) may_borrow: bool,
 }
 
+/// An [`Owner`] in half the room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OwnerField(u32);
+
+impl OwnerField {
+    #[inline]
+    pub(super) fn new(owner: Owner) -> Self {
+        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
+    }
+
+    #[inline]
+    pub(super) fn get(self) -> Owner {
+        self.0 as Owner
+    }
+}
+
 /// Where a block lies, to be handed back when it is freed.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Place {
-    /// In the small blocks of `owner`.
-    Small { owner: Owner, index: Index },
-    /// At home in the territory, or in a large segment of `owner`.
-    Large { owner: Owner, index: Index },
-    /// In the memory of `lender`, but for another stream, when memory was short.
-    Lent {
-        lender: Owner,
-        index: Index,
-        is_small: bool,
-    },
+    /// In the small blocks of its owner.
+    Small(Index),
+    /// At home in the territory, or in a large segment of its owner.
+    Large(Index),
+    /// In the memory of its owner, but for another stream, when memory was short.
+    Lent { index: Index, is_small: bool },
     /// In a stitched range.
     Stitched(RangeIndex),
 }
@@ -45,6 +57,8 @@ pub(super) enum Place {
 pub(super) struct Placed {
     pub(super) ptr: DevicePtr,
     pub(super) place: Place,
+    /// Whose memory it is.
+    pub(super) owner: Owner,
 }
 
 /// Memory of the stream itself, at hand for a block. In plain parts, which go from register to register: what is
@@ -57,21 +71,21 @@ pub(super) struct AtHand {
 }
 
 impl AtHand {
-    /// Where it lies, for a block of `owner`.
+    /// Where it lies.
     #[inline]
-    pub(super) fn place(self, owner: Owner) -> Place {
-        let index = self.index;
+    pub(super) fn place(self) -> Place {
         if self.is_small {
-            Place::Small { owner, index }
+            Place::Small(self.index)
         } else {
-            Place::Large { owner, index }
+            Place::Large(self.index)
         }
     }
 
     pub(super) fn placed(self, owner: Owner) -> Placed {
         Placed {
             ptr: self.ptr,
-            place: self.place(owner),
+            place: self.place(),
+            owner,
         }
     }
 }

@@ -17,7 +17,7 @@
 //! Must not know: blocks, pools.
 
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Mutex, UnsafeCell, hint, thread};
+use crate::sync::{Mutex, MutexGuard, UnsafeCell, hint, thread};
 use std::fmt;
 
 /// Looks at the owner's mark before the waiting thread gives its processor away.
@@ -57,12 +57,29 @@ impl<T> Biased<T> {
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
-        // SAFETY: as the caller promises.
-        let outcome = unsafe { self.try_with_owner(with, |value, with| with(value)) };
-        match outcome {
-            Ok(outcome) => outcome,
-            Err(with) => self.with_other(with),
-        }
+        // The slow way is one that holds the lock: `with` is called in one place, and so can be part of its caller.
+        let inside = self.enter().map(Inside::Busy);
+        let _inside = inside.unwrap_or_else(|| Inside::Locked(self.lock()));
+        // SAFETY: this thread is the owner. It is marked busy, and nobody wanted in after that, or it is not, and
+        // others need the lock that is held.
+        self.value.with_mut(|value| with(unsafe { &mut *value }))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.others.lock()
+    }
+
+    /// Marks the owner busy, unless another thread wants in.
+    #[inline]
+    fn enter(&self) -> Option<Busy<'_>> {
+        debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
+        self.is_busy.store(true, Ordering::Relaxed);
+        let busy = Busy(&self.is_busy);
+        heavy::light_fence();
+        // Acquire: what another thread did inside is seen once it has taken its wish back.
+        (!self.is_wanted.load(Ordering::Acquire)).then_some(busy)
     }
 
     /// Enters as the owner with `input`, which comes back if another thread wants in: the fast way alone.
@@ -76,30 +93,15 @@ impl<T> Biased<T> {
         input: I,
         with: impl FnOnce(&mut T, I) -> R,
     ) -> Result<R, I> {
-        debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
-        self.is_busy.store(true, Ordering::Relaxed);
-        // Left on unwinding too, so that nobody waits for a thread that panicked.
-        let busy = Busy(&self.is_busy);
-        heavy::light_fence();
-        // Acquire: what another thread did inside is seen once it has taken its wish back.
-        if self.is_wanted.load(Ordering::Acquire) {
+        let Some(busy) = self.enter() else {
             return Err(input);
-        }
+        };
         // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
         let outcome = self
             .value
             .with_mut(|value| with(unsafe { &mut *value }, input));
         drop(busy);
         Ok(outcome)
-    }
-
-    #[cold]
-    #[inline(never)]
-    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
-    fn with_other<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
-        let _guard = self.others.lock();
-        // SAFETY: the owner is here and not busy, and others need the lock that is held.
-        self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 
     /// Enters as any thread but an owner that is inside. `with` must not enter again.
@@ -123,6 +125,13 @@ impl<T> Biased<T> {
         // others need the lock that is held.
         self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
+}
+
+/// The owner inside: left on unwinding too, so that nobody waits for a thread that panicked.
+#[expect(dead_code, reason = "held to be dropped")]
+enum Inside<'a> {
+    Busy(Busy<'a>),
+    Locked(MutexGuard<'a, ()>),
 }
 
 /// Resets the owner's mark.

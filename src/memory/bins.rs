@@ -9,45 +9,45 @@
 //! Invariants: a block is in at most one bin, the one its size names; a bitmap bit is set if and only if
 //! its bin is occupied. Must not know: addresses, streams, why a block is free.
 
-use crate::units::to_usize;
-
 /// A block's index in its arena's slab.
 pub(super) type Index = u32;
 /// No block.
 pub(super) const NONE: Index = Index::MAX;
 
+/// A size or a place in units, as blocks store it: what is divided into blocks has less than 2^32 of them, 2 TiB at 512
+/// bytes a unit. So a block takes half a cache line.
+pub(super) type Units = u32;
+
 /// Units below which every size has its own bin: 1 MiB at 512 bytes a unit, the range in which programs
 /// have many blocks of many sizes.
-const EXACT: u64 = 2048;
+const EXACT: Units = 2048;
 const EXACT_LOG: u32 = EXACT.trailing_zeros();
 /// Bins for each doubling from `EXACT` on; a bin then spans at most 1.6 % of its size.
-const PER_DOUBLING: u64 = 64;
+const PER_DOUBLING: Units = 64;
 const PER_DOUBLING_LOG: u32 = PER_DOUBLING.trailing_zeros();
-/// Doublings from `EXACT` to the largest size, 2^55 units (2^64 bytes of 512).
-const DOUBLINGS: u64 = 55 - EXACT_LOG as u64;
+/// Doublings from `EXACT` to the largest size.
+const DOUBLINGS: Units = Units::BITS - EXACT_LOG;
 /// More than there are sizes for: a bin's number is masked to be below, which spares the check.
-const BINS: usize = to_usize(EXACT + DOUBLINGS * PER_DOUBLING).next_power_of_two();
+const BINS: usize = (EXACT + DOUBLINGS * PER_DOUBLING).next_power_of_two() as usize;
 const WORDS: usize = BINS / 64;
+const _: () = assert!(WORDS == 64, "one word sums them up");
 /// Blocks of one bin looked at before the best so far is taken.
 const SCAN_MAX: usize = 16;
 
 /// Links of a free block within its bin. The arena stores one for every block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
-    pub(super) units: u64,
+    pub(super) units: Units,
     next: Index,
     previous: Index,
-    /// Where the block is filed.
-    bin: u32,
 }
 
 impl Link {
-    pub(super) const fn new(units: u64) -> Self {
+    pub(super) const fn new(units: Units) -> Self {
         Self {
             units,
             next: NONE,
             previous: NONE,
-            bin: 0,
         }
     }
 }
@@ -64,8 +64,8 @@ pub(super) struct Bins {
     heads: Box<[Index; BINS]>,
     /// Bit `b % 64` of word `b / 64`: bin `b` is occupied.
     occupied: [u64; WORDS],
-    /// Bit `w % 64` of word `w / 64`: word `w` of `occupied` is not zero.
-    summary: [u64; WORDS / 64],
+    /// Bit `w`: word `w` of `occupied` is not zero.
+    summary: u64,
 }
 
 impl Bins {
@@ -73,35 +73,38 @@ impl Bins {
         Self {
             heads: Box::new([NONE; BINS]),
             occupied: [0; WORDS],
-            summary: [0; WORDS / 64],
+            summary: 0,
         }
     }
 
     /// The bin that blocks of `units` are filed in.
     #[inline]
-    const fn bin_of(units: u64) -> usize {
+    const fn bin_of(units: Units) -> usize {
         if units < EXACT {
-            return to_usize(units);
+            return units as usize;
         }
         let log = units.ilog2();
-        let doubling = (log - EXACT_LOG) as u64;
+        let doubling = log - EXACT_LOG;
         let step = (units >> (log - PER_DOUBLING_LOG)) & (PER_DOUBLING - 1);
-        to_usize(EXACT + doubling * PER_DOUBLING + step) % BINS
+        (EXACT + doubling * PER_DOUBLING + step) as usize % BINS
     }
 
     /// Files block `index`, whose size its link gives. The block filed last is found first.
     #[inline]
-    #[expect(clippy::cast_possible_truncation, reason = "bins are few")]
     pub(super) fn insert(&mut self, links: &mut impl Links, index: Index) {
-        let link = links.link_mut(index);
-        let bin = Self::bin_of(link.units);
+        let bin = Self::bin_of(links.link(index).units);
+        self.insert_in(links, index, bin);
+    }
+
+    #[inline]
+    fn insert_in(&mut self, links: &mut impl Links, index: Index, bin: usize) {
         let head = std::mem::replace(&mut self.heads[bin], index);
-        link.bin = bin as u32;
+        let link = links.link_mut(index);
         link.next = head;
         link.previous = NONE;
         if head == NONE {
             self.occupied[bin / 64] |= 1 << (bin % 64);
-            self.summary[bin / 4096] |= 1 << (bin / 64 % 64);
+            self.summary |= 1 << (bin / 64);
         } else {
             links.link_mut(head).previous = index;
         }
@@ -110,12 +113,13 @@ impl Bins {
     /// Takes block `index` out of its bin.
     #[inline]
     pub(super) fn remove(&mut self, links: &mut impl Links, index: Index) {
-        let Link {
-            next,
-            previous,
-            bin,
-            ..
-        } = *links.link(index);
+        let link = *links.link(index);
+        self.remove_from(links, index, link, Self::bin_of(link.units));
+    }
+
+    #[inline]
+    fn remove_from(&mut self, links: &mut impl Links, index: Index, link: Link, bin: usize) {
+        let Link { next, previous, .. } = link;
         if next != NONE {
             links.link_mut(next).previous = previous;
         }
@@ -123,54 +127,54 @@ impl Bins {
             links.link_mut(previous).next = next;
             return;
         }
-        let bin = bin as usize % BINS;
         debug_assert_eq!(
             self.heads[bin], index,
             "a block without predecessor heads its bin"
         );
         self.heads[bin] = next;
         if next == NONE {
-            self.occupied[bin / 64] &= !(1 << (bin % 64));
-            if self.occupied[bin / 64] == 0 {
-                self.summary[bin / 4096] &= !(1 << (bin / 64 % 64));
+            let word = &mut self.occupied[bin / 64];
+            *word &= !(1 << (bin % 64));
+            if *word == 0 {
+                self.summary &= !(1 << (bin / 64));
             }
         }
     }
 
     /// Gives a filed block another size. It moves only if that is another bin's.
     #[inline]
-    pub(super) fn resize(&mut self, links: &mut impl Links, index: Index, units: u64) {
+    pub(super) fn resize(&mut self, links: &mut impl Links, index: Index, units: Units) {
         let link = links.link_mut(index);
-        if link.bin as usize == Self::bin_of(units) {
-            link.units = units;
-            return;
+        let before = *link;
+        link.units = units;
+        let (from, to) = (Self::bin_of(before.units), Self::bin_of(units));
+        if from != to {
+            self.remove_from(links, index, before, from);
+            self.insert_in(links, index, to);
         }
-        self.remove(links, index);
-        links.link_mut(index).units = units;
-        self.insert(links, index);
     }
 
     /// The block that fits `units` best, still filed; `None` if no block is large enough.
-    pub(super) fn find(&self, links: &impl Links, units: u64) -> Option<Index> {
-        let bin = Self::bin_of(units);
+    pub(super) fn find(&self, links: &impl Links, units: Units) -> Option<Index> {
+        let own = Self::bin_of(units);
         if units >= EXACT {
-            // The request's own bin may hold blocks that are too small.
-            if let Some(index) = self.best_of_bin(links, bin, units) {
+            // That bin may hold blocks that are too small.
+            if let Some(index) = self.best_of_bin(links, own, units) {
                 return Some(index);
             }
-            return self.best_of_bin(links, self.next_occupied(bin + 1)?, units);
+            return self.best_of_bin(links, self.next_occupied(own + 1)?, units);
         }
-        let bin = self.next_occupied(bin)?;
-        if bin < to_usize(EXACT) {
+        let bin = self.next_occupied(own)?;
+        if bin < EXACT as usize {
             // All are of one size.
             return Some(self.heads[bin]);
         }
         self.best_of_bin(links, bin, units)
     }
 
-    fn best_of_bin(&self, links: &impl Links, bin: usize, units: u64) -> Option<Index> {
+    fn best_of_bin(&self, links: &impl Links, bin: usize, units: Units) -> Option<Index> {
         let mut index = self.heads[bin];
-        let mut best: Option<(u64, Index)> = None;
+        let mut best: Option<(Units, Index)> = None;
         let mut looked_at = 0;
         while index != NONE {
             let link = links.link(index);
@@ -200,22 +204,17 @@ impl Bins {
         if here != 0 {
             return Some(word * 64 + here.trailing_zeros() as usize);
         }
-        let mut group = (word + 1) / 64;
-        let mut mask = u64::MAX << ((word + 1) % 64);
-        while group < self.summary.len() {
-            let words = self.summary[group] & mask;
-            if words != 0 {
-                let word = group * 64 + words.trailing_zeros() as usize;
-                return Some(word * 64 + self.occupied[word].trailing_zeros() as usize);
-            }
-            group += 1;
-            mask = u64::MAX;
+        // The words behind it. Two shifts, as one by all bits is none.
+        let words = self.summary & (u64::MAX << word << 1);
+        if words == 0 {
+            return None;
         }
-        None
+        let word = words.trailing_zeros() as usize % WORDS;
+        Some(word * 64 + self.occupied[word].trailing_zeros() as usize)
     }
 
     /// Size of the largest filed block, in units.
-    pub(super) fn largest(&self, links: &impl Links) -> Option<u64> {
+    pub(super) fn largest(&self, links: &impl Links) -> Option<Units> {
         let word = self.occupied.iter().rposition(|word| *word != 0)?;
         let bin = word * 64 + (63 - self.occupied[word].leading_zeros() as usize);
         self.members(links, bin).map(|(_, units)| units).max()
@@ -225,7 +224,7 @@ impl Bins {
     pub(super) fn iter<'a, L: Links>(
         &'a self,
         links: &'a L,
-    ) -> impl Iterator<Item = (Index, u64)> + 'a {
+    ) -> impl Iterator<Item = (Index, Units)> + 'a {
         self.iter_from(links, 0)
     }
 
@@ -233,8 +232,8 @@ impl Bins {
     pub(super) fn iter_from<'a, L: Links>(
         &'a self,
         links: &'a L,
-        units: u64,
-    ) -> impl Iterator<Item = (Index, u64)> + 'a {
+        units: Units,
+    ) -> impl Iterator<Item = (Index, Units)> + 'a {
         let first = self.next_occupied(Self::bin_of(units));
         std::iter::successors(first, |bin| self.next_occupied(bin + 1))
             .flat_map(move |bin| self.members(links, bin))
@@ -245,7 +244,7 @@ impl Bins {
         &'a self,
         links: &'a L,
         bin: usize,
-    ) -> impl Iterator<Item = (Index, u64)> + 'a {
+    ) -> impl Iterator<Item = (Index, Units)> + 'a {
         let first = self.heads[bin];
         std::iter::successors((first != NONE).then_some(first), move |index| {
             let next = links.link(*index).next;
@@ -268,7 +267,7 @@ impl Bins {
             }
         }
         for word in 0..WORDS {
-            let bit = self.summary[word / 64] >> (word % 64) & 1 == 1;
+            let bit = self.summary >> word & 1 == 1;
             assert_eq!(bit, self.occupied[word] != 0, "summary bit of word {word}");
         }
     }
@@ -289,7 +288,7 @@ mod tests {
         }
     }
 
-    fn filed(sizes: &[u64]) -> (Bins, Slab) {
+    fn filed(sizes: &[Units]) -> (Bins, Slab) {
         let mut slab = Slab(sizes.iter().map(|units| Link::new(*units)).collect());
         let mut bins = Bins::new();
         for index in 0..sizes.len() {
@@ -301,14 +300,14 @@ mod tests {
 
     #[test]
     fn bins_are_monotonic_and_cover_all_sizes() {
-        let mut sizes: Vec<u64> = (1..5000).collect();
-        sizes.extend((12..55).flat_map(|log| [(1 << log) - 1, 1 << log, (1 << log) + 1]));
-        sizes.push((1 << 55) - 1);
+        let mut sizes: Vec<Units> = (1..5000).collect();
+        sizes.extend((12..32).flat_map(|log| [(1 << log) - 1, 1 << log, (1 << log) + 1]));
+        sizes.push(Units::MAX);
         sizes.sort_unstable();
         for pair in sizes.windows(2) {
             assert!(Bins::bin_of(pair[0]) <= Bins::bin_of(pair[1]), "{pair:?}");
         }
-        assert!(Bins::bin_of((1 << 55) - 1) < BINS);
+        assert!(Bins::bin_of(Units::MAX) < BINS);
     }
 
     #[test]
@@ -335,7 +334,7 @@ mod tests {
 
     #[test]
     fn removing_every_block_empties_the_bitmap() {
-        let (mut bins, mut slab) = filed(&[1, 1, 2047, 2048, 2049, 1 << 40]);
+        let (mut bins, mut slab) = filed(&[1, 1, 2047, 2048, 2049, 1 << 30]);
         for index in [3, 0, 5, 1, 2, 4] {
             bins.remove(&mut slab, index);
             bins.check_invariants(&slab);

@@ -6,32 +6,32 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::backing::Place;
+use super::backing::{OwnerField, Place};
 use super::fences::Fence;
 use super::lane::LaneKey;
 use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
-use super::territory::Owner;
 use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
 /// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
-/// reuse touches no reference count. What reuse touches comes first.
+/// reuse touches no reference count. Most are read for the first time in long when they are freed, so they are small,
+/// and what a free reads lies side by side.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct BlockRecord {
     pub(super) ptr: DevicePtr,
-    pub(super) requested: u64,
-    pub(super) allocated: u64,
-    /// The lane that may keep the block as it is, if any.
-    pub(super) key: LaneKey,
     /// The next record in the same list of a lane.
     pub(super) next: Option<Box<BlockRecord>>,
-    pub(super) place: Place,
-    /// The number of `home` in the pool.
-    pub(super) owner: OwnerField,
+    /// The lane that may keep the block as it is, if any.
+    pub(super) key: LaneKey,
+    pub(super) requested: u64,
+    pub(super) allocated: u64,
     pub(super) tag: TagId,
+    /// The number, in the pool, of the stream whose memory it is: that of its home, unless it is lent.
+    pub(super) owner: OwnerField,
+    pub(super) place: Place,
     pub(super) home: Stream,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
@@ -39,21 +39,7 @@ pub(super) struct BlockRecord {
     pub(super) extras: Option<Box<Extras>>,
 }
 
-/// An [`Owner`] in half the room.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct OwnerField(u32);
-
-impl OwnerField {
-    #[inline]
-    pub(super) fn new(owner: Owner) -> Self {
-        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
-    }
-
-    #[inline]
-    pub(super) fn get(self) -> Owner {
-        self.0 as Owner
-    }
-}
+const _: () = assert!(size_of::<BlockRecord>() == 80);
 
 /// What a free has to look at only where it is there at all.
 #[derive(Debug, Default)]

@@ -149,10 +149,24 @@ pub(super) fn fetch(
     let Some(cache) = current().filter(|cache| cache.pool == shared.id()) else {
         return Err(0);
     };
-    let mut blanks = cache.give_left(state);
-    let found = cache.look(shared, state, key, (wanted, tag), &mut blanks);
-    lane::drop_all(blanks);
-    found.or_else(|kept| cache.look_again(shared, state, key, (wanted, tag), kept))
+    let mut before = None;
+    loop {
+        let mut blanks = cache.give_left(state);
+        // Again only if the look before has left something.
+        if let Some(kept) = before
+            && blanks.is_none()
+        {
+            return Err(kept);
+        }
+        let found = cache.look(shared, state, key, (wanted, tag), &mut blanks);
+        if blanks.is_some() {
+            lane::drop_all(blanks);
+        }
+        match found {
+            Err(kept) if before.is_none() => before = Some(kept),
+            found => return found,
+        }
+    }
 }
 
 /// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
@@ -356,32 +370,12 @@ impl ThreadCache {
         })
     }
 
-    /// Looks again after what the first look has left, if that is anything. Only for the owner.
-    #[cold]
-    #[inline(never)]
-    fn look_again(
-        &self,
-        shared: &Arc<Shared>,
-        state: &mut State,
-        key: LaneKey,
-        wanted: (&Wanted<'_>, TagId),
-        kept: u64,
-    ) -> Result<Box<BlockRecord>, u64> {
-        let mut blanks = self.give_left(state);
-        if blanks.is_none() {
-            return Err(kept);
-        }
-        let found = self.look(shared, state, key, wanted, &mut blanks);
-        lane::drop_all(blanks);
-        found
-    }
-
     /// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
     fn leave_streams(&self) {
         self.leave_to_queue(Contents::leave_all);
         let blanks = self.with_owner(Contents::take_blanks);
         // Outside the cache, because they may hold the pool's last references.
-        blanks.into_iter().for_each(lane::drop_all);
+        drop(blanks);
     }
 
     /// Puts what is left into the pool's queue, and what `leave` leaves. Only for the owner.

@@ -9,9 +9,10 @@
 
 use std::sync::Arc;
 
-use super::block::{BlockRecord, OwnerField};
+use super::backing::OwnerField;
+use super::block::BlockRecord;
 use super::counts::Counts;
-use super::lane::{self, Kept, Lane, LaneKey, Limits, List};
+use super::lane::{self, Blanks, Kept, Lane, LaneKey, Limits, List};
 use super::pool::{Shared, new_record};
 use super::state::{Found, State, Wanted};
 use super::tags::TagId;
@@ -220,12 +221,11 @@ impl Contents {
                 placed: at_hand.placed(owner),
                 memory: wanted.memory,
                 bytes: wanted.bytes,
-                owner,
             };
             return Ok(new_record(found, *wanted, tag, shared));
         };
         record.ptr = at_hand.ptr;
-        record.place = at_hand.place(owner);
+        record.place = at_hand.place();
         record.requested = wanted.requested;
         record.allocated = wanted.bytes;
         record.owner = OwnerField::new(owner);
@@ -287,8 +287,8 @@ impl Contents {
         *blanks = refused;
     }
 
-    /// Gives up the records of blocks that are gone, a list a lane.
-    pub(super) fn take_blanks(&mut self) -> Vec<List> {
+    /// Gives up the records of blocks that are gone, by lane.
+    pub(super) fn take_blanks(&mut self) -> Vec<Blanks> {
         let lanes = self.others.iter_mut().chain([&mut self.front]);
         lanes.map(|lane| lane.take_blanks()).collect()
     }

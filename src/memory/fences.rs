@@ -26,6 +26,11 @@ pub(super) const COMMON: Owner = 0;
 /// What a free stamps before any event was recorded. Epoch 0 is the past before the pool.
 pub(super) const FIRST_EPOCH: u64 = 1;
 
+/// Bits of a number of a stream: fewer streams have memory of a pool at once, by two at least.
+pub(super) const OWNER_BITS: u32 = 20;
+/// Bits of an epoch. A stream that records an event every microsecond needs more after a hundred days.
+pub(super) const EPOCH_BITS: u32 = 43;
+
 /// Frees between two events of a stream whose memory others ask for in vain.
 const FREES_PER_EVENT: u32 = 8;
 /// Events that are recorded ahead after each time.
@@ -99,8 +104,13 @@ impl Clock {
             return false;
         };
         self.events.push_back((self.epoch, event));
-        self.epoch += 1;
+        self.move_on();
         true
+    }
+
+    fn move_on(&mut self) {
+        self.epoch += 1;
+        assert!(self.epoch >> EPOCH_BITS == 0, "fewer epochs than 2^43");
     }
 }
 
@@ -189,6 +199,10 @@ impl Fences {
         *self.owners.entry(stream.id()).or_insert_with(|| {
             let vacant = (1..self.clocks.len()).find(|owner| self.clocks[*owner].stream.is_none());
             let Some(owner) = vacant else {
+                assert!(
+                    self.clocks.len() < (1 << OWNER_BITS) - 2,
+                    "fewer streams than 2^20"
+                );
                 self.clocks.push(Clock::new(
                     Some(stream.clone()),
                     FIRST_EPOCH,
@@ -446,7 +460,7 @@ impl Fences {
         let clock = &mut self.clocks[owner];
         let stream = clock.stream.clone()?;
         let epoch = clock.epoch;
-        clock.epoch += 1;
+        clock.move_on();
         Some((Fence { owner, epoch }, stream))
     }
 

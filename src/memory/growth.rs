@@ -8,7 +8,7 @@ use super::backing::{Refusal, Totals};
 use super::fences::Fences;
 use super::paged::{PagedMemory, with_slack};
 use super::ranges::Range;
-use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, PageIndex};
+use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, PAGES_MAX, PageIndex};
 use crate::driver::{Device, DevicePtr, Driver, PageHandle};
 use crate::error::{Error, Result};
 use crate::units::to_usize;
@@ -55,6 +55,7 @@ impl Pages {
     }
 
     fn with_homes(device: &Device, limit: Option<u64>, homes: u64) -> Result<Self> {
+        let homes = homes.min(PAGES_MAX);
         let base = device.driver().reserve(homes * PAGE)?;
         let driver = device.driver().clone();
         let addresses = Addresses::new(driver.clone());

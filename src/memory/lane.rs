@@ -42,10 +42,13 @@ pub(super) const SMALL_MAX: u64 = 256 * KIB;
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
 /// Most blanks a lane keeps. As many blocks were in use at once.
-const BLANKS_MAX: u32 = 1 << 16;
+const BLANKS_MAX: usize = 1 << 16;
 
 /// A list of records, linked through them.
 pub(super) type List = Option<Box<BlockRecord>>;
+
+/// Records of which nothing need be read to take one: they may have been here for long.
+pub(super) type Blanks = Vec<Box<BlockRecord>>;
 
 /// The blocks that a thread keeps for one stream.
 #[derive(Debug)]
@@ -55,8 +58,7 @@ pub(super) struct Lane {
     small: [List; SIZES],
     hot: Hot,
     small_bytes: u64,
-    blanks: List,
-    blanks_len: u32,
+    blanks: Blanks,
 }
 
 /// How much a lane may keep.
@@ -127,8 +129,7 @@ impl Lane {
             small: [const { None }; SIZES],
             hot: Hot::default(),
             small_bytes: 0,
-            blanks: None,
-            blanks_len: 0,
+            blanks: Blanks::new(),
         })
     }
 
@@ -192,25 +193,23 @@ impl Lane {
     }
 
     /// Gives up the records whose blocks are gone.
-    pub(super) fn take_blanks(&mut self) -> List {
-        self.blanks_len = 0;
-        self.blanks.take()
+    pub(super) fn take_blanks(&mut self) -> Blanks {
+        std::mem::take(&mut self.blanks)
     }
 
     /// A record of this stream whose block is gone.
+    #[inline]
     pub(super) fn take_blank(&mut self) -> Option<Box<BlockRecord>> {
-        let blank = pop(&mut self.blanks)?;
-        self.blanks_len -= 1;
-        Some(blank)
+        self.blanks.pop()
     }
 
     /// Keeps the record of a block that is gone, or gives it back.
+    #[inline]
     pub(super) fn keep_blank(&mut self, blank: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
-        if self.blanks_len == BLANKS_MAX {
+        if self.blanks.len() == BLANKS_MAX {
             return Some(blank);
         }
-        self.blanks_len += 1;
-        push(&mut self.blanks, blank);
+        self.blanks.push(blank);
         None
     }
 }
@@ -234,11 +233,5 @@ pub(super) fn push(list: &mut List, mut record: Box<BlockRecord>) {
 pub(super) fn drop_all(mut list: List) {
     while let Some(record) = pop(&mut list) {
         drop(record);
-    }
-}
-
-impl Drop for Lane {
-    fn drop(&mut self) {
-        drop_all(self.take_blanks());
     }
 }

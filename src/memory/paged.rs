@@ -83,7 +83,8 @@ impl PagedMemory {
         let ptr = self.pages.home(hole.start * GRANULARITY);
         Placed {
             ptr,
-            place: Place::Large { owner, index },
+            place: Place::Large(index),
+            owner,
         }
     }
 
@@ -296,13 +297,14 @@ impl PagedMemory {
             };
             if fences.pass(request.owner, fence, request.reuse) {
                 let (page, offset, index) = small.allocate(request.bytes)?;
-                let place = Place::Lent {
-                    lender,
-                    index,
-                    is_small: true,
-                };
-                let ptr = self.pages.home(page as u64 * PAGE + offset);
-                return Some(Placed { ptr, place });
+                return Some(Placed {
+                    ptr: self.pages.home(page as u64 * PAGE + offset),
+                    place: Place::Lent {
+                        index,
+                        is_small: true,
+                    },
+                    owner: lender,
+                });
             }
         }
         None
@@ -376,21 +378,16 @@ impl Backing for PagedMemory {
     fn free(&mut self, place: Place, bytes: u64, fence: Fence) {
         self.in_use -= bytes;
         match place {
-            Place::Small { owner, index }
-            | Place::Lent {
-                lender: owner,
-                index,
-                ..
-            } => {
+            Place::Small(index) | Place::Lent { index, .. } => {
                 let small = self
                     .small
-                    .get_mut(&owner)
+                    .get_mut(&fence.owner)
                     .expect("small blocks outlive their blocks");
                 if let Some(lease) = small.free(index, fence.epoch) {
                     self.free_home(lease.block, fence);
                 }
             }
-            Place::Large { index, .. } => self.free_home(index, fence),
+            Place::Large(index) => self.free_home(index, fence),
             Place::Stitched(range) => {
                 for index in self.ranges.release(range, fence) {
                     self.free_home(index, fence);

@@ -23,7 +23,9 @@ pub(super) fn ordinary(device: &Device, record: &BlockRecord) {
 /// later, it could hit what a graph is using. Only the stream that the capture was begun on can take work at
 /// any time in it; another may have been joined for the last time.
 pub(super) fn private(record: &BlockRecord) {
-    let Some(shared) = &record.shared else { return };
+    let Some(shared) = &record.shared else {
+        return;
+    };
     if shared.config.poison && shared.routes.captured_from(&record.home) == Some(record.memory()) {
         overwrite(&shared.device, record);
     }

@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicU32;
 use std::thread;
 
 use super::arena::GRANULARITY;
-use super::backing::{Place, Refusal};
-use super::block::{self, Block, BlockRecord, Extras, OwnerField};
+use super::backing::{OwnerField, Place, Refusal};
+use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;
@@ -244,7 +244,6 @@ pub(super) fn new_record(
         placed,
         memory,
         bytes,
-        owner,
     } = found;
     let is_private = memory != MemoryIndex::ORDINARY;
     let extras = is_private.then(|| {
@@ -266,12 +265,12 @@ pub(super) fn new_record(
         requested: wanted.requested,
         allocated: bytes,
         place: placed.place,
-        owner: OwnerField::new(owner),
+        owner: OwnerField::new(placed.owner),
         tag,
         key,
+        next: None,
         home: wanted.stream.clone(),
         shared: Some(shared.clone()),
-        next: None,
         extras,
     })
 }

@@ -19,7 +19,7 @@ use super::territory::{PAGE, PageIndex};
 use crate::driver::DevicePtr;
 
 /// A range's place in the table.
-pub(super) type RangeIndex = usize;
+pub(super) type RangeIndex = u32;
 
 /// Pages mapped side by side, away from home.
 #[derive(Debug)]
@@ -69,13 +69,13 @@ pub(super) struct Ranges {
 
 impl Ranges {
     pub(super) fn get(&self, index: RangeIndex) -> &Range {
-        self.table[index]
+        self.table[index as usize]
             .as_ref()
             .expect("a range that is in use exists")
     }
 
     fn get_mut(&mut self, index: RangeIndex) -> &mut Range {
-        self.table[index]
+        self.table[index as usize]
             .as_mut()
             .expect("a range that is in use exists")
     }
@@ -107,11 +107,12 @@ impl Ranges {
             taken_page: Cell::new(0),
         });
         if let Some(index) = self.vacant.pop() {
-            self.table[index] = range;
+            self.table[index as usize] = range;
             return index;
         }
+        let index = RangeIndex::try_from(self.table.len()).expect("fewer than 2^32 ranges");
         self.table.push(range);
-        self.table.len() - 1
+        index
     }
 
     /// Makes an idle range live with the blocks `taken` at home.
@@ -165,7 +166,7 @@ impl Ranges {
     /// Forgets an idle range, whose mapping the caller has removed.
     pub(super) fn remove(&mut self, index: RangeIndex) {
         self.remove_idle(index);
-        let range = self.table[index]
+        let range = self.table[index as usize]
             .take()
             .expect("a range that is in use exists");
         self.pages_mapped -= range.pages.len();

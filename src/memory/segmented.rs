@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::arena::{Arena, SegmentIndex};
+use super::arena::{Arena, SEGMENT_MAX, SegmentIndex};
 use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::fences::{Fence, Fences};
 use super::territory::Owner;
@@ -98,6 +98,9 @@ impl SegmentedMemory {
 
     /// Takes a new segment from the driver.
     fn allocate_segment(&mut self, bytes: u64, request: Request) -> Result<(), Refusal> {
+        if bytes > SEGMENT_MAX {
+            return Err(Refusal::Size);
+        }
         if bytes > self.limit.saturating_sub(self.totals.reserved_bytes) {
             return Err(Refusal::Limit);
         }
@@ -155,12 +158,11 @@ impl SegmentedMemory {
                 let placed = arena.arena.allocate(request.bytes)?;
                 let (base, _) = arena.segments[&placed.segment];
                 let place = Place::Lent {
-                    lender: *owner,
                     index: placed.index,
                     is_small: *is_small,
                 };
-                let ptr = base.offset(placed.offset);
-                return Some(Placed { ptr, place });
+                let (ptr, owner) = (base.offset(placed.offset), *owner);
+                return Some(Placed { ptr, place, owner });
             }
         }
         None
@@ -243,19 +245,15 @@ impl Backing for SegmentedMemory {
     }
 
     fn free(&mut self, place: Place, _: u64, fence: Fence) {
-        let (key, index) = match place {
-            Place::Small { owner, index } => ((owner, true), index),
-            Place::Large { owner, index } => ((owner, false), index),
-            Place::Lent {
-                lender,
-                index,
-                is_small,
-            } => ((lender, is_small), index),
+        let (is_small, index) = match place {
+            Place::Small(index) => (true, index),
+            Place::Large(index) => (false, index),
+            Place::Lent { index, is_small } => (is_small, index),
             Place::Stitched(_) => unreachable!("segmented memory stitches nothing"),
         };
         let arena = self
             .arenas
-            .get_mut(&key)
+            .get_mut(&(fence.owner, is_small))
             .expect("an arena outlives its blocks");
         let segment = arena.arena.segment_of(index);
         arena.arena.free(index);

@@ -9,7 +9,7 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request};
-use super::block::{BlockRecord, OwnerField, User};
+use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
 use super::fences::{COMMON, Fence, Fences};
@@ -59,7 +59,6 @@ pub(super) struct Found {
     pub(super) memory: MemoryIndex,
     /// As asked for, rounded.
     pub(super) bytes: u64,
-    pub(super) owner: Owner,
 }
 
 #[derive(Debug)]
@@ -191,16 +190,15 @@ impl State {
         let found = self.memories.find(wanted.memory, request, &mut self.fences);
         // Even a request that failed may have taken memory on the way.
         self.count_driver();
-        Ok(self.hand_out(wanted, request.owner, found?))
+        Ok(self.hand_out(wanted, found?))
     }
 
-    fn hand_out(&mut self, wanted: Wanted<'_>, owner: Owner, placed: Placed) -> Found {
+    fn hand_out(&mut self, wanted: Wanted<'_>, placed: Placed) -> Found {
         self.decay.take(wanted.bytes);
         Found {
             placed,
             memory: wanted.memory,
             bytes: wanted.bytes,
-            owner,
         }
     }
 
@@ -253,8 +251,8 @@ impl State {
             self.usage.free(record.requested, record.allocated);
             self.tags.decrease(record.tag, record.allocated);
         }
-        if let Place::Lent { lender, .. } = record.place {
-            self.send_home(&mut record, lender);
+        if matches!(record.place, Place::Lent { .. }) {
+            self.send_home(&mut record);
         }
         let users = match &mut record.extras {
             Some(extras) if !extras.users.is_empty() => std::mem::take(&mut extras.users),
@@ -292,11 +290,10 @@ impl State {
 
     /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
     /// stream it was lent to.
-    fn send_home(&mut self, record: &mut BlockRecord, lender: Owner) {
-        let home = self.fences.stream(lender);
+    fn send_home(&mut self, record: &mut BlockRecord) {
+        let home = self.fences.stream(record.owner.get());
         let home = home.expect("a stream with memory is known").clone();
         let stream = std::mem::replace(&mut record.home, home);
-        record.owner = OwnerField::new(lender);
         let users = &mut record.extras.get_or_insert_default().users;
         users.retain(|user| user.stream.id() != record.home.id());
         users.push(User {
@@ -327,8 +324,8 @@ impl State {
             }
             self.count_inactive(record.allocated);
             // Small blocks keep no epochs of their own; a poisoned one was written just now.
-            let keeps_none = self.config.poison
-                || matches!(record.place, Place::Small { .. } | Place::Lent { .. });
+            let keeps_none =
+                self.config.poison || matches!(record.place, Place::Small(_) | Place::Lent { .. });
             let fence = fence.filter(|_| !keeps_none);
             self.make_reusable_after(&record, fence);
             if record.memory() == MemoryIndex::ORDINARY {
@@ -365,6 +362,11 @@ impl State {
 
     #[inline]
     fn give_back(&mut self, memory: MemoryIndex, record: &BlockRecord, fence: Fence) {
+        debug_assert_eq!(
+            fence.owner,
+            record.owner.get(),
+            "a block goes back to its owner"
+        );
         self.decay.give(record.allocated);
         let backing = self.memories.get_mut(memory);
         backing.free(record.place, record.allocated, fence);

@@ -77,6 +77,7 @@ impl PagedMemory {
         Some(Placed {
             ptr,
             place: Place::Stitched(range),
+            owner: request.owner,
         })
     }
 
@@ -97,6 +98,7 @@ impl PagedMemory {
         Some(Placed {
             ptr,
             place: Place::Stitched(range),
+            owner: request.owner,
         })
     }
 

@@ -14,13 +14,15 @@ mod blocks;
 mod hole;
 mod invariants;
 
+use std::ops::Range;
+
 use smallvec::SmallVec;
 
-use blocks::{Block, Blocks, Holder};
+use blocks::{Block, Blocks, Claim};
 pub(super) use hole::Hole;
 
 use super::arena::GRANULARITY;
-use super::bins::{Bins, Index, Link, Links, NONE};
+use super::bins::{Bins, Index, Link, Links, NONE, Units};
 use super::fences::{COMMON, FIRST_EPOCH, Fence};
 use super::freed::Freed;
 use super::starts::Starts;
@@ -29,9 +31,13 @@ use super::starts::Starts;
 pub(super) const PAGE: u64 = 2 << 20;
 /// Units of a page.
 pub(super) const PAGE_UNITS: u64 = PAGE / GRANULARITY;
+/// The same, as blocks store it.
+const PAGE_LEN: Units = 1 << PAGE_UNITS.trailing_zeros();
+/// Most pages that may have a home.
+pub(super) const PAGES_MAX: u64 = Units::MAX as u64 / PAGE_UNITS;
 /// Least units of blocks that begin on a page if they are whole pages and their hole allows it, so that they leave whole
 /// pages when they are freed, which can be stitched. For smaller ones it would gain less than it costs.
-const ON_PAGE_MIN: u64 = 6 * PAGE_UNITS;
+const ON_PAGE_MIN: Units = 6 * PAGE_LEN;
 
 /// A stream as the owner of holes: its number in the pool's table of streams.
 pub(super) type Owner = usize;
@@ -39,8 +45,29 @@ pub(super) type Owner = usize;
 /// Number of a page's home.
 pub(super) type PageIndex = usize;
 
-fn page_index(page: u64) -> PageIndex {
-    crate::units::to_usize(page)
+/// A position or a size as blocks store it. What does not fit lies in no territory.
+fn stored(units: u64) -> Units {
+    Units::try_from(units).expect("a territory has fewer than 2^32 units")
+}
+
+/// The page in which position `at` lies.
+#[inline]
+const fn page_of(at: Units) -> PageIndex {
+    (at / PAGE_LEN) as PageIndex
+}
+
+/// Where a page begins.
+fn begin_of(page: PageIndex) -> Units {
+    stored(page as u64 * PAGE_UNITS)
+}
+
+/// The pages that what lies from `start` to `end` touches, and those of them that it fills.
+fn pages_between(start: Units, end: Units) -> (Range<PageIndex>, Range<PageIndex>) {
+    let rounded_up = |at: Units| at.div_ceil(PAGE_LEN) as PageIndex;
+    (
+        page_of(start)..rounded_up(end),
+        rounded_up(start)..page_of(end),
+    )
 }
 
 /// The blocks of all mapped pages of a pool.
@@ -94,31 +121,32 @@ impl Territory {
         let block = self.blocks.at(index);
         Some(Hole {
             index,
-            start: block.start,
-            units: block.link.units,
-            owner: block.holder.owner()?,
-            epoch: block.epoch,
-            is_mixed: block.is_mixed,
+            start: u64::from(block.start),
+            units: u64::from(block.link.units),
+            owner: block.claim.owner()?,
+            epoch: block.claim.epoch(),
+            is_mixed: block.claim.is_mixed(),
         })
     }
 
     /// The hole of `owner` that fits `units` best.
     pub(super) fn best_fit(&self, owner: Owner, units: u64) -> Option<Hole> {
+        let units = Units::try_from(units).ok()?;
         let index = self.bins.get(owner)?.find(&self.blocks, units)?;
         self.hole(index)
     }
 
     /// Holes of `owner` of at least `units`, smallest bins first.
     pub(super) fn holes_from(&self, owner: Owner, units: u64) -> impl Iterator<Item = Hole> + '_ {
-        let bins = self.bins.get(owner);
+        let bins = self.bins.get(owner).zip(Units::try_from(units).ok());
         let indices = bins
             .into_iter()
-            .flat_map(move |bins| bins.iter_from(&self.blocks, units));
+            .flat_map(|(bins, units)| bins.iter_from(&self.blocks, units));
         indices.filter_map(|(index, _)| self.hole(index))
     }
 
     /// Streams that own or owned holes.
-    pub(super) fn owners(&self) -> std::ops::Range<Owner> {
+    pub(super) fn owners(&self) -> Range<Owner> {
         0..self.bins.len()
     }
 
@@ -135,7 +163,7 @@ impl Territory {
 
     /// The block that covers the first byte of `page`.
     fn over(&self, page: PageIndex) -> Index {
-        let at = page as u64 * PAGE_UNITS;
+        let at = begin_of(page);
         if let Some(first) = self.starts.first(page)
             && self.blocks.at(first).start == at
         {
@@ -168,17 +196,14 @@ impl Territory {
     fn mix(&mut self, holes: [Index; 3], owner: Owner) {
         for index in holes.into_iter().filter(|index| *index != NONE) {
             let hole = self.blocks.at_mut(index);
-            if std::mem::replace(&mut hole.is_mixed, true) || hole.epoch <= FIRST_EPOCH {
+            let was_mixed = hole.claim.is_mixed();
+            hole.claim.set_mixed(true);
+            let epoch = hole.claim.epoch();
+            if was_mixed || epoch <= FIRST_EPOCH {
                 continue;
             }
-            let fence = Fence {
-                owner,
-                epoch: hole.epoch,
-            };
-            let (start, end) = (hole.start, hole.end());
-            let range = |first, end| page_index(first)..page_index(end);
-            let touched = range(start / PAGE_UNITS, end.div_ceil(PAGE_UNITS));
-            let whole = range(start.div_ceil(PAGE_UNITS), end / PAGE_UNITS);
+            let fence = Fence { owner, epoch };
+            let (touched, whole) = pages_between(hole.start, hole.end());
             self.freed.note(touched, whole, fence);
         }
     }
@@ -195,10 +220,11 @@ impl Territory {
             return parts;
         }
         let end = hole.start + hole.units;
-        for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
-            if !may_touch(self.fence_of_page(hole, page_index(page))) {
+        for page in hole.pages() {
+            if !may_touch(self.fence_of_page(hole, page)) {
                 continue;
             }
+            let page = page as u64;
             let from = hole.start.max(page * PAGE_UNITS);
             let units = end.min((page + 1) * PAGE_UNITS) - from;
             match parts.last_mut() {
@@ -214,43 +240,45 @@ impl Territory {
     // Always, as `PagedMemory::large_at_hand`.
     #[inline(always)]
     pub(super) fn allocate(&mut self, owner: Owner, units: u64) -> Option<(Index, u64)> {
+        let units = Units::try_from(units).ok()?;
         let index = self.bins.get(owner)?.find(&self.blocks, units)?;
         let hole = self.blocks.at(index);
         let start = hole.start;
-        if units >= ON_PAGE_MIN && units.is_multiple_of(PAGE_UNITS) {
-            let page = start.next_multiple_of(PAGE_UNITS);
+        if units >= ON_PAGE_MIN && units.is_multiple_of(PAGE_LEN) {
+            let page = start.next_multiple_of(PAGE_LEN);
             if page > start && page + units <= hole.end() {
-                return Some((self.take_inside(index, owner, page, units), page));
+                let taken = self.take_inside(index, owner, page, units);
+                return Some((taken, u64::from(page)));
             }
         }
-        Some((self.take_front(index, owner, units), start))
+        Some((self.take_front(index, owner, units), u64::from(start)))
     }
 
     /// Takes `units` from `start` on out of `hole`; what is left on either side stays its owner's.
     pub(super) fn take(&mut self, hole: &Hole, start: u64, units: u64) -> Index {
         debug_assert!(hole.start <= start && start + units <= hole.start + hole.units && units > 0);
+        let units = stored(units);
         if start == hole.start {
             return self.take_front(hole.index, hole.owner, units);
         }
-        self.take_inside(hole.index, hole.owner, start, units)
+        self.take_inside(hole.index, hole.owner, stored(start), units)
     }
 
     /// Takes `units` from `start` on, behind the front of the hole `index`, which keeps its name.
-    fn take_inside(&mut self, index: Index, owner: Owner, start: u64, units: u64) -> Index {
+    fn take_inside(&mut self, index: Index, owner: Owner, start: Units, units: Units) -> Index {
         let hole = *self.blocks.at(index);
         let (end, after) = (start + units, hole.after);
         let taken = self.blocks.insert(Block {
             link: Link::new(units),
             start,
             before: index,
-            holder: Holder::TAKEN,
-            ..hole
+            after,
+            claim: Claim::TAKEN,
         });
         self.bins[owner].resize(&mut self.blocks, index, start - hole.start);
         self.blocks.at_mut(index).after = taken;
-        let page = start / PAGE_UNITS;
-        if hole.start / PAGE_UNITS != page {
-            self.starts.set(page_index(page), Some(taken));
+        if page_of(hole.start) != page_of(start) {
+            self.starts.set(page_of(start), Some(taken));
         }
         if end == hole.end() {
             self.set_before(after, taken);
@@ -264,15 +292,17 @@ impl Territory {
         });
         self.blocks.at_mut(taken).after = rest;
         self.set_before(after, rest);
-        if end / PAGE_UNITS != page {
-            self.starts.set(page_index(end / PAGE_UNITS), Some(rest));
+        if page_of(end) != page_of(start) {
+            self.starts.set(page_of(end), Some(rest));
         }
         self.bins[owner].insert(&mut self.blocks, rest);
         taken
     }
 
     /// Takes `units` from the front of the hole `index`, which keeps its name.
-    fn take_front(&mut self, index: Index, owner: Owner, units: u64) -> Index {
+    // Always, as `PagedMemory::large_at_hand`.
+    #[inline(always)]
+    fn take_front(&mut self, index: Index, owner: Owner, units: Units) -> Index {
         let Block {
             link,
             start,
@@ -281,17 +311,15 @@ impl Territory {
         } = *self.blocks.at(index);
         if link.units == units {
             self.unfile(index, owner);
-            self.blocks.at_mut(index).holder = Holder::TAKEN;
+            self.blocks.at_mut(index).claim = Claim::TAKEN;
             return index;
         }
         let taken = self.blocks.insert(Block {
             link: Link::new(units),
             start,
-            epoch: 0,
-            is_mixed: false,
             before,
             after: index,
-            holder: Holder::TAKEN,
+            claim: Claim::TAKEN,
         });
         self.bins[owner].resize(&mut self.blocks, index, link.units - units);
         let hole = self.blocks.at_mut(index);
@@ -300,18 +328,18 @@ impl Territory {
         if before != NONE {
             self.blocks.at_mut(before).after = taken;
         }
-        let (page, rest_page) = (start / PAGE_UNITS, (start + units) / PAGE_UNITS);
-        if self.starts.first(page_index(page)) == Some(index) {
-            self.starts.set(page_index(page), Some(taken));
+        let (page, rest_page) = (page_of(start), page_of(start + units));
+        if self.starts.first(page) == Some(index) {
+            self.starts.set(page, Some(taken));
         }
         if rest_page != page {
-            self.starts.set(page_index(rest_page), Some(index));
+            self.starts.set(rest_page, Some(index));
         }
         taken
     }
 
     /// Cuts block `index` in two at `at`; returns the second part, of the same holder, not filed.
-    fn cut(&mut self, index: Index, at: u64) -> Index {
+    fn cut(&mut self, index: Index, at: Units) -> Index {
         let block = *self.blocks.at(index);
         debug_assert!(block.start < at && at < block.end());
         let second = self.blocks.insert(Block {
@@ -324,9 +352,8 @@ impl Territory {
         first.link = Link::new(at - block.start);
         first.after = second;
         self.set_before(block.after, second);
-        let page = at / PAGE_UNITS;
-        if block.start / PAGE_UNITS != page {
-            self.starts.set(page_index(page), Some(second));
+        if page_of(block.start) != page_of(at) {
+            self.starts.set(page_of(at), Some(second));
         }
         second
     }
@@ -345,30 +372,16 @@ impl Territory {
     /// # Panics
     /// If the block is not taken: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index, owner: Owner, epoch: u64) {
-        let Block {
-            before,
-            after,
-            holder,
-            ..
-        } = *self.blocks.at(index);
-        assert_eq!(holder, Holder::TAKEN, "block {index} is freed twice");
-        let holder = Holder::stream(owner);
         let block = self.blocks.at_mut(index);
-        block.holder = holder;
-        block.epoch = epoch;
-        block.is_mixed = false;
-        let continues = self.blocks.is_of(before, holder);
-        let goes_on = self.blocks.is_of(after, holder);
+        assert_eq!(block.claim, Claim::TAKEN, "block {index} is freed twice");
+        let claim = Claim::hole(Fence { owner, epoch });
+        block.claim = claim;
+        let (before, after) = (block.before, block.after);
+        let continues = self.blocks.is_of(before, claim);
+        let goes_on = self.blocks.is_of(after, claim);
         if self.remembers_frees {
             let of = |is: bool, index| if is { index } else { NONE };
             self.mix([of(continues, before), index, of(goes_on, after)], owner);
-        } else {
-            // The latest epoch becomes that of all parts.
-            for (is_hole, neighbor) in [(continues, before), (goes_on, after)] {
-                if is_hole {
-                    self.blocks.at_mut(neighbor).is_mixed = false;
-                }
-            }
         }
         if goes_on {
             if !continues {
@@ -388,12 +401,13 @@ impl Territory {
 
     /// Makes block `index` span its next neighbor too, of which it takes the epoch if that is later; returns its
     /// units then, which are the caller's to write.
-    fn absorb_next(&mut self, index: Index) -> u64 {
+    fn absorb_next(&mut self, index: Index) -> Units {
+        let remembers_frees = self.remembers_frees;
         let gone_index = self.blocks.at(index).after;
         let gone = *self.blocks.at(gone_index);
         let block = self.blocks.at_mut(index);
         block.after = gone.after;
-        block.epoch = block.epoch.max(gone.epoch);
+        block.claim = block.claim.merged(gone.claim, remembers_frees);
         let (start, units) = (block.start, block.link.units + gone.link.units);
         self.set_before(gone.after, index);
         self.begins_no_more(gone.start, start, gone.after);
@@ -403,6 +417,7 @@ impl Territory {
 
     /// Makes the filed hole `index` span its previous neighbor too, which is not filed.
     fn absorb_previous(&mut self, index: Index, owner: Owner) {
+        let remembers_frees = self.remembers_frees;
         let gone_index = self.blocks.at(index).before;
         let gone = *self.blocks.at(gone_index);
         let hole = self.blocks.at_mut(index);
@@ -410,12 +425,12 @@ impl Territory {
         let units = hole.link.units + gone.link.units;
         hole.start = gone.start;
         hole.before = gone.before;
-        hole.epoch = hole.epoch.max(gone.epoch);
+        hole.claim = hole.claim.merged(gone.claim, remembers_frees);
         if gone.before != NONE {
             self.blocks.at_mut(gone.before).after = index;
         }
         self.begins_no_more(start, gone.start, after);
-        let page = page_index(gone.start / PAGE_UNITS);
+        let page = page_of(gone.start);
         if self.starts.first(page) == Some(gone_index) {
             self.starts.set(page, Some(index));
         }
@@ -426,20 +441,20 @@ impl Territory {
     /// Notes that no block begins at `at` any more, where now one lies that begins at `start`, with the block
     /// `after` behind it.
     #[inline]
-    fn begins_no_more(&mut self, at: u64, start: u64, after: Index) {
-        let page = at / PAGE_UNITS;
-        if start / PAGE_UNITS == page {
+    fn begins_no_more(&mut self, at: Units, start: Units, after: Index) {
+        let page = page_of(at);
+        if page_of(start) == page {
             return;
         }
-        let next =
-            (after != NONE && self.blocks.at(after).start / PAGE_UNITS == page).then_some(after);
-        self.starts.set(page_index(page), next);
+        let next = (after != NONE && page_of(self.blocks.at(after).start) == page).then_some(after);
+        self.starts.set(page, next);
     }
 
     /// Units of the hole of `owner` at the very end of the territory; growth continues it.
     pub(super) fn last_hole_units(&self, owner: Owner) -> u64 {
-        if self.blocks.is_of(self.last, Holder::stream(owner)) {
-            self.blocks.link(self.last).units
+        let claim = Claim::hole(Fence { owner, epoch: 0 });
+        if self.blocks.is_of(self.last, claim) {
+            u64::from(self.blocks.link(self.last).units)
         } else {
             0
         }
@@ -448,17 +463,14 @@ impl Territory {
     /// Adds `count` mapped pages at the end, free for `owner`; returns the first.
     pub(super) fn append(&mut self, count: usize, owner: Owner) -> PageIndex {
         let first = self.starts.len();
-        let start = first as u64 * PAGE_UNITS;
-        let units = count as u64 * PAGE_UNITS;
+        let (start, end) = (begin_of(first), begin_of(first + count));
         let before = self.last;
         let index = self.blocks.insert(Block {
-            link: Link::new(units),
+            link: Link::new(end - start),
             start,
-            epoch: 0,
-            is_mixed: false,
             before,
             after: NONE,
-            holder: Holder::TAKEN,
+            claim: Claim::TAKEN,
         });
         if before != NONE {
             self.blocks.at_mut(before).after = index;
@@ -475,16 +487,14 @@ impl Territory {
     /// Declares the pages of a taken block unmapped; their homes merge with unmapped neighbors.
     pub(super) fn unmap(&mut self, index: Index) {
         let block = self.blocks.at_mut(index);
-        assert_eq!(block.holder, Holder::TAKEN, "only taken pages are returned");
-        assert!(
-            block.start.is_multiple_of(PAGE_UNITS) && block.link.units.is_multiple_of(PAGE_UNITS)
-        );
-        block.holder = Holder::UNMAPPED;
+        assert_eq!(block.claim, Claim::TAKEN, "only taken pages are returned");
+        block.claim = Claim::UNMAPPED;
+        assert!(block.start.is_multiple_of(PAGE_LEN) && block.link.units.is_multiple_of(PAGE_LEN));
         let Block { before, after, .. } = *block;
-        if self.blocks.is_of(after, Holder::UNMAPPED) {
+        if self.blocks.is_of(after, Claim::UNMAPPED) {
             self.blocks.at_mut(index).link.units = self.absorb_next(index);
         }
-        if self.blocks.is_of(before, Holder::UNMAPPED) {
+        if self.blocks.is_of(before, Claim::UNMAPPED) {
             self.blocks.at_mut(before).link.units = self.absorb_next(before);
         }
     }
@@ -492,26 +502,25 @@ impl Territory {
     /// The first of `count` homes side by side whose pages were returned.
     pub(super) fn unmapped(&self, count: usize) -> Option<PageIndex> {
         let units = count as u64 * PAGE_UNITS;
-        let fits = |block: &&Block| block.holder == Holder::UNMAPPED && block.link.units >= units;
+        let fits =
+            |block: &&Block| block.claim == Claim::UNMAPPED && u64::from(block.link.units) >= units;
         let mut blocks = self.in_order().map(|(_, block)| block);
-        blocks
-            .find(fits)
-            .map(|block| page_index(block.start / PAGE_UNITS))
+        blocks.find(fits).map(|block| page_of(block.start))
     }
 
     /// Declares `count` unmapped pages from home `first` on mapped again, free for `owner`.
     pub(super) fn remap(&mut self, first: PageIndex, count: usize, owner: Owner) {
         let index = self.over(first);
-        let (start, units) = (first as u64 * PAGE_UNITS, count as u64 * PAGE_UNITS);
+        let (start, end) = (begin_of(first), begin_of(first + count));
         let block = *self.blocks.at(index);
         assert!(
-            block.holder == Holder::UNMAPPED && block.start == start,
+            block.claim == Claim::UNMAPPED && block.start == start,
             "homes are settled from the front"
         );
-        if block.link.units > units {
-            self.cut(index, start + units);
+        if block.end() > end {
+            self.cut(index, end);
         }
-        self.blocks.at_mut(index).holder = Holder::TAKEN;
+        self.blocks.at_mut(index).claim = Claim::TAKEN;
         self.free(index, owner, 0);
     }
 
@@ -558,15 +567,16 @@ impl Territory {
 
     /// Units of the largest hole of `owner`.
     pub(super) fn largest(&self, owner: Owner) -> u64 {
-        self.bins
+        let largest = self
+            .bins
             .get(owner)
-            .and_then(|bins| bins.largest(&self.blocks))
-            .unwrap_or(0)
+            .and_then(|bins| bins.largest(&self.blocks));
+        largest.map_or(0, u64::from)
     }
 
     /// Start, in units, of a taken block.
     pub(super) fn start(&self, index: Index) -> u64 {
-        self.blocks.at(index).start
+        u64::from(self.blocks.at(index).start)
     }
 }
 

@@ -1,50 +1,89 @@
 //! The blocks that tile a territory, in a slab of indices.
 
-use super::super::bins::{Index, Link, NONE};
+use super::super::bins::{Index, Link, NONE, Units};
+use super::super::fences::{EPOCH_BITS, Fence, OWNER_BITS};
 use super::super::slab::{Linked, Slab};
 use super::Owner;
 
-/// Who has a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Holder(u32);
+/// Who has a block; for a hole also after which epoch of its owner others may touch it, and whether parts of it were
+/// freed in other epochs, which its pages remember. Claims of one holder compare as their epochs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Claim(u64);
 
-impl Holder {
-    /// A caller, a stitched range or the small blocks: the block is no hole.
-    pub(super) const TAKEN: Self = Self(u32::MAX);
-    /// Nobody: it is the home of pages that were returned to the driver.
-    pub(super) const UNMAPPED: Self = Self(u32::MAX - 1);
+/// The holder in the upper bits, below it the epoch, then whether it is mixed.
+const HOLDER_SHIFT: u32 = EPOCH_BITS + 1;
+const _: () = assert!(OWNER_BITS + HOLDER_SHIFT == u64::BITS);
+
+impl Claim {
+    /// A caller's, a stitched range's or the small blocks': the block is no hole.
+    pub(super) const TAKEN: Self = Self(u64::MAX << HOLDER_SHIFT);
+    /// Nobody's: it is the home of pages that were returned to the driver.
+    pub(super) const UNMAPPED: Self = Self((u64::MAX - 1) << HOLDER_SHIFT);
+
+    /// Of a hole.
+    #[inline]
+    pub(super) fn hole(fence: Fence) -> Self {
+        let claim = Self((fence.owner as u64) << HOLDER_SHIFT | fence.epoch << 1);
+        debug_assert_eq!(
+            (claim.owner(), claim.epoch()),
+            (Some(fence.owner), fence.epoch)
+        );
+        claim
+    }
 
     /// The stream for which the block is a hole.
     #[inline]
-    pub(super) fn stream(owner: Owner) -> Self {
-        Self(u32::try_from(owner).expect("fewer streams than 2^32 - 2"))
+    pub(super) fn owner(self) -> Option<Owner> {
+        (self < Self::UNMAPPED).then_some(crate::units::to_usize(self.0 >> HOLDER_SHIFT))
     }
 
-    /// The owner of a hole.
     #[inline]
-    pub(super) fn owner(self) -> Option<Owner> {
-        (self.0 < Self::UNMAPPED.0).then_some(self.0 as Owner)
+    pub(super) fn epoch(self) -> u64 {
+        self.0 << OWNER_BITS >> (OWNER_BITS + 1)
+    }
+
+    #[inline]
+    pub(super) fn is_mixed(self) -> bool {
+        self.0 & 1 == 1
+    }
+
+    #[inline]
+    pub(super) fn set_mixed(&mut self, is_mixed: bool) {
+        self.0 = self.0 & !1 | u64::from(is_mixed);
+    }
+
+    /// Of what two neighbors of one holder become: the later epoch. If pages do not remember their own, it is that of
+    /// all parts.
+    #[inline]
+    pub(super) fn merged(self, other: Self, remembers_frees: bool) -> Self {
+        let mut claim = self.max(other);
+        claim.set_mixed(remembers_frees && claim.is_mixed());
+        claim
+    }
+
+    /// Whether both are of one holder.
+    #[inline]
+    pub(super) fn is_of_holder(self, other: Self) -> bool {
+        (self.0 ^ other.0) >> HOLDER_SHIFT == 0
     }
 }
 
-/// In a cache line of its own: what happens to one block touches it and its neighbors, anywhere in the slab.
+/// Never across two cache lines: what happens to one block touches it and its neighbors, anywhere in the slab.
 #[derive(Clone, Copy, Debug)]
-#[repr(align(64))]
+#[repr(align(32))]
 pub(super) struct Block {
     pub(super) link: Link,
-    pub(super) start: u64,
-    /// Of a hole: after which epoch of its owner others may touch it.
-    pub(super) epoch: u64,
-    /// Of a hole: parts of it were freed in other epochs, which its pages remember.
-    pub(super) is_mixed: bool,
+    pub(super) start: Units,
     pub(super) before: Index,
     pub(super) after: Index,
-    pub(super) holder: Holder,
+    pub(super) claim: Claim,
 }
+
+const _: () = assert!(size_of::<Block>() == 32);
 
 impl Block {
     #[inline]
-    pub(super) fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> Units {
         self.start + self.link.units
     }
 }
@@ -63,9 +102,9 @@ impl Linked for Block {
 pub(super) type Blocks = Slab<Block>;
 
 impl Blocks {
-    /// Whether block `index` is there and `holder` has it.
+    /// Whether block `index` is there and the holder of `claim` has it.
     #[inline]
-    pub(super) fn is_of(&self, index: Index, holder: Holder) -> bool {
-        index != NONE && self.at(index).holder == holder
+    pub(super) fn is_of(&self, index: Index, claim: Claim) -> bool {
+        index != NONE && self.at(index).claim.is_of_holder(claim)
     }
 }

@@ -1,8 +1,11 @@
 //! A hole, as those see it who look for memory.
 
+use std::ops::Range;
+
 use super::super::bins::Index;
 use super::super::fences::Fence;
-use super::{Owner, PAGE_UNITS, PageIndex, page_index};
+use super::{Owner, PAGE_UNITS, PageIndex};
+use crate::units::to_usize;
 
 /// A hole as others see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +28,17 @@ impl Hole {
         }
     }
 
+    /// The pages that the hole touches.
+    pub(super) fn pages(&self) -> Range<PageIndex> {
+        let end = (self.start + self.units).div_ceil(PAGE_UNITS);
+        to_usize(self.start / PAGE_UNITS)..to_usize(end)
+    }
+
     /// The pages that lie in the hole as a whole.
-    pub(in super::super) fn whole_pages(&self) -> std::ops::Range<PageIndex> {
+    pub(in super::super) fn whole_pages(&self) -> Range<PageIndex> {
         let first = self.start.div_ceil(PAGE_UNITS);
         let end = (self.start + self.units) / PAGE_UNITS;
-        page_index(first)..page_index(end.max(first))
+        to_usize(first)..to_usize(end.max(first))
     }
 
     /// Whether the first `units` of `page` lie in the hole.
@@ -41,6 +50,6 @@ impl Hole {
     /// The first page whose front of `units` lies in the hole.
     pub(in super::super) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
         let page = self.start.div_ceil(PAGE_UNITS);
-        (page * PAGE_UNITS + units <= self.start + self.units).then(|| page_index(page))
+        (page * PAGE_UNITS + units <= self.start + self.units).then(|| to_usize(page))
     }
 }

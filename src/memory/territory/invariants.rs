@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::blocks::Holder;
-use super::{NONE, PAGE_UNITS, Territory, page_index};
+use super::blocks::Claim;
+use super::{NONE, PAGE_UNITS, Territory, page_of};
 
 impl Territory {
     /// Asserts the module's invariants; returns (mapped units, taken units).
@@ -26,19 +26,19 @@ impl Territory {
                 "block {index} is out of place"
             );
             assert!(block.link.units > 0, "block {index} is empty");
-            match block.holder.owner() {
+            match block.claim.owner() {
                 Some(owner) => assert_eq!(filed.remove(&index), Some(owner), "filing of {index}"),
-                None if block.holder == Holder::TAKEN => taken += block.link.units,
+                None if block.claim == Claim::TAKEN => taken += u64::from(block.link.units),
                 None => {}
             }
             assert!(
-                block.holder == Holder::TAKEN || !self.blocks.is_of(before, block.holder),
+                block.claim == Claim::TAKEN || !self.blocks.is_of(before, block.claim),
                 "{before} and {index} touch"
             );
-            if block.holder != Holder::UNMAPPED {
-                mapped += block.link.units;
+            if block.claim != Claim::UNMAPPED {
+                mapped += u64::from(block.link.units);
             }
-            first_in[page_index(block.start / PAGE_UNITS)].get_or_insert(index);
+            first_in[page_of(block.start)].get_or_insert(index);
             walked += 1;
             at = block.end();
             before = index;
@@ -48,7 +48,7 @@ impl Territory {
         }
         assert_eq!(before, self.last, "the last block");
         assert_eq!(
-            at,
+            u64::from(at),
             self.starts.len() as u64 * PAGE_UNITS,
             "the blocks end with the pages"
         );

@@ -1,6 +1,7 @@
 //! The territory under scripted and random operations.
 
 use super::*;
+use crate::units::to_usize;
 
 fn one_owner(pages: usize) -> Territory {
     let mut territory = Territory::new();
@@ -31,7 +32,7 @@ fn growth_continues_the_last_hole_of_the_same_owner_only() {
 
 #[test]
 fn large_blocks_of_whole_pages_begin_on_a_page_if_the_hole_allows_it() {
-    const LARGE: u64 = ON_PAGE_MIN;
+    const LARGE: u64 = ON_PAGE_MIN as u64;
     let mut territory = one_owner(9);
     let mut start = |units| territory.allocate(0, units).map(|(_, start)| start);
     assert_eq!(start(7), Some(0));
@@ -139,7 +140,7 @@ fn pages_remember_their_frees() {
     let mut random = fastrand::Rng::with_seed(23);
     let pages = 40;
     let mut territory = one_owner(pages);
-    let mut freed_at = vec![0; pages * page_index(PAGE_UNITS)];
+    let mut freed_at = vec![0; pages * to_usize(PAGE_UNITS)];
     let mut live: Vec<Index> = Vec::new();
     let mut is_exact = [0, 0];
     for step in 1..6_000_u64 {
@@ -157,7 +158,7 @@ fn pages_remember_their_frees() {
             let block = territory.blocks.at(index);
             // Some come back late, with an earlier epoch.
             let epoch = step - random.u64(0..step.min(3));
-            freed_at[page_index(block.start)..page_index(block.end())].fill(epoch);
+            freed_at[block.start as usize..block.end() as usize].fill(epoch);
             territory.free(index, 1 + random.usize(0..2), epoch);
         }
         if step % 40 != 0 {
@@ -165,15 +166,27 @@ fn pages_remember_their_frees() {
         }
         for hole in territory.holes() {
             let end = hole.start + hole.units;
-            for page in hole.start / PAGE_UNITS..end.div_ceil(PAGE_UNITS) {
-                let part = hole.start.max(page * PAGE_UNITS)..end.min((page + 1) * PAGE_UNITS);
-                let part = page_index(part.start)..page_index(part.end);
+            for page in hole.pages() {
+                let (first, last) = (page as u64 * PAGE_UNITS, (page as u64 + 1) * PAGE_UNITS);
+                let part = hole.start.max(first)..end.min(last);
+                let part = to_usize(part.start)..to_usize(part.end);
                 let latest = freed_at[part].iter().max().copied().unwrap();
-                let told = territory.fence_of_page(&hole, page_index(page)).epoch;
+                let told = territory.fence_of_page(&hole, page).epoch;
                 assert!(told >= latest, "page {page} of {hole:?} at step {step}");
                 is_exact[usize::from(told < hole.epoch)] += 1;
             }
         }
     }
     assert!(is_exact[1] > 200, "{is_exact:?}");
+}
+
+#[test]
+fn what_no_territory_holds_finds_no_hole() {
+    let mut territory = one_owner(2);
+    for units in [3 * PAGE_UNITS, (1 << 32) + 1, u64::MAX / GRANULARITY] {
+        assert_eq!(territory.allocate(0, units), None);
+        assert_eq!(territory.best_fit(0, units), None);
+        assert_eq!(territory.holes_from(0, units).count(), 0);
+    }
+    assert!(territory.allocate(0, 2 * PAGE_UNITS).is_some());
 }
