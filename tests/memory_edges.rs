@@ -59,7 +59,12 @@ fn more_than_two_tebibytes_are_refused_on_a_device_that_has_them() {
         let _in_use = pool.allocate(3 << 20, &stream).unwrap();
         for bytes in [2 << 40, 3 << 40] {
             let error = pool.allocate(bytes, &stream).unwrap_err();
-            assert!(matches!(error, Error::OutOfMemory(_)), "{error}");
+            let Error::OutOfMemory(report) = &error else {
+                panic!("{error}");
+            };
+            // Before anything is given up for what can never be.
+            assert!(report.tried.is_empty(), "{error}");
+            assert!(error.to_string().contains("at most 2 TiB"), "{error}");
         }
         let block = pool.allocate(5 << 20, &stream).unwrap();
         fill(&stream, block.ptr());

@@ -7,9 +7,12 @@ use super::bins::Index;
 use super::config::ReusePolicy;
 use super::fences::{Fence, Fences};
 use super::ranges::RangeIndex;
-use super::territory::Owner;
+use super::territory::{Owner, PAGE, PAGES_MAX};
 use crate::driver::DevicePtr;
 use crate::error::{Error, Result};
+
+/// Most bytes of one allocation, whatever the device has: places within segments and territories are stored in 32 bits.
+pub(super) const REQUEST_MAX: u64 = PAGES_MAX * PAGE;
 
 /// Memory wanted by a stream.
 #[derive(Clone, Copy, Debug)]
@@ -133,7 +136,8 @@ pub(super) trait Backing: Debug + Send {
     /// policy allows, new memory, stitching.
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal>;
 
-    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`.
+    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's: that says
+    /// in whose memory the place is.
     fn free(&mut self, place: Place, bytes: u64, fence: Fence);
 
     /// Makes free memory whose past is known to be complete anyone's.

@@ -155,21 +155,27 @@ impl Bins {
     }
 
     /// The block that fits `units` best, still filed; `None` if no block is large enough.
+    // Always: where all blocks of a bin are of one size, it is a few instructions.
+    #[inline(always)]
     pub(super) fn find(&self, links: &impl Links, units: Units) -> Option<Index> {
-        let own = Self::bin_of(units);
         if units >= EXACT {
-            // That bin may hold blocks that are too small.
-            if let Some(index) = self.best_of_bin(links, own, units) {
-                return Some(index);
-            }
-            return self.best_of_bin(links, self.next_occupied(own + 1)?, units);
+            return self.find_large(links, units);
         }
-        let bin = self.next_occupied(own)?;
+        let bin = self.next_occupied(Self::bin_of(units))?;
         if bin < EXACT as usize {
-            // All are of one size.
             return Some(self.heads[bin]);
         }
         self.best_of_bin(links, bin, units)
+    }
+
+    #[inline(never)]
+    fn find_large(&self, links: &impl Links, units: Units) -> Option<Index> {
+        let own = Self::bin_of(units);
+        // That bin may hold blocks that are too small.
+        if let Some(index) = self.best_of_bin(links, own, units) {
+            return Some(index);
+        }
+        self.best_of_bin(links, self.next_occupied(own + 1)?, units)
     }
 
     fn best_of_bin(&self, links: &impl Links, bin: usize, units: Units) -> Option<Index> {

@@ -26,9 +26,9 @@ pub(super) const COMMON: Owner = 0;
 /// What a free stamps before any event was recorded. Epoch 0 is the past before the pool.
 pub(super) const FIRST_EPOCH: u64 = 1;
 
-/// Bits of a number of a stream: fewer streams have memory of a pool at once, by two at least.
+/// Bits of an [`Owner`]. The two greatest numbers are nobody's.
 pub(super) const OWNER_BITS: u32 = 20;
-/// Bits of an epoch. A stream that records an event every microsecond needs more after a hundred days.
+/// Bits of an epoch. A number whose epoch moves on every microsecond needs more after a hundred days.
 pub(super) const EPOCH_BITS: u32 = 43;
 
 /// Frees between two events of a stream whose memory others ask for in vain.
@@ -110,7 +110,10 @@ impl Clock {
 
     fn move_on(&mut self) {
         self.epoch += 1;
-        assert!(self.epoch >> EPOCH_BITS == 0, "fewer epochs than 2^43");
+        assert!(
+            self.epoch >> EPOCH_BITS == 0,
+            "a stream has fewer than 2^43 epochs"
+        );
     }
 }
 
@@ -201,7 +204,7 @@ impl Fences {
             let Some(owner) = vacant else {
                 assert!(
                     self.clocks.len() < (1 << OWNER_BITS) - 2,
-                    "fewer streams than 2^20"
+                    "a pool knows fewer than 2^20 - 2 streams at once"
                 );
                 self.clocks.push(Clock::new(
                     Some(stream.clone()),

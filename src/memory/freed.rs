@@ -11,27 +11,21 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::fences::Fence;
+use super::fences::{EPOCH_BITS, Fence};
 use super::territory::Owner;
 
-/// A fence in one number.
+/// A fence in one number, which leaves the greatest of all to [`LISTED`](Self::LISTED).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp(u64);
 
-const EPOCH_BITS: u32 = 44;
-
 impl Stamp {
     const NONE: Self = Self(0);
-    /// Several streams, or one that does not fit in a number: the page is in the list.
+    /// Several streams: the page is in the list.
     const LISTED: Self = Self(u64::MAX);
 
     #[inline]
     fn new(fence: Fence) -> Self {
-        let owner = fence.owner as u64;
-        if owner >= u64::MAX >> EPOCH_BITS || fence.epoch >> EPOCH_BITS != 0 {
-            return Self::LISTED;
-        }
-        Self(owner << EPOCH_BITS | fence.epoch)
+        Self((fence.owner as u64) << EPOCH_BITS | fence.epoch)
     }
 
     /// Whether it is of the same stream as another and no earlier.
@@ -74,14 +68,8 @@ impl Freed {
         if last >= whole.end && (last > first || first >= whole.start) {
             self.note_part(last, stamp, fence);
         }
-        if whole.is_empty() {
-            return;
-        }
-        self.stamps[whole.clone()].fill(stamp);
-        if stamp == Stamp::LISTED {
-            for page in whole {
-                *self.list_of(page) = SmallVec::from_slice(&[fence]);
-            }
+        if !whole.is_empty() {
+            self.stamps[whole].fill(stamp);
         }
     }
 
@@ -89,10 +77,9 @@ impl Freed {
     #[inline]
     fn note_part(&mut self, page: usize, stamp: Stamp, fence: Fence) {
         let before = &mut self.stamps[page];
-        let is_one = stamp != Stamp::LISTED;
-        if is_one && (*before == Stamp::NONE || stamp.covers(*before)) {
+        if *before == Stamp::NONE || stamp.covers(*before) {
             *before = stamp;
-        } else if !is_one || !before.covers(stamp) {
+        } else if !before.covers(stamp) {
             self.note_listed(page, fence);
         }
     }
@@ -139,7 +126,11 @@ impl Freed {
 mod tests {
     use std::collections::BTreeMap;
 
+    use super::super::fences::OWNER_BITS;
     use super::*;
+
+    /// The last is the greatest of all.
+    const OWNERS: [Owner; 4] = [0, 1, 2, (1 << OWNER_BITS) - 3];
 
     #[test]
     fn random_frees_are_remembered_by_page_and_stream() {
@@ -147,8 +138,7 @@ mod tests {
         let (mut freed, mut naive) = (Freed::default(), vec![BTreeMap::new(); 12]);
         freed.extend(12);
         for epoch in 2..20_000 {
-            // The last does not fit in a number.
-            let owner = [0, 1, 2, 1 << 21][random.usize(0..4)];
+            let owner = OWNERS[random.usize(0..4)];
             // Frees of one stream may come back late, with an earlier epoch.
             let fence = Fence {
                 owner,
@@ -168,7 +158,7 @@ mod tests {
                 }
             }
             for (page, known) in naive.iter().enumerate() {
-                for owner in [0, 1, 2, 1 << 21] {
+                for owner in OWNERS {
                     let expected = known.get(&owner).copied();
                     assert_eq!(freed.epoch(page, owner), expected, "page {page} of {owner}");
                 }

@@ -17,8 +17,8 @@ use crate::units::to_usize;
 const BATCH_MAX: usize = 10;
 /// A batch is at most one part in this many of what is held, so that it stays small in small programs.
 const BATCH_SHARE: usize = 128;
-/// The territory has homes for this many times the device's memory: homes of returned pages that lie
-/// scattered need not be found again.
+/// The territory has homes for this many times the device's memory, as far as it can: homes of returned pages that
+/// lie scattered need not be found again.
 const HOMES: u64 = 4;
 
 /// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.

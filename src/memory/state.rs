@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request};
+use super::backing::{AtHand, Backing, Place, Placed, REQUEST_MAX, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
@@ -24,7 +24,7 @@ use super::stats::{Gauge, PoolStats, Usage};
 use super::tags::{TagId, TagTable};
 use super::territory::Owner;
 use crate::driver::{Device, Stream};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::units::StreamId;
 
 /// An allocation on its way through the ladder.
@@ -475,7 +475,11 @@ impl State {
         if limit.is_some_and(|limit| bytes > limit.max(held)) {
             return Some(Refusal::Limit);
         }
-        (bytes > total).then_some(Refusal::Size)
+        if bytes > total {
+            return Some(Refusal::Size);
+        }
+        let reason = "an allocation has at most 2 TiB";
+        (bytes > REQUEST_MAX).then(|| Refusal::Driver(Error::argument("allocate", reason)))
     }
 
     /// Bytes that are free, but in parts of segments.

@@ -440,7 +440,7 @@ impl Territory {
 
     /// Notes that no block begins at `at` any more, where now one lies that begins at `start`, with the block
     /// `after` behind it.
-    #[inline]
+    #[inline(always)]
     fn begins_no_more(&mut self, at: Units, start: Units, after: Index) {
         let page = page_of(at);
         if page_of(start) == page {
