@@ -34,6 +34,15 @@ fn pool(device: &Device, reuse: ReusePolicy) -> Pool {
     Pool::new(device, config).unwrap()
 }
 
+fn pool_and_stream(device: &Device, contiguous: bool) -> (Pool, Stream) {
+    let config = PoolConfig {
+        contiguous,
+        ..PoolConfig::default()
+    };
+    let pool = Pool::new(device, config).unwrap();
+    (pool, device.create_stream().unwrap())
+}
+
 /// `inner`, with its calls counted.
 fn counted(inner: &Device) -> (Arc<FaultDriver>, Device) {
     let faults = Arc::new(FaultDriver::new(inner.driver().clone()));
@@ -54,12 +63,7 @@ fn more_than_two_tebibytes_are_refused_on_a_device_that_has_them() {
             // One that has less than was asked for, as every GPU has.
             return;
         }
-        let config = PoolConfig {
-            contiguous,
-            ..PoolConfig::default()
-        };
-        let pool = Pool::new(&device, config).unwrap();
-        let stream = device.create_stream().unwrap();
+        let (pool, stream) = pool_and_stream(&device, contiguous);
         let _in_use = pool.allocate(3 << 20, &stream).unwrap();
         for bytes in [2 << 40, 3 << 40] {
             let error = pool.allocate(bytes, &stream).unwrap_err();
@@ -80,12 +84,7 @@ fn more_than_two_tebibytes_are_refused_on_a_device_that_has_them() {
 fn sizes_that_no_device_has_are_refused_with_a_report() {
     for contiguous in [false, true] {
         let device = device(64 << 20);
-        let config = PoolConfig {
-            contiguous,
-            ..PoolConfig::default()
-        };
-        let pool = Pool::new(&device, config).unwrap();
-        let stream = device.create_stream().unwrap();
+        let (pool, stream) = pool_and_stream(&device, contiguous);
         let _in_use = pool.allocate(3 << 20, &stream).unwrap();
         for bytes in [
             1 << 40,

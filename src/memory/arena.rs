@@ -14,9 +14,6 @@ use super::slab::{Linked, Slab};
 /// Bytes in a unit: every block's size and offset is a multiple of it.
 pub(crate) const GRANULARITY: u64 = 512;
 
-/// Most bytes of a segment.
-pub(super) const SEGMENT_MAX: u64 = Units::MAX as u64 * GRANULARITY;
-
 /// A segment's index in its arena.
 pub(super) type SegmentIndex = u32;
 
@@ -82,14 +79,13 @@ impl Arena {
         }
     }
 
-    /// Takes over a segment of `bytes` (a positive multiple of [`GRANULARITY`], at most [`SEGMENT_MAX`]), free as a
-    /// whole.
+    /// Takes over a segment of `bytes` (a positive multiple of [`GRANULARITY`] below 2 TiB), free as a whole.
     pub(super) fn add_segment(&mut self, bytes: u64) -> SegmentIndex {
         assert!(
             bytes > 0 && bytes.is_multiple_of(GRANULARITY),
             "a segment of {bytes} bytes"
         );
-        let units = Units::try_from(bytes / GRANULARITY).expect("at most SEGMENT_MAX bytes");
+        let units = Units::try_from(bytes / GRANULARITY).expect("a segment below 2 TiB");
         let vacant = self.segments.iter().position(Option::is_none);
         let index = vacant.unwrap_or_else(|| {
             self.segments.push(None);

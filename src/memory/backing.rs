@@ -27,22 +27,6 @@ pub(super) struct Request {
     pub(super) may_borrow: bool,
 }
 
-/// An [`Owner`] in half the room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct OwnerField(u32);
-
-impl OwnerField {
-    #[inline]
-    pub(super) fn new(owner: Owner) -> Self {
-        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
-    }
-
-    #[inline]
-    pub(super) fn get(self) -> Owner {
-        self.0 as Owner
-    }
-}
-
 /// Where a block lies, to be handed back when it is freed.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Place {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::backing::{OwnerField, Place};
+use super::backing::Place;
 use super::fences::Fence;
 use super::lane::LaneKey;
 use super::memories::MemoryIndex;
 use super::pool::{self, Shared};
 use super::tags::TagId;
+use super::territory::Owner;
 use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
@@ -40,6 +41,22 @@ pub(super) struct BlockRecord {
 }
 
 const _: () = assert!(size_of::<BlockRecord>() == 80);
+
+/// An [`Owner`] in half the room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OwnerField(u32);
+
+impl OwnerField {
+    #[inline]
+    pub(super) fn new(owner: Owner) -> Self {
+        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
+    }
+
+    #[inline]
+    pub(super) fn get(self) -> Owner {
+        self.0 as Owner
+    }
+}
 
 /// What a free has to look at only where it is there at all.
 #[derive(Debug, Default)]

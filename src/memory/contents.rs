@@ -9,8 +9,7 @@
 
 use std::sync::Arc;
 
-use super::backing::OwnerField;
-use super::block::BlockRecord;
+use super::block::{BlockRecord, OwnerField};
 use super::counts::Counts;
 use super::lane::{self, Blanks, Kept, Lane, LaneKey, Limits, List};
 use super::pool::{Shared, new_record};

@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicU32;
 use std::thread;
 
 use super::arena::GRANULARITY;
-use super::backing::{OwnerField, Place, Refusal};
-use super::block::{self, Block, BlockRecord, Extras};
+use super::backing::{Place, Refusal};
+use super::block::{self, Block, BlockRecord, Extras, OwnerField};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;

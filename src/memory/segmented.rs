@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::arena::{Arena, SEGMENT_MAX, SegmentIndex};
+use super::arena::{Arena, SegmentIndex};
 use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::fences::{Fence, Fences};
 use super::territory::Owner;
@@ -98,9 +98,6 @@ impl SegmentedMemory {
 
     /// Takes a new segment from the driver.
     fn allocate_segment(&mut self, bytes: u64, request: Request) -> Result<(), Refusal> {
-        if bytes > SEGMENT_MAX {
-            return Err(Refusal::Size);
-        }
         if bytes > self.limit.saturating_sub(self.totals.reserved_bytes) {
             return Err(Refusal::Limit);
         }
