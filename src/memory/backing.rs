@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use super::bins::Index;
 use super::config::ReusePolicy;
 use super::fences::{Fence, Fences};
+use super::packed::Location;
 use super::ranges::RangeIndex;
 use super::territory::{Owner, PAGE, PAGES_MAX};
 use crate::driver::DevicePtr;
@@ -28,7 +29,7 @@ pub(super) struct Request {
 }
 
 /// Where a block lies, to be handed back when it is freed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// In the small blocks of its owner.
     Small(Index),
@@ -120,9 +121,8 @@ pub(super) trait Backing: Debug + Send {
     /// policy allows, new memory, stitching.
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal>;
 
-    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's: that says
-    /// in whose memory the place is.
-    fn free(&mut self, place: Place, bytes: u64, fence: Fence);
+    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's.
+    fn free(&mut self, location: Location, bytes: u64, fence: Fence);
 
     /// Makes free memory whose past is known to be complete anyone's.
     fn settle(&mut self, fences: &mut Fences);

@@ -6,33 +6,28 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::backing::Place;
 use super::fences::Fence;
 use super::lane::LaneKey;
 use super::memories::MemoryIndex;
+use super::packed::{Location, Size};
 use super::pool::{self, Shared};
-use super::tags::TagId;
-use super::territory::Owner;
+use super::record::Record;
 use super::wrap::{Watch, Watcher};
 use crate::driver::{DevicePtr, Stream};
 
-/// What the pool must know to take a block back. Boxed, and kept as it is while a lane has the block, so that
+/// What the pool must know to take a block back. Owned as by a box, and kept as it is while a lane has the block, so that
 /// reuse touches no reference count. Most are read for the first time in long when they are freed, so they are small,
 /// and what a free reads lies side by side.
 #[derive(Debug)]
-#[repr(C)]
+#[repr(C, align(64))]
 pub(super) struct BlockRecord {
     pub(super) ptr: DevicePtr,
     /// The next record in the same list of a lane.
-    pub(super) next: Option<Box<BlockRecord>>,
+    pub(super) next: Option<Record>,
     /// The lane that may keep the block as it is, if any.
     pub(super) key: LaneKey,
-    pub(super) requested: u64,
-    pub(super) allocated: u64,
-    pub(super) tag: TagId,
-    /// The number, in the pool, of the stream whose memory it is: that of its home, unless it is lent.
-    pub(super) owner: OwnerField,
-    pub(super) place: Place,
+    pub(super) size: Size,
+    pub(super) location: Location,
     pub(super) home: Stream,
     /// The pool, while the block is in a caller's hands or in a lane; none inside the pool itself.
     pub(super) shared: Option<Arc<Shared>>,
@@ -40,23 +35,7 @@ pub(super) struct BlockRecord {
     pub(super) extras: Option<Box<Extras>>,
 }
 
-const _: () = assert!(size_of::<BlockRecord>() == 80);
-
-/// An [`Owner`] in half the room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct OwnerField(u32);
-
-impl OwnerField {
-    #[inline]
-    pub(super) fn new(owner: Owner) -> Self {
-        Self(u32::try_from(owner).expect("fewer streams than 2^32"))
-    }
-
-    #[inline]
-    pub(super) fn get(self) -> Owner {
-        self.0 as Owner
-    }
-}
+const _: () = assert!(size_of::<BlockRecord>() == 64);
 
 /// What a free has to look at only where it is there at all.
 #[derive(Debug, Default)]
@@ -136,11 +115,11 @@ impl BlockRecord {
 /// without blocking.
 pub struct Block {
     /// `None` for a block of zero bytes, which holds no memory; taken on drop.
-    record: ManuallyDrop<Option<Box<BlockRecord>>>,
+    record: ManuallyDrop<Option<Record>>,
 }
 
 impl Block {
-    pub(super) fn new(record: Option<Box<BlockRecord>>) -> Self {
+    pub(super) fn new(record: Option<Record>) -> Self {
         Self {
             record: ManuallyDrop::new(record),
         }
@@ -157,13 +136,17 @@ impl Block {
     /// Bytes asked for.
     #[must_use]
     pub fn requested(&self) -> u64 {
-        self.record.as_ref().map_or(0, |record| record.requested)
+        self.record
+            .as_ref()
+            .map_or(0, |record| record.size.requested())
     }
 
     /// Bytes that may be used: the request rounded up to the allocator's granularity of 512.
     #[must_use]
     pub fn allocated(&self) -> u64 {
-        self.record.as_ref().map_or(0, |record| record.allocated)
+        self.record
+            .as_ref()
+            .map_or(0, |record| record.size.allocated())
     }
 
     /// The stream the block was allocated for; `None` for a block of zero bytes.
@@ -238,7 +221,7 @@ impl Block {
 }
 
 /// Tells the watchers of a block, if it has any, that it is freed.
-pub(super) fn tell_freed(mut record: Box<BlockRecord>) -> Box<BlockRecord> {
+pub(super) fn tell_freed(mut record: Record) -> Record {
     let Some(extras) = record.extras.as_mut() else {
         return record;
     };

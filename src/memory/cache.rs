@@ -17,11 +17,11 @@ use std::sync::Arc;
 
 use super::arena::GRANULARITY;
 use super::biased::Biased;
-use super::block::BlockRecord;
 use super::contents::{Contents, Miss};
 use super::lane::{self, Kept, Lane, LaneKey, List, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Pool, Shared};
+use super::record::Record;
 use super::state::{Counted, State, Wanted};
 use super::tags::TagId;
 use crate::driver::Stream;
@@ -74,7 +74,7 @@ fn set_current(cache: *const ThreadCache) {
 
 /// A block of the calling thread's lane in front, if that is the one named and has one.
 #[inline]
-pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Box<BlockRecord>, Miss> {
+pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Record, Miss> {
     // First of all: the look-up is a call where this crate is part of a shared library.
     let (cache, tag) = (current(), TagId::current());
     let shared = pool.shared();
@@ -92,7 +92,7 @@ pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Box<B
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
 #[inline]
-pub(super) fn keep(record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+pub(super) fn keep(record: Record) -> Option<Record> {
     let Some(cache) = current() else {
         return Some(record);
     };
@@ -112,7 +112,7 @@ pub(super) fn take_anywhere(
     shared: &Arc<Shared>,
     key: LaneKey,
     sizes: (u64, u64),
-) -> Option<Box<BlockRecord>> {
+) -> Option<Record> {
     let tag = TagId::current();
     let cache = of_thread(shared)?;
     let taken = cache.with_lane(key, (), |contents, ()| contents.take_of_front(tag, sizes));
@@ -121,7 +121,7 @@ pub(super) fn take_anywhere(
 
 /// Keeps a freed block with the lane `key` in front. Gives it back when the thread is going down or the pool
 /// closed.
-pub(super) fn keep_anywhere(key: LaneKey, record: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+pub(super) fn keep_anywhere(key: LaneKey, record: Record) -> Option<Record> {
     let Some(cache) = of_thread(record.shared()) else {
         return Some(record);
     };
@@ -143,7 +143,7 @@ pub(super) fn fetch(
     state: &mut State,
     key: LaneKey,
     wanted: &Wanted<'_>,
-) -> Result<Box<BlockRecord>, u64> {
+) -> Result<Record, u64> {
     let tag = TagId::current();
     // A thread that is going down has no lanes: the pool looks by itself.
     let Some(cache) = current().filter(|cache| cache.pool == shared.id()) else {
@@ -326,7 +326,7 @@ impl ThreadCache {
     }
 
     #[inline(never)]
-    fn give(first: Box<BlockRecord>, state: &mut State) -> List {
+    fn give(first: Record, state: &mut State) -> List {
         let mut left = Some(first);
         let mut blanks = None;
         while let Some(record) = lane::pop(&mut left) {
@@ -350,7 +350,7 @@ impl ThreadCache {
         key: LaneKey,
         wanted: (&Wanted<'_>, TagId),
         blanks: &mut List,
-    ) -> Result<Box<BlockRecord>, u64> {
+    ) -> Result<Record, u64> {
         self.with_owner(|contents| {
             if !contents.bring_to_front(key) {
                 return Err(0);

@@ -9,10 +9,11 @@
 
 use std::sync::Arc;
 
-use super::block::{BlockRecord, OwnerField};
 use super::counts::Counts;
 use super::lane::{self, Blanks, Kept, Lane, LaneKey, Limits, List};
+use super::packed::{Location, Size};
 use super::pool::{Shared, new_record};
+use super::record::Record;
 use super::state::{Found, State, Wanted};
 use super::tags::TagId;
 use crate::units::MIB;
@@ -109,23 +110,18 @@ impl Contents {
         key: LaneKey,
         tag: TagId,
         (requested, bytes): (u64, u64),
-    ) -> Result<Box<BlockRecord>, Miss> {
+    ) -> Result<Record, Miss> {
         if self.front.key != key || !self.counts.is_run_of(tag) {
             return Err(Miss::Elsewhere);
         }
         let mut record = self.front.take(bytes).ok_or(Miss::Here)?;
-        record.requested = requested;
-        record.tag = tag;
+        record.size.ask_again((requested, bytes), tag);
         self.counts.allocate(requested, bytes);
         Ok(record)
     }
 
     /// As [`take`](Self::take), of the lane that is in front, whatever was counted before.
-    pub(super) fn take_of_front(
-        &mut self,
-        tag: TagId,
-        sizes: (u64, u64),
-    ) -> Result<Box<BlockRecord>, Miss> {
+    pub(super) fn take_of_front(&mut self, tag: TagId, sizes: (u64, u64)) -> Result<Record, Miss> {
         self.counts.turn_to(tag);
         self.take(self.front.key, tag, sizes)
     }
@@ -133,31 +129,33 @@ impl Contents {
     /// Counts a free and keeps the block, unless the lane in front is not for it or the run of counters is of
     /// another tag.
     #[inline]
-    pub(super) fn keep(&mut self, record: Box<BlockRecord>) -> Kept {
-        if self.front.key != record.key || !self.counts.is_run_of(record.tag) {
+    pub(super) fn keep(&mut self, record: Record) -> Kept {
+        if self.front.key != record.key || !self.counts.is_run_of(record.size.tag()) {
             return Kept::Not(record);
         }
         self.keep_counted(record)
     }
 
     /// As [`keep`](Self::keep), for a block that the lane in front is for, whatever was counted before.
-    pub(super) fn keep_in_front(&mut self, record: Box<BlockRecord>) -> Kept {
-        self.counts.turn_to(record.tag);
+    pub(super) fn keep_in_front(&mut self, record: Record) -> Kept {
+        self.counts.turn_to(record.size.tag());
         self.keep_counted(record)
     }
 
     #[inline]
-    fn keep_counted(&mut self, record: Box<BlockRecord>) -> Kept {
-        self.counts.free(record.requested, record.allocated);
+    fn keep_counted(&mut self, record: Record) -> Kept {
+        self.counts
+            .free(record.size.requested(), record.size.allocated());
+        let is_large = record.size.allocated() > lane::SMALL_MAX;
         match self.front.keep(record, self.limits) {
             Kept::InPlaceOf(other) => {
                 self.left_len += 1;
-                self.left_bytes += other.allocated;
+                self.left_bytes += other.size.allocated();
                 lane::push(&mut self.left, other);
                 self.look_at_left()
             }
             // Where other streams ask for memory, they are to see it at once.
-            Kept::Yes if self.limits.is_asked => self.look_at_left(),
+            Kept::Yes if is_large && self.limits.is_asked => self.look_at_left(),
             kept => kept,
         }
     }
@@ -194,7 +192,7 @@ impl Contents {
         state: &mut State,
         (wanted, tag): (&Wanted<'_>, TagId),
         blanks: &mut List,
-    ) -> Result<Box<BlockRecord>, u64> {
+    ) -> Result<Record, u64> {
         let kept = self.front.kept_bytes();
         let Some((at_hand, owner)) = state.place(wanted, kept) else {
             return Err(kept);
@@ -224,11 +222,8 @@ impl Contents {
             return Ok(new_record(found, *wanted, tag, shared));
         };
         record.ptr = at_hand.ptr;
-        record.place = at_hand.place();
-        record.requested = wanted.requested;
-        record.allocated = wanted.bytes;
-        record.owner = OwnerField::new(owner);
-        record.tag = tag;
+        record.size = Size::new((wanted.requested, wanted.bytes), tag);
+        record.location = Location::new(owner, at_hand.place());
         Ok(record)
     }
 
@@ -256,7 +251,7 @@ impl Contents {
     }
 
     /// Leaves all that the lane in front keeps, and a block that it has no room for.
-    pub(super) fn leave_front(&mut self, record: Box<BlockRecord>) {
+    pub(super) fn leave_front(&mut self, record: Record) {
         let left = &mut self.left;
         self.front.drain(|record| lane::push(left, record));
         lane::push(left, record);

@@ -8,7 +8,7 @@
 //! Must not know: threads, locks.
 
 use super::arena::GRANULARITY;
-use super::block::BlockRecord;
+use super::record::Record;
 use crate::units::{KIB, StreamId, to_usize};
 
 /// Names a lane in the process: a pool and a stream.
@@ -45,10 +45,10 @@ const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 const BLANKS_MAX: usize = 1 << 16;
 
 /// A list of records, linked through them.
-pub(super) type List = Option<Box<BlockRecord>>;
+pub(super) type List = Option<Record>;
 
 /// Records of which nothing need be read to take one: they may have been here for long.
-pub(super) type Blanks = Vec<Box<BlockRecord>>;
+pub(super) type Blanks = Vec<Record>;
 
 /// The blocks that a thread keeps for one stream.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Hot {
     /// The block of exactly `bytes` that was freed last.
     #[inline]
     fn take(&mut self, bytes: u64) -> List {
-        let fits = |record: &mut Box<BlockRecord>| record.allocated == bytes;
+        let fits = |record: &mut Record| record.size.is_of(bytes);
         self.newest
             .take_if(fits)
             .or_else(|| self.older.take_if(fits))
@@ -91,19 +91,19 @@ impl Hot {
 
     /// Keeps a block; gives up what has no room.
     #[inline]
-    fn keep(&mut self, record: Box<BlockRecord>) -> List {
+    fn keep(&mut self, record: Record) -> List {
         let before = self.newest.replace(record)?;
         self.older.replace(before)
     }
 
-    fn drain(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+    fn drain(&mut self, give: impl FnMut(Record)) {
         let all = [self.older.take(), self.newest.take()];
         all.into_iter().flatten().for_each(give);
     }
 
     fn bytes(&self) -> u64 {
         let all = [&self.older, &self.newest].into_iter().flatten();
-        all.map(|record| record.allocated).sum()
+        all.map(|record| record.size.allocated()).sum()
     }
 }
 
@@ -113,13 +113,13 @@ pub(super) enum Kept {
     /// The lane has it.
     Yes,
     /// The lane has it, in place of another.
-    InPlaceOf(Box<BlockRecord>),
+    InPlaceOf(Record),
     /// The lane has it, and the pool should take back what is left.
     Crowded,
     /// The lane is full. It should be emptied: what it holds is not what is asked for.
-    Full(Box<BlockRecord>),
+    Full(Record),
     /// The lane is not for such blocks.
-    Not(Box<BlockRecord>),
+    Not(Record),
 }
 
 impl Lane {
@@ -135,7 +135,7 @@ impl Lane {
 
     /// Takes a block of exactly `bytes`, which are rounded.
     #[inline]
-    pub(super) fn take(&mut self, bytes: u64) -> Option<Box<BlockRecord>> {
+    pub(super) fn take(&mut self, bytes: u64) -> Option<Record> {
         if bytes > SMALL_MAX {
             return self.hot.take(bytes);
         }
@@ -147,8 +147,8 @@ impl Lane {
 
     /// Keeps a block, within the limits.
     #[inline]
-    pub(super) fn keep(&mut self, record: Box<BlockRecord>, limits: Limits) -> Kept {
-        let bytes = record.allocated;
+    pub(super) fn keep(&mut self, record: Record, limits: Limits) -> Kept {
+        let bytes = record.size.allocated();
         if bytes > SMALL_MAX {
             return match self.hot.keep(record) {
                 None => Kept::Yes,
@@ -174,12 +174,12 @@ impl Lane {
     }
 
     /// Gives up the large blocks, each to `give`: a request that none fits might be met by what they merge to.
-    pub(super) fn drain_hot(&mut self, give: impl FnMut(Box<BlockRecord>)) {
+    pub(super) fn drain_hot(&mut self, give: impl FnMut(Record)) {
         self.hot.drain(give);
     }
 
     /// Empties the lane, each block to `give`.
-    pub(super) fn drain(&mut self, mut give: impl FnMut(Box<BlockRecord>)) {
+    pub(super) fn drain(&mut self, mut give: impl FnMut(Record)) {
         self.hot.drain(&mut give);
         if self.small_bytes == 0 {
             return;
@@ -199,13 +199,13 @@ impl Lane {
 
     /// A record of this stream whose block is gone.
     #[inline]
-    pub(super) fn take_blank(&mut self) -> Option<Box<BlockRecord>> {
+    pub(super) fn take_blank(&mut self) -> Option<Record> {
         self.blanks.pop()
     }
 
     /// Keeps the record of a block that is gone, or gives it back.
     #[inline]
-    pub(super) fn keep_blank(&mut self, blank: Box<BlockRecord>) -> Option<Box<BlockRecord>> {
+    pub(super) fn keep_blank(&mut self, blank: Record) -> Option<Record> {
         if self.blanks.len() == BLANKS_MAX {
             return Some(blank);
         }
@@ -216,14 +216,14 @@ impl Lane {
 
 /// Takes the record out that was put in last.
 #[inline]
-pub(super) fn pop(list: &mut List) -> Option<Box<BlockRecord>> {
+pub(super) fn pop(list: &mut List) -> Option<Record> {
     let next = list.as_mut()?.next.take();
     std::mem::replace(list, next)
 }
 
 /// Puts a record in, which is in no other list.
 #[inline]
-pub(super) fn push(list: &mut List, mut record: Box<BlockRecord>) {
+pub(super) fn push(list: &mut List, mut record: Record) {
     std::mem::swap(&mut record.next, list);
     // What is replaced is the record's own `next` of before: none, so that there is nothing to drop.
     std::mem::forget(list.replace(record));

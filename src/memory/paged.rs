@@ -15,6 +15,7 @@ use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
+use super::packed::Location;
 use super::ranges::Ranges;
 use super::small::{Lease, SmallBlocks};
 use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, Territory};
@@ -375,9 +376,9 @@ impl Backing for PagedMemory {
         placed.inspect(|_| self.count(&request))
     }
 
-    fn free(&mut self, place: Place, bytes: u64, fence: Fence) {
+    fn free(&mut self, location: Location, bytes: u64, fence: Fence) {
         self.in_use -= bytes;
-        match place {
+        match location.place() {
             Place::Small(index) | Place::Lent { index, .. } => {
                 let small = self
                     .small

@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 
 use smallvec::SmallVec;
 
-use super::block::BlockRecord;
 use super::config::ReusePolicy;
 use super::fences::{Fence, Fences};
+use super::record::Record;
 use super::territory::Owner;
 
 #[derive(Debug)]
 struct Waiting {
-    record: Box<BlockRecord>,
+    record: Record,
     /// The streams that used the block and are not known to have passed.
     fences: SmallVec<[Fence; 1]>,
     /// The home stream at the free.
@@ -26,7 +26,7 @@ struct Waiting {
 /// A block that its home stream may have back.
 #[derive(Debug)]
 pub(super) struct Passed {
-    pub(super) record: Box<BlockRecord>,
+    pub(super) record: Record,
     /// After what others may touch it, if that is not as late as now: where all streams are complete, what
     /// the home stream was given since the free does not matter.
     pub(super) fence: Option<Fence>,
@@ -58,7 +58,7 @@ impl Pending {
     pub(super) fn add_bytes_behind(&self, behind: &mut BTreeMap<Owner, u64>) {
         for Waiting { record, fences, .. } in &self.waiting {
             for fence in fences {
-                *behind.entry(fence.owner).or_default() += record.allocated;
+                *behind.entry(fence.owner).or_default() += record.size.allocated();
             }
         }
     }
@@ -69,13 +69,8 @@ impl Pending {
         fences.any(|fence| fence.owner == owner)
     }
 
-    pub(super) fn push(
-        &mut self,
-        record: Box<BlockRecord>,
-        fences: SmallVec<[Fence; 1]>,
-        freed_at: Fence,
-    ) {
-        self.bytes += record.allocated;
+    pub(super) fn push(&mut self, record: Record, fences: SmallVec<[Fence; 1]>, freed_at: Fence) {
+        self.bytes += record.size.allocated();
         self.waiting.push(Waiting {
             record,
             fences,
@@ -93,7 +88,7 @@ impl Pending {
         passed: &mut Vec<Passed>,
     ) {
         let has_passed = |waiting: &mut Waiting| {
-            let home = waiting.record.owner.get();
+            let home = waiting.record.location.owner();
             waiting.fences.retain(|fence| {
                 let may_pass = clocks.pass(home, *fence, reuse);
                 waiting.is_awaited |= may_pass && !clocks.is_known_complete(*fence);
@@ -102,7 +97,7 @@ impl Pending {
             waiting.fences.is_empty()
         };
         for waiting in self.waiting.extract_if(.., has_passed) {
-            self.bytes -= waiting.record.allocated;
+            self.bytes -= waiting.record.size.allocated();
             passed.push(Passed {
                 record: waiting.record,
                 fence: (!waiting.is_awaited).then_some(waiting.freed_at),

@@ -40,7 +40,7 @@ fn overwrite(device: &Device, record: &BlockRecord) {
     let filled = unsafe {
         device
             .driver()
-            .fill(record.ptr, POISON, record.allocated, raw)
+            .fill(record.ptr, POISON, record.size.allocated(), raw)
     };
     // A refused fill leaves the block unpoisoned, which only a test could notice.
     drop(filled);

@@ -7,7 +7,7 @@ use std::thread;
 
 use super::arena::GRANULARITY;
 use super::backing::{Place, Refusal};
-use super::block::{self, Block, BlockRecord, Extras, OwnerField};
+use super::block::{self, Block, BlockRecord, Extras};
 use super::cache::{self, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;
@@ -15,8 +15,10 @@ use super::fences::Fence;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::memories::MemoryIndex;
+use super::packed::{Location, Size};
 use super::poison;
 use super::reclaim;
+use super::record::Record;
 use super::report::report;
 use super::routes::Routes;
 use super::state::{Counted, Found, State, Wanted};
@@ -51,7 +53,7 @@ pub(super) struct Shared {
     /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
-    freed: SegQueue<(Box<BlockRecord>, Counted)>,
+    freed: SegQueue<(Record, Counted)>,
     /// Private memories whose last holder went, in the same way.
     released: SegQueue<MemoryIndex>,
     /// Whether either queue may hold something.
@@ -228,7 +230,7 @@ impl Pool {
 }
 
 /// The record of a block that was found, counted.
-fn record_of(found: Found, wanted: Wanted<'_>, shared: &Arc<Shared>) -> Box<BlockRecord> {
+fn record_of(found: Found, wanted: Wanted<'_>, shared: &Arc<Shared>) -> Record {
     let tag = shared.count(wanted.requested, found.bytes);
     new_record(found, wanted, tag, shared)
 }
@@ -239,7 +241,7 @@ pub(super) fn new_record(
     wanted: Wanted<'_>,
     tag: TagId,
     shared: &Arc<Shared>,
-) -> Box<BlockRecord> {
+) -> Record {
     let Found {
         placed,
         memory,
@@ -255,18 +257,16 @@ pub(super) fn new_record(
     // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private or a
     // lent one.
     let is_lent = matches!(placed.place, Place::Lent { .. });
+    let size = Size::new((wanted.requested, bytes), tag);
     let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
     } else {
         LaneKey::new(shared.id, wanted.stream.id())
     };
-    Box::new(BlockRecord {
+    Record::new(BlockRecord {
         ptr: placed.ptr,
-        requested: wanted.requested,
-        allocated: bytes,
-        place: placed.place,
-        owner: OwnerField::new(placed.owner),
-        tag,
+        size,
+        location: Location::new(placed.owner, placed.place),
         key,
         next: None,
         home: wanted.stream.clone(),
@@ -278,7 +278,7 @@ pub(super) fn new_record(
 /// Takes a block back without ever blocking on another thread's allocation: the calling thread's lane keeps
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
 #[inline]
-pub(super) fn free(record: Box<BlockRecord>) {
+pub(super) fn free(record: Record) {
     if let Some(record) = cache::keep(record) {
         free_anywhere(record);
     }
@@ -286,7 +286,7 @@ pub(super) fn free(record: Box<BlockRecord>) {
 
 /// Takes a block back that others are to be told of, or that other streams used.
 #[inline(never)]
-fn free_with_extras(record: Box<BlockRecord>) {
+fn free_with_extras(record: Record) {
     // Before the memory can be handed out again: nobody is told of two live blocks at one address.
     let record = block::tell_freed(record);
     // A lane may keep it now.
@@ -302,12 +302,12 @@ fn free_with_extras(record: Box<BlockRecord>) {
 
 /// Takes a block back that the lane in front is not for.
 #[inline(never)]
-fn free_anywhere(mut record: Box<BlockRecord>) {
+fn free_anywhere(mut record: Record) {
     if !record.is_plain() {
         return free_with_extras(record);
     }
     // What is lent goes back to its lender, who waits for the borrower.
-    if matches!(record.place, Place::Lent { .. }) {
+    if matches!(record.location.place(), Place::Lent { .. }) {
         return drop(free_in_pool(record, Counted::No));
     }
     let shared = record.shared();
@@ -324,10 +324,7 @@ fn free_anywhere(mut record: Box<BlockRecord>) {
 
 /// Takes a block back into the pool itself. What is left of it is its record, to be reused.
 #[must_use]
-pub(super) fn free_in_pool(
-    mut record: Box<BlockRecord>,
-    counted: Counted,
-) -> Option<Box<BlockRecord>> {
+pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Record> {
     // Inside the pool a block must not keep the pool alive.
     let shared = record
         .shared
@@ -349,7 +346,7 @@ pub(super) fn free_in_pool(
 }
 
 /// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
-pub(super) fn leave(mut record: Box<BlockRecord>, counted: Counted) {
+pub(super) fn leave(mut record: Record, counted: Counted) {
     if let Some(shared) = record.shared.take() {
         shared.leave(record, counted);
     }
@@ -499,7 +496,7 @@ impl Shared {
     }
 
     /// Leaves a block for the next thread that has the lock.
-    fn leave(&self, record: Box<BlockRecord>, counted: Counted) {
+    fn leave(&self, record: Record, counted: Counted) {
         self.freed.push((record, counted));
         self.is_left.store(true, Ordering::Release);
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::arena::{Arena, SegmentIndex};
 use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
 use super::fences::{Fence, Fences};
+use super::packed::Location;
 use super::territory::Owner;
 use crate::driver::{Device, DevicePtr, Driver};
 use crate::error::Result;
@@ -241,8 +242,8 @@ impl Backing for SegmentedMemory {
         }
     }
 
-    fn free(&mut self, place: Place, _: u64, fence: Fence) {
-        let (is_small, index) = match place {
+    fn free(&mut self, location: Location, _: u64, fence: Fence) {
+        let (is_small, index) = match location.place() {
             Place::Small(index) => (true, index),
             Place::Large(index) => (false, index),
             Place::Lent { index, is_small } => (is_small, index),

@@ -2,8 +2,8 @@
 //!
 //! They hold their streams, not their pool. Must not know: the lock, who asks.
 
-use super::block::BlockRecord;
 use super::lane::{self, List};
+use super::record::Record;
 use super::territory::Owner;
 
 /// Most records that are kept for a stream.
@@ -17,8 +17,8 @@ pub(super) struct Spares {
 
 impl Spares {
     /// Keeps a record of ordinary memory, or drops it.
-    pub(super) fn keep(&mut self, record: Box<BlockRecord>) {
-        let owner = record.owner.get();
+    pub(super) fn keep(&mut self, record: Record) {
+        let owner = record.location.owner();
         if self.lists.len() <= owner {
             self.lists.resize_with(owner + 1, Default::default);
         }
@@ -30,7 +30,7 @@ impl Spares {
     }
 
     /// A record of the stream `owner`.
-    pub(super) fn take(&mut self, owner: Owner) -> Option<Box<BlockRecord>> {
+    pub(super) fn take(&mut self, owner: Owner) -> Option<Record> {
         let (list, len) = self.lists.get_mut(owner)?;
         let record = lane::pop(list)?;
         *len -= 1;

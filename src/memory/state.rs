@@ -18,6 +18,7 @@ use super::memories::{Memories, MemoryIndex};
 use super::paged::PagedMemory;
 use super::peaks::Peaks;
 use super::pending::{Passed, Pending};
+use super::record::Record;
 use super::segmented::SegmentedMemory;
 use super::spares::Spares;
 use super::stats::{Gauge, PoolStats, Usage};
@@ -236,29 +237,27 @@ impl State {
     #[inline]
     pub(super) fn take_back(&mut self, record: &BlockRecord) {
         debug_assert!(record.is_plain(), "a lane keeps ordinary blocks");
-        let fence = self.fences.stamp(record.owner.get());
+        let fence = self.fences.stamp(record.location.owner());
         self.give_back(MemoryIndex::ORDINARY, record, fence);
     }
 
     /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
     /// of their uses, which are their present ends where none was marked. Gives the record back if it is of no more use here.
-    pub(super) fn free(
-        &mut self,
-        mut record: Box<BlockRecord>,
-        counted: Counted,
-    ) -> Option<Box<BlockRecord>> {
+    pub(super) fn free(&mut self, mut record: Record, counted: Counted) -> Option<Record> {
         if counted == Counted::No {
-            self.usage.free(record.requested, record.allocated);
-            self.tags.decrease(record.tag, record.allocated);
+            self.usage
+                .free(record.size.requested(), record.size.allocated());
+            self.tags
+                .decrease(record.size.tag(), record.size.allocated());
         }
-        if matches!(record.place, Place::Lent { .. }) {
+        if matches!(record.location.place(), Place::Lent { .. }) {
             self.send_home(&mut record);
         }
         let users = match &mut record.extras {
             Some(extras) if !extras.users.is_empty() => std::mem::take(&mut extras.users),
             _ => {
                 if counted == Counted::No {
-                    self.count_inactive(record.allocated);
+                    self.count_inactive(record.size.allocated());
                 }
                 self.make_reusable(&record);
                 record
@@ -280,9 +279,9 @@ impl State {
         };
         let fences: SmallVec<[Fence; 1]> = users.iter().map(end).collect();
         let freed_at = if is_private {
-            self.fences.now(record.owner.get())
+            self.fences.now(record.location.owner())
         } else {
-            self.fences.stamp_for_others(record.owner.get())
+            self.fences.stamp_for_others(record.location.owner())
         };
         self.pending.push(record, fences, freed_at);
         None
@@ -291,7 +290,7 @@ impl State {
     /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
     /// stream it was lent to.
     fn send_home(&mut self, record: &mut BlockRecord) {
-        let home = self.fences.stream(record.owner.get());
+        let home = self.fences.stream(record.location.owner());
         let home = home.expect("a stream with memory is known").clone();
         let stream = std::mem::replace(&mut record.home, home);
         let users = &mut record.extras.get_or_insert_default().users;
@@ -322,10 +321,13 @@ impl State {
             if self.config.poison {
                 super::poison::ordinary(&self.device, &record);
             }
-            self.count_inactive(record.allocated);
+            self.count_inactive(record.size.allocated());
             // Small blocks keep no epochs of their own; a poisoned one was written just now.
-            let keeps_none =
-                self.config.poison || matches!(record.place, Place::Small(_) | Place::Lent { .. });
+            let keeps_none = self.config.poison
+                || matches!(
+                    record.location.place(),
+                    Place::Small(_) | Place::Lent { .. }
+                );
             let fence = fence.filter(|_| !keeps_none);
             self.make_reusable_after(&record, fence);
             if record.memory() == MemoryIndex::ORDINARY {
@@ -347,7 +349,7 @@ impl State {
     /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
     /// given so far.
     fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
-        let owner = record.owner.get();
+        let owner = record.location.owner();
         let memory = record.memory();
         let fence = fence.unwrap_or_else(|| {
             // Captured streams can record no events, and no other stream asks for private memory.
@@ -364,12 +366,12 @@ impl State {
     fn give_back(&mut self, memory: MemoryIndex, record: &BlockRecord, fence: Fence) {
         debug_assert_eq!(
             fence.owner,
-            record.owner.get(),
+            record.location.owner(),
             "a block goes back to its owner"
         );
-        self.decay.give(record.allocated);
+        self.decay.give(record.size.allocated());
         let backing = self.memories.get_mut(memory);
-        backing.free(record.place, record.allocated, fence);
+        backing.free(record.location, record.size.allocated(), fence);
     }
 
     /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.

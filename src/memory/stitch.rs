@@ -297,6 +297,7 @@ mod tests {
     use super::super::backing::Backing;
     use super::super::config::ReusePolicy;
     use super::super::growth::Pages;
+    use super::super::packed::Location;
     use super::*;
     use crate::driver::{Device, HostConfig};
 
@@ -319,12 +320,12 @@ mod tests {
         };
         let (all, bytes) = place(&mut memory, &mut fences, 4);
         memory.territory.remembers_frees = true;
-        memory.free(all, bytes, fences.now(owner));
+        memory.free(Location::new(owner, all), bytes, fences.now(owner));
         let (fence, _) = fences.close_epoch(owner).unwrap();
         fences.passed(fence);
         // The first two pages once more, in an epoch that nobody has waited for.
         let (two, bytes) = place(&mut memory, &mut fences, 2);
-        memory.free(two, bytes, fences.now(owner));
+        memory.free(Location::new(owner, two), bytes, fences.now(owner));
         let mut holes: Vec<Hole> = memory.territory.holes_from(owner, PAGE_UNITS).collect();
         assert_eq!(holes.len(), 1, "all of it is one hole");
         assert_eq!(memory.newest_pages(&holes, &fences), [0, 1, 2, 3]);
