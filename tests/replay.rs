@@ -45,6 +45,7 @@ fn the_json_object_has_its_keys_and_right_figures() {
         "ns_per_pair",
         "driver_allocs",
         "driver_calls_steady",
+        "driver_calls_settled",
         "events_recorded",
         "host_syncs",
         "ooms",
@@ -68,6 +69,10 @@ fn the_json_object_has_its_keys_and_right_figures() {
     assert!((1.0..3.0).contains(&ratio), "{ratio}");
     assert!(number(&report, "driver_allocs") > 0 && number(&report, "ooms") == 0);
     assert!(report["ns_per_pair"].as_f64().unwrap() > 0.0);
+    // The trace trims, so every pass takes its memory anew.
+    let steady = number(&report, "driver_calls_steady");
+    assert!(steady > 0);
+    assert_eq!(report["driver_calls_settled"], steady as f64);
 }
 
 #[test]

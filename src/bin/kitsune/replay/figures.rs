@@ -24,6 +24,8 @@ pub(crate) struct Figures {
     pub(crate) driver_allocs: u64,
     /// Calls to the driver about memory in the second pass.
     pub(crate) driver_calls_steady: u64,
+    /// The same in the last repeat, for each of its passes; `null` without repeats.
+    pub(crate) driver_calls_settled: Option<f64>,
     /// Events that the pool recorded in the first pass.
     pub(crate) events_recorded: u64,
     /// Times that the pool made the host wait for streams in the first pass.
@@ -58,6 +60,9 @@ impl Figures {
         let ratio = self
             .ratio
             .map_or(String::new(), |ratio| format!(", {ratio:.3} times as much"));
+        let settled = self.driver_calls_settled.map_or(String::new(), |calls| {
+            format!(", {calls:.1} a pass in the last repeat")
+        });
         let mut rows = vec![
             ("device", self.device.clone()),
             ("allocations", format!("{} a pass", self.allocs)),
@@ -79,7 +84,7 @@ impl Figures {
             (
                 "driver calls",
                 format!(
-                    "{} allocations in the first pass, {} calls about memory in the second",
+                    "{} allocations in the first pass, {} calls about memory in the second{settled}",
                     self.driver_allocs, self.driver_calls_steady
                 ),
             ),

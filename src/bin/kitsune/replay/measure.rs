@@ -305,7 +305,11 @@ pub(crate) fn measure(
                 figures.driver_calls_steady = calls.memory - earlier.memory;
                 watch.start(pass)
             }
-            _ => watch.lap(pass),
+            _ => {
+                let settled = calls.memory - earlier.memory;
+                figures.driver_calls_settled = Some(settled as f64 / f64::from(pass.rounds));
+                watch.lap(pass)
+            }
         }
     })?;
     let (requested, reserved) = (figures.peak_requested_bytes, figures.peak_reserved_bytes);
