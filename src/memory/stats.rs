@@ -102,15 +102,19 @@ impl Gauge {
 }
 
 /// What callers hold, counted where they get it and give it back.
+// In this order, so that what an allocation adds to does not lie side by side: the compiler would put a vector together
+// to add, in three times the instructions.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 pub(super) struct Usage {
     pub(super) blocks: Gauge,
-    pub(super) requested: Gauge,
-    pub(super) allocated: Gauge,
-    /// Blocks and bytes that callers hold or that wait for other streams. A lane leaves these alone: what
+    /// Blocks that callers hold or that wait for other streams. A lane leaves these and `active` alone: what
     /// it counts as allocated or freed is folded into them too.
     pub(super) active_blocks: Gauge,
+    pub(super) requested: Gauge,
+    /// Bytes of the active blocks.
     pub(super) active: Gauge,
+    pub(super) allocated: Gauge,
 }
 
 impl Usage {
