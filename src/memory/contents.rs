@@ -146,7 +146,6 @@ impl Contents {
     fn keep_counted(&mut self, record: Record) -> Kept {
         self.counts
             .free(record.size.requested(), record.size.allocated());
-        let is_large = record.size.allocated() > lane::SMALL_MAX;
         match self.front.keep(record, self.limits) {
             Kept::InPlaceOf(other) => {
                 self.left_len += 1;
@@ -155,7 +154,7 @@ impl Contents {
                 self.look_at_left()
             }
             // Where other streams ask for memory, they are to see it at once.
-            Kept::Yes if is_large && self.limits.is_asked => self.look_at_left(),
+            Kept::Yes if self.limits.is_asked => self.look_at_left(),
             kept => kept,
         }
     }

@@ -20,7 +20,7 @@ const _: () = assert!(GRANULARITY <= 1 << u16::BITS);
 const _: () = assert!(REQUEST_MAX / GRANULARITY <= Units::MAX as u64);
 
 impl Size {
-    /// Of a block that was had, of `bytes`: more than there are units for does not get here.
+    /// `bytes` are those requested, rounded up. They fit: larger requests are refused before there is a block.
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,

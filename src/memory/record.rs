@@ -2,7 +2,11 @@
 //!
 //! With tens of thousands of blocks in use, most that are freed were not touched for long, and where a record lies costs
 //! more than what is done with it. So records have memory of their own, in chunks. A chunk is kept until the process ends,
-//! and its places are taken again: there are as many as records were in use at once in all pools.
+//! and its slots are taken again: there are as many as there were records at once, in all pools, those that threads keep
+//! for reuse included.
+//!
+//! Lock order: the slots come last. Nothing is allocated or dropped under their lock, so a free waits for no other thread's
+//! allocation. It is none of loom's: no thread can be switched under it.
 
 use std::alloc::{Layout, alloc, handle_alloc_error};
 use std::fmt;
@@ -18,29 +22,26 @@ pub(super) struct Record(NonNull<BlockRecord>);
 
 const _: () = assert!(size_of::<BlockRecord>() == 64 && align_of::<BlockRecord>() == 64);
 
-/// Bytes of the others, and what they are aligned to: a large page.
+/// Bytes of a chunk, and its alignment: a large page.
 const CHUNK: usize = 2 << 20;
+const SLOTS_PER_CHUNK: usize = CHUNK / size_of::<BlockRecord>();
 
-static PLACES: Mutex<Places> = Mutex::new(Places {
-    vacant: Vec::new(),
-    rest: None,
-});
+static SLOTS: Mutex<Slots> = Mutex::new(Slots { vacant: None });
 
-/// Places for records.
-struct Places {
-    /// Those whose records are gone.
-    vacant: Vec<Place>,
-    /// The next place of the latest chunk that was never used, and how many there are.
-    rest: Option<(Place, usize)>,
+/// Room for a record. While there is none in it, it holds the next vacant slot.
+#[derive(Clone, Copy)]
+struct Slot(NonNull<BlockRecord>);
+
+const _: () = assert!(size_of::<Option<Slot>>() <= size_of::<BlockRecord>());
+
+/// The slots without a record.
+struct Slots {
+    vacant: Option<Slot>,
 }
 
-/// Room for a record.
-#[derive(Clone, Copy)]
-struct Place(NonNull<BlockRecord>);
-
 #[expect(unsafe_code, reason = "a pointer says nothing of who may use it")]
-// SAFETY: a place is memory without an owner, whichever thread takes it.
-unsafe impl Send for Place {}
+// SAFETY: a slot is memory without an owner, whichever thread takes it.
+unsafe impl Send for Slot {}
 
 #[expect(unsafe_code, reason = "a pointer says nothing of who may use it")]
 // SAFETY: it owns what it points to, as a box does.
@@ -50,64 +51,79 @@ unsafe impl Send for Record where BlockRecord: Send {}
 // SAFETY: as a box.
 unsafe impl Sync for Record where BlockRecord: Sync {}
 
-impl Places {
-    fn take(&mut self) -> Place {
-        if let Some(place) = self.vacant.pop() {
-            return place;
-        }
-        let (place, count) = match self.rest.take() {
-            Some(rest) => rest,
-            None => Self::chunk(CHUNK),
-        };
-        if count > 1 {
-            self.rest = Some((place.next(), count - 1));
-        }
-        place
+#[expect(unsafe_code, reason = "vacant slots are a list in themselves")]
+impl Slots {
+    fn take(&mut self) -> Option<Slot> {
+        let slot = self.vacant?;
+        // SAFETY: a vacant slot holds the next one.
+        self.vacant = unsafe { slot.0.cast().read() };
+        Some(slot)
     }
 
-    /// The places of a new chunk.
-    #[cold]
-    #[expect(unsafe_code, reason = "the chunk is laid out by hand")]
-    fn chunk(bytes: usize) -> (Place, usize) {
-        let layout = Layout::from_size_align(bytes, bytes).expect("a power of two");
-        // SAFETY: the layout has bytes.
-        let start = unsafe { alloc(layout) };
-        let Some(first) = NonNull::new(start.cast()) else {
-            handle_alloc_error(layout);
-        };
-        advise_large_pages(start, bytes);
-        (Place(first), bytes / size_of::<BlockRecord>())
+    fn put(&mut self, slot: Slot) {
+        // SAFETY: the slot is large enough and aligned, and nothing else is in it.
+        unsafe { slot.0.cast().write(self.vacant) };
+        self.vacant = Some(slot);
     }
+
+    /// Puts the slots of a chunk in from `first` to `last`, which are linked.
+    fn put_chunk(&mut self, first: Slot, last: Slot) {
+        let before = self.vacant.replace(first);
+        // SAFETY: as in `put`.
+        unsafe { last.0.cast().write(before) };
+    }
+}
+
+/// A new chunk: its first slot, and its last. They are linked in order.
+#[cold]
+#[expect(unsafe_code, reason = "the chunk is laid out by hand")]
+fn chunk() -> (Slot, Slot) {
+    let layout = Layout::from_size_align(CHUNK, CHUNK).expect("a power of two");
+    // SAFETY: the layout has bytes.
+    let start = unsafe { alloc(layout) };
+    let Some(first) = NonNull::new(start.cast::<BlockRecord>()) else {
+        handle_alloc_error(layout);
+    };
+    advise_large_pages(start);
+    // SAFETY: the chunk has that many slots.
+    let slot = |nth| Slot(unsafe { first.add(nth) });
+    for nth in 1..SLOTS_PER_CHUNK {
+        // SAFETY: as in `put`.
+        unsafe { slot(nth - 1).0.cast().write(Some(slot(nth))) };
+    }
+    (slot(0), slot(SLOTS_PER_CHUNK - 1))
 }
 
 /// Tells the system that a chunk is best kept in one large page. Without one it is as good as any memory.
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "a system call on memory that is ours")]
-fn advise_large_pages(start: *mut u8, bytes: usize) {
+fn advise_large_pages(chunk: *mut u8) {
     use rustix::mm::{Advice, madvise};
     // SAFETY: the memory was allocated just now, and the advice does not change what is in it.
-    let _ = unsafe { madvise(start.cast(), bytes, Advice::LinuxHugepage) };
+    let _ = unsafe { madvise(chunk.cast(), CHUNK, Advice::LinuxHugepage) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise_large_pages(_: *mut u8, _: usize) {}
+fn advise_large_pages(_: *mut u8) {}
 
-impl Place {
-    /// The place behind this one, which is not the last of its chunk.
-    #[expect(unsafe_code, reason = "the chunk is laid out by hand")]
-    fn next(self) -> Self {
-        // SAFETY: the caller's chunk goes on behind this place.
-        Self(unsafe { self.0.add(1) })
+impl Record {
+    #[expect(unsafe_code, reason = "the slot is filled by hand")]
+    pub(super) fn new(record: BlockRecord) -> Self {
+        let Slot(slot) = vacant_slot();
+        // SAFETY: the slot has the size and alignment of a record, and nobody else has it.
+        unsafe { slot.write(record) };
+        Self(slot)
     }
 }
 
-impl Record {
-    #[expect(unsafe_code, reason = "the place is filled by hand")]
-    pub(super) fn new(record: BlockRecord) -> Self {
-        let Place(place) = PLACES.lock().take();
-        // SAFETY: the place has the size and alignment of a record, and nobody else has it.
-        unsafe { place.write(record) };
-        Self(place)
+fn vacant_slot() -> Slot {
+    loop {
+        let vacant = SLOTS.lock().take();
+        if let Some(slot) = vacant {
+            return slot;
+        }
+        let (first, last) = chunk();
+        SLOTS.lock().put_chunk(first, last);
     }
 }
 
@@ -117,7 +133,7 @@ impl Deref for Record {
     #[inline(always)]
     #[expect(unsafe_code, reason = "owned as by a box")]
     fn deref(&self) -> &BlockRecord {
-        // SAFETY: from `new` to `drop` the place holds a record, which is borrowed with its owner.
+        // SAFETY: from `new` to `drop` the slot holds a record, which is borrowed with its owner.
         unsafe { self.0.as_ref() }
     }
 }
@@ -135,11 +151,11 @@ impl Drop for Record {
     // Most records are used again as they are.
     #[cold]
     #[inline(never)]
-    #[expect(unsafe_code, reason = "the place is emptied by hand")]
+    #[expect(unsafe_code, reason = "the slot is emptied by hand")]
     fn drop(&mut self) {
-        // SAFETY: the place holds a record, which nobody uses after its owner.
+        // SAFETY: the slot holds a record, which nobody uses after its owner.
         unsafe { ptr::drop_in_place(self.0.as_ptr()) };
-        PLACES.lock().vacant.push(Place(self.0));
+        SLOTS.lock().put(Slot(self.0));
     }
 }
 
@@ -151,33 +167,36 @@ impl fmt::Debug for Record {
 
 #[cfg(test)]
 mod tests {
+    use super::super::backing::Place;
     use super::super::lane::LaneKey;
     use super::super::packed::{Location, Size};
     use super::super::tags::TagId;
     use super::*;
     use crate::driver::{Device, DevicePtr, HostConfig};
-    use crate::memory;
 
     #[test]
-    fn places_lie_side_by_side_across_chunks_and_are_taken_again() {
-        let mut places = Places {
-            vacant: Vec::new(),
-            rest: None,
-        };
-        let per_chunk = CHUNK / size_of::<BlockRecord>();
-        let taken: Vec<Place> = (0..2 * per_chunk + 1).map(|_| places.take()).collect();
-        let address = |place: &Place| place.0.as_ptr().addr();
-        let mut addresses: Vec<usize> = taken.iter().map(address).collect();
-        assert!(addresses.iter().all(|at| at.is_multiple_of(64)));
-        for chunk in addresses.chunks(per_chunk) {
+    fn slots_lie_side_by_side_in_each_chunk_and_are_taken_again() {
+        let mut slots = Slots { vacant: None };
+        assert!(slots.take().is_none());
+        for _ in 0..2 {
+            let (first, last) = chunk();
+            slots.put_chunk(first, last);
+        }
+        let address = |slot: Slot| slot.0.as_ptr().addr();
+        let taken: Vec<Slot> = std::iter::from_fn(|| slots.take()).collect();
+        let mut addresses: Vec<usize> = taken.iter().copied().map(address).collect();
+        for chunk in addresses.chunks(SLOTS_PER_CHUNK) {
             assert!(chunk[0].is_multiple_of(CHUNK));
             assert!(chunk.windows(2).all(|pair| pair[1] == pair[0] + 64));
         }
         addresses.sort_unstable();
         addresses.dedup();
-        assert_eq!(addresses.len(), taken.len(), "no place is given out twice");
-        places.vacant.push(taken[7]);
-        assert_eq!(address(&places.take()), address(&taken[7]));
+        assert_eq!(addresses.len(), 2 * SLOTS_PER_CHUNK);
+        for slot in [taken[7], taken[7000]] {
+            slots.put(slot);
+        }
+        let again: Vec<usize> = std::iter::from_fn(|| slots.take()).map(address).collect();
+        assert_eq!(again, [address(taken[7000]), address(taken[7])]);
     }
 
     #[test]
@@ -190,7 +209,7 @@ mod tests {
                 next,
                 key: LaneKey::NONE,
                 size: Size::new((1, 512), TagId::NONE),
-                location: Location::new(1, memory::backing::Place::Small(0)),
+                location: Location::new(1, Place::Small(0)),
                 home: stream.clone(),
                 shared: None,
                 extras: None,

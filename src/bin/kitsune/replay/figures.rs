@@ -24,7 +24,7 @@ pub(crate) struct Figures {
     pub(crate) driver_allocs: u64,
     /// Calls to the driver about memory in the second pass.
     pub(crate) driver_calls_steady: u64,
-    /// The same in the last repeat, for each of its passes; `null` without repeats.
+    /// The same in the last repeat, for each of its passes; `null` without allocations.
     pub(crate) driver_calls_settled: Option<f64>,
     /// Events that the pool recorded in the first pass.
     pub(crate) events_recorded: u64,
@@ -157,6 +157,7 @@ mod tests {
             ratio: Some(2.0),
             ns_per_pair: Some(45.25),
             driver_allocs: 1,
+            driver_calls_settled: Some(0.5),
             address_digest: Some("00ff00ff00ff00ff".to_owned()),
             malloc_ns_per_pair: Some(None),
             min_device_bytes: Some(1 << 21),
@@ -171,7 +172,7 @@ peak requested     1.0 MiB
 peak reserved      2.0 MiB, 2.000 times as much
 time a pair        45.2 ns (from 40.0 ns to 90.0 ns, 3 repeats)
 malloc, same work  none: it ran out of memory
-driver calls       1 allocations in the first pass, 0 calls about memory in the second
+driver calls       1 allocations in the first pass, 0 calls about memory in the second, 0.5 a pass in the last repeat
 events recorded    0
 host waits         0
 out of memory      0 allocations
