@@ -56,21 +56,22 @@ impl Slots {
     fn take(&mut self) -> Option<Slot> {
         let slot = self.vacant?;
         // SAFETY: a vacant slot holds the next one.
-        self.vacant = unsafe { slot.0.cast().read() };
+        self.vacant = unsafe { slot.link().read() };
         Some(slot)
     }
 
-    fn put(&mut self, slot: Slot) {
-        // SAFETY: the slot is large enough and aligned, and nothing else is in it.
-        unsafe { slot.0.cast().write(self.vacant) };
-        self.vacant = Some(slot);
-    }
-
-    /// Puts the slots of a chunk in from `first` to `last`, which are linked.
-    fn put_chunk(&mut self, first: Slot, last: Slot) {
+    /// Puts slots in, from `first` to `last`, which are linked.
+    fn put(&mut self, first: Slot, last: Slot) {
         let before = self.vacant.replace(first);
-        // SAFETY: as in `put`.
-        unsafe { last.0.cast().write(before) };
+        // SAFETY: the slot is large enough and aligned, and nothing else is in it.
+        unsafe { last.link().write(before) };
+    }
+}
+
+impl Slot {
+    /// Where a vacant slot holds the next one.
+    fn link(self) -> NonNull<Option<Self>> {
+        self.0.cast()
     }
 }
 
@@ -89,7 +90,7 @@ fn chunk() -> (Slot, Slot) {
     let slot = |nth| Slot(unsafe { first.add(nth) });
     for nth in 1..SLOTS_PER_CHUNK {
         // SAFETY: as in `put`.
-        unsafe { slot(nth - 1).0.cast().write(Some(slot(nth))) };
+        unsafe { slot(nth - 1).link().write(Some(slot(nth))) };
     }
     (slot(0), slot(SLOTS_PER_CHUNK - 1))
 }
@@ -123,7 +124,7 @@ fn vacant_slot() -> Slot {
             return slot;
         }
         let (first, last) = chunk();
-        SLOTS.lock().put_chunk(first, last);
+        SLOTS.lock().put(first, last);
     }
 }
 
@@ -155,7 +156,8 @@ impl Drop for Record {
     fn drop(&mut self) {
         // SAFETY: the slot holds a record, which nobody uses after its owner.
         unsafe { ptr::drop_in_place(self.0.as_ptr()) };
-        SLOTS.lock().put(Slot(self.0));
+        let slot = Slot(self.0);
+        SLOTS.lock().put(slot, slot);
     }
 }
 
@@ -180,7 +182,7 @@ mod tests {
         assert!(slots.take().is_none());
         for _ in 0..2 {
             let (first, last) = chunk();
-            slots.put_chunk(first, last);
+            slots.put(first, last);
         }
         let address = |slot: Slot| slot.0.as_ptr().addr();
         let taken: Vec<Slot> = std::iter::from_fn(|| slots.take()).collect();
@@ -193,7 +195,7 @@ mod tests {
         addresses.dedup();
         assert_eq!(addresses.len(), 2 * SLOTS_PER_CHUNK);
         for slot in [taken[7], taken[7000]] {
-            slots.put(slot);
+            slots.put(slot, slot);
         }
         let again: Vec<usize> = std::iter::from_fn(|| slots.take()).map(address).collect();
         assert_eq!(again, [address(taken[7000]), address(taken[7])]);
