@@ -5,8 +5,8 @@
 //! remainder is split off whenever it is at least one unit, and a freed block merges with its free
 //! neighbors at once.
 //!
-//! Invariants: blocks tile their segment in address order; no two neighbors are free; exactly the free
-//! blocks are filed in the bins.
+//! Invariants: blocks tile their segment in address order, and each keeps its start as long as it lives; no two
+//! neighbors are free; exactly the free blocks are filed in the bins.
 
 use super::bins::{Bins, Index, Link, NONE, Units};
 use super::slab::{Linked, Slab};
@@ -73,7 +73,14 @@ pub(super) struct Arena {
 impl Arena {
     pub(super) fn new() -> Self {
         Self {
-            blocks: Slab::default(),
+            blocks: Slab::new(Block {
+                link: Link::new(0),
+                start: 0,
+                segment: SegmentIndex::MAX,
+                before: NONE,
+                after: NONE,
+                is_free: false,
+            }),
             bins: Bins::new(),
             segments: Vec::new(),
         }
@@ -124,50 +131,35 @@ impl Arena {
     pub(super) fn allocate(&mut self, bytes: u64) -> Option<Placed> {
         let units = Units::try_from(bytes / GRANULARITY).ok()?;
         let index = self.bins.find(&self.blocks, units)?;
+        self.bins.remove(&mut self.blocks, index);
+        let block = self.blocks.at_mut(index);
+        block.is_free = false;
         let Block {
             link,
             start,
             segment,
-            before,
+            after,
             ..
-        } = *self.blocks.at(index);
-        let placed = |index| Placed {
+        } = *block;
+        if link.units > units {
+            block.link.units = units;
+            let rest = self.blocks.insert(Block {
+                link: Link::new(link.units - units),
+                start: start + units,
+                segment,
+                before: index,
+                after,
+                is_free: true,
+            });
+            self.blocks.at_mut(index).after = rest;
+            self.blocks.at_mut(after).before = rest;
+            self.bins.insert(&mut self.blocks, rest);
+        }
+        Some(Placed {
             index,
             segment,
             offset: u64::from(start) * GRANULARITY,
-        };
-        if link.units == units {
-            self.bins.remove(&mut self.blocks, index);
-            self.blocks.at_mut(index).is_free = false;
-            return Some(placed(index));
-        }
-        // The front is cut off, and what is left keeps its name.
-        let taken = self.blocks.insert(Block {
-            link: Link::new(units),
-            start,
-            segment,
-            before,
-            after: index,
-            is_free: false,
-        });
-        self.bins
-            .resize(&mut self.blocks, index, link.units - units);
-        let rest = self.blocks.at_mut(index);
-        rest.start = start + units;
-        rest.before = taken;
-        self.set_after(before, segment, taken);
-        Some(placed(taken))
-    }
-
-    /// Makes `after` the block behind `before`, or the first of the segment.
-    #[inline]
-    fn set_after(&mut self, before: Index, segment: SegmentIndex, after: Index) {
-        if before == NONE {
-            let segment = self.segments[segment as usize].as_mut();
-            segment.expect("a segment with blocks exists").first = after;
-        } else {
-            self.blocks.at_mut(before).after = after;
-        }
+        })
     }
 
     /// Frees block `index` and merges it with free neighbors.
@@ -178,43 +170,28 @@ impl Arena {
         let block = self.blocks.at_mut(index);
         assert!(!block.is_free, "block {index} is freed twice");
         block.is_free = true;
-        let Block {
-            link,
-            start,
-            segment,
-            before,
-            after,
-            ..
-        } = *block;
-        let is_free = |arena: &Self, index| index != NONE && arena.blocks.at(index).is_free;
-        let (continues, goes_on) = (is_free(self, before), is_free(self, after));
-        if continues {
-            let mut units = self.blocks.at(before).link.units + link.units;
-            let mut next = after;
-            if goes_on {
-                self.bins.remove(&mut self.blocks, after);
-                let gone = *self.blocks.at(after);
-                units += gone.link.units;
-                next = gone.after;
-                self.blocks.remove(after);
-            }
-            self.blocks.at_mut(before).after = next;
-            if next != NONE {
-                self.blocks.at_mut(next).before = before;
-            }
-            self.blocks.remove(index);
+        let Block { before, after, .. } = *block;
+        if self.blocks.at(after).is_free {
+            self.bins.remove(&mut self.blocks, after);
+            let units = self.absorb_next(index);
+            self.blocks.at_mut(index).link.units = units;
+        }
+        if self.blocks.at(before).is_free {
+            let units = self.absorb_next(before);
             self.bins.resize(&mut self.blocks, before, units);
-        } else if goes_on {
-            let next = self.blocks.at_mut(after);
-            next.start = start;
-            next.before = before;
-            let units = next.link.units + link.units;
-            self.set_after(before, segment, after);
-            self.blocks.remove(index);
-            self.bins.resize(&mut self.blocks, after, units);
         } else {
             self.bins.insert(&mut self.blocks, index);
         }
+    }
+
+    /// Makes block `index` span its next neighbor too; returns its units then, which are the caller's to write.
+    fn absorb_next(&mut self, index: Index) -> Units {
+        let block = *self.blocks.at(index);
+        let gone = *self.blocks.at(block.after);
+        self.blocks.at_mut(index).after = gone.after;
+        self.blocks.at_mut(gone.after).before = index;
+        self.blocks.remove(block.after);
+        block.link.units + gone.link.units
     }
 
     /// Bytes of the largest free block; 0 if there is none.

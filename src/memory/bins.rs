@@ -9,10 +9,12 @@
 //! Invariants: a block is in at most one bin, the one its size names; a bitmap bit is set if and only if
 //! its bin is occupied. Must not know: addresses, streams, why a block is free.
 
+use std::hint::select_unpredictable;
+
 /// A block's index in its arena's slab.
 pub(super) type Index = u32;
-/// No block.
-pub(super) const NONE: Index = Index::MAX;
+/// No block. A slab has a slot for it, whose links may be written as any: so nobody looks whether there is a neighbor.
+pub(super) const NONE: Index = 0;
 
 /// A size or a place in units, as blocks store it: what is divided into blocks has less than 2^32 of them, 2 TiB at 512
 /// bytes a unit. So a block takes half a cache line.
@@ -34,6 +36,35 @@ const _: () = assert!(WORDS == 64, "one word sums them up");
 /// Blocks of one bin looked at before the best so far is taken.
 const SCAN_MAX: usize = 16;
 
+/// How sizes with the same highest bit fall into bins: the size shifted right by `shift`, plus `base`.
+#[derive(Clone, Copy)]
+struct Scale {
+    base: u16,
+    shift: u16,
+}
+
+/// By the position of the highest bit.
+static SCALES: [Scale; Units::BITS as usize] = scales();
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "there are fewer bins than 2^16"
+)]
+const fn scales() -> [Scale; Units::BITS as usize] {
+    let mut scales = [Scale { base: 0, shift: 0 }; Units::BITS as usize];
+    let mut log = EXACT_LOG;
+    while log < Units::BITS {
+        let first = EXACT + (log - EXACT_LOG) * PER_DOUBLING;
+        scales[log as usize] = Scale {
+            // The highest bit itself stays, shifted to `PER_DOUBLING`.
+            base: (first - PER_DOUBLING) as u16,
+            shift: (log - PER_DOUBLING_LOG) as u16,
+        };
+        log += 1;
+    }
+    scales
+}
+
 /// Links of a free block within its bin. The arena stores one for every block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
@@ -52,7 +83,7 @@ impl Link {
     }
 }
 
-/// Where the bins find the links: the arena's slab.
+/// Where the bins find the links: the arena's slab. That of [`NONE`] may be written and says nothing.
 pub(super) trait Links {
     fn link(&self, index: Index) -> &Link;
     fn link_mut(&mut self, index: Index) -> &mut Link;
@@ -78,15 +109,11 @@ impl Bins {
     }
 
     /// The bin that blocks of `units` are filed in.
+    // By a table, as sizes come in no order by which a branch could be predicted.
     #[inline]
-    const fn bin_of(units: Units) -> usize {
-        if units < EXACT {
-            return units as usize;
-        }
-        let log = units.ilog2();
-        let doubling = log - EXACT_LOG;
-        let step = (units >> (log - PER_DOUBLING_LOG)) & (PER_DOUBLING - 1);
-        (EXACT + doubling * PER_DOUBLING + step) as usize % BINS
+    fn bin_of(units: Units) -> usize {
+        let scale = SCALES[(units | 1).ilog2() as usize];
+        (Units::from(scale.base) + (units >> scale.shift)) as usize % BINS
     }
 
     /// Files block `index`, whose size its link gives. The block filed last is found first.
@@ -102,12 +129,9 @@ impl Bins {
         let link = links.link_mut(index);
         link.next = head;
         link.previous = NONE;
-        if head == NONE {
-            self.occupied[bin / 64] |= 1 << (bin % 64);
-            self.summary |= 1 << (bin / 64);
-        } else {
-            links.link_mut(head).previous = index;
-        }
+        links.link_mut(head).previous = index;
+        self.occupied[bin / 64] |= 1 << (bin % 64);
+        self.summary |= 1 << (bin / 64);
     }
 
     /// Takes block `index` out of its bin.
@@ -120,9 +144,7 @@ impl Bins {
     #[inline]
     fn remove_from(&mut self, links: &mut impl Links, index: Index, link: Link, bin: usize) {
         let Link { next, previous, .. } = link;
-        if next != NONE {
-            links.link_mut(next).previous = previous;
-        }
+        links.link_mut(next).previous = previous;
         if previous != NONE {
             links.link_mut(previous).next = next;
             return;
@@ -131,8 +153,14 @@ impl Bins {
             self.heads[bin], index,
             "a block without predecessor heads its bin"
         );
-        self.heads[bin] = next;
-        if next == NONE {
+        self.begin_with(bin, next);
+    }
+
+    /// Makes `head` the first block of a bin.
+    #[inline]
+    fn begin_with(&mut self, bin: usize, head: Index) {
+        self.heads[bin] = head;
+        if head == NONE {
             let word = &mut self.occupied[bin / 64];
             *word &= !(1 << (bin % 64));
             if *word == 0 {
@@ -155,20 +183,42 @@ impl Bins {
     }
 
     /// The block that fits `units` best, still filed; `None` if no block is large enough.
-    // Always: where all blocks of a bin are of one size, it is a few instructions.
-    #[inline(always)]
     pub(super) fn find(&self, links: &impl Links, units: Units) -> Option<Index> {
         if units >= EXACT {
             return self.find_large(links, units);
         }
-        let bin = self.next_occupied(Self::bin_of(units))?;
+        let bin = self.next_occupied(units as usize)?;
         if bin < EXACT as usize {
             return Some(self.heads[bin]);
         }
         self.best_of_bin(links, bin, units)
     }
 
+    /// As [`find`](Self::find), and takes the block out of its bin.
+    // Always: where all blocks of a bin are of one size, it is a few instructions.
+    #[inline(always)]
+    pub(super) fn take(&mut self, links: &mut impl Links, units: Units) -> Option<Index> {
+        if units >= EXACT {
+            return self.take_large(links, units);
+        }
+        let bin = self.next_occupied(units as usize)?;
+        if bin >= EXACT as usize {
+            return self.take_large(links, units);
+        }
+        let index = self.heads[bin];
+        let next = links.link(index).next;
+        links.link_mut(next).previous = NONE;
+        self.begin_with(bin, next);
+        Some(index)
+    }
+
     #[inline(never)]
+    fn take_large(&mut self, links: &mut impl Links, units: Units) -> Option<Index> {
+        let index = self.find(links, units)?;
+        self.remove(links, index);
+        Some(index)
+    }
+
     fn find_large(&self, links: &impl Links, units: Units) -> Option<Index> {
         let own = Self::bin_of(units);
         // That bin may hold blocks that are too small.
@@ -207,16 +257,16 @@ impl Bins {
         }
         let word = bin / 64;
         let here = self.occupied[word] & (u64::MAX << (bin % 64));
-        if here != 0 {
-            return Some(word * 64 + here.trailing_zeros() as usize);
-        }
         // The words behind it. Two shifts, as one by all bits is none.
-        let words = self.summary & (u64::MAX << word << 1);
-        if words == 0 {
+        let behind = self.summary & (u64::MAX << word << 1);
+        if here | behind == 0 {
             return None;
         }
-        let word = words.trailing_zeros() as usize % WORDS;
-        Some(word * 64 + self.occupied[word].trailing_zeros() as usize)
+        let next = behind.trailing_zeros() as usize % WORDS;
+        let is_here = here != 0;
+        let word = select_unpredictable(is_here, word, next);
+        let bits = select_unpredictable(is_here, here, self.occupied[next]);
+        Some(word * 64 + bits.trailing_zeros() as usize)
     }
 
     /// Size of the largest filed block, in units.
@@ -294,10 +344,12 @@ mod tests {
         }
     }
 
+    /// The blocks have numbers from 1 on.
     fn filed(sizes: &[Units]) -> (Bins, Slab) {
+        let sizes = [&[0], sizes].concat();
         let mut slab = Slab(sizes.iter().map(|units| Link::new(*units)).collect());
         let mut bins = Bins::new();
-        for index in 0..sizes.len() {
+        for index in 1..sizes.len() {
             bins.insert(&mut slab, Index::try_from(index).unwrap());
         }
         bins.check_invariants(&slab);
@@ -335,13 +387,13 @@ mod tests {
         let mut sizes = vec![100_400];
         sizes.extend(std::iter::repeat_n(100_352, 100));
         let (bins, slab) = filed(&sizes);
-        assert_eq!(bins.find(&slab, 100_399), Some(0));
+        assert_eq!(bins.find(&slab, 100_399), Some(1));
     }
 
     #[test]
     fn removing_every_block_empties_the_bitmap() {
         let (mut bins, mut slab) = filed(&[1, 1, 2047, 2048, 2049, 1 << 30]);
-        for index in [3, 0, 5, 1, 2, 4] {
+        for index in [4, 1, 6, 2, 3, 5] {
             bins.remove(&mut slab, index);
             bins.check_invariants(&slab);
         }

@@ -1,8 +1,9 @@
-//! Blocks in one vector, named by index; places of blocks that are gone are taken again.
+//! Blocks in one vector, named by index; places of blocks that are gone are taken again. The first place is that of no
+//! block: what is linked to nothing is linked to it.
 //!
 //! Must not know: what blocks are, but for the link by which they are filed.
 
-use super::bins::{Index, Link, Links, NONE};
+use super::bins::{Index, Link, Links};
 
 /// A block that can be filed in bins.
 pub(super) trait Linked: Copy {
@@ -14,15 +15,6 @@ pub(super) trait Linked: Copy {
 pub(super) struct Slab<B> {
     slots: Vec<B>,
     unused: Vec<Index>,
-}
-
-impl<B> Default for Slab<B> {
-    fn default() -> Self {
-        Self {
-            slots: Vec::new(),
-            unused: Vec::new(),
-        }
-    }
 }
 
 impl<B: Linked> Links for Slab<B> {
@@ -37,6 +29,14 @@ impl<B: Linked> Links for Slab<B> {
 }
 
 impl<B: Linked> Slab<B> {
+    /// One without blocks, with `none` in place of one.
+    pub(super) fn new(none: B) -> Self {
+        Self {
+            slots: vec![none],
+            unused: Vec::new(),
+        }
+    }
+
     #[inline]
     pub(super) fn insert(&mut self, block: B) -> Index {
         if let Some(index) = self.unused.pop() {
@@ -44,7 +44,6 @@ impl<B: Linked> Slab<B> {
             return index;
         }
         let index = Index::try_from(self.slots.len()).expect("fewer than 2^32 blocks");
-        assert_ne!(index, NONE, "fewer than 2^32 - 1 blocks");
         self.slots.push(block);
         index
     }
@@ -66,6 +65,6 @@ impl<B: Linked> Slab<B> {
 
     /// Blocks there are.
     pub(super) fn len(&self) -> usize {
-        self.slots.len() - self.unused.len()
+        self.slots.len() - 1 - self.unused.len()
     }
 }

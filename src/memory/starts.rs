@@ -1,70 +1,76 @@
-//! Which block begins first in each page of a territory: what finds the block over a page.
+//! Where the search for the block over a page of a territory begins.
 //!
-//! Blocks come and go with every allocation, and most span many pages. So a page knows only of blocks that begin
-//! in it, which costs the same for blocks of any size; the block over a page without one is the last that begins
-//! before, which a bitmap finds 64 pages at a time.
+//! Blocks come and go with every allocation, and hardly anyone asks what lies over a page. So a page has a note of one
+//! block that began in it when the block was made, and nothing is done when one goes. Who asks says which notes still
+//! hold, and the others are forgotten then.
 //!
 //! Must not know: what blocks are, where they end.
+
+use std::cell::Cell;
 
 use super::bins::{Index, NONE};
 
 /// Pages for which one word of the bitmap stands.
 const WORD: usize = 64;
 
-/// The first block that begins in each page.
+/// A block that began in each page.
 #[derive(Debug, Default)]
 pub(super) struct Starts {
-    first: Vec<Index>,
-    /// Bit `p % 64` of word `p / 64`: some block begins in page `p`.
-    some: Vec<u64>,
+    noted: Vec<Index>,
+    /// Bit `p % 64` of word `p / 64`: page `p` has a note that may hold.
+    some: Vec<Cell<u64>>,
 }
 
 impl Starts {
     /// Pages there are.
     pub(super) fn len(&self) -> usize {
-        self.first.len()
+        self.noted.len()
     }
 
-    /// Adds pages in which nothing begins, up to `pages` in all.
+    /// Adds pages without a note, up to `pages` in all.
     pub(super) fn extend(&mut self, pages: usize) {
-        self.first.resize(pages, NONE);
-        self.some.resize(pages.div_ceil(WORD), 0);
+        self.noted.resize(pages, NONE);
+        self.some.resize_with(pages.div_ceil(WORD), Cell::default);
     }
 
-    /// The first block that begins in `page`.
+    /// Notes that block `index` begins in `page`.
     #[inline]
-    pub(super) fn first(&self, page: usize) -> Option<Index> {
-        let index = self.first[page];
+    pub(super) fn note(&mut self, page: usize, index: Index) {
+        self.noted[page] = index;
+        let word = self.some[page / WORD].get_mut();
+        *word |= 1 << (page % WORD);
+    }
+
+    /// The block that was noted last in `page`, if any was.
+    pub(super) fn noted(&self, page: usize) -> Option<Index> {
+        let index = self.noted[page];
         (index != NONE).then_some(index)
     }
 
-    /// Notes `index` as the first block that begins in `page`, or that none does.
-    #[inline]
-    pub(super) fn set(&mut self, page: usize, index: Option<Index>) {
-        self.first[page] = index.unwrap_or(NONE);
-        let bit = 1 << (page % WORD);
-        let word = &mut self.some[page / WORD];
-        *word = if index.is_some() {
-            *word | bit
-        } else {
-            *word & !bit
-        };
-    }
-
-    /// The first block of the last page before `page` in which one begins.
-    pub(super) fn before(&self, page: usize) -> Option<Index> {
+    /// The noted block of the last page before `page` whose note `holds`.
+    pub(super) fn before(
+        &self,
+        page: usize,
+        holds: impl Fn(usize, Index) -> bool,
+    ) -> Option<Index> {
+        // Of the first word nothing but what lies before the page, which may be one past the end.
         let mut word = page / WORD;
-        // Nothing of this word, where `page` may be one past the end, but what lies before the page.
-        let mut bits = self
-            .some
-            .get(word)
-            .map_or(0, |bits| bits & !(u64::MAX << (page % WORD)));
-        while bits == 0 {
-            word = word.checked_sub(1)?;
-            bits = self.some[word];
+        let mut mask = !(u64::MAX << (page % WORD));
+        loop {
+            let bits = self.some.get(word).map_or(0, Cell::get) & mask;
+            if bits == 0 {
+                word = word.checked_sub(1)?;
+                mask = u64::MAX;
+                continue;
+            }
+            let last = WORD - 1 - bits.leading_zeros() as usize;
+            let page = word * WORD + last;
+            if holds(page, self.noted[page]) {
+                return Some(self.noted[page]);
+            }
+            let some = &self.some[word];
+            some.set(some.get() & !(1 << last));
         }
-        let last = word * WORD + (WORD - 1 - bits.leading_zeros() as usize);
-        self.first(last)
     }
 }
 
@@ -76,9 +82,10 @@ mod tests {
     fn finds_the_last_page_before_at_every_distance() {
         let mut starts = Starts::default();
         starts.extend(300);
-        assert_eq!(starts.before(300), None);
+        let before = |starts: &Starts, page| starts.before(page, |_, _| true);
+        assert_eq!(before(&starts, 300), None);
         for (page, index) in [(0, 7), (63, 8), (64, 9), (250, 10)] {
-            starts.set(page, Some(index));
+            starts.note(page, index);
         }
         for (page, index) in [
             (1, 7),
@@ -89,10 +96,30 @@ mod tests {
             (251, 10),
             (300, 10),
         ] {
-            assert_eq!(starts.before(page), Some(index), "before page {page}");
+            assert_eq!(before(&starts, page), Some(index), "before page {page}");
         }
-        assert_eq!(starts.before(0), None);
-        starts.set(64, None);
-        assert_eq!((starts.first(64), starts.before(250)), (None, Some(8)));
+        assert_eq!(before(&starts, 0), None);
+        assert_eq!((starts.noted(64), starts.noted(65)), (Some(9), None));
+    }
+
+    #[test]
+    fn what_does_not_hold_is_asked_about_once() {
+        let mut starts = Starts::default();
+        starts.extend(200);
+        for (page, index) in [(3, 1), (70, 2), (150, 3)] {
+            starts.note(page, index);
+        }
+        let asked = Cell::new(0);
+        let first_holds = |page, index| {
+            asked.set(asked.get() + 1);
+            assert_eq!(page == 3, index == 1);
+            index == 1
+        };
+        for looks in [3, 4] {
+            assert_eq!(starts.before(199, first_holds), Some(1));
+            assert_eq!(asked.get(), looks);
+        }
+        starts.note(70, 5);
+        assert_eq!(starts.before(199, |_, _| true), Some(5));
     }
 }

@@ -6,9 +6,9 @@
 //! merge when they touch; holes of different owners do not, since their fences differ.
 //!
 //! All positions are in units of 512 bytes from the start of the range. Invariants: blocks tile the mapped
-//! pages in address order; a hole is filed in the bins of its owner; no two neighbors are holes of one
-//! owner or both unmapped; `starts` names the first block that begins in each page. Must not know: addresses,
-//! events, how a hole's epoch is waited for.
+//! pages in address order, and each keeps its start as long as it lives; a hole is filed in the bins of its
+//! owner; no two neighbors are holes of one owner or both unmapped. Must not know: addresses, events, how a
+//! hole's epoch is waited for.
 
 mod blocks;
 mod hole;
@@ -80,40 +80,22 @@ pub(super) struct Territory {
     freed: Freed,
     /// Whether pages are to remember when they were freed. Otherwise all of a hole that grows takes the latest epoch.
     pub(super) remembers_frees: bool,
-    last: Index,
 }
 
 impl Territory {
     pub(super) fn new() -> Self {
         Self {
-            blocks: Blocks::default(),
+            blocks: Blocks::new(Block::BORDER),
             bins: Vec::new(),
             starts: Starts::default(),
             freed: Freed::default(),
             remembers_frees: false,
-            last: NONE,
         }
     }
 
     /// Pages that have a home, mapped or not.
     pub(super) fn pages(&self) -> PageIndex {
         self.starts.len()
-    }
-
-    fn bins_of(&mut self, owner: Owner) -> &mut Bins {
-        while self.bins.len() <= owner {
-            self.bins.push(Bins::new());
-        }
-        &mut self.bins[owner]
-    }
-
-    fn file(&mut self, index: Index, owner: Owner) {
-        self.bins_of(owner);
-        self.bins[owner].insert(&mut self.blocks, index);
-    }
-
-    fn unfile(&mut self, index: Index, owner: Owner) {
-        self.bins[owner].remove(&mut self.blocks, index);
     }
 
     #[inline]
@@ -164,12 +146,14 @@ impl Territory {
     /// The block that covers the first byte of `page`.
     fn over(&self, page: PageIndex) -> Index {
         let at = begin_of(page);
-        if let Some(first) = self.starts.first(page)
-            && self.blocks.at(first).start == at
+        if let Some(noted) = self.starts.noted(page)
+            && self.blocks.at(noted).start == at
         {
-            return first;
+            return noted;
         }
-        let mut index = self.starts.before(page).expect("a block begins in page 0");
+        let holds = |page, index| page_of(self.blocks.at(index).start) == page;
+        let first = self.blocks.at(NONE).after;
+        let mut index = self.starts.before(page, holds).unwrap_or(first);
         // The others that begin in that page, small ones, as blocks without a gap.
         while self.blocks.at(index).end() <= at {
             index = self.blocks.at(index).after;
@@ -241,104 +225,60 @@ impl Territory {
     #[inline(always)]
     pub(super) fn allocate(&mut self, owner: Owner, units: u64) -> Option<(Index, u64)> {
         let units = Units::try_from(units).ok()?;
-        let index = self.bins.get(owner)?.find(&self.blocks, units)?;
-        let hole = self.blocks.at(index);
-        let start = hole.start;
-        if units >= ON_PAGE_MIN && units.is_multiple_of(PAGE_LEN) {
-            let page = start.next_multiple_of(PAGE_LEN);
-            if page > start && page + units <= hole.end() {
-                let taken = self.take_inside(index, owner, page, units);
-                return Some((taken, u64::from(page)));
-            }
+        let hole = self.bins.get_mut(owner)?.take(&mut self.blocks, units)?;
+        if units >= ON_PAGE_MIN {
+            return Some(self.take_on_page(hole, owner, units));
         }
-        Some((self.take_front(index, owner, units), u64::from(start)))
+        let start = self.blocks.at(hole).start;
+        self.take_front(hole, owner, units);
+        Some((hole, u64::from(start)))
+    }
+
+    #[inline(never)]
+    fn take_on_page(&mut self, hole: Index, owner: Owner, units: Units) -> (Index, u64) {
+        let Block { start, .. } = *self.blocks.at(hole);
+        let page = start.next_multiple_of(PAGE_LEN);
+        let fits = page + units <= self.blocks.at(hole).end();
+        let at = if units.is_multiple_of(PAGE_LEN) && fits {
+            page
+        } else {
+            start
+        };
+        (self.take_part(hole, owner, (at, units)), u64::from(at))
     }
 
     /// Takes `units` from `start` on out of `hole`; what is left on either side stays its owner's.
     pub(super) fn take(&mut self, hole: &Hole, start: u64, units: u64) -> Index {
         debug_assert!(hole.start <= start && start + units <= hole.start + hole.units && units > 0);
-        let units = stored(units);
-        if start == hole.start {
-            return self.take_front(hole.index, hole.owner, units);
-        }
-        self.take_inside(hole.index, hole.owner, stored(start), units)
+        self.bins[hole.owner].remove(&mut self.blocks, hole.index);
+        self.take_part(hole.index, hole.owner, (stored(start), stored(units)))
     }
 
-    /// Takes `units` from `start` on, behind the front of the hole `index`, which keeps its name.
-    fn take_inside(&mut self, index: Index, owner: Owner, start: Units, units: Units) -> Index {
-        let hole = *self.blocks.at(index);
-        let (end, after) = (start + units, hole.after);
-        let taken = self.blocks.insert(Block {
-            link: Link::new(units),
-            start,
-            before: index,
-            after,
-            claim: Claim::TAKEN,
-        });
-        self.bins[owner].resize(&mut self.blocks, index, start - hole.start);
-        self.blocks.at_mut(index).after = taken;
-        if page_of(hole.start) != page_of(start) {
-            self.starts.set(page_of(start), Some(taken));
+    /// Takes `units` from `start` on out of a hole that is not filed.
+    fn take_part(&mut self, hole: Index, owner: Owner, (start, units): (Units, Units)) -> Index {
+        let mut taken = hole;
+        if start > self.blocks.at(hole).start {
+            taken = self.cut(hole, start);
+            self.bins[owner].insert(&mut self.blocks, hole);
         }
-        if end == hole.end() {
-            self.set_before(after, taken);
-            return taken;
-        }
-        let rest = self.blocks.insert(Block {
-            link: Link::new(hole.end() - end),
-            start: end,
-            before: taken,
-            ..hole
-        });
-        self.blocks.at_mut(taken).after = rest;
-        self.set_before(after, rest);
-        if page_of(end) != page_of(start) {
-            self.starts.set(page_of(end), Some(rest));
-        }
-        self.bins[owner].insert(&mut self.blocks, rest);
+        self.take_front(taken, owner, units);
         taken
     }
 
-    /// Takes `units` from the front of the hole `index`, which keeps its name.
+    /// Makes the front of a hole that is not filed a block of `units`.
     // Always, as `PagedMemory::large_at_hand`.
     #[inline(always)]
-    fn take_front(&mut self, index: Index, owner: Owner, units: Units) -> Index {
-        let Block {
-            link,
-            start,
-            before,
-            ..
-        } = *self.blocks.at(index);
-        if link.units == units {
-            self.unfile(index, owner);
-            self.blocks.at_mut(index).claim = Claim::TAKEN;
-            return index;
+    fn take_front(&mut self, hole: Index, owner: Owner, units: Units) {
+        let Block { link, start, .. } = *self.blocks.at(hole);
+        if units < link.units {
+            let rest = self.cut(hole, start + units);
+            self.bins[owner].insert(&mut self.blocks, rest);
         }
-        let taken = self.blocks.insert(Block {
-            link: Link::new(units),
-            start,
-            before,
-            after: index,
-            claim: Claim::TAKEN,
-        });
-        self.bins[owner].resize(&mut self.blocks, index, link.units - units);
-        let hole = self.blocks.at_mut(index);
-        hole.start = start + units;
-        hole.before = taken;
-        if before != NONE {
-            self.blocks.at_mut(before).after = taken;
-        }
-        let (page, rest_page) = (page_of(start), page_of(start + units));
-        if self.starts.first(page) == Some(index) {
-            self.starts.set(page, Some(taken));
-        }
-        if rest_page != page {
-            self.starts.set(rest_page, Some(index));
-        }
-        taken
+        self.blocks.at_mut(hole).claim = Claim::TAKEN;
     }
 
-    /// Cuts block `index` in two at `at`; returns the second part, of the same holder, not filed.
+    /// Cuts block `index`, which is not filed, in two at `at`; returns the second part, of the same holder.
+    #[inline(always)]
     fn cut(&mut self, index: Index, at: Units) -> Index {
         let block = *self.blocks.at(index);
         debug_assert!(block.start < at && at < block.end());
@@ -349,22 +289,11 @@ impl Territory {
             ..block
         });
         let first = self.blocks.at_mut(index);
-        first.link = Link::new(at - block.start);
+        first.link.units = at - block.start;
         first.after = second;
-        self.set_before(block.after, second);
-        if page_of(block.start) != page_of(at) {
-            self.starts.set(page_of(at), Some(second));
-        }
+        self.blocks.at_mut(block.after).before = second;
+        self.starts.note(page_of(at), second);
         second
-    }
-
-    #[inline]
-    fn set_before(&mut self, index: Index, before: Index) {
-        if index == NONE {
-            self.last = before;
-        } else {
-            self.blocks.at_mut(index).before = before;
-        }
     }
 
     /// Frees block `index` for `owner`, for others from its `epoch` on.
@@ -372,6 +301,9 @@ impl Territory {
     /// # Panics
     /// If the block is not taken: a double free inside the crate.
     pub(super) fn free(&mut self, index: Index, owner: Owner, epoch: u64) {
+        if owner >= self.bins.len() {
+            self.bins.resize_with(owner + 1, Bins::new);
+        }
         let block = self.blocks.at_mut(index);
         assert_eq!(block.claim, Claim::TAKEN, "block {index} is freed twice");
         let claim = Claim::hole(Fence { owner, epoch });
@@ -383,78 +315,26 @@ impl Territory {
             let of = |is: bool, index| if is { index } else { NONE };
             self.mix([of(continues, before), index, of(goes_on, after)], owner);
         }
+        let bins = &mut self.bins[owner];
         if goes_on {
-            if !continues {
-                return self.absorb_previous(after, owner);
-            }
-            self.unfile(after, owner);
-            let units = self.absorb_next(index);
+            bins.remove(&mut self.blocks, after);
+            let units = self.blocks.absorb_next(index, self.remembers_frees);
             self.blocks.at_mut(index).link.units = units;
         }
         if continues {
-            let units = self.absorb_next(before);
-            self.bins[owner].resize(&mut self.blocks, before, units);
+            let units = self.blocks.absorb_next(before, self.remembers_frees);
+            bins.resize(&mut self.blocks, before, units);
         } else {
-            self.file(index, owner);
+            bins.insert(&mut self.blocks, index);
         }
-    }
-
-    /// Makes block `index` span its next neighbor too, of which it takes the epoch if that is later; returns its
-    /// units then, which are the caller's to write.
-    fn absorb_next(&mut self, index: Index) -> Units {
-        let remembers_frees = self.remembers_frees;
-        let gone_index = self.blocks.at(index).after;
-        let gone = *self.blocks.at(gone_index);
-        let block = self.blocks.at_mut(index);
-        block.after = gone.after;
-        block.claim = block.claim.merged(gone.claim, remembers_frees);
-        let (start, units) = (block.start, block.link.units + gone.link.units);
-        self.set_before(gone.after, index);
-        self.begins_no_more(gone.start, start, gone.after);
-        self.blocks.remove(gone_index);
-        units
-    }
-
-    /// Makes the filed hole `index` span its previous neighbor too, which is not filed.
-    fn absorb_previous(&mut self, index: Index, owner: Owner) {
-        let remembers_frees = self.remembers_frees;
-        let gone_index = self.blocks.at(index).before;
-        let gone = *self.blocks.at(gone_index);
-        let hole = self.blocks.at_mut(index);
-        let (start, after) = (hole.start, hole.after);
-        let units = hole.link.units + gone.link.units;
-        hole.start = gone.start;
-        hole.before = gone.before;
-        hole.claim = hole.claim.merged(gone.claim, remembers_frees);
-        if gone.before != NONE {
-            self.blocks.at_mut(gone.before).after = index;
-        }
-        self.begins_no_more(start, gone.start, after);
-        let page = page_of(gone.start);
-        if self.starts.first(page) == Some(gone_index) {
-            self.starts.set(page, Some(index));
-        }
-        self.blocks.remove(gone_index);
-        self.bins[owner].resize(&mut self.blocks, index, units);
-    }
-
-    /// Notes that no block begins at `at` any more, where now one lies that begins at `start`, with the block
-    /// `after` behind it.
-    #[inline(always)]
-    fn begins_no_more(&mut self, at: Units, start: Units, after: Index) {
-        let page = page_of(at);
-        if page_of(start) == page {
-            return;
-        }
-        let next = (after != NONE && page_of(self.blocks.at(after).start) == page).then_some(after);
-        self.starts.set(page, next);
     }
 
     /// Units of the hole of `owner` at the very end of the territory; growth continues it.
     pub(super) fn last_hole_units(&self, owner: Owner) -> u64 {
         let claim = Claim::hole(Fence { owner, epoch: 0 });
-        if self.blocks.is_of(self.last, claim) {
-            u64::from(self.blocks.link(self.last).units)
+        let last = self.blocks.at(NONE).before;
+        if self.blocks.is_of(last, claim) {
+            u64::from(self.blocks.link(last).units)
         } else {
             0
         }
@@ -464,7 +344,7 @@ impl Territory {
     pub(super) fn append(&mut self, count: usize, owner: Owner) -> PageIndex {
         let first = self.starts.len();
         let (start, end) = (begin_of(first), begin_of(first + count));
-        let before = self.last;
+        let before = self.blocks.at(NONE).before;
         let index = self.blocks.insert(Block {
             link: Link::new(end - start),
             start,
@@ -472,12 +352,10 @@ impl Territory {
             after: NONE,
             claim: Claim::TAKEN,
         });
-        if before != NONE {
-            self.blocks.at_mut(before).after = index;
-        }
-        self.last = index;
+        self.blocks.at_mut(before).after = index;
+        self.blocks.at_mut(NONE).before = index;
         self.starts.extend(first + count);
-        self.starts.set(first, Some(index));
+        self.starts.note(first, index);
         self.freed.extend(first + count);
         // Memory that was never used has no past: epoch 0 is complete from the start.
         self.free(index, owner, 0);
@@ -492,10 +370,12 @@ impl Territory {
         assert!(block.start.is_multiple_of(PAGE_LEN) && block.link.units.is_multiple_of(PAGE_LEN));
         let Block { before, after, .. } = *block;
         if self.blocks.is_of(after, Claim::UNMAPPED) {
-            self.blocks.at_mut(index).link.units = self.absorb_next(index);
+            let units = self.blocks.absorb_next(index, false);
+            self.blocks.at_mut(index).link.units = units;
         }
         if self.blocks.is_of(before, Claim::UNMAPPED) {
-            self.blocks.at_mut(before).link.units = self.absorb_next(before);
+            let units = self.blocks.absorb_next(before, false);
+            self.blocks.at_mut(before).link.units = units;
         }
     }
 
@@ -544,11 +424,9 @@ impl Territory {
 
     /// Every block, in the order of addresses.
     fn in_order(&self) -> impl Iterator<Item = (Index, &Block)> {
-        let first = (self.starts.len() > 0).then(|| self.over(0));
-        let at = |index: Index| (index, self.blocks.at(index));
-        std::iter::successors(first.map(at), move |(_, block)| {
-            (block.after != NONE).then(|| at(block.after))
-        })
+        let at = |index: Index| (index != NONE).then(|| (index, self.blocks.at(index)));
+        let first = self.blocks.at(NONE).after;
+        std::iter::successors(at(first), move |(_, block)| at(block.after))
     }
 
     /// Whether `owner` has no hole.

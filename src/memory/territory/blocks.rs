@@ -82,6 +82,15 @@ pub(super) struct Block {
 const _: () = assert!(size_of::<Block>() == 32);
 
 impl Block {
+    /// What is in front of the first block and behind the last.
+    pub(super) const BORDER: Self = Self {
+        link: Link::new(0),
+        start: 0,
+        before: NONE,
+        after: NONE,
+        claim: Claim::TAKEN,
+    };
+
     #[inline]
     pub(super) fn end(&self) -> Units {
         self.start + self.link.units
@@ -102,9 +111,29 @@ impl Linked for Block {
 pub(super) type Blocks = Slab<Block>;
 
 impl Blocks {
-    /// Whether block `index` is there and the holder of `claim` has it.
+    /// Whether the holder of `claim` has block `index`. It is no hole's for [`NONE`].
     #[inline]
     pub(super) fn is_of(&self, index: Index, claim: Claim) -> bool {
-        index != NONE && self.at(index).claim.is_of_holder(claim)
+        self.at(index).claim.is_of_holder(claim)
+    }
+
+    /// Makes block `index` span its next neighbor too, of which it takes the epoch if that is later; returns its
+    /// units then, which are the caller's to write.
+    #[inline(always)]
+    pub(super) fn absorb_next(&mut self, index: Index, remembers_frees: bool) -> Units {
+        let gone_index = self.at(index).after;
+        let gone = self.at_mut(gone_index);
+        let Block {
+            link, after, claim, ..
+        } = *gone;
+        // In no page, for who reads a note of it.
+        gone.start = Units::MAX;
+        let block = self.at_mut(index);
+        block.after = after;
+        block.claim = block.claim.merged(claim, remembers_frees);
+        let units = block.link.units + link.units;
+        self.at_mut(after).before = index;
+        self.remove(gone_index);
+        units
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::blocks::Claim;
-use super::{NONE, PAGE_UNITS, Territory, page_of};
+use super::{NONE, PAGE_UNITS, Territory, pages_between};
 
 impl Territory {
     /// Asserts the module's invariants; returns (mapped units, taken units).
@@ -18,7 +18,8 @@ impl Territory {
         }
         let (mut mapped, mut taken, mut walked, mut at) = (0, 0, 0, 0);
         let mut before = NONE;
-        let mut first_in = vec![None; self.starts.len()];
+        // By page: the block that covers its first byte.
+        let mut over = Vec::new();
         for (index, block) in self.in_order() {
             assert_eq!(
                 (block.start, block.before),
@@ -38,15 +39,15 @@ impl Territory {
             if block.claim != Claim::UNMAPPED {
                 mapped += u64::from(block.link.units);
             }
-            first_in[page_of(block.start)].get_or_insert(index);
+            over.resize(pages_between(at, block.end()).0.end, index);
             walked += 1;
             at = block.end();
             before = index;
         }
-        for (page, first) in first_in.into_iter().enumerate() {
-            assert_eq!(self.starts.first(page), first, "first block in page {page}");
+        for (page, index) in over.into_iter().enumerate() {
+            assert_eq!(self.over(page), index, "block over page {page}");
         }
-        assert_eq!(before, self.last, "the last block");
+        assert_eq!(before, self.blocks.at(NONE).before, "the last block");
         assert_eq!(
             u64::from(at),
             self.starts.len() as u64 * PAGE_UNITS,
