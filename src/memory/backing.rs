@@ -41,41 +41,11 @@ pub(super) enum Place {
     Stitched(RangeIndex),
 }
 
+/// Memory for a block.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Placed {
     pub(super) ptr: DevicePtr,
-    pub(super) place: Place,
-    /// Whose memory it is.
-    pub(super) owner: Owner,
-}
-
-/// Memory of the stream itself, at hand for a block. In plain parts, which go from register to register: what is
-/// put together in memory and read as a whole again costs a stall.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct AtHand {
-    pub(super) ptr: DevicePtr,
-    pub(super) index: Index,
-    pub(super) is_small: bool,
-}
-
-impl AtHand {
-    /// Where it lies.
-    #[inline]
-    pub(super) fn place(self) -> Place {
-        if self.is_small {
-            Place::Small(self.index)
-        } else {
-            Place::Large(self.index)
-        }
-    }
-
-    pub(super) fn placed(self, owner: Owner) -> Placed {
-        Placed {
-            ptr: self.ptr,
-            place: self.place(),
-            owner,
-        }
-    }
+    pub(super) location: Location,
 }
 
 /// Why memory was not to be had.
@@ -114,14 +84,16 @@ pub(super) trait Backing: Debug + Send {
     /// Sets the most bytes it may hold from now on; what it holds already stays.
     fn set_limit(&mut self, bytes: u64);
 
-    /// Places a block in memory that is free for the stream at once. Calls no driver.
-    fn place(&mut self, request: &Request) -> Option<AtHand>;
+    /// Places a block of `bytes`, as in a [`Request`], in memory that is free for the stream `owner` at once, while
+    /// `pending` bytes wait for other streams. Calls no driver.
+    fn place(&mut self, owner: Owner, bytes: u64, pending: u64) -> Option<Placed>;
 
     /// Places a block by all means but waiting on the host: other streams' memory as far as the request's
     /// policy allows, new memory, stitching.
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal>;
 
-    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's.
+    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's. Calls no
+    /// driver.
     fn free(&mut self, location: Location, bytes: u64, fence: Fence);
 
     /// Makes free memory whose past is known to be complete anyone's.

@@ -157,7 +157,7 @@ impl Bins {
     }
 
     /// Makes `head` the first block of a bin.
-    #[inline]
+    #[inline(always)]
     fn begin_with(&mut self, bin: usize, head: Index) {
         self.heads[bin] = head;
         if head == NONE {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use super::arena::GRANULARITY;
 use super::biased::Biased;
 use super::contents::{Contents, Miss};
-use super::lane::{self, Kept, Lane, LaneKey, List, PoolId};
+use super::lane::{self, Kept, Lane, LaneKey, PoolId};
 use super::local::LOCAL;
 use super::pool::{self, Pool, Shared};
 use super::record::Record;
@@ -149,24 +149,14 @@ pub(super) fn fetch(
     let Some(cache) = current().filter(|cache| cache.pool == shared.id()) else {
         return Err(0);
     };
-    let mut before = None;
-    loop {
-        let mut blanks = cache.give_left(state);
-        // Again only if the look before has left something.
-        if let Some(kept) = before
-            && blanks.is_none()
-        {
-            return Err(kept);
-        }
-        let found = cache.look(shared, state, key, (wanted, tag), &mut blanks);
-        if blanks.is_some() {
-            lane::drop_all(blanks);
-        }
-        match found {
-            Err(kept) if before.is_none() => before = Some(kept),
-            found => return found,
-        }
+    let mut refused = None;
+    let found = cache
+        .with_owner(|contents| contents.fetch(shared, state, key, (wanted, tag), &mut refused));
+    state.settle_frees();
+    if refused.is_some() {
+        lane::drop_all(refused);
     }
+    found
 }
 
 /// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
@@ -305,69 +295,15 @@ impl ThreadCache {
             return;
         };
         match shared.lock_if_free() {
-            Some(mut state) => self.keep_blanks(self.give_left(&mut state)),
+            Some(mut state) => {
+                let mut refused = None;
+                self.with_owner(|contents| contents.give_all_left(&mut state, &mut refused));
+                state.settle_frees();
+                // Outside the cache, because they may hold their streams' last references.
+                lane::drop_all(refused);
+            }
             None => self.leave_to_queue(|_| {}),
         }
-    }
-
-    /// Keeps the records of blocks that are gone. Only for the owner.
-    fn keep_blanks(&self, mut blanks: List) {
-        self.with_owner(|contents| contents.keep_blanks(&mut blanks));
-        // Outside the cache, because they may hold the pool's last reference.
-        lane::drop_all(blanks);
-    }
-
-    /// Has the pool take back what was left, in the order in which it was; the records. Only for the owner, who
-    /// has the pool's lock: no block is between the cache and the pool for anyone who looks.
-    #[inline]
-    fn give_left(&self, state: &mut State) -> List {
-        let left = self.with_owner(Contents::take_left);
-        left.and_then(|first| Self::give(first, state))
-    }
-
-    #[inline(never)]
-    fn give(first: Record, state: &mut State) -> List {
-        let mut left = Some(first);
-        let mut blanks = None;
-        while let Some(record) = lane::pop(&mut left) {
-            lane::push(&mut blanks, record);
-        }
-        let mut next = blanks.as_deref();
-        while let Some(record) = next {
-            state.take_back(record);
-            next = record.next.as_deref();
-        }
-        blanks
-    }
-
-    /// Places a block in memory that is free for the stream, and uses and keeps records of `blanks`. If there is none:
-    /// the bytes that the thread keeps for the stream, of which it leaves the large blocks. Only for the owner.
-    #[inline]
-    fn look(
-        &self,
-        shared: &Arc<Shared>,
-        state: &mut State,
-        key: LaneKey,
-        wanted: (&Wanted<'_>, TagId),
-        blanks: &mut List,
-    ) -> Result<Record, u64> {
-        self.with_owner(|contents| {
-            if !contents.bring_to_front(key) {
-                return Err(0);
-            }
-            if shared.has_threads() {
-                contents.fold(state);
-            }
-            let found = contents.place(shared, state, wanted, blanks);
-            if found.is_err() {
-                contents.learn(state);
-                contents.leave_hot();
-            }
-            if blanks.is_some() {
-                contents.keep_blanks(blanks);
-            }
-            found
-        })
     }
 
     /// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
@@ -412,6 +348,7 @@ impl ThreadCache {
         while let Some(record) = lane::pop(&mut left) {
             state.take_back(&record);
         }
+        state.settle_frees();
         drop(lanes);
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::counts::Counts;
 use super::lane::{self, Blanks, Kept, Lane, LaneKey, Limits, List};
-use super::packed::{Location, Size};
+use super::packed::Size;
 use super::pool::{Shared, new_record};
 use super::record::Record;
 use super::state::{Found, State, Wanted};
@@ -182,47 +182,71 @@ impl Contents {
         self.left.as_ref()?.shared.clone()
     }
 
-    /// Places a block in memory that is free for the stream of the lane in front at once. If there is none: the
-    /// bytes that the lane keeps. `blanks` are records to use.
+    /// Has the pool take back what was left, and places a block in memory that is free for the stream of lane `key`
+    /// at once, if need be after the large blocks went back that lanes keep. If there is none: the bytes that the lane
+    /// still keeps. Records without a place go to `refused`.
     #[inline]
-    pub(super) fn place(
+    pub(super) fn fetch(
+        &mut self,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        key: LaneKey,
+        wanted: (&Wanted<'_>, TagId),
+        refused: &mut List,
+    ) -> Result<Record, u64> {
+        self.give_left(state, refused);
+        if !self.bring_to_front(key) {
+            return Err(0);
+        }
+        if shared.has_threads() {
+            self.fold(state);
+        }
+        let found = self.place(shared, state, wanted);
+        found.or_else(|kept| {
+            self.learn(state);
+            self.leave_hot();
+            if self.left.is_none() {
+                return Err(kept);
+            }
+            self.give_left(state, refused);
+            self.place(shared, state, wanted)
+        })
+    }
+
+    fn place(
         &mut self,
         shared: &Arc<Shared>,
         state: &mut State,
         (wanted, tag): (&Wanted<'_>, TagId),
-        blanks: &mut List,
     ) -> Result<Record, u64> {
         let kept = self.front.kept_bytes();
-        let Some((at_hand, owner)) = state.place(wanted, kept) else {
+        let Some(placed) = state.place(wanted, kept) else {
             return Err(kept);
         };
         self.count(tag, wanted.requested, wanted.bytes);
-        let blank = match blanks.as_ref().filter(|blank| blank.key == self.front.key) {
-            Some(_) => lane::pop(blanks),
-            None => self.front.take_blank(),
-        };
+        let key = self.front.key;
         let spare = || {
-            let mut record = state.spares.take(owner)?;
+            let mut record = state.spares.take(placed.location.owner())?;
             record.shared = Some(shared.clone());
             // As its block is to be kept by no lane where freed memory is overwritten.
             record.key = if shared.config.poison {
                 LaneKey::NONE
             } else {
-                self.front.key
+                key
             };
             Some(record)
         };
-        let Some(mut record) = blank.or_else(spare) else {
+        let Some(mut record) = self.front.take_blank().or_else(spare) else {
             let found = Found {
-                placed: at_hand.placed(owner),
+                placed,
                 memory: wanted.memory,
                 bytes: wanted.bytes,
             };
             return Ok(new_record(found, *wanted, tag, shared));
         };
-        record.ptr = at_hand.ptr;
+        record.ptr = placed.ptr;
         record.size = Size::new((wanted.requested, wanted.bytes), tag);
-        record.location = Location::new(owner, at_hand.place());
+        record.location = placed.location;
         Ok(record)
     }
 
@@ -239,6 +263,39 @@ impl Contents {
         self.left_len = 0;
         self.left_bytes = 0;
         self.left.take()
+    }
+
+    /// Has the pool take back what was left, in that order, and keeps the records. Those without a place go to
+    /// `refused`, to be dropped outside: they hold streams.
+    #[inline]
+    fn give_left(&mut self, state: &mut State, refused: &mut List) {
+        if self.left.is_some() {
+            self.give_all_left(state, refused);
+        }
+    }
+
+    #[inline(never)]
+    pub(super) fn give_all_left(&mut self, state: &mut State, refused: &mut List) {
+        let mut left = lane::reversed(self.take_left());
+        while let Some(record) = lane::pop(&mut left) {
+            state.take_back(&record);
+            if let Some(record) = self.front.keep_blank(record) {
+                self.keep_blank_elsewhere(record, refused);
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn keep_blank_elsewhere(&mut self, blank: Record, refused: &mut List) {
+        let lane = self.others.iter_mut().find(|lane| lane.key == blank.key);
+        let back = match lane {
+            Some(lane) => lane.keep_blank(blank),
+            None => Some(blank),
+        };
+        if let Some(blank) = back {
+            lane::push(refused, blank);
+        }
     }
 
     /// Leaves the large blocks that lanes keep.
@@ -262,22 +319,6 @@ impl Contents {
         for lane in self.others.iter_mut().chain([&mut self.front]) {
             lane.drain(|record| lane::push(left, record));
         }
-    }
-
-    /// Keeps records of blocks that are gone; those without a place are left in the list.
-    pub(super) fn keep_blanks(&mut self, blanks: &mut List) {
-        let mut refused = None;
-        while let Some(blank) = lane::pop(blanks) {
-            let mut lanes = [&mut self.front].into_iter().chain(&mut self.others);
-            let back = match lanes.find(|lane| lane.key == blank.key) {
-                Some(lane) => lane.keep_blank(blank),
-                None => Some(blank),
-            };
-            if let Some(blank) = back {
-                lane::push(&mut refused, blank);
-            }
-        }
-        *blanks = refused;
     }
 
     /// Gives up the records of blocks that are gone, by lane.

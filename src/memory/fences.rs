@@ -129,6 +129,8 @@ pub(super) struct Fences {
     owners: BTreeMap<StreamId, Owner>,
     /// The streams looked up last, the latest first.
     recent: [Option<(StreamId, Owner)>; 2],
+    /// Whether some stream has had frees enough for an event.
+    is_due: bool,
     is_deterministic: bool,
 }
 
@@ -169,6 +171,7 @@ impl Fences {
             clocks: vec![Clock::new(None, FIRST_EPOCH, is_deterministic)],
             owners: BTreeMap::new(),
             recent: [None; 2],
+            is_due: false,
             is_deterministic,
         }
     }
@@ -307,20 +310,36 @@ impl Fences {
 
     /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
     /// was recorded after its free; so while others ask for this stream's memory and cannot wait, an event is
-    /// recorded every few frees, before they ask again.
+    /// due every few frees, before they ask again.
     #[inline]
     pub(super) fn stamp(&mut self, owner: Owner) -> Fence {
         let clock = &mut self.clocks[owner];
         if clock.ahead > 0 {
             clock.frees += 1;
-            if clock.frees >= FREES_PER_EVENT {
-                return self.stamp_for_others(owner);
-            }
+            self.is_due |= clock.frees >= FREES_PER_EVENT;
         }
         self.now(owner)
     }
 
-    /// As [`stamp`](Self::stamp), for what waits for `owner` in any case.
+    /// Records the events that are due.
+    #[inline]
+    pub(super) fn record_due(&mut self) {
+        if self.is_due {
+            self.is_due = false;
+            self.record_all_due();
+        }
+    }
+
+    #[inline(never)]
+    fn record_all_due(&mut self) {
+        for owner in 1..self.clocks.len() {
+            if self.clocks[owner].frees >= FREES_PER_EVENT {
+                self.stamp_for_others(owner);
+            }
+        }
+    }
+
+    /// As [`stamp`](Self::stamp), for what waits for `owner` in any case: the event is recorded at once.
     pub(super) fn stamp_for_others(&mut self, owner: Owner) -> Fence {
         let fence = self.now(owner);
         let clock = &mut self.clocks[owner];
@@ -478,5 +497,34 @@ impl Fences {
         {
             clock.events.pop_front();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::{Device, HostConfig};
+
+    #[test]
+    fn events_are_recorded_every_few_frees_while_others_ask_in_vain() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let stream = device.create_stream().unwrap();
+        let mut fences = Fences::new(false);
+        let owner = fences.owner(&stream);
+        let free = |fences: &mut Fences| {
+            for _ in 0..FREES_PER_EVENT {
+                fences.stamp(owner);
+                fences.record_due();
+            }
+            fences.now(owner).epoch - FIRST_EPOCH
+        };
+        assert_eq!(free(&mut fences), 0, "nobody asks");
+        fences.clocks[owner].ahead = EVENTS_AHEAD;
+        for events in 1..EVENTS_AHEAD + 3 {
+            assert_eq!(free(&mut fences), u64::from(events.min(EVENTS_AHEAD)));
+        }
+        stream.synchronize().unwrap();
+        fences.clocks[owner].poll();
+        assert_eq!(fences.clocks[owner].complete, u64::from(EVENTS_AHEAD));
     }
 }

@@ -203,10 +203,10 @@ impl Lane {
         self.blanks.pop()
     }
 
-    /// Keeps the record of a block that is gone, or gives it back.
+    /// Keeps the record of a block that is gone. Gives it back if it is another lane's or there are too many.
     #[inline]
     pub(super) fn keep_blank(&mut self, blank: Record) -> Option<Record> {
-        if self.blanks.len() == BLANKS_MAX {
+        if blank.key != self.key || self.blanks.len() == BLANKS_MAX {
             return Some(blank);
         }
         self.blanks.push(blank);
@@ -227,6 +227,16 @@ pub(super) fn push(list: &mut List, mut record: Record) {
     std::mem::swap(&mut record.next, list);
     // What is replaced is the record's own `next` of before: none, so that there is nothing to drop.
     std::mem::forget(list.replace(record));
+}
+
+/// The records from the last to the first.
+#[inline]
+pub(super) fn reversed(mut list: List) -> List {
+    let mut reversed = list.take_if(|first| first.next.is_none());
+    while let Some(record) = pop(&mut list) {
+        push(&mut reversed, record);
+    }
+    reversed
 }
 
 /// Drops records one after another: a long list would drop them in as deep a recursion.

@@ -1,5 +1,7 @@
 //! What a block's record says in half the room: a record takes one cache line.
 
+use std::num::NonZero;
+
 use super::arena::GRANULARITY;
 use super::backing::{Place, REQUEST_MAX};
 use super::bins::Units;
@@ -71,51 +73,49 @@ impl Size {
 
 /// In whose memory a block lies, and where.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Location {
-    index: u32,
-    /// The number of the stream, above the kind of place.
-    owner_and_kind: u32,
-}
+pub(super) struct Location(
+    /// The index in the upper half, below it the number of the stream, then the kind of place, which is not 0: so what
+    /// may be nowhere takes no more room, and goes in a register.
+    NonZero<u64>,
+);
 
 const KIND_BITS: u32 = 3;
 const _: () = assert!(OWNER_BITS + KIND_BITS <= u32::BITS);
 
 impl Location {
     #[inline]
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "streams have numbers of fewer bits"
-    )]
     pub(super) fn new(owner: Owner, place: Place) -> Self {
         let (kind, index) = match place {
-            Place::Small(index) => (0, index),
-            Place::Large(index) => (1, index),
-            Place::Stitched(range) => (2, range),
-            Place::Lent { index, is_small } => (3 + u32::from(is_small), index),
+            Place::Small(index) => (1, index),
+            Place::Large(index) => (2, index),
+            Place::Stitched(range) => (3, range),
+            Place::Lent { index, is_small } => (4 + u64::from(is_small), index),
         };
         debug_assert!(owner < 1 << OWNER_BITS);
-        Self {
-            index,
-            owner_and_kind: (owner as u32) << KIND_BITS | kind,
-        }
+        let word = u64::from(index) << u32::BITS | (owner as u64) << KIND_BITS | kind;
+        Self(NonZero::new(word).expect("kinds count from 1"))
     }
 
     /// The number, in the pool, of the stream whose memory it is: that of the block's home, unless it is lent.
     #[inline]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the index is in the upper half"
+    )]
     pub(super) fn owner(self) -> Owner {
-        (self.owner_and_kind >> KIND_BITS) as Owner
+        (self.0.get() as u32 >> KIND_BITS) as Owner
     }
 
     #[inline]
     pub(super) fn place(self) -> Place {
-        let index = self.index;
-        match self.owner_and_kind & ((1 << KIND_BITS) - 1) {
-            0 => Place::Small(index),
-            1 => Place::Large(index),
-            2 => Place::Stitched(index),
+        let index = (self.0.get() >> u32::BITS) as u32;
+        match self.0.get() & ((1 << KIND_BITS) - 1) {
+            1 => Place::Small(index),
+            2 => Place::Large(index),
+            3 => Place::Stitched(index),
             kind => Place::Lent {
                 index,
-                is_small: kind > 3,
+                is_small: kind > 4,
             },
         }
     }

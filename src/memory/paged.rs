@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::arena::GRANULARITY;
-use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
 use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
@@ -71,11 +71,9 @@ impl PagedMemory {
     }
 
     #[inline]
-    fn count(&mut self, request: &Request) {
-        self.in_use += request.bytes;
-        self.live_peak = self
-            .live_peak
-            .max(self.in_use.saturating_sub(request.pending));
+    fn count(&mut self, bytes: u64, pending: u64) {
+        self.in_use += bytes;
+        self.live_peak = self.live_peak.max(self.in_use.saturating_sub(pending));
     }
 
     /// Takes `units` from the front of a hole for `owner`.
@@ -84,44 +82,37 @@ impl PagedMemory {
         let ptr = self.pages.home(hole.start * GRANULARITY);
         Placed {
             ptr,
-            place: Place::Large(index),
-            owner,
+            location: Location::new(owner, Place::Large(index)),
         }
     }
 
     // Always, since the compiler would not: a call costs every allocation past the lane ten instructions.
     #[inline(always)]
-    fn large_at_hand(&mut self, request: &Request) -> Option<AtHand> {
-        let units = request.bytes / GRANULARITY;
-        let (index, start) = self.territory.allocate(request.owner, units)?;
-        Some(AtHand {
+    fn large_at_hand(&mut self, owner: Owner, bytes: u64) -> Option<Placed> {
+        let (index, start) = self.territory.allocate(owner, bytes / GRANULARITY)?;
+        Some(Placed {
             ptr: self.pages.home(start * GRANULARITY),
-            index,
-            is_small: false,
+            location: Location::new(owner, Place::Large(index)),
         })
     }
 
-    #[inline]
-    fn small_at_hand(&mut self, request: &Request) -> Option<AtHand> {
-        let small = self.small.get_mut(&request.owner)?;
-        let (page, offset, index) = small.allocate(request.bytes)?;
-        Some(AtHand {
+    fn small_at_hand(&mut self, owner: Owner, bytes: u64) -> Option<Placed> {
+        let small = self.small.get_mut(&owner)?;
+        let (page, offset, index) = small.allocate(bytes)?;
+        Some(Placed {
             ptr: self.pages.home(page as u64 * PAGE + offset),
-            index,
-            is_small: true,
+            location: Location::new(owner, Place::Small(index)),
         })
     }
 
     // Never, as it is for what lies at hand nowhere: it would keep `large_at_hand` from the place where it counts.
     #[inline(never)]
     fn place_large(&mut self, request: Request) -> Option<Placed> {
-        let found = self.large_at_hand(&request)?;
-        Some(found.placed(request.owner))
+        self.large_at_hand(request.owner, request.bytes)
     }
 
     fn place_small(&mut self, request: Request) -> Option<Placed> {
-        let found = self.small_at_hand(&request)?;
-        Some(found.placed(request.owner))
+        self.small_at_hand(request.owner, request.bytes)
     }
 
     /// The first hole that fits and that the request may take from another stream.
@@ -298,13 +289,13 @@ impl PagedMemory {
             };
             if fences.pass(request.owner, fence, request.reuse) {
                 let (page, offset, index) = small.allocate(request.bytes)?;
+                let place = Place::Lent {
+                    index,
+                    is_small: true,
+                };
                 return Some(Placed {
                     ptr: self.pages.home(page as u64 * PAGE + offset),
-                    place: Place::Lent {
-                        index,
-                        is_small: true,
-                    },
-                    owner: lender,
+                    location: Location::new(lender, place),
                 });
             }
         }
@@ -357,13 +348,13 @@ impl Backing for PagedMemory {
         self.pages.set_limit(bytes);
     }
 
-    fn place(&mut self, request: &Request) -> Option<AtHand> {
-        let found = if request.bytes <= SMALL_MAX {
-            self.small_at_hand(request)
+    fn place(&mut self, owner: Owner, bytes: u64, pending: u64) -> Option<Placed> {
+        let found = if bytes <= SMALL_MAX {
+            self.small_at_hand(owner, bytes)
         } else {
-            self.large_at_hand(request)
+            self.large_at_hand(owner, bytes)
         }?;
-        self.count(request);
+        self.count(bytes, pending);
         Some(found)
     }
 
@@ -373,7 +364,7 @@ impl Backing for PagedMemory {
         } else {
             self.find_large(request, fences)
         };
-        placed.inspect(|_| self.count(&request))
+        placed.inspect(|_| self.count(request.bytes, request.pending))
     }
 
     fn free(&mut self, location: Location, bytes: u64, fence: Fence) {

@@ -15,7 +15,7 @@ use super::fences::Fence;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::memories::MemoryIndex;
-use super::packed::{Location, Size};
+use super::packed::Size;
 use super::poison;
 use super::reclaim;
 use super::record::Record;
@@ -256,7 +256,7 @@ pub(super) fn new_record(
     });
     // A block that is to be overwritten when it is freed is kept as it is by no lane, nor is a private or a
     // lent one.
-    let is_lent = matches!(placed.place, Place::Lent { .. });
+    let is_lent = matches!(placed.location.place(), Place::Lent { .. });
     let size = Size::new((wanted.requested, bytes), tag);
     let key = if shared.config.poison || is_private || is_lent {
         LaneKey::NONE
@@ -266,7 +266,7 @@ pub(super) fn new_record(
     Record::new(BlockRecord {
         ptr: placed.ptr,
         size,
-        location: Location::new(placed.owner, placed.place),
+        location: placed.location,
         key,
         next: None,
         home: wanted.stream.clone(),

@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::arena::{Arena, SegmentIndex};
-use super::backing::{AtHand, Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
 use super::fences::{Fence, Fences};
 use super::packed::Location;
 use super::territory::Owner;
@@ -129,14 +129,18 @@ impl SegmentedMemory {
         arena.segments.insert(segment, (ptr, bytes));
     }
 
-    fn place_in_range(&mut self, request: Request, is_small: bool) -> Option<AtHand> {
-        let arena = self.arenas.get_mut(&(request.owner, is_small))?;
-        let placed = arena.arena.allocate(request.bytes)?;
+    fn place_in_range(&mut self, owner: Owner, bytes: u64, is_small: bool) -> Option<Placed> {
+        let arena = self.arenas.get_mut(&(owner, is_small))?;
+        let placed = arena.arena.allocate(bytes)?;
         let (base, _) = arena.segments[&placed.segment];
-        Some(AtHand {
+        let place = if is_small {
+            Place::Small(placed.index)
+        } else {
+            Place::Large(placed.index)
+        };
+        Some(Placed {
             ptr: base.offset(placed.offset),
-            index: placed.index,
-            is_small,
+            location: Location::new(owner, place),
         })
     }
 
@@ -159,8 +163,10 @@ impl SegmentedMemory {
                     index: placed.index,
                     is_small: *is_small,
                 };
-                let (ptr, owner) = (base.offset(placed.offset), *owner);
-                return Some(Placed { ptr, place, owner });
+                return Some(Placed {
+                    ptr: base.offset(placed.offset),
+                    location: Location::new(*owner, place),
+                });
             }
         }
         None
@@ -202,13 +208,19 @@ impl Backing for SegmentedMemory {
         self.limit = bytes;
     }
 
-    fn place(&mut self, request: &Request) -> Option<AtHand> {
-        self.place_in_range(*request, request.bytes <= SMALL_MAX)
+    fn place(&mut self, owner: Owner, bytes: u64, _: u64) -> Option<Placed> {
+        self.place_in_range(owner, bytes, bytes <= SMALL_MAX)
     }
 
     fn find(&mut self, request: Request, fences: &mut Fences) -> Result<Placed, Refusal> {
-        if let Some(found) = self.place(&request) {
-            return Ok(found.placed(request.owner));
+        let Request {
+            owner,
+            bytes,
+            pending,
+            ..
+        } = request;
+        if let Some(found) = self.place(owner, bytes, pending) {
+            return Ok(found);
         }
         let usual = segment_bytes(request.bytes);
         // Of what was left, none that would stay mostly empty, unless there is nothing else.
@@ -229,14 +241,12 @@ impl Backing for SegmentedMemory {
         });
         match added {
             Ok(()) => Ok(self
-                .place(&request)
-                .expect("a segment was added that fits the request")
-                .placed(request.owner)),
+                .place(owner, bytes, pending)
+                .expect("a segment was added that fits the request")),
             // Out of memory: room among blocks of the other range is better than none, and so is another
             // stream's.
             Err(refusal) => self
-                .place_in_range(request, request.bytes > SMALL_MAX)
-                .map(|found| found.placed(request.owner))
+                .place_in_range(owner, bytes, bytes > SMALL_MAX)
                 .or_else(|| self.borrow(request, fences))
                 .ok_or(refusal),
         }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::backing::{AtHand, Backing, Place, Placed, REQUEST_MAX, Refusal, Request};
+use super::backing::{Backing, Place, Placed, REQUEST_MAX, Refusal, Request};
 use super::block::{BlockRecord, User};
 use super::config::{PoolConfig, ReusePolicy};
 use super::decay::Decay;
@@ -169,20 +169,16 @@ impl State {
         }
     }
 
-    /// Places a block in ordinary memory that is free for its stream at once: where, and the stream's number.
+    /// Places a block in ordinary memory that is free for its stream at once, while the thread keeps `kept` bytes for
+    /// the stream.
     #[inline]
-    pub(super) fn place(&mut self, wanted: &Wanted<'_>, kept: u64) -> Option<(AtHand, Owner)> {
-        let request = Request {
-            bytes: wanted.bytes,
-            owner: self.fences.owner(wanted.stream),
-            reuse: self.config.reuse,
-            pending: self.pending.bytes() + kept,
-            may_borrow: true,
-        };
+    pub(super) fn place(&mut self, wanted: &Wanted<'_>, kept: u64) -> Option<Placed> {
+        let owner = self.fences.owner(wanted.stream);
+        let pending = self.pending.bytes() + kept;
         let ordinary = self.memories.get_mut(MemoryIndex::ORDINARY);
-        let found = ordinary.place(&request)?;
-        self.decay.take(request.bytes);
-        Some((found, request.owner))
+        let placed = ordinary.place(owner, wanted.bytes, pending)?;
+        self.decay.take(wanted.bytes);
+        Some(placed)
     }
 
     /// Places a block by all means but waiting on the host.
@@ -233,12 +229,19 @@ impl State {
         self.tags.fold(tags);
     }
 
-    /// Takes a block back that a thread kept, which has counted its free: it is reusable at once.
+    /// Takes a block back that a thread kept, which has counted its free: it is reusable at once. Calls no driver:
+    /// [`settle_frees`](Self::settle_frees) does.
     #[inline]
     pub(super) fn take_back(&mut self, record: &BlockRecord) {
         debug_assert!(record.is_plain(), "a lane keeps ordinary blocks");
         let fence = self.fences.stamp(record.location.owner());
         self.give_back(MemoryIndex::ORDINARY, record, fence);
+    }
+
+    /// Records the events that are due after frees.
+    #[inline]
+    pub(super) fn settle_frees(&mut self) {
+        self.fences.record_due();
     }
 
     /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
@@ -260,6 +263,7 @@ impl State {
                     self.count_inactive(record.size.allocated());
                 }
                 self.make_reusable(&record);
+                self.settle_frees();
                 record
                     .extras
                     .take_if(|extras| extras.memory != MemoryIndex::ORDINARY);
@@ -335,6 +339,7 @@ impl State {
             }
         }
         self.passed = passed;
+        self.settle_frees();
     }
 
     fn count_inactive(&mut self, bytes: u64) {

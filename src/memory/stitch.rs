@@ -12,6 +12,7 @@ use super::backing::{Place, Placed, Request};
 use super::bins::Index;
 use super::fences::{Fence, Fences};
 use super::growth::MAPPED_PER_HELD;
+use super::packed::Location;
 use super::paged::PagedMemory;
 use super::ranges::RangeIndex;
 use super::territory::{Hole, PAGE, PAGE_UNITS, PageIndex};
@@ -76,8 +77,7 @@ impl PagedMemory {
             .insert(ptr, pages, taken, fences.now(request.owner));
         Some(Placed {
             ptr,
-            place: Place::Stitched(range),
-            owner: request.owner,
+            location: Location::new(request.owner, Place::Stitched(range)),
         })
     }
 
@@ -97,8 +97,7 @@ impl PagedMemory {
         let ptr = self.ranges.get(range).ptr;
         Some(Placed {
             ptr,
-            place: Place::Stitched(range),
-            owner: request.owner,
+            location: Location::new(request.owner, Place::Stitched(range)),
         })
     }
 
@@ -297,7 +296,6 @@ mod tests {
     use super::super::backing::Backing;
     use super::super::config::ReusePolicy;
     use super::super::growth::Pages;
-    use super::super::packed::Location;
     use super::*;
     use crate::driver::{Device, HostConfig};
 
@@ -316,16 +314,16 @@ mod tests {
                 may_borrow: true,
             };
             let placed = memory.find(request, fences).unwrap();
-            (placed.place, request.bytes)
+            (placed.location, request.bytes)
         };
         let (all, bytes) = place(&mut memory, &mut fences, 4);
         memory.territory.remembers_frees = true;
-        memory.free(Location::new(owner, all), bytes, fences.now(owner));
+        memory.free(all, bytes, fences.now(owner));
         let (fence, _) = fences.close_epoch(owner).unwrap();
         fences.passed(fence);
         // The first two pages once more, in an epoch that nobody has waited for.
         let (two, bytes) = place(&mut memory, &mut fences, 2);
-        memory.free(Location::new(owner, two), bytes, fences.now(owner));
+        memory.free(two, bytes, fences.now(owner));
         let mut holes: Vec<Hole> = memory.territory.holes_from(owner, PAGE_UNITS).collect();
         assert_eq!(holes.len(), 1, "all of it is one hole");
         assert_eq!(memory.newest_pages(&holes, &fences), [0, 1, 2, 3]);
