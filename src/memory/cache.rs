@@ -64,7 +64,8 @@ impl Drop for ThreadCaches {
 #[expect(unsafe_code, reason = "the fast path does without the list's checks")]
 fn current<'a>() -> Option<&'a ThreadCache> {
     // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back
-    // before it lets go of the cache. No caller keeps the reference across a call that changes the list.
+    // before it lets go of the cache. Who keeps the reference across a call that changes the list keeps its pool: the
+    // list lets go of caches of pools that are gone, and of all when the thread ends.
     unsafe { LOCAL.with(|local| local.cache.get()).as_ref() }
 }
 
@@ -72,9 +73,20 @@ fn set_current(cache: *const ThreadCache) {
     LOCAL.with(|local| local.cache.set(cache));
 }
 
+/// The calling thread's cache of a pool, and its tag.
+#[derive(Clone, Copy)]
+pub(super) struct Caller<'a> {
+    cache: &'a ThreadCache,
+    tag: TagId,
+}
+
 /// A block of the calling thread's lane in front, if that is the one named and has one.
 #[inline]
-pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Record, Miss> {
+pub(super) fn take<'a>(
+    pool: &'a Pool,
+    stream: &Stream,
+    requested: u64,
+) -> Result<Record, Miss<Caller<'a>>> {
     // First of all: the look-up is a call where this crate is part of a shared library.
     let (cache, tag) = (current(), TagId::current());
     let shared = pool.shared();
@@ -87,7 +99,18 @@ pub(super) fn take(pool: &Pool, stream: &Stream, requested: u64) -> Result<Recor
     let taken = cache.if_alone((), |contents, ()| {
         contents.take(key, tag, (requested, bytes))
     });
-    taken.unwrap_or(Err(Miss::Elsewhere))
+    match taken {
+        Ok(Ok(record)) => Ok(record),
+        Ok(Err(Miss::Here(()))) => Err(Miss::Here(Caller { cache, tag })),
+        Ok(Err(Miss::Elsewhere)) | Err(()) => Err(Miss::Elsewhere),
+    }
+}
+
+/// The calling thread's part in a pool, if it has a cache of it, which was the last that it used.
+pub(super) fn caller(shared: &Shared) -> Option<Caller<'_>> {
+    let tag = TagId::current();
+    let cache = current().filter(|cache| cache.pool == shared.id())?;
+    Some(Caller { cache, tag })
 }
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
@@ -138,17 +161,14 @@ pub(super) fn keep_anywhere(key: LaneKey, record: Record) -> Option<Record> {
 /// Places a block in memory that is free for the stream at once, when the pool has taken back what the calling
 /// thread left, and if need be also the large blocks that it keeps. If that cannot be done: the bytes that the
 /// thread still keeps for the stream.
+#[inline]
 pub(super) fn fetch(
+    Caller { cache, tag }: Caller<'_>,
     shared: &Arc<Shared>,
     state: &mut State,
     key: LaneKey,
     wanted: &Wanted<'_>,
 ) -> Result<Record, u64> {
-    let tag = TagId::current();
-    // A thread that is going down has no lanes: the pool looks by itself.
-    let Some(cache) = current().filter(|cache| cache.pool == shared.id()) else {
-        return Err(0);
-    };
     let mut refused = None;
     let found = cache
         .with_owner(|contents| contents.fetch(shared, state, key, (wanted, tag), &mut refused));

@@ -31,11 +31,11 @@ const LEFT_MAX: u32 = 16;
 const LEFT_BYTES_MIN: u64 = 32 * MIB;
 const LEFT_SHARE: u64 = 32;
 
-/// Why the fast way to a block ended without one.
+/// Why the fast way to a block ended without one. After the first, `T` is what was looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Miss {
+pub(super) enum Miss<T = ()> {
     /// The lane, which is in front, has none of that size.
-    Here,
+    Here(T),
     /// It was not looked at.
     Elsewhere,
 }
@@ -114,7 +114,7 @@ impl Contents {
         if self.front.key != key || !self.counts.is_run_of(tag) {
             return Err(Miss::Elsewhere);
         }
-        let mut record = self.front.take(bytes).ok_or(Miss::Here)?;
+        let mut record = self.front.take(bytes).ok_or(Miss::Here(()))?;
         record.size.ask_again((requested, bytes), tag);
         self.counts.allocate(requested, bytes);
         Ok(record)

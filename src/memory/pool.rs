@@ -8,7 +8,7 @@ use std::thread;
 use super::arena::GRANULARITY;
 use super::backing::{Place, Refusal};
 use super::block::{self, Block, BlockRecord, Extras};
-use super::cache::{self, Close, ThreadCache};
+use super::cache::{self, Caller, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;
 use super::fences::Fence;
@@ -153,16 +153,30 @@ impl Pool {
         if let Some(record) = cache::take_anywhere(shared, key, (requested, wanted.bytes)) {
             return Ok(Block::new(Some(record)));
         }
-        self.allocate_past_lane(requested, stream, Miss::Here)
+        // A thread that is going down has no cache: the pool looks by itself.
+        match cache::caller(shared) {
+            Some(caller) => self.allocate_past_lane(requested, stream, Miss::Here(caller)),
+            None => {
+                let mut state = shared.lock();
+                reclaim::prepare(shared, &mut state, stream);
+                let found = reclaim::allocate(shared, state, wanted)?;
+                Ok(Block::new(Some(record_of(found, wanted, shared))))
+            }
+        }
     }
 
     /// Allocates what the lane in front did not have. After [`Miss::Here`] the memory is ordinary and the stream of the
     /// pool's device: there was no route when the lane was looked at, and no other stream has a lane.
     #[inline(never)]
-    fn allocate_past_lane(&self, requested: u64, stream: &Stream, miss: Miss) -> Result<Block> {
-        if miss == Miss::Elsewhere {
+    fn allocate_past_lane(
+        &self,
+        requested: u64,
+        stream: &Stream,
+        miss: Miss<Caller<'_>>,
+    ) -> Result<Block> {
+        let Miss::Here(caller) = miss else {
             return self.allocate_anywhere(requested, stream);
-        }
+        };
         if requested == 0 {
             return Ok(Block::new(None));
         }
@@ -171,7 +185,7 @@ impl Pool {
         let key = LaneKey::new(shared.id, stream.id());
         let mut state = shared.lock();
         reclaim::prepare(shared, &mut state, stream);
-        let record = match cache::fetch(shared, &mut state, key, &wanted) {
+        let record = match cache::fetch(caller, shared, &mut state, key, &wanted) {
             Ok(record) => record,
             Err(kept) => {
                 let found = reclaim::allocate(shared, state, Wanted { kept, ..wanted })?;

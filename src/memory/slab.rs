@@ -39,12 +39,22 @@ impl<B: Linked> Slab<B> {
 
     #[inline]
     pub(super) fn insert(&mut self, block: B) -> Index {
-        if let Some(index) = self.unused.pop() {
-            self.slots[index as usize] = block;
-            return index;
-        }
+        let index = self.vacant();
+        *self.at_mut(index) = block;
+        index
+    }
+
+    /// A place for a block, with whatever in it. The caller puts one there.
+    #[inline]
+    pub(super) fn vacant(&mut self) -> Index {
+        self.unused.pop().unwrap_or_else(|| self.grow())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn grow(&mut self) -> Index {
         let index = Index::try_from(self.slots.len()).expect("fewer than 2^32 blocks");
-        self.slots.push(block);
+        self.slots.push(self.slots[0]);
         index
     }
 

@@ -10,40 +10,51 @@ use std::cell::Cell;
 
 use super::bins::{Index, NONE};
 
-/// Pages for which one word of the bitmap stands.
-const WORD: usize = 64;
+/// Pages that have their notes side by side.
+const SPAN: usize = 64;
 
 /// A block that began in each page.
 #[derive(Debug, Default)]
 pub(super) struct Starts {
-    noted: Vec<Index>,
-    /// Bit `p % 64` of word `p / 64`: page `p` has a note that may hold.
-    some: Vec<Cell<u64>>,
+    pages: usize,
+    spans: Vec<Span>,
+}
+
+/// The notes of [`SPAN`] pages.
+#[derive(Clone, Debug)]
+struct Span {
+    /// Bit `p`: the page has a note that may hold.
+    some: Cell<u64>,
+    noted: [Index; SPAN],
 }
 
 impl Starts {
     /// Pages there are.
     pub(super) fn len(&self) -> usize {
-        self.noted.len()
+        self.pages
     }
 
     /// Adds pages without a note, up to `pages` in all.
     pub(super) fn extend(&mut self, pages: usize) {
-        self.noted.resize(pages, NONE);
-        self.some.resize_with(pages.div_ceil(WORD), Cell::default);
+        let span = Span {
+            some: Cell::new(0),
+            noted: [NONE; SPAN],
+        };
+        self.spans.resize(pages.div_ceil(SPAN), span);
+        self.pages = pages;
     }
 
     /// Notes that block `index` begins in `page`.
     #[inline]
     pub(super) fn note(&mut self, page: usize, index: Index) {
-        self.noted[page] = index;
-        let word = self.some[page / WORD].get_mut();
-        *word |= 1 << (page % WORD);
+        let span = &mut self.spans[page / SPAN];
+        span.noted[page % SPAN] = index;
+        *span.some.get_mut() |= 1 << (page % SPAN);
     }
 
     /// The block that was noted last in `page`, if any was.
     pub(super) fn noted(&self, page: usize) -> Option<Index> {
-        let index = self.noted[page];
+        let index = self.spans[page / SPAN].noted[page % SPAN];
         (index != NONE).then_some(index)
     }
 
@@ -53,24 +64,24 @@ impl Starts {
         page: usize,
         holds: impl Fn(usize, Index) -> bool,
     ) -> Option<Index> {
-        // Of the first word nothing but what lies before the page, which may be one past the end.
-        let mut word = page / WORD;
-        let mut mask = !(u64::MAX << (page % WORD));
-        loop {
-            let bits = self.some.get(word).map_or(0, Cell::get) & mask;
-            if bits == 0 {
-                word = word.checked_sub(1)?;
-                mask = u64::MAX;
-                continue;
+        let (first, offset) = (page / SPAN, page % SPAN);
+        // The page may be one past the end, at the begin of a span that is not there.
+        let spans = self.spans.iter().enumerate().take(first + 1);
+        for (number, span) in spans.rev() {
+            let mut bits = span.some.get();
+            if number == first {
+                bits &= !(u64::MAX << offset);
             }
-            let last = WORD - 1 - bits.leading_zeros() as usize;
-            let page = word * WORD + last;
-            if holds(page, self.noted[page]) {
-                return Some(self.noted[page]);
+            while bits != 0 {
+                let last = SPAN - 1 - bits.leading_zeros() as usize;
+                if holds(number * SPAN + last, span.noted[last]) {
+                    return Some(span.noted[last]);
+                }
+                bits &= !(1 << last);
+                span.some.set(span.some.get() & !(1 << last));
             }
-            let some = &self.some[word];
-            some.set(some.get() & !(1 << last));
         }
+        None
     }
 }
 

@@ -280,17 +280,18 @@ impl Territory {
     /// Cuts block `index`, which is not filed, in two at `at`; returns the second part, of the same holder.
     #[inline(always)]
     fn cut(&mut self, index: Index, at: Units) -> Index {
-        let block = *self.blocks.at(index);
+        let second = self.blocks.vacant();
+        let first = self.blocks.at_mut(index);
+        let block = *first;
         debug_assert!(block.start < at && at < block.end());
-        let second = self.blocks.insert(Block {
+        first.link.units = at - block.start;
+        first.after = second;
+        *self.blocks.at_mut(second) = Block {
             link: Link::new(block.end() - at),
             start: at,
             before: index,
             ..block
-        });
-        let first = self.blocks.at_mut(index);
-        first.link.units = at - block.start;
-        first.after = second;
+        };
         self.blocks.at_mut(block.after).before = second;
         self.starts.note(page_of(at), second);
         second
