@@ -202,17 +202,30 @@ impl Contents {
             self.fold(state);
         }
         let found = self.place(shared, state, wanted);
-        found.or_else(|kept| {
-            self.learn(state);
-            self.leave_hot();
-            if self.left.is_none() {
-                return Err(kept);
-            }
-            self.give_left(state, refused);
-            self.place(shared, state, wanted)
-        })
+        found.or_else(|kept| self.fetch_again(shared, state, (wanted, kept), refused))
     }
 
+    /// Places a block after the large blocks went back that lanes keep, if they keep any beside `kept` bytes.
+    #[cold]
+    #[inline(never)]
+    fn fetch_again(
+        &mut self,
+        shared: &Arc<Shared>,
+        state: &mut State,
+        (wanted, kept): ((&Wanted<'_>, TagId), u64),
+        refused: &mut List,
+    ) -> Result<Record, u64> {
+        self.learn(state);
+        self.leave_hot();
+        if self.left.is_none() {
+            return Err(kept);
+        }
+        self.give_all_left(state, refused);
+        self.place(shared, state, wanted)
+    }
+
+    // Always: it is all that happens to most blocks that no lane had.
+    #[inline(always)]
     fn place(
         &mut self,
         shared: &Arc<Shared>,

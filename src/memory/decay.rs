@@ -17,7 +17,7 @@ pub(super) struct Decay {
     /// How long memory may be idle; `None` for ever.
     period: Option<Duration>,
     begun: Instant,
-    /// Bytes in blocks, and the most there were in this period; 0 where nothing decays.
+    /// Bytes in blocks, and the most there were in this period.
     in_use: u64,
     peak: u64,
 }
@@ -34,17 +34,13 @@ impl Decay {
 
     #[inline]
     pub(super) fn take(&mut self, bytes: u64) {
-        if self.is_on() {
-            self.in_use += bytes;
-            self.peak = self.peak.max(self.in_use);
-        }
+        self.in_use += bytes;
+        self.peak = self.peak.max(self.in_use);
     }
 
     #[inline]
     pub(super) fn give(&mut self, bytes: u64) {
-        if self.is_on() {
-            self.in_use -= bytes;
-        }
+        self.in_use -= bytes;
     }
 
     /// Whether there is a clock to look at.

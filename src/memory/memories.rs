@@ -14,29 +14,31 @@ use super::fences::{COMMON, Fence, Fences};
 use super::territory::Owner;
 use crate::error::Result;
 
-/// A memory's place in the list of its pool.
+/// The number of a memory in its pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MemoryIndex(u32);
 
 impl MemoryIndex {
     pub(super) const ORDINARY: Self = Self(0);
 
+    /// Of a private memory: its place in the list of these.
     fn slot(self) -> usize {
-        self.0 as usize
+        self.0 as usize - 1
     }
 }
 
 #[derive(Debug)]
-struct Memory {
+struct Private {
     backing: Box<dyn Backing>,
     /// Once released: what has to be passed before a page may go.
     released: Option<Vec<Fence>>,
 }
 
-/// All memories of a pool, the ordinary one first.
+/// All memories of a pool.
 #[derive(Debug)]
 pub(super) struct Memories {
-    list: Vec<Option<Memory>>,
+    ordinary: Box<dyn Backing>,
+    private: Vec<Option<Private>>,
     /// Most bytes that all of them may hold, if that is not left to the device.
     limit: Option<u64>,
     /// What they held when the limit was set: a lower one does not take it away.
@@ -47,49 +49,50 @@ pub(super) struct Memories {
 
 impl Memories {
     pub(super) fn new(ordinary: Box<dyn Backing>, limit: Option<u64>) -> Self {
-        let ordinary = Memory {
-            backing: ordinary,
-            released: None,
-        };
         Self {
-            list: vec![Some(ordinary)],
+            ordinary,
+            private: Vec::new(),
             limit,
             held_at_limit: 0,
             gone: Totals::default(),
         }
     }
 
-    /// No memory at all, for a pool that is gone.
-    pub(super) fn none() -> Self {
-        Self {
-            list: Vec::new(),
-            limit: None,
-            held_at_limit: 0,
-            gone: Totals::default(),
-        }
+    /// Every memory, the ordinary one first.
+    fn all(&self) -> impl Iterator<Item = &dyn Backing> {
+        let private = self.private.iter().flatten();
+        std::iter::once(&*self.ordinary).chain(private.map(|memory| &*memory.backing))
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Box<dyn Backing>> {
+        let private = self.private.iter_mut().flatten();
+        std::iter::once(&mut self.ordinary).chain(private.map(|memory| &mut memory.backing))
     }
 
     /// Adds a private memory.
     pub(super) fn add(&mut self, backing: Box<dyn Backing>) -> MemoryIndex {
-        let memory = Some(Memory {
+        let memory = Some(Private {
             backing,
             released: None,
         });
-        let slot = match self.list.iter().position(Option::is_none) {
+        let slot = match self.private.iter().position(Option::is_none) {
             Some(vacant) => {
-                self.list[vacant] = memory;
+                self.private[vacant] = memory;
                 vacant
             }
             None => {
-                self.list.push(memory);
-                self.list.len() - 1
+                self.private.push(memory);
+                self.private.len() - 1
             }
         };
-        MemoryIndex(u32::try_from(slot).expect("fewer private pools than 2^32"))
+        MemoryIndex(u32::try_from(slot + 1).expect("fewer private pools than 2^32"))
     }
 
     pub(super) fn get(&self, index: MemoryIndex) -> &dyn Backing {
-        let memory = self.list[index.slot()].as_ref();
+        if index == MemoryIndex::ORDINARY {
+            return &*self.ordinary;
+        }
+        let memory = self.private[index.slot()].as_ref();
         &*memory
             .expect("a memory outlives its users and blocks")
             .backing
@@ -97,7 +100,10 @@ impl Memories {
 
     #[inline]
     pub(super) fn get_mut(&mut self, index: MemoryIndex) -> &mut dyn Backing {
-        let memory = self.list[index.slot()].as_mut();
+        if index == MemoryIndex::ORDINARY {
+            return &mut *self.ordinary;
+        }
+        let memory = self.private[index.slot()].as_mut();
         &mut *memory
             .expect("a memory outlives its users and blocks")
             .backing
@@ -130,15 +136,15 @@ impl Memories {
     /// Says that nothing will be placed in a private memory again, and that graphs on it may run until
     /// `ends` are passed.
     pub(super) fn release(&mut self, index: MemoryIndex, ends: Vec<Fence>) {
-        let memory = self.list[index.slot()].as_mut();
+        let memory = self.private[index.slot()].as_mut();
         memory.expect("a memory is released once").released = Some(ends);
         self.drop_empty();
     }
 
     /// Forgets released memories that hold nothing.
     fn drop_empty(&mut self) {
-        for slot in &mut self.list {
-            let is_empty = |memory: &mut Memory| {
+        for slot in &mut self.private {
+            let is_empty = |memory: &mut Private| {
                 memory.released.is_some() && memory.backing.totals().segments == 0
             };
             if let Some(memory) = slot.take_if(is_empty) {
@@ -151,25 +157,25 @@ impl Memories {
 
     /// As [`Backing::settle`].
     pub(super) fn settle(&mut self, fences: &mut Fences) {
-        for memory in self.list.iter_mut().flatten() {
-            memory.backing.settle(fences);
+        for backing in self.all_mut() {
+            backing.settle(fences);
         }
     }
 
     /// As [`Backing::adopt`].
     pub(super) fn adopt(&mut self, owner: Owner) {
-        for memory in self.list.iter_mut().flatten() {
-            memory.backing.adopt(owner);
+        for backing in self.all_mut() {
+            backing.adopt(owner);
         }
     }
 
     /// Whether a request for this memory may find room only after idle memory went back to the driver: its
     /// own, where streams do not share, or that of another memory.
     pub(super) fn returning_helps(&self, index: MemoryIndex) -> bool {
-        let is_released = |memory: &Memory| memory.released.is_some();
+        let is_released = |memory: &Private| memory.released.is_some();
         index != MemoryIndex::ORDINARY
             || !self.get(index).shares_free_memory()
-            || self.list.iter().flatten().any(is_released)
+            || self.private.iter().flatten().any(is_released)
     }
 
     /// Free bytes by stream whose passing would make them usable by `owner` in this memory, or returnable
@@ -181,19 +187,22 @@ impl Memories {
         fences: &Fences,
     ) -> BTreeMap<Owner, u64> {
         let mut behind = self.get(index).bytes_behind(owner, fences);
-        for (slot, memory) in self.list.iter().enumerate() {
-            let Some(memory) = memory else { continue };
-            let is_returned = slot == MemoryIndex::ORDINARY.slot() || memory.released.is_some();
-            if slot == index.slot() || !is_returned {
-                continue;
-            }
-            // The requester's own as well: idle memory is returned only once it is complete.
-            for (owner, bytes) in memory.backing.bytes_behind(COMMON, fences) {
+        // The requester's own as well: idle memory is returned only once it is complete.
+        let mut add_returnable = |backing: &dyn Backing, ends: &[Fence]| {
+            for (owner, bytes) in backing.bytes_behind(COMMON, fences) {
                 *behind.entry(owner).or_default() += bytes;
             }
-            let ends = memory.released.iter().flatten();
-            for end in ends.filter(|end| !fences.is_known_complete(**end)) {
-                *behind.entry(end.owner).or_default() += memory.backing.totals().reserved_bytes;
+            for end in ends.iter().filter(|end| !fences.is_known_complete(**end)) {
+                *behind.entry(end.owner).or_default() += backing.totals().reserved_bytes;
+            }
+        };
+        if index != MemoryIndex::ORDINARY {
+            add_returnable(&*self.ordinary, &[]);
+        }
+        // A request is for none that is released.
+        for memory in self.private.iter().flatten() {
+            if let Some(ends) = &memory.released {
+                add_returnable(&*memory.backing, ends);
             }
         }
         behind
@@ -201,10 +210,10 @@ impl Memories {
 
     /// Whether nothing here belongs to `owner` or waits for it.
     pub(super) fn needs_nothing_of(&self, owner: Owner) -> bool {
-        self.list.iter().flatten().all(|memory| {
-            let mut ends = memory.released.iter().flatten();
-            memory.backing.holds_nothing_of(owner) && ends.all(|end| end.owner != owner)
-        })
+        let private = self.private.iter().flatten();
+        let mut ends = private.flat_map(|memory| memory.released.iter().flatten());
+        self.all().all(|backing| backing.holds_nothing_of(owner))
+            && ends.all(|end| end.owner != owner)
     }
 
     /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
@@ -214,7 +223,7 @@ impl Memories {
     /// The first refusal of the driver; what it refused is kept.
     pub(super) fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         let mut outcome = Ok(());
-        for memory in self.list.iter_mut().flatten() {
+        for memory in self.private.iter_mut().flatten() {
             let Some(ends) = &mut memory.released else {
                 continue;
             };
@@ -225,18 +234,13 @@ impl Memories {
             }
         }
         self.drop_empty();
-        let others = self.private_bytes();
-        if let Some(Some(ordinary)) = self.list.first_mut() {
-            let keep = keep.saturating_sub(others);
-            outcome = outcome.and(ordinary.backing.release_idle(keep, fences));
-        }
-        outcome
+        let keep = keep.saturating_sub(self.private_bytes());
+        outcome.and(self.ordinary.release_idle(keep, fences))
     }
 
     /// Free blocks in partly used segments, and their bytes.
     pub(super) fn inactive_split(&self) -> (u64, u64) {
-        let parts = self.list.iter().flatten();
-        let parts = parts.map(|memory| memory.backing.inactive_split());
+        let parts = self.all().map(Backing::inactive_split);
         parts.fold((0, 0), |(bytes, n), (more, blocks)| {
             (bytes + more, n + blocks)
         })
@@ -244,9 +248,8 @@ impl Memories {
 
     /// Sums over all memories, those that are gone included.
     pub(super) fn totals(&self) -> Totals {
-        let parts = self.list.iter().flatten();
-        parts.fold(self.gone, |sum, memory| {
-            let part = memory.backing.totals();
+        self.all().fold(self.gone, |sum, backing| {
+            let part = backing.totals();
             Totals {
                 segments: sum.segments + part.segments,
                 reserved_bytes: sum.reserved_bytes + part.reserved_bytes,
@@ -258,7 +261,7 @@ impl Memories {
 
     /// Bytes held for private pools.
     pub(super) fn private_bytes(&self) -> u64 {
-        let private = self.list.iter().skip(1).flatten();
+        let private = self.private.iter().flatten();
         private
             .map(|memory| memory.backing.totals().reserved_bytes)
             .sum()
@@ -272,7 +275,6 @@ impl Memories {
             most.is_none_or(|most| total <= most),
             "{total} bytes exceed {most:?}"
         );
-        let parts = self.list.iter().flatten();
-        parts.map(|memory| memory.backing.check_invariants()).sum()
+        self.all().map(Backing::check_invariants).sum()
     }
 }

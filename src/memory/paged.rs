@@ -16,7 +16,7 @@ use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
 use super::packed::Location;
-use super::ranges::Ranges;
+use super::ranges::{RangeIndex, Ranges};
 use super::small::{Lease, SmallBlocks};
 use super::territory::{Hole, Owner, PAGE, PAGE_UNITS, Territory};
 use crate::error::Result;
@@ -341,6 +341,23 @@ impl PagedMemory {
     fn free_home(&mut self, index: Index, fence: Fence) {
         self.territory.free(index, fence.owner, fence.epoch);
     }
+
+    // Never, nor the next: they would have large blocks saved registers for.
+    #[inline(never)]
+    fn free_small(&mut self, index: Index, fence: Fence) {
+        let small = self.small.get_mut(&fence.owner);
+        let small = small.expect("small blocks outlive their blocks");
+        if let Some(lease) = small.free(index, fence.epoch) {
+            self.free_home(lease.block, fence);
+        }
+    }
+
+    #[inline(never)]
+    fn free_stitched(&mut self, range: RangeIndex, fence: Fence) {
+        for index in self.ranges.release(range, fence) {
+            self.free_home(index, fence);
+        }
+    }
 }
 
 impl Backing for PagedMemory {
@@ -370,21 +387,9 @@ impl Backing for PagedMemory {
     fn free(&mut self, location: Location, bytes: u64, fence: Fence) {
         self.in_use -= bytes;
         match location.place() {
-            Place::Small(index) | Place::Lent { index, .. } => {
-                let small = self
-                    .small
-                    .get_mut(&fence.owner)
-                    .expect("small blocks outlive their blocks");
-                if let Some(lease) = small.free(index, fence.epoch) {
-                    self.free_home(lease.block, fence);
-                }
-            }
             Place::Large(index) => self.free_home(index, fence),
-            Place::Stitched(range) => {
-                for index in self.ranges.release(range, fence) {
-                    self.free_home(index, fence);
-                }
-            }
+            Place::Small(index) | Place::Lent { index, .. } => self.free_small(index, fence),
+            Place::Stitched(range) => self.free_stitched(range, fence),
         }
     }
 

@@ -107,7 +107,12 @@ impl State {
 
     /// Takes everything out, and leaves a state of which nothing may be asked.
     pub(super) fn take(&mut self) -> Self {
-        let nothing = Self::with(&self.device, &self.config, Memories::none());
+        let no_memory = Box::new(SegmentedMemory::new(&self.device, Some(0)));
+        let nothing = Self::with(
+            &self.device,
+            &self.config,
+            Memories::new(no_memory, Some(0)),
+        );
         std::mem::replace(self, nothing)
     }
 
