@@ -2,7 +2,7 @@
 //!
 //! Blocks come and go with every allocation, and hardly anyone asks what lies over a page. So a page has a note of one
 //! block that began in it when the block was made, and nothing is done when one goes. Who asks says which notes still
-//! hold, and the others are forgotten then.
+//! hold, and the others are forgotten then; and notes the blocks that are passed on the way, so that no way is gone twice.
 //!
 //! Must not know: what blocks are, where they end.
 
@@ -25,7 +25,7 @@ pub(super) struct Starts {
 struct Span {
     /// Bit `p`: the page has a note that may hold.
     some: Cell<u64>,
-    noted: [Index; SPAN],
+    noted: [Cell<Index>; SPAN],
 }
 
 impl Starts {
@@ -38,7 +38,7 @@ impl Starts {
     pub(super) fn extend(&mut self, pages: usize) {
         let span = Span {
             some: Cell::new(0),
-            noted: [NONE; SPAN],
+            noted: [const { Cell::new(NONE) }; SPAN],
         };
         self.spans.resize(pages.div_ceil(SPAN), span);
         self.pages = pages;
@@ -46,15 +46,15 @@ impl Starts {
 
     /// Notes that block `index` begins in `page`.
     #[inline]
-    pub(super) fn note(&mut self, page: usize, index: Index) {
-        let span = &mut self.spans[page / SPAN];
-        span.noted[page % SPAN] = index;
-        *span.some.get_mut() |= 1 << (page % SPAN);
+    pub(super) fn note(&self, page: usize, index: Index) {
+        let span = &self.spans[page / SPAN];
+        span.noted[page % SPAN].set(index);
+        span.some.set(span.some.get() | 1 << (page % SPAN));
     }
 
     /// The block that was noted last in `page`, if any was.
     pub(super) fn noted(&self, page: usize) -> Option<Index> {
-        let index = self.spans[page / SPAN].noted[page % SPAN];
+        let index = self.spans[page / SPAN].noted[page % SPAN].get();
         (index != NONE).then_some(index)
     }
 
@@ -74,8 +74,9 @@ impl Starts {
             }
             while bits != 0 {
                 let last = SPAN - 1 - bits.leading_zeros() as usize;
-                if holds(number * SPAN + last, span.noted[last]) {
-                    return Some(span.noted[last]);
+                let noted = span.noted[last].get();
+                if holds(number * SPAN + last, noted) {
+                    return Some(noted);
                 }
                 bits &= !(1 << last);
                 span.some.set(span.some.get() & !(1 << last));

@@ -154,9 +154,11 @@ impl Territory {
         let holds = |page, index| page_of(self.blocks.at(index).start) == page;
         let first = self.blocks.at(NONE).after;
         let mut index = self.starts.before(page, holds).unwrap_or(first);
-        // The others that begin in that page, small ones, as blocks without a gap.
+        // From there on blocks lie without a gap.
         while self.blocks.at(index).end() <= at {
             index = self.blocks.at(index).after;
+            self.starts
+                .note(page_of(self.blocks.at(index).start), index);
         }
         index
     }

@@ -88,6 +88,29 @@ fn returned_homes_are_used_again() {
 }
 
 #[test]
+fn the_way_to_a_block_is_gone_once() {
+    let mut territory = one_owner(100);
+    let blocks: Vec<Index> = (0..400)
+        .map(|_| territory.allocate(0, PAGE_UNITS / 4).unwrap().0)
+        .collect();
+    // Two blocks of each page become one: the one behind was noted last and is gone.
+    for page in blocks.chunks(4) {
+        territory.free(page[2], 0, 1);
+        territory.free(page[3], 0, 1);
+    }
+    let holds = |territory: &Territory, page: PageIndex| {
+        let noted = territory.starts.noted(page).unwrap();
+        page_of(territory.blocks.at(noted).start) == page
+    };
+    assert!((0..100).all(|page| !holds(&territory, page)));
+    assert_eq!(territory.over(50), blocks[200]);
+    assert!((0..=50).all(|page| holds(&territory, page)));
+    assert_eq!(territory.over(99), blocks[396]);
+    assert!((0..100).all(|page| holds(&territory, page)));
+    territory.check_invariants();
+}
+
+#[test]
 fn random_operations_keep_the_invariants() {
     let mut random = fastrand::Rng::with_seed(11);
     let mut territory = one_owner(6);
