@@ -6,7 +6,7 @@
 //!
 //! Invariants: free parts lie in windows, and no two of one window touch. Must not know: pages, what is mapped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::driver::{DevicePtr, Driver};
@@ -17,8 +17,35 @@ pub(super) struct Addresses {
     driver: Arc<dyn Driver>,
     /// Bytes by start.
     windows: BTreeMap<u64, u64>,
+    free: Parts,
+}
+
+/// Parts of windows.
+#[derive(Debug, Default)]
+struct Parts {
     /// Bytes by start.
-    free: BTreeMap<u64, u64>,
+    by_start: BTreeMap<u64, u64>,
+    /// Bytes and start.
+    by_size: BTreeSet<(u64, u64)>,
+}
+
+impl Parts {
+    fn insert(&mut self, start: u64, bytes: u64) {
+        self.by_start.insert(start, bytes);
+        self.by_size.insert((bytes, start));
+    }
+
+    fn remove(&mut self, start: u64) {
+        if let Some(bytes) = self.by_start.remove(&start) {
+            self.by_size.remove(&(bytes, start));
+        }
+    }
+
+    /// Start and bytes of the smallest part of at least `bytes`.
+    fn best_fit(&self, bytes: u64) -> Option<(u64, u64)> {
+        let (bytes, start) = self.by_size.range((bytes, 0)..).next()?;
+        Some((*start, *bytes))
+    }
 }
 
 impl Addresses {
@@ -27,20 +54,18 @@ impl Addresses {
         Self {
             driver,
             windows: BTreeMap::new(),
-            free: BTreeMap::new(),
+            free: Parts::default(),
         }
     }
 
     /// `bytes` of addresses (not 0, a multiple of the page size), out of a new window of `window` bytes if there
     /// are none; `None` if the driver has no range that large.
     pub(super) fn take(&mut self, bytes: u64, window: u64) -> Option<DevicePtr> {
-        let fits = |(_, free): &(&u64, &u64)| **free >= bytes;
-        let found = self.free.iter().find(fits);
-        let (start, free) = match found.map(|(start, free)| (*start, *free)) {
+        let (start, free) = match self.free.best_fit(bytes) {
             Some(part) => part,
             None => self.reserve(bytes, window)?,
         };
-        self.free.remove(&start);
+        self.free.remove(start);
         if free > bytes {
             self.free.insert(start + bytes, free - bytes);
         }
@@ -62,17 +87,18 @@ impl Addresses {
         let (mut start, mut bytes) = (ptr.0, bytes);
         // Windows may touch; a range in two of them would be none to the driver.
         let end = start + bytes;
-        if let Some(after) = self.free.get(&end).copied()
+        if let Some(after) = self.free.by_start.get(&end).copied()
             && !self.windows.contains_key(&end)
         {
-            self.free.remove(&end);
+            self.free.remove(end);
             bytes += after;
         }
-        let before = self.free.range(..start).next_back();
+        let before = self.free.by_start.range(..start).next_back();
         if let Some((&before, &length)) = before
             && before + length == start
             && !self.windows.contains_key(&start)
         {
+            self.free.remove(before);
             start = before;
             bytes += length;
         }
@@ -84,7 +110,7 @@ impl Drop for Addresses {
     fn drop(&mut self) {
         for (start, bytes) in &self.windows {
             // Where something is still mapped the addresses are lost.
-            if self.free.get(start) == Some(bytes) {
+            if self.free.by_start.get(start) == Some(bytes) {
                 drop(self.driver.release(DevicePtr(*start), *bytes));
             }
         }
@@ -109,11 +135,16 @@ mod tests {
         let mut addresses = addresses();
         let [a, b, c] = [1, 2, 3].map(|pages| addresses.take(pages * PAGE, 6 * PAGE).unwrap());
         assert_eq!((b.0 - a.0, c.0 - a.0), (PAGE, 3 * PAGE));
-        assert_eq!((addresses.windows.len(), addresses.free.len()), (1, 0));
+        assert_eq!(addresses.windows.len(), 1);
+        assert_eq!(addresses.free.best_fit(1), None);
         addresses.give_back(a, PAGE);
         addresses.give_back(c, 3 * PAGE);
         addresses.give_back(b, 2 * PAGE);
-        assert_eq!(addresses.free, addresses.windows, "all parts merged");
+        assert_eq!(
+            addresses.free.by_start, addresses.windows,
+            "all parts merged"
+        );
+        assert_eq!(addresses.free.best_fit(1), Some((a.0, 6 * PAGE)));
         assert_eq!(addresses.take(6 * PAGE, PAGE), Some(a));
         assert!(addresses.take(PAGE, PAGE).is_some());
         assert_eq!(addresses.windows.len(), 2);
@@ -126,11 +157,11 @@ mod tests {
         addresses.windows = BTreeMap::from([(start, bytes), (start + bytes, bytes)]);
         addresses.give_back(DevicePtr(start), bytes);
         addresses.give_back(DevicePtr(start + bytes), bytes);
-        assert_eq!(addresses.free, addresses.windows);
-        addresses.free.clear();
+        assert_eq!(addresses.free.by_start, addresses.windows);
+        addresses.free = Parts::default();
         addresses.give_back(DevicePtr(start + bytes), bytes);
         addresses.give_back(DevicePtr(start), bytes);
-        assert_eq!(addresses.free, addresses.windows);
+        assert_eq!(addresses.free.by_start, addresses.windows);
         // Nothing to release: the driver never reserved these.
         addresses.windows.clear();
     }

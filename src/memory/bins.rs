@@ -9,7 +9,10 @@
 //! Invariants: a block is in at most one bin, the one its size names; a bitmap bit is set if and only if
 //! its bin is occupied. Must not know: addresses, streams, why a block is free.
 
+use std::cmp::Reverse;
 use std::hint::select_unpredictable;
+
+use smallvec::SmallVec;
 
 /// A block's index in its arena's slab.
 pub(super) type Index = u32;
@@ -271,8 +274,7 @@ impl Bins {
 
     /// Size of the largest filed block, in units.
     pub(super) fn largest(&self, links: &impl Links) -> Option<Units> {
-        let word = self.occupied.iter().rposition(|word| *word != 0)?;
-        let bin = word * 64 + (63 - self.occupied[word].leading_zeros() as usize);
+        let bin = self.last_occupied(BINS)?;
         self.members(links, bin).map(|(_, units)| units).max()
     }
 
@@ -294,6 +296,45 @@ impl Bins {
         std::iter::successors(first, |bin| self.next_occupied(bin + 1))
             .flat_map(move |bin| self.members(links, bin))
             .filter(move |(_, size)| *size >= units)
+    }
+
+    /// Filed blocks of at least `units`, the largest first.
+    pub(super) fn largest_first<'a, L: Links>(
+        &'a self,
+        links: &'a L,
+        units: Units,
+    ) -> impl Iterator<Item = (Index, Units)> + 'a {
+        let least = Self::bin_of(units);
+        let bins = std::iter::successors(self.last_occupied(BINS), |bin| self.last_occupied(*bin));
+        bins.take_while(move |bin| *bin >= least)
+            .flat_map(move |bin| {
+                let members = self.members(links, bin);
+                let mut members: SmallVec<[_; 8]> = members.collect();
+                members.sort_by_key(|(_, size)| Reverse(*size));
+                members
+            })
+            .take_while(move |(_, size)| *size >= units)
+    }
+
+    /// The last occupied bin before `bin`.
+    fn last_occupied(&self, bin: usize) -> Option<usize> {
+        let below = |bits: u64, end: usize| bits & !(u64::MAX << end);
+        let last = |bits: u64| 63 - bits.leading_zeros() as usize;
+        let word = bin / 64;
+        let here = self
+            .occupied
+            .get(word)
+            .map_or(0, |bits| below(*bits, bin % 64));
+        if here != 0 {
+            return Some(word * 64 + last(here));
+        }
+        let words = if word < 64 {
+            below(self.summary, word)
+        } else {
+            self.summary
+        };
+        let word = (words != 0).then(|| last(words))?;
+        Some(word * 64 + last(self.occupied[word]))
     }
 
     fn members<'a, L: Links>(
@@ -379,6 +420,19 @@ mod tests {
         assert_eq!(found(2001), Some(4_000_000));
         assert_eq!(found(4_000_001), None);
         assert_eq!(bins.largest(&slab), Some(4_000_000));
+    }
+
+    #[test]
+    fn the_largest_come_first() {
+        let sizes = [9, 70_001, 70_000, 2048, 70_001, 64, 63, 5_000_000];
+        let (bins, slab) = filed(&sizes);
+        let mut sorted = sizes.to_vec();
+        sorted.sort_unstable_by_key(|size| Reverse(*size));
+        for least in [1, 63, 64, 65, 2048, 70_001, 5_000_000, 5_000_001] {
+            let found = bins.largest_first(&slab, least).map(|(_, size)| size);
+            let expected = sorted.iter().copied().filter(|size| *size >= least);
+            assert!(found.eq(expected), "at least {least}");
+        }
     }
 
     #[test]

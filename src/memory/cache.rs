@@ -12,6 +12,7 @@
 //! Lock order: the pool's state, then a cache. Nothing here waits for the state from inside a cache.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
 
@@ -78,6 +79,19 @@ fn set_current(cache: *const ThreadCache) {
 pub(super) struct Caller<'a> {
     cache: &'a ThreadCache,
     tag: TagId,
+    /// The cache is that thread's to enter.
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'a> Caller<'a> {
+    #[inline]
+    fn new(cache: &'a ThreadCache, tag: TagId) -> Self {
+        Self {
+            cache,
+            tag,
+            not_send: PhantomData,
+        }
+    }
 }
 
 /// A block of the calling thread's lane in front, if that is the one named and has one.
@@ -101,7 +115,7 @@ pub(super) fn take<'a>(
     });
     match taken {
         Ok(Ok(record)) => Ok(record),
-        Ok(Err(Miss::Here(()))) => Err(Miss::Here(Caller { cache, tag })),
+        Ok(Err(Miss::Here(()))) => Err(Miss::Here(Caller::new(cache, tag))),
         Ok(Err(Miss::Elsewhere)) | Err(()) => Err(Miss::Elsewhere),
     }
 }
@@ -110,7 +124,7 @@ pub(super) fn take<'a>(
 pub(super) fn caller(shared: &Shared) -> Option<Caller<'_>> {
     let tag = TagId::current();
     let cache = current().filter(|cache| cache.pool == shared.id())?;
-    Some(Caller { cache, tag })
+    Some(Caller::new(cache, tag))
 }
 
 /// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
@@ -163,7 +177,7 @@ pub(super) fn keep_anywhere(key: LaneKey, record: Record) -> Option<Record> {
 /// thread still keeps for the stream.
 #[inline]
 pub(super) fn fetch(
-    Caller { cache, tag }: Caller<'_>,
+    Caller { cache, tag, .. }: Caller<'_>,
     shared: &Arc<Shared>,
     state: &mut State,
     key: LaneKey,
@@ -252,7 +266,7 @@ impl ThreadCache {
     )]
     fn with_owner<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> R {
         // SAFETY: private to this file, where it is called for caches found in the calling thread's
-        // storage only, and each is in one thread's.
+        // storage only, and each is in one thread's. A `Caller` stays on its thread.
         unsafe { self.contents.with_owner(with) }
     }
 

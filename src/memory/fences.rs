@@ -31,9 +31,9 @@ pub(super) const OWNER_BITS: u32 = 20;
 /// Bits of an epoch. A number whose epoch moves on every microsecond needs more after a hundred days.
 pub(super) const EPOCH_BITS: u32 = 43;
 
-/// Frees between two events of a stream whose memory others ask for in vain.
+/// Frees between two events of a stream whose memory others ask for in vain; more where more come back at once.
 const FREES_PER_EVENT: u32 = 8;
-/// Events that are recorded ahead after each time.
+/// Events that are recorded ahead after each time; those that so many frees at once would have had count.
 const EVENTS_AHEAD: u32 = 64;
 
 /// A point in a stream: everything freed for `owner` up to `epoch`.
@@ -274,6 +274,9 @@ impl Fences {
             if is_gone {
                 clock.stream = None;
                 clock.events.clear();
+                // It has no more frees, so nobody asks for it.
+                clock.ahead = 0;
+                clock.frees = 0;
             }
             !is_gone
         });
@@ -333,8 +336,13 @@ impl Fences {
     #[inline(never)]
     fn record_all_due(&mut self) {
         for owner in 1..self.clocks.len() {
-            if self.clocks[owner].frees >= FREES_PER_EVENT {
+            let clock = &mut self.clocks[owner];
+            let due = clock.frees / FREES_PER_EVENT;
+            if due > 0 {
+                // The one that is recorded is counted there.
+                clock.ahead -= (due - 1).min(clock.ahead.saturating_sub(1));
                 self.stamp_for_others(owner);
+                self.clocks[owner].frees = 0;
             }
         }
     }
@@ -526,5 +534,37 @@ mod tests {
         stream.synchronize().unwrap();
         fences.clocks[owner].poll();
         assert_eq!(fences.clocks[owner].complete, u64::from(EVENTS_AHEAD));
+    }
+
+    #[test]
+    fn frees_at_once_have_one_event_and_count_as_many() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let stream = device.create_stream().unwrap();
+        let mut fences = Fences::new(false);
+        let owner = fences.owner(&stream);
+        for (frees, ahead) in [(FREES_PER_EVENT * 5 + 3, 2), (FREES_PER_EVENT * 9, 0)] {
+            fences.clocks[owner].ahead = 7;
+            let before = fences.now(owner).epoch;
+            for _ in 0..frees {
+                fences.stamp(owner);
+            }
+            fences.record_due();
+            assert_eq!(fences.clocks[owner].ahead, ahead);
+            assert_eq!(fences.now(owner).epoch - before, 1);
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_gone_is_asked_no_more() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let stream = device.create_stream().unwrap();
+        let mut fences = Fences::new(false);
+        let owner = fences.owner(&stream);
+        fences.clocks[owner].ahead = EVENTS_AHEAD;
+        stream.synchronize().unwrap();
+        drop(stream);
+        assert_eq!(fences.look_at_gone(), [owner]);
+        fences.retire(|_| true);
+        assert!(fences.stream(owner).is_none() && !fences.are_asked());
     }
 }

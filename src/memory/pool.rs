@@ -153,7 +153,8 @@ impl Pool {
         if let Some(record) = cache::take_anywhere(shared, key, (requested, wanted.bytes)) {
             return Ok(Block::new(Some(record)));
         }
-        // A thread that is going down has no cache: the pool looks by itself.
+        // A thread that is going down has no cache, and one that a driver had do other work by now may be at that of
+        // another pool: this pool looks by itself.
         match cache::caller(shared) {
             Some(caller) => self.allocate_past_lane(requested, stream, Miss::Here(caller)),
             None => {

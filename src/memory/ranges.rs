@@ -9,11 +9,11 @@
 //! know: how pages are chosen.
 
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use smallvec::SmallVec;
 
-use super::bins::Index;
+use super::bins::{Index, NONE};
 use super::fences::Fence;
 use super::territory::{PAGE, PageIndex};
 use crate::driver::DevicePtr;
@@ -34,8 +34,9 @@ pub(super) struct Range {
     freed_at: u64,
     /// When it was mapped, in ranges mapped.
     mapped_at: u64,
-    /// The place of a page that was not free when the range was looked at last: it is looked at first.
-    pub(super) taken_page: Cell<usize>,
+    /// The place of a page that was not free when the range was looked at last, and the block that lay over it: they
+    /// are looked at first.
+    pub(super) taken_page: Cell<(usize, Index)>,
 }
 
 impl Range {
@@ -61,6 +62,8 @@ pub(super) struct Ranges {
     vacant: Vec<RangeIndex>,
     /// Ranges that are not live, by number of pages, in the order in which they were mapped.
     idle: HashMap<usize, Vec<RangeIndex>>,
+    /// The same, by when they were freed.
+    by_age: BTreeMap<u64, RangeIndex>,
     frees: u64,
     mapped: u64,
     /// Pages in all ranges, each counted as often as it is mapped.
@@ -104,7 +107,7 @@ impl Ranges {
             fence,
             freed_at: 0,
             mapped_at: self.mapped,
-            taken_page: Cell::new(0),
+            taken_page: Cell::new((0, NONE)),
         });
         if let Some(index) = self.vacant.pop() {
             self.table[index as usize] = range;
@@ -129,28 +132,39 @@ impl Ranges {
         let range = self.get_mut(index);
         range.fence = fence;
         range.freed_at = frees;
-        let (pages, mapped_at) = (range.pages.len(), range.mapped_at);
         let taken = std::mem::take(&mut range.taken);
-        let mapped_before = |other: &RangeIndex| self.get(*other).mapped_at < mapped_at;
-        let place = self.idle.get(&pages);
-        let place = place.map_or(0, |indices| indices.partition_point(mapped_before));
+        let (pages, place) = self.place_of(index);
         self.idle.entry(pages).or_default().insert(place, index);
+        self.by_age.insert(frees, index);
         taken
     }
 
+    /// Where an idle range is or belongs: among those of how many pages, and at what place.
+    fn place_of(&self, index: RangeIndex) -> (usize, usize) {
+        let Range {
+            pages, mapped_at, ..
+        } = self.get(index);
+        let mapped_before = |other: &RangeIndex| self.get(*other).mapped_at < *mapped_at;
+        let indices = self.idle.get(&pages.len());
+        let place = indices.map_or(0, |indices| indices.partition_point(mapped_before));
+        (pages.len(), place)
+    }
+
     fn remove_idle(&mut self, index: RangeIndex) {
-        let pages = self.get(index).pages.len();
+        let (pages, place) = self.place_of(index);
         let indices = self.idle.get_mut(&pages).expect("an idle range is listed");
-        indices.retain(|other| *other != index);
+        let removed = indices.remove(place);
+        debug_assert_eq!(removed, index, "the list is in order");
         if indices.is_empty() {
             self.idle.remove(&pages);
         }
+        let freed_at = self.get(index).freed_at;
+        self.by_age.remove(&freed_at);
     }
 
     /// The idle range that was freed longest ago.
     pub(super) fn oldest_idle(&self) -> Option<RangeIndex> {
-        let idle = self.idle.values().flatten().copied();
-        idle.min_by_key(|index| self.get(*index).freed_at)
+        self.by_age.values().next().copied()
     }
 
     /// Idle ranges that map any page for which `is_leaving` holds, in a fixed order.

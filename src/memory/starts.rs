@@ -2,7 +2,7 @@
 //!
 //! Blocks come and go with every allocation, and hardly anyone asks what lies over a page. So a page has a note of one
 //! block that began in it when the block was made, and nothing is done when one goes. Who asks says which notes still
-//! hold, and the others are forgotten then; and notes the blocks that are passed on the way, so that no way is gone twice.
+//! hold, and the others are forgotten then; and notes the blocks that are passed on the way, so that hardly a way is gone twice.
 //!
 //! Must not know: what blocks are, where they end.
 

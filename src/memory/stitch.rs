@@ -105,15 +105,18 @@ impl PagedMemory {
     fn fences_over(&self, range: RangeIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
         let range = self.ranges.get(range);
         let free = |position: usize| {
-            let hole = self
-                .territory
-                .hole_over_front(range.pages[position], need.units_at(position));
-            if hole.is_none() {
-                range.taken_page.set(position);
-            }
-            hole
+            let (page, units) = (range.pages[position], need.units_at(position));
+            let found = self.territory.hole_or_block(page, units);
+            found
+                .map_err(|block| range.taken_page.set((position, block)))
+                .ok()
         };
-        free(range.taken_page.get())?;
+        let (position, block) = range.taken_page.get();
+        let (page, units) = (range.pages[position], need.units_at(position));
+        if self.territory.is_taken_by(block, page, units) {
+            return None;
+        }
+        free(position)?;
         let mut latest: SmallVec<[Fence; 2]> = SmallVec::new();
         let mut near: Option<Hole> = None;
         for (position, page) in range.pages.iter().enumerate() {
@@ -179,14 +182,13 @@ impl PagedMemory {
             if pages.len() == count {
                 break;
             }
-            let mut holes: Vec<Hole> = self.territory.holes_from(owner, PAGE_UNITS).collect();
-            holes.sort_by_key(|hole| std::cmp::Reverse(hole.units));
             if owner == request.owner && fences.are_asked() {
+                let holes: Vec<Hole> = self.territory.largest_holes(owner, PAGE_UNITS).collect();
                 pages = self.newest_pages(&holes, fences);
                 pages.truncate(count);
                 continue;
             }
-            for hole in holes {
+            for hole in self.territory.largest_holes(owner, PAGE_UNITS) {
                 let missing = count - pages.len();
                 if missing == 0 {
                     break;

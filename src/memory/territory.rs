@@ -127,6 +127,19 @@ impl Territory {
         indices.filter_map(|(index, _)| self.hole(index))
     }
 
+    /// Holes of `owner` of at least `units`, the largest first.
+    pub(super) fn largest_holes(
+        &self,
+        owner: Owner,
+        units: u64,
+    ) -> impl Iterator<Item = Hole> + '_ {
+        let bins = self.bins.get(owner).zip(Units::try_from(units).ok());
+        let indices = bins
+            .into_iter()
+            .flat_map(|(bins, units)| bins.largest_first(&self.blocks, units));
+        indices.filter_map(|(index, _)| self.hole(index))
+    }
+
     /// Streams that own or owned holes.
     pub(super) fn owners(&self) -> Range<Owner> {
         0..self.bins.len()
@@ -139,8 +152,23 @@ impl Territory {
 
     /// The hole in which the first `units` of page `page` lie, if they do.
     pub(super) fn hole_over_front(&self, page: PageIndex, units: u64) -> Option<Hole> {
-        let hole = self.hole(self.over(page))?;
-        hole.has_front(page, units).then_some(hole)
+        self.hole_or_block(page, units).ok()
+    }
+
+    /// As [`hole_over_front`](Self::hole_over_front); otherwise the block that covers the first byte of `page`.
+    pub(super) fn hole_or_block(&self, page: PageIndex, units: u64) -> Result<Hole, Index> {
+        let block = self.over(page);
+        let hole = self.hole(block);
+        hole.filter(|hole| hole.has_front(page, units)).ok_or(block)
+    }
+
+    /// Whether `block`, which may be gone by now, is in use and lies in the first `units` of `page`: the quick way to
+    /// know that those are not free.
+    pub(super) fn is_taken_by(&self, block: Index, page: PageIndex, units: u64) -> bool {
+        let (block, at) = (self.blocks.at(block), page as u64 * PAGE_UNITS);
+        block.claim == Claim::TAKEN
+            && u64::from(block.start) < at + units
+            && u64::from(block.end()) > at
     }
 
     /// The block that covers the first byte of `page`.

@@ -82,7 +82,8 @@ pub(super) struct Block {
 const _: () = assert!(size_of::<Block>() == 32);
 
 impl Block {
-    /// What is in front of the first block and behind the last.
+    /// What is in front of the first block and behind the last, in the slot of [`NONE`]: so `after` that is the first
+    /// block, and `before` it the last.
     pub(super) const BORDER: Self = Self {
         link: Link::new(0),
         start: 0,

@@ -156,6 +156,71 @@ fn random_operations_keep_the_invariants() {
     assert!(inside > 30, "{inside} blocks behind the front of a hole");
 }
 
+/// With homes that are given up and used again, and holes that change their owner in parts.
+#[test]
+fn what_lies_over_a_page_is_found_whatever_came_and_went() {
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut territory = one_owner(60);
+    let mut live: Vec<Index> = Vec::new();
+    for step in 0..40_000_u64 {
+        let owner = random.usize(0..3);
+        let page = random.usize(0..60);
+        match random.u32(0..50) {
+            0 => territory.remembers_frees = random.bool(),
+            1 => {
+                if let Some(hole) = territory.hole_over_page(page) {
+                    let block = territory.take(&hole, page as u64 * PAGE_UNITS, PAGE_UNITS);
+                    territory.unmap(block);
+                }
+            }
+            2 => {
+                let count = random.usize(1..3);
+                if let Some(first) = territory.unmapped(count) {
+                    territory.remap(first, count, owner);
+                }
+            }
+            3 => {
+                let to = (owner + 1) % 3;
+                let (fence, reached) = (
+                    Fence {
+                        owner: to,
+                        epoch: step,
+                    },
+                    random.u64(0..step + 1),
+                );
+                let holes: Vec<Hole> = territory.holes_from(owner, 1).collect();
+                for mut hole in holes {
+                    let parts = territory.parts(&hole, |part| part.epoch <= reached);
+                    for part in parts.iter().rev() {
+                        territory.give(&hole, *part, fence);
+                        hole.units = part.0 - hole.start;
+                    }
+                }
+            }
+            4 => territory.settle(|fence| fence.epoch % 3 == 0),
+            5..30 => live.extend(allocate(&mut territory, owner, random.u64(1..5_000))),
+            _ if live.is_empty() => {}
+            _ => {
+                let index = live.swap_remove(random.usize(0..live.len()));
+                territory.free(index, owner, step);
+            }
+        }
+        if step % 3 == 0 {
+            let at = begin_of(page);
+            let mut blocks = territory.in_order();
+            let over = blocks.find(|(_, block)| block.start <= at && at < block.end());
+            assert_eq!(Some(territory.over(page)), over.map(|(index, _)| index));
+        }
+        if step % 500 == 0 {
+            territory.check_invariants();
+        }
+    }
+    let taken = territory
+        .in_order()
+        .filter(|(_, block)| block.claim == Claim::TAKEN);
+    assert_eq!(taken.count(), live.len());
+}
+
 /// What a page says of its part of a hole is no earlier than any free there, and where frees are remembered often
 /// earlier than the latest of the whole hole: a test that saw too few of these shows nothing.
 #[test]
