@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use kitsune::telemetry::trace::{Event, TraceReader};
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream};
 
 const TINY: &str = include_str!("../tests/data/tiny.at");
 
@@ -36,7 +36,7 @@ fn replay(criterion: &mut Criterion) {
         .expect("the trace is right");
     // Without threads, whose wake-ups would be in the figure.
     let config = HostConfig {
-        schedule: Schedule::Seeded(0),
+        schedule: HostSchedule::Seeded(0),
         ..HostConfig::default()
     };
     let device = Device::host(config).expect("the host has memory");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use kitsune::units::{KIB, MIB};
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream};
 
 const THREADS: [usize; 2] = [1, 2];
 const STREAMS: usize = 2;
@@ -30,7 +30,7 @@ const IN_FLIGHT: usize = 64;
 fn pool() -> (Pool, Vec<Stream>) {
     // Without threads of the device, which would take the cores.
     let config = HostConfig {
-        schedule: Schedule::Seeded(0),
+        schedule: HostSchedule::Seeded(0),
         ..HostConfig::default()
     };
     let device = Device::host(config).expect("the host has memory");

@@ -46,7 +46,7 @@ pub mod checkpoint;
 
 pub mod telemetry;
 
-pub use driver::{Device, Event, Graph, HostConfig, Schedule, Stream};
+pub use driver::{Device, Event, Graph, HostConfig, HostSchedule, Stream};
 pub use dtype::{DType, Element, F8E4M3, F8E5M2, Overflow, bf16, f16};
 pub use error::{Error, OutOfMemory, Result};
 pub use memory::{Block, CapturedGraph, Pool, PoolConfig, PoolStats, PrivatePool, ReusePolicy};

@@ -9,7 +9,7 @@ use amp_support::{
 };
 use kitsune::amp::{AmpConfig, GradScaler, ScalerState, StepOutcome};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter, Sgd, SgdConfig};
-use kitsune::{Context, DType, Device, Error, HostConfig, Schedule, Tensor, f16, ops};
+use kitsune::{Context, DType, Device, Error, HostConfig, HostSchedule, Tensor, f16, ops};
 
 #[test]
 fn a_disabled_scaler_is_not_there() {
@@ -333,7 +333,7 @@ fn training_is_the_same_on_every_schedule() {
     let expected = train(&context(), true);
     for seed in 0..50 {
         let config = HostConfig {
-            schedule: Schedule::Seeded(seed),
+            schedule: HostSchedule::Seeded(seed),
             ..HostConfig::default()
         };
         let context = Context::new(&Device::host(config).unwrap()).unwrap();

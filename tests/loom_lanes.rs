@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream};
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 
@@ -32,7 +32,7 @@ impl Subject {
     fn new() -> Self {
         let device = Device::host(HostConfig {
             capacity: CAPACITY,
-            schedule: Schedule::Threads,
+            schedule: HostSchedule::Threads,
             virtual_memory: false,
         })
         .unwrap();

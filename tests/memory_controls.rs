@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule};
+use kitsune::{Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, ReusePolicy};
 
 const MIB: u64 = 1 << 20;
 const CAPACITY: u64 = 64 * MIB;
 
-fn device(schedule: Schedule) -> Device {
+fn device(schedule: HostSchedule) -> Device {
     Device::host(HostConfig {
         capacity: CAPACITY,
         schedule,
@@ -25,7 +25,7 @@ fn held(pool: &Pool) -> u64 {
 #[test]
 fn trimming_returns_what_is_idle_down_to_its_target() {
     for contiguous in [false, true] {
-        let device = device(Schedule::Threads);
+        let device = device(HostSchedule::Threads);
         let config = PoolConfig {
             contiguous,
             ..PoolConfig::default()
@@ -56,7 +56,7 @@ fn trimming_returns_what_is_idle_down_to_its_target() {
 
 #[test]
 fn a_fraction_is_a_limit_and_the_smaller_counts() {
-    let device = device(Schedule::Threads);
+    let device = device(HostSchedule::Threads);
     let stream = device.create_stream().unwrap();
     let of = |limit, fraction| {
         let config = PoolConfig {
@@ -99,7 +99,7 @@ fn a_fraction_is_a_limit_and_the_smaller_counts() {
 
 #[test]
 fn limits_can_be_changed_and_read_back() {
-    let device = device(Schedule::Threads);
+    let device = device(HostSchedule::Threads);
     let pool = Pool::new(&device, PoolConfig::default()).unwrap();
     let stream = device.create_stream().unwrap();
     for limit in [Some(CAPACITY), Some(2 * MIB), Some(3 * MIB + 7), None] {
@@ -130,7 +130,7 @@ fn limits_can_be_changed_and_read_back() {
 #[test]
 fn limits_count_private_memory_and_leave_it_alone() {
     for contiguous in [false, true] {
-        let device = device(Schedule::Threads);
+        let device = device(HostSchedule::Threads);
         let config = PoolConfig {
             contiguous,
             limit: Some(4 * MIB),
@@ -160,7 +160,7 @@ fn limits_count_private_memory_and_leave_it_alone() {
 #[test]
 fn what_was_idle_for_a_period_goes_back_at_the_next_slow_call() {
     for contiguous in [false, true] {
-        let device = device(Schedule::Threads);
+        let device = device(HostSchedule::Threads);
         let config = PoolConfig {
             contiguous,
             // Every slow call ends a period.
@@ -189,7 +189,7 @@ fn what_was_idle_for_a_period_goes_back_at_the_next_slow_call() {
 
 #[test]
 fn decay_by_hand_needs_no_clock_and_none_is_looked_at_without_one() {
-    let device = device(Schedule::Threads);
+    let device = device(HostSchedule::Threads);
     let pool = Pool::new(&device, PoolConfig::default()).unwrap();
     let stream = device.create_stream().unwrap();
     drop(pool.allocate(30 * MIB, &stream).unwrap());
@@ -212,7 +212,7 @@ fn decay_by_hand_needs_no_clock_and_none_is_looked_at_without_one() {
 
 #[test]
 fn a_deterministic_pool_has_no_clock_and_a_policy_without_pace() {
-    let device = device(Schedule::Threads);
+    let device = device(HostSchedule::Threads);
     let config = PoolConfig {
         deterministic: true,
         ..PoolConfig::default()

@@ -8,12 +8,14 @@ mod support;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kitsune::{Block, Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{
+    Block, Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, ReusePolicy, Stream,
+};
 
 const MIB: u64 = 1 << 20;
 const CAPACITY: u64 = 64 * MIB;
 
-fn device(schedule: Schedule) -> Device {
+fn device(schedule: HostSchedule) -> Device {
     Device::host(HostConfig {
         capacity: CAPACITY,
         schedule,
@@ -106,7 +108,7 @@ fn run(
     reuse: ReusePolicy,
     deterministic: bool,
     contiguous: bool,
-    pace: Schedule,
+    pace: HostSchedule,
 ) -> Run {
     let device = device(pace);
     let config = PoolConfig {
@@ -137,12 +139,12 @@ fn run(
 
 /// Whether program `seed` runs alike on devices of every pace.
 fn is_same_at_every_pace(seed: u64, reuse: ReusePolicy, deterministic: bool) -> bool {
-    let first = run(seed, reuse, deterministic, false, Schedule::Seeded(0));
+    let first = run(seed, reuse, deterministic, false, HostSchedule::Seeded(0));
     let paces = [
-        Schedule::Seeded(0),
-        Schedule::Seeded(1),
-        Schedule::Seeded(2),
-        Schedule::Threads,
+        HostSchedule::Seeded(0),
+        HostSchedule::Seeded(1),
+        HostSchedule::Seeded(2),
+        HostSchedule::Threads,
     ];
     paces
         .into_iter()
@@ -174,7 +176,12 @@ fn plain_allocations_are_as_many_at_every_pace() {
     let _turn = turn();
     // Where the driver puts them is its own affair.
     for seed in support::seeds(20) {
-        let outcomes = [Schedule::Seeded(0), Schedule::Seeded(1), Schedule::Threads].map(|pace| {
+        let outcomes = [
+            HostSchedule::Seeded(0),
+            HostSchedule::Seeded(1),
+            HostSchedule::Threads,
+        ]
+        .map(|pace| {
             let (_, peak, allocations) = run(seed, ReusePolicy::Wait, true, true, pace);
             (peak, allocations)
         });

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kitsune::driver::fault::{Fault, FaultDriver, FaultKind};
 use kitsune::memory::Registration;
 use kitsune::{
-    Block, Device, Error, HostConfig, Pool, PoolConfig, Result, ReusePolicy, Schedule, Stream,
+    Block, Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, Result, ReusePolicy, Stream,
 };
 use parking_lot::Mutex;
 
@@ -52,7 +52,7 @@ impl Program {
     fn new(config: PoolConfig, planned: impl Iterator<Item = (u64, FaultKind)>) -> Self {
         let host = HostConfig {
             capacity: CAPACITY,
-            schedule: Schedule::Seeded(7),
+            schedule: HostSchedule::Seeded(7),
             ..HostConfig::default()
         };
         let inner = device_support::device(host);

@@ -11,13 +11,15 @@ use kitsune::memory::{Allocate, Limit, Log, LogAction, LogEvent, LogSink};
 use kitsune::telemetry::ReplayCsv;
 use kitsune::telemetry::trace::{Event, TraceLog, TraceReader};
 use kitsune::units::MIB;
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Result, ReusePolicy, Schedule, Stream};
+use kitsune::{
+    Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Result, ReusePolicy, Stream,
+};
 use parking_lot::Mutex;
 
 fn pool() -> (Pool, Stream) {
     let host = HostConfig {
         capacity: 1 << 30,
-        schedule: Schedule::Seeded(1),
+        schedule: HostSchedule::Seeded(1),
         ..HostConfig::default()
     };
     let device = Device::host(host).unwrap();

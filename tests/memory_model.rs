@@ -25,7 +25,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use driver_support::{fill, read};
-use kitsune::{Block, Error, HostConfig, Pool, PoolConfig, Result, ReusePolicy, Schedule, Stream};
+use kitsune::{
+    Block, Error, HostConfig, HostSchedule, Pool, PoolConfig, Result, ReusePolicy, Stream,
+};
 
 /// Steps between two walks over all structures.
 const WALK: usize = 64;
@@ -135,7 +137,7 @@ impl Model {
     fn new(seed: u64, size: Size) -> Self {
         let config = HostConfig {
             capacity: size.capacity,
-            schedule: Schedule::Seeded(seed),
+            schedule: HostSchedule::Seeded(seed),
             ..HostConfig::default()
         };
         let device = device_support::device(config);

@@ -7,12 +7,12 @@ mod support;
 use std::thread;
 
 use kitsune::memory::{PeakScope, ScopedStat};
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Schedule, Stream};
+use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream};
 
 fn pool() -> (Pool, Stream) {
     let host = HostConfig {
         capacity: 1 << 30,
-        schedule: Schedule::Seeded(1),
+        schedule: HostSchedule::Seeded(1),
         ..HostConfig::default()
     };
     let device = Device::host(host).unwrap();

@@ -17,7 +17,7 @@ use std::thread;
 use driver_support::{Gate, act, assert_capturing, fill, read, threads};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::{
-    Block, CapturedGraph, Device, Error, HostConfig, Pool, PoolConfig, PrivatePool, Schedule,
+    Block, CapturedGraph, Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, PrivatePool,
     Stream,
 };
 
@@ -486,7 +486,7 @@ fn a_pool_follows_one_capture_at_a_time() {
 
 #[test]
 fn a_graph_may_go_in_a_kernel() {
-    for schedule in [Schedule::Threads, Schedule::Seeded(4)] {
+    for schedule in [HostSchedule::Threads, HostSchedule::Seeded(4)] {
         let config = HostConfig {
             schedule,
             ..HostConfig::default()
@@ -515,7 +515,7 @@ fn a_graph_may_go_in_a_kernel() {
 
 #[test]
 fn the_last_block_of_a_pool_may_go_in_a_kernel() {
-    for schedule in [Schedule::Threads, Schedule::Seeded(5)] {
+    for schedule in [HostSchedule::Threads, HostSchedule::Seeded(5)] {
         let config = HostConfig {
             schedule,
             ..HostConfig::default()
@@ -525,7 +525,7 @@ fn the_last_block_of_a_pool_may_go_in_a_kernel() {
         let Setup {
             pool, stream, side, ..
         } = setup_on(device.clone(), PoolConfig::default());
-        let gate = matches!(schedule, Schedule::Threads).then(|| Gate::close(&stream));
+        let gate = matches!(schedule, HostSchedule::Threads).then(|| Gate::close(&stream));
         let mut block = pool.allocate(PAGE, &stream).unwrap();
         block.record_stream(&side);
         act(&stream, move || assert_eq!(block.allocated(), PAGE));

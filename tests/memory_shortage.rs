@@ -17,7 +17,8 @@ use std::time::Duration;
 use driver_support::Gate;
 use kitsune::driver::fault::FaultDriver;
 use kitsune::{
-    Block, Device, Error, HostConfig, OutOfMemory, Pool, PoolConfig, ReusePolicy, Schedule, Stream,
+    Block, Device, Error, HostConfig, HostSchedule, OutOfMemory, Pool, PoolConfig, ReusePolicy,
+    Stream,
 };
 use parking_lot::Mutex;
 
@@ -324,7 +325,7 @@ fn small_blocks_of_other_streams_are_lent_when_nothing_else_is_left() {
 fn counted(seed: u64, config: PoolConfig) -> (Arc<FaultDriver>, Pool, [Stream; 2]) {
     let host = HostConfig {
         capacity: CAPACITY,
-        schedule: Schedule::Seeded(seed),
+        schedule: HostSchedule::Seeded(seed),
         ..HostConfig::default()
     };
     let calls = Arc::new(FaultDriver::new(
@@ -437,7 +438,7 @@ fn in_a_capture_nobody_is_asked_or_told_and_in_a_pass_they_are() {
 fn nothing_fails_beside_room(seed: u64, reuse: ReusePolicy, contiguous: bool, lends: bool) {
     let device = Device::host(HostConfig {
         capacity: CAPACITY,
-        schedule: Schedule::Seeded(seed),
+        schedule: HostSchedule::Seeded(seed),
         ..HostConfig::default()
     })
     .unwrap();

@@ -11,7 +11,7 @@ mod support;
 use std::sync::Arc;
 
 use kitsune::driver::fault::FaultDriver;
-use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule, Stream};
+use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, ReusePolicy, Stream};
 
 const BYTES: u64 = 4096;
 
@@ -35,7 +35,7 @@ fn fill(stream: &Stream, ptr: kitsune::driver::DevicePtr, value: u8) {
 /// reuses them at once. Whether the consumer saw every value.
 fn consumer_sees_every_value(seed: u64, order: Order) -> bool {
     let config = HostConfig {
-        schedule: Schedule::Seeded(seed),
+        schedule: HostSchedule::Seeded(seed),
         ..HostConfig::default()
     };
     let device = Device::host(config).unwrap();
@@ -124,7 +124,7 @@ fn a_freed_block_is_reused_at_once_on_its_own_stream_only() {
 #[test]
 fn a_recorded_block_stays_active_until_the_other_stream_has_passed() {
     let config = HostConfig {
-        schedule: Schedule::Seeded(1),
+        schedule: HostSchedule::Seeded(1),
         ..HostConfig::default()
     };
     let device = Device::host(config).unwrap();
@@ -162,7 +162,7 @@ fn a_recorded_block_stays_active_until_the_other_stream_has_passed() {
 /// stream has been given more work that has not.
 fn active_after_use(seed: u64, reuse: ReusePolicy, record: impl Fn(&mut Block, &Stream)) -> u64 {
     let config = HostConfig {
-        schedule: Schedule::Seeded(seed),
+        schedule: HostSchedule::Seeded(seed),
         ..HostConfig::default()
     };
     let device = Device::host(config).unwrap();

@@ -12,15 +12,15 @@ use kitsune::memory::{Allocate, Limit, Log, Track, Watch, tag};
 use kitsune::telemetry::ReplayCsv;
 use kitsune::units::MIB;
 use kitsune::{
-    Block, Context, DType, Device, Error, HostConfig, OutOfMemory, Pool, PoolConfig, Result,
-    ReusePolicy, Schedule, Stream, Tensor,
+    Block, Context, DType, Device, Error, HostConfig, HostSchedule, OutOfMemory, Pool, PoolConfig,
+    Result, ReusePolicy, Stream, Tensor,
 };
 use parking_lot::Mutex;
 
 fn pool() -> (Pool, Stream) {
     let host = HostConfig {
         capacity: 1 << 30,
-        schedule: Schedule::Seeded(1),
+        schedule: HostSchedule::Seeded(1),
         ..HostConfig::default()
     };
     let device = Device::host(host).unwrap();

@@ -33,7 +33,7 @@ use std::fmt::Debug;
 pub use device::Device;
 pub use event::Event;
 pub use graph::Graph;
-pub use host::{HostConfig, Schedule};
+pub use host::{HostConfig, HostSchedule};
 pub use kernel::{Arguments, Grid, Kernel, Traffic};
 pub use stream::Stream;
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use kitsune::driver::{DevicePtr, Kernel};
-use kitsune::{Device, Error, HostConfig, Result, Schedule, Stream};
+use kitsune::{Device, Error, HostConfig, HostSchedule, Result, Stream};
 use parking_lot::Mutex;
 
 /// A kernel that calls a closure.
@@ -56,7 +56,7 @@ impl Gate {
 
 pub(crate) fn seeded(seed: u64) -> Device {
     Device::host(HostConfig {
-        schedule: Schedule::Seeded(seed),
+        schedule: HostSchedule::Seeded(seed),
         ..HostConfig::default()
     })
     .unwrap()

@@ -18,7 +18,7 @@ const CAPACITY_MAX: u64 = 1 << 46;
 
 /// In which order streams make progress.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Schedule {
+pub enum HostSchedule {
     /// Every stream has a thread, and the system decides.
     #[default]
     Threads,
@@ -35,7 +35,7 @@ pub struct HostConfig {
     /// Bytes of device memory. May exceed the memory of the machine, since untouched bytes cost nothing.
     pub capacity: u64,
     /// In which order streams make progress.
-    pub schedule: Schedule,
+    pub schedule: HostSchedule,
     /// Whether pages can be mapped. Needs Linux; elsewhere the device does without.
     pub virtual_memory: bool,
 }
@@ -45,7 +45,7 @@ impl Default for HostConfig {
     fn default() -> Self {
         Self {
             capacity: 80 * GIB,
-            schedule: Schedule::Threads,
+            schedule: HostSchedule::Threads,
             virtual_memory: cfg!(target_os = "linux"),
         }
     }

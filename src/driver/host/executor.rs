@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use super::config::Schedule;
+use super::config::HostSchedule;
 use super::mark::Mark;
 use super::operation::Operation;
 use super::queue::Queue;
@@ -31,9 +31,9 @@ pub(super) trait Executor: Debug + Send + Sync {
 }
 
 /// The executor that `schedule` names.
-pub(super) fn executor(schedule: Schedule) -> Box<dyn Executor> {
+pub(super) fn executor(schedule: HostSchedule) -> Box<dyn Executor> {
     match schedule {
-        Schedule::Threads => Box::new(Threads),
-        Schedule::Seeded(seed) => Box::new(Seeded::new(seed)),
+        HostSchedule::Threads => Box::new(Threads),
+        HostSchedule::Seeded(seed) => Box::new(Seeded::new(seed)),
     }
 }

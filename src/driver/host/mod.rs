@@ -2,7 +2,7 @@
 //!
 //! It is a device, not a mock: streams run by themselves and out of step with each other, events are the only
 //! order between them, and physical pages can be mapped at several addresses. A program that forgets a wait
-//! fails here too, and under [`Schedule::Seeded`] fails the same way again.
+//! fails here too, and under [`HostSchedule::Seeded`] fails the same way again.
 //!
 //! Words. A *platform* is a group of host devices that share streams and events. An *executor* runs what
 //! is enqueued. A *mark* is a point that a stream passes once; recording an event makes one.
@@ -32,7 +32,7 @@ mod threads;
 
 use std::sync::Arc;
 
-pub use config::{HostConfig, PAGE_GRANULARITY, Schedule};
+pub use config::{HostConfig, HostSchedule, PAGE_GRANULARITY};
 
 use self::errno::{EINVAL, refuse};
 use self::memory::Memory;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use super::capture::{Capture, Clock};
-use super::config::Schedule;
+use super::config::HostSchedule;
 use super::errno::{EINVAL, EIO, refuse};
 use super::executor::{Executor, executor};
 use super::mark::Mark;
@@ -66,7 +66,7 @@ enum Point {
 }
 
 impl Platform {
-    pub(super) fn new(schedule: Schedule) -> Self {
+    pub(super) fn new(schedule: HostSchedule) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         Self {
             // Relaxed, here and below: a number only has to be unique.

@@ -236,7 +236,7 @@ impl Drop for SeenStamps {
 
 #[cfg(test)]
 mod tests {
-    use kitsune::{Device, HostConfig, Pool, PoolConfig, Schedule};
+    use kitsune::{Device, HostConfig, HostSchedule, Pool, PoolConfig};
 
     use super::*;
 
@@ -255,7 +255,7 @@ mod tests {
     }
 
     fn backend(seed: u64) -> CheckedBackend {
-        let schedule = Schedule::Seeded(seed);
+        let schedule = HostSchedule::Seeded(seed);
         let device = Device::host(HostConfig {
             schedule,
             ..HostConfig::default()

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use kitsune::units::GIB;
-use kitsune::{Device, Error, HostConfig, Pool, PoolConfig, ReusePolicy, Schedule};
+use kitsune::{Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, ReusePolicy};
 
 use super::addresses::{self, DigestedBackend};
 use super::backend::{Backend, PoolBackend, SystemBackend};
@@ -112,7 +112,7 @@ impl Setup {
     fn open(&self, host_bytes: u64) -> Result<Device, Error> {
         self.device.open(HostConfig {
             capacity: host_bytes,
-            schedule: Schedule::Seeded(self.seed),
+            schedule: HostSchedule::Seeded(self.seed),
             ..HostConfig::default()
         })
     }

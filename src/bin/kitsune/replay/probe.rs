@@ -324,13 +324,13 @@ impl Driver for ProbeDriver {
 
 #[cfg(test)]
 mod tests {
-    use kitsune::{Device, HostConfig, Schedule};
+    use kitsune::{Device, HostConfig, HostSchedule};
 
     use super::*;
 
     fn probed(lag: u64) -> (Arc<ProbeDriver>, Device) {
         let config = HostConfig {
-            schedule: Schedule::Seeded(1),
+            schedule: HostSchedule::Seeded(1),
             ..HostConfig::default()
         };
         let host = Device::host(config).unwrap();
