@@ -171,7 +171,8 @@ impl<O: Optimizer> AmpOptimizer<O> {
         self.scaler.scale(loss)?.backward()
     }
 
-    /// Adds `grad`, which came of [`backward`](Self::backward), to the gradient of `parameter`, marked as scaled.
+    /// Adds `grad`, which came of [`backward`](Self::backward), to the gradient of `parameter`, marked as scaled. Whether
+    /// the parameter is one of this optimizer's is not looked at: that of another stays scaled until its own unscales it.
     ///
     /// # Errors
     /// As [`Parameter::accumulate_scaled_grad`].

@@ -30,23 +30,23 @@ impl DeviceTable {
         }
     }
 
-    /// The table for `gradients`, which are all that can move between two calls. If none did, it is the
-    /// one of the last call; else `push` adds the row of each gradient. The device memory is kept unless
-    /// it becomes too small.
+    /// The table for `moving`, the tensors that may lie elsewhere than at the last call. If none does, it is the
+    /// one of the last call; else `push` adds the row of each of them. The device memory is kept unless it becomes
+    /// too small.
     pub(super) fn refresh(
         &mut self,
         context: &Context,
         tensors: usize,
-        gradients: &[(usize, Tensor)],
+        moving: &[(usize, Tensor)],
         mut push: impl FnMut(&mut ChunkList, usize, &Tensor) -> Result<()>,
     ) -> Result<ChunkTable> {
         let key =
             |(index, tensor): &(usize, Tensor)| (*index, tensor.place(), tensor.layout().clone());
-        let same = self.keys.len() == gradients.len()
+        let same = self.keys.len() == moving.len()
             && self
                 .keys
                 .iter()
-                .zip(gradients)
+                .zip(moving)
                 .all(|(old, new)| *old == key(new));
         if let Some((_, table)) = self
             .uploaded
@@ -59,8 +59,8 @@ impl DeviceTable {
         self.keys.clear();
         let words = self.uploaded.take().map(|(words, _)| words);
         self.list.restart(tensors);
-        for (index, gradient) in gradients {
-            push(&mut self.list, *index, gradient)?;
+        for (index, tensor) in moving {
+            push(&mut self.list, *index, tensor)?;
         }
         let words = match words {
             Some(words) if words.len() >= self.list.device_words() => words,
@@ -74,7 +74,7 @@ impl DeviceTable {
             }
         };
         let table = self.list.upload(context.stream(), &words.span()?)?;
-        self.keys.extend(gradients.iter().map(key));
+        self.keys.extend(moving.iter().map(key));
         self.uploaded = Some((words, table));
         Ok(table)
     }
