@@ -304,6 +304,9 @@ impl fmt::Display for OutOfMemory {
         if let Some(error) = &self.driver_error {
             write!(f, "; {error}")?;
         }
+        if !self.tried.is_empty() {
+            write!(f, "; tried: {}", self.tried.join(", "))?;
+        }
         for (index, (tag, bytes)) in self.largest_tags.iter().enumerate() {
             let lead = if index == 0 { "; most by tag: " } else { ", " };
             write!(f, "{lead}{tag} {}", Bytes(*bytes))?;

@@ -273,7 +273,7 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         .and_then(|n| n.checked_mul(1 << shift));
     match bytes {
         None => Err("more bytes than can be addressed".to_owned()),
-        Some(0) => Err("the limit must leave room for something".to_owned()),
+        Some(0) => Err("the bytes must be above 0".to_owned()),
         Some(bytes) => Ok(bytes),
     }
 }
@@ -406,7 +406,7 @@ mod tests {
             ("kitsune train --clip 0", "not above 0"),
             ("kitsune train --clip NaN", "not above 0"),
             ("kitsune train --clip 1e39", "not above 0 and finite"),
-            ("kitsune train --limit 0", "must leave room"),
+            ("kitsune train --limit 0", "above 0"),
             ("kitsune train --limit 99999999TiB", "more bytes"),
             ("kitsune train --limit MiB", "not a byte count"),
             ("kitsune train --limit 1.5GiB", "not a byte count"),

@@ -35,11 +35,11 @@ use crate::output;
 /// What `kitsune replay` is asked to do.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct ReplayArgs {
-    /// Traces, plain, .gz or .zst; several are played at the same time, each by a host thread.
+    /// Traces, plain, .gz or .zst; several are played at the same time, each by a host thread at its own pace.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Find the smallest device on which the traces pass.
+    /// Find the smallest device on which the traces pass, to within a quarter of a percent.
     #[arg(long, conflicts_with = "limit")]
     min_device: bool,
 
