@@ -209,7 +209,7 @@ fn bad_flags_are_refused_in_one_line() {
             "--batch-size 4294967295: at most 4096 sequences",
         ),
         ("train --learning-rate NaN", "not above 0"),
-        ("train --limit 0", "room"),
+        ("train --limit 0", "above 0"),
         ("train --limit lots", "not a byte count"),
         (
             "train --limit 1KiB",
