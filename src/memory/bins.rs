@@ -274,7 +274,7 @@ impl Bins {
 
     /// Size of the largest filed block, in units.
     pub(super) fn largest(&self, links: &impl Links) -> Option<Units> {
-        let bin = self.last_occupied(BINS)?;
+        let bin = self.last_occupied(BINS - 1)?;
         self.members(links, bin).map(|(_, units)| units).max()
     }
 
@@ -305,7 +305,8 @@ impl Bins {
         units: Units,
     ) -> impl Iterator<Item = (Index, Units)> + 'a {
         let least = Self::bin_of(units);
-        let bins = std::iter::successors(self.last_occupied(BINS), |bin| self.last_occupied(*bin));
+        let last = self.last_occupied(BINS - 1);
+        let bins = std::iter::successors(last, |bin| self.last_occupied(bin.checked_sub(1)?));
         bins.take_while(move |bin| *bin >= least)
             .flat_map(move |bin| {
                 let members = self.members(links, bin);
@@ -316,24 +317,16 @@ impl Bins {
             .take_while(move |(_, size)| *size >= units)
     }
 
-    /// The last occupied bin before `bin`.
+    /// The last occupied bin up to `bin`.
     fn last_occupied(&self, bin: usize) -> Option<usize> {
-        let below = |bits: u64, end: usize| bits & !(u64::MAX << end);
         let last = |bits: u64| 63 - bits.leading_zeros() as usize;
         let word = bin / 64;
-        let here = self
-            .occupied
-            .get(word)
-            .map_or(0, |bits| below(*bits, bin % 64));
+        let here = self.occupied[word] & (u64::MAX >> (63 - bin % 64));
         if here != 0 {
             return Some(word * 64 + last(here));
         }
-        let words = if word < 64 {
-            below(self.summary, word)
-        } else {
-            self.summary
-        };
-        let word = (words != 0).then(|| last(words))?;
+        let before = self.summary & !(u64::MAX << word);
+        let word = (before != 0).then(|| last(before))?;
         Some(word * 64 + last(self.occupied[word]))
     }
 
