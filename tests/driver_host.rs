@@ -9,12 +9,14 @@
 mod driver_support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::Duration;
 
 use driver_support::{
-    Gate, act, allocate, copy, devices, fill, read, refusal, threads, try_act, try_read, write,
+    Gate, act, allocate, copy, devices, fill, read, refusal, seeded, threads, try_act, try_read,
+    write,
 };
 use kitsune::driver::{DevicePtr, RawEvent, RawGraph, RawStream};
 use kitsune::units::{GIB, KIB};
@@ -24,6 +26,7 @@ use parking_lot::Mutex;
 const ENOMEM: i32 = 12;
 const EINVAL: i32 = 22;
 const EIO: i32 = 5;
+const EDEADLK: i32 = 35;
 
 #[test]
 fn a_stream_runs_in_order() {
@@ -436,4 +439,73 @@ fn events_of_another_platform_are_refused() {
         }
     }
     stream.wait(&event).unwrap();
+}
+
+/// A read is work of its stream: what is enqueued behind it, by whomever, does not show in it.
+#[test]
+fn a_read_comes_before_the_work_behind_it() {
+    const LEN: usize = 1 << 20;
+    let device = threads();
+    let stream = device.create_stream().unwrap();
+    let buffer = allocate(&device, LEN as u64);
+    fill(&stream, buffer, 1, LEN as u64);
+    for round in 0..20_u8 {
+        let gate = Gate::close(&stream);
+        let reader = {
+            let stream = stream.clone();
+            thread::spawn(move || read(&stream, buffer, LEN))
+        };
+        // Behind the read or before it, but never in the middle.
+        thread::sleep(Duration::from_micros(u64::from(round) * 50));
+        fill(&stream, buffer, round + 2, LEN as u64);
+        gate.open();
+        let bytes = reader.join().unwrap();
+        assert!(bytes[0] == round + 1 || bytes[0] == round + 2);
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "round {round}");
+    }
+}
+
+/// A kernel must not wait, so its read of a stream with work on it is refused. The copy is in the queue by then; the
+/// bytes that it was for may be gone when it runs.
+#[test]
+fn a_read_that_was_refused_writes_nothing_later() {
+    const LEN: usize = 4096;
+    for (device, is_seeded) in [(threads(), false), (seeded(1), true)] {
+        let [kernels, source] = [(); 2].map(|()| device.create_stream().unwrap());
+        let buffer = allocate(&device, LEN as u64);
+        fill(&source, buffer, 9, LEN as u64);
+        source.synchronize().unwrap();
+        let (open, gate) = channel::<()>();
+        if is_seeded {
+            // Without threads, nothing of another stream runs before a kernel is over.
+            open.send(()).unwrap();
+        }
+        let gate = Mutex::new(Some(gate));
+        let bytes = Arc::new(Mutex::new(vec![0_u8; LEN]));
+        let is_refused = Arc::new(AtomicBool::new(false));
+        let (of_kernel, refused, from) = (bytes.clone(), is_refused.clone(), source.clone());
+        act(&kernels, move || {
+            let gate = Mutex::new(gate.lock().take().unwrap());
+            // Keeps a stream with a thread busy.
+            act(&from, move || drop(gate.lock().recv()));
+            let mut bytes = of_kernel.lock();
+            // SAFETY: the test's memory.
+            let outcome = unsafe { from.driver().copy_to_host(&mut bytes, buffer, from.raw()) };
+            assert_eq!(refusal(outcome).1, EDEADLK);
+            refused.store(true, Ordering::Relaxed);
+        });
+        let over = kernels.record().unwrap();
+        while !is_refused.load(Ordering::Relaxed) {
+            over.is_complete().unwrap();
+            thread::yield_now();
+        }
+        drop(open);
+        kernels.synchronize().unwrap();
+        source.synchronize().unwrap();
+        assert!(
+            bytes.lock().iter().all(|byte| *byte == 0),
+            "the copy found its slice"
+        );
+        assert!(read(&source, buffer, LEN).iter().all(|byte| *byte == 9));
+    }
 }

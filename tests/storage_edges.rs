@@ -5,11 +5,13 @@
 mod device_support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
-use kitsune::{Context, DType, Device, HostConfig, Tensor};
+use kitsune::{Context, DType, Device, HostConfig, HostSchedule, Tensor};
 
 fn context() -> Context {
     Context::new(&device_support::device(HostConfig::default())).unwrap()
@@ -63,4 +65,69 @@ fn a_copy_is_ordered_before_its_source_is_freed_whatever_fails() {
     assert_eq!(faults.disarm(), 0, "the fault fired");
     assert_eq!(faults.calls("synchronize_stream"), 1, "the host waited");
     assert_eq!(copy.to_vec::<f32>().unwrap(), [3.0; 1024]);
+}
+
+/// How one thread writes a tensor that another one reads.
+type Write = fn(&Tensor, value: f32);
+
+/// Reads and writes of two threads are work of one stream: each read shows one write as a whole, and no read shows an
+/// earlier one than the read before.
+#[test]
+fn a_read_beside_the_writes_of_another_thread_shows_one_write_as_a_whole() {
+    let writes: [Write; 3] = [
+        |tensor, value| tensor.fill(f64::from(value)).unwrap(),
+        |tensor, value| tensor.copy_from_slice(&vec![value; tensor.len()]).unwrap(),
+        |tensor, value| {
+            let other = Tensor::full(tensor.context(), tensor.shape(), DType::F32, value.into());
+            tensor.copy_from(&other.unwrap()).unwrap();
+        },
+    ];
+    let reads: [fn(&Tensor) -> Vec<f32>; 3] = [
+        |tensor| tensor.to_vec().unwrap(),
+        |tensor| tensor.to_host().unwrap().to_vec().unwrap(),
+        |tensor| tensor.transpose(0, 1).unwrap().to_vec().unwrap(),
+    ];
+    for schedule in [HostSchedule::Threads, HostSchedule::Seeded(3)] {
+        let config = HostConfig {
+            schedule,
+            ..HostConfig::default()
+        };
+        let context = Context::new(&device_support::device(config)).unwrap();
+        for (write, read) in writes.iter().zip(reads) {
+            let tensor = Tensor::zeros(&context, [64, 2048], DType::F32).unwrap();
+            read_beside_writes(&tensor, *write, read);
+        }
+    }
+}
+
+fn read_beside_writes(tensor: &Tensor, write: Write, read: fn(&Tensor) -> Vec<f32>) {
+    const READS: usize = 40;
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Relaxed: nothing else is published with the flag.
+            for value in 1_u16.. {
+                if is_over.load(Ordering::Relaxed) || value == u16::MAX {
+                    break;
+                }
+                write(tensor, value.into());
+                // The reader is not to wait for ever longer queues.
+                if value % 8 == 0 {
+                    tensor.context().synchronize().unwrap();
+                }
+            }
+        });
+        let mut last = 0.0;
+        for _ in 0..READS {
+            let values = read(tensor);
+            let first = values[0];
+            let torn = values.iter().position(|value| *value != first);
+            if torn.is_some() || first < last {
+                is_over.store(true, Ordering::Relaxed);
+                panic!("after {last}: {first}, and something else from {torn:?} on");
+            }
+            last = first;
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
 }

@@ -8,7 +8,7 @@
 //! is enqueued. A *mark* is a point that a stream passes once; recording an event makes one.
 //!
 //! Code map, bottom up: `system` (what the operating system gives), `runs` and `pages` (virtual memory),
-//! `memory` (all memory of one device); `mark`, `operation`, `queue` (one stream), `executor` with
+//! `memory` (all memory of one device); `landing`, `mark`, `operation`, `queue` (one stream), `executor` with
 //! `threads` and `seeded` (who runs the streams), `capture`; `platform` (the tables); here, the driver.
 //!
 //! When the last driver goes, nothing waits: queues keep the memory their work may touch, and it is given
@@ -19,6 +19,7 @@ mod capture;
 mod config;
 mod errno;
 mod executor;
+mod landing;
 mod mark;
 mod memory;
 mod operation;
@@ -35,6 +36,7 @@ use std::sync::Arc;
 pub use config::{HostConfig, HostSchedule, PAGE_GRANULARITY};
 
 use self::errno::{EINVAL, refuse};
+use self::landing::Lent;
 use self::memory::Memory;
 use self::operation::Work;
 use self::platform::Platform;
@@ -43,7 +45,7 @@ use super::{
     RawGraph, RawStream,
 };
 use crate::error::{Error, Result};
-use crate::units::{DeviceOrdinal, to_usize};
+use crate::units::DeviceOrdinal;
 
 /// One host device.
 #[derive(Debug)]
@@ -109,7 +111,9 @@ fn check_range(call: &'static str, ptr: DevicePtr, bytes: u64) -> Result<()> {
     Err(refuse(call, EINVAL, reason))
 }
 
-impl Driver for HostDriver {
+// SAFETY: `memory` gives out disjoint memory and looks up what it takes back; `queue` runs one operation at a time,
+// in order, and passes a mark behind the work before it; handles are numbers that are never used again.
+unsafe impl Driver for HostDriver {
     fn properties(&self) -> &DeviceProperties {
         &self.properties
     }
@@ -241,14 +245,11 @@ impl Driver for HostDriver {
 
     unsafe fn copy_to_host(&self, dst: &mut [u8], src: DevicePtr, stream: RawStream) -> Result<()> {
         check_range("copy_to_host", src, dst.len() as u64)?;
-        // Waiting and copying here, and not on the stream, keeps `dst` out of the queue: it is still a borrow
-        // when waiting ends with an error. What others enqueue behind does not write `src`, as promised.
-        self.platform.catch_up("copy_to_host", stream)?;
-        let src = std::ptr::with_exposed_provenance(to_usize(src.0));
-        // SAFETY: the caller promises that `src` is mapped and not being written, `dst` is a borrow of as many
-        // bytes; `ptr::copy` allows overlap.
-        unsafe { std::ptr::copy::<u8>(src, dst.as_mut_ptr(), dst.len()) }
-        Ok(())
+        // On the stream, as on other devices: another thread may enqueue a write to `src` behind this.
+        let lent = Lent::new(dst);
+        // SAFETY: the caller promises the source for as long as this waits, which is as long as `dst` is lent.
+        let work = unsafe { Work::download(lent.landing(), src) };
+        self.platform.finish("copy_to_host", stream, work)
     }
 
     unsafe fn fill(&self, dst: DevicePtr, value: u8, bytes: u64, stream: RawStream) -> Result<()> {

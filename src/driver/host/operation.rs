@@ -4,6 +4,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::landing::Landing;
 use super::mark::{Failure, Mark};
 use crate::driver::{DevicePtr, Kernel};
 use crate::units::to_usize;
@@ -15,6 +16,8 @@ pub(super) enum Operation {
     Work(Work),
     /// Passes the mark.
     Record(Arc<Mark>),
+    /// Work whose caller waits for it: runs it, then passes the mark.
+    Awaited(Work, Arc<Mark>),
     /// Holds the stream until the mark is passed, and hands the stream a failure before the mark.
     Wait(Arc<Mark>),
 }
@@ -23,7 +26,7 @@ impl Operation {
     /// Whether a stream that gets here can go on at once.
     pub(super) fn is_ready(&self) -> bool {
         match self {
-            Self::Work(_) | Self::Record(_) => true,
+            Self::Work(_) | Self::Record(_) | Self::Awaited(..) => true,
             Self::Wait(mark) => mark.is_passed(),
         }
     }
@@ -43,6 +46,10 @@ enum Kind {
     Upload {
         dst: DevicePtr,
         staged: Box<[u8]>,
+    },
+    Download {
+        dst: Landing,
+        src: DevicePtr,
     },
     Fill {
         dst: DevicePtr,
@@ -69,6 +76,14 @@ impl Work {
     /// holds.
     pub(super) unsafe fn upload(dst: DevicePtr, staged: Box<[u8]>) -> Self {
         Self(Kind::Upload { dst, staged })
+    }
+
+    /// A copy to a slice of the host's, while that is still wanted.
+    ///
+    /// # Safety
+    /// Whenever it is run, what [`Driver::copy_to_host`](crate::driver::Driver::copy_to_host) asks for holds.
+    pub(super) unsafe fn download(dst: Landing, src: DevicePtr) -> Self {
+        Self(Kind::Download { dst, src })
     }
 
     /// Writing one byte value to a range.
@@ -119,6 +134,11 @@ impl Work {
             Kind::Upload { dst, staged } => {
                 // SAFETY: whoever made the work promised the destination; the source is ours.
                 unsafe { std::ptr::copy(staged.as_ptr(), address(*dst), staged.len()) }
+                Ok(())
+            }
+            Kind::Download { dst, src } => {
+                // SAFETY: whoever made the work promised the source.
+                unsafe { dst.fill_from(address(*src).cast_const()) }
                 Ok(())
             }
             Kind::Fill { dst, value, bytes } => {

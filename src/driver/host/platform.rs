@@ -157,11 +157,14 @@ impl Platform {
         self.executor.wait(call, &mark)
     }
 
-    /// Blocks until everything on `stream` so far has run, for a copy to the host.
-    pub(super) fn catch_up(&self, call: &'static str, stream: RawStream) -> Result<()> {
+    /// Appends work to `stream` and blocks until it has run. An error may leave it in the queue.
+    pub(super) fn finish(&self, call: &'static str, stream: RawStream, work: Work) -> Result<()> {
         let entry = self.stream(call, stream)?;
         entry.refuse_capturing(call)?;
-        self.reach_end(call, &entry.queue)
+        let mark = Arc::new(Mark::default());
+        let awaited = Operation::Awaited(work, Arc::clone(&mark));
+        self.executor.enqueue(call, &entry.queue, awaited)?;
+        self.executor.wait(call, &mark)
     }
 
     pub(super) fn query_stream(&self, stream: RawStream) -> Result<bool> {

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::mark::Failure;
 use super::memory::Memory;
-use super::operation::Operation;
+use super::operation::{Operation, Work};
 
 /// A stream's operations. Lives until the last of them has run, longer than the stream's handle if need be.
 #[derive(Debug)]
@@ -40,7 +40,11 @@ impl State {
         self.operations.is_empty() && !self.busy
     }
 
+    /// Takes the next operation, unless one is under way.
     fn take(&mut self) -> Option<Operation> {
+        if self.busy {
+            return None;
+        }
         let operation = self.operations.pop_front()?;
         self.busy = true;
         Some(operation)
@@ -74,10 +78,21 @@ impl Queue {
         start: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         let mut state = self.state.lock();
-        // With nothing before it, a record is passed where it stands: no thread has to wake for it.
-        if let (true, Operation::Record(mark)) = (state.is_idle(), &operation) {
-            mark.pass(state.failure.clone());
-            return Ok(());
+        // With nothing before it, a record is passed where it stands, and work whose caller would wait for it is
+        // done by the caller: no thread has to wake for it.
+        if state.is_idle() {
+            if let Operation::Record(mark) = &operation {
+                mark.pass(state.failure.clone());
+                return Ok(());
+            }
+            if let Operation::Awaited(..) = operation {
+                state.busy = true;
+                drop(state);
+                self.execute(operation);
+                // For what was appended meanwhile.
+                self.changed.notify_one();
+                return Ok(());
+            }
         }
         if !state.has_thread {
             start()?;
@@ -95,7 +110,7 @@ impl Queue {
             if let Some(operation) = state.take() {
                 return Some(operation);
             }
-            if state.closed {
+            if state.closed && state.operations.is_empty() {
                 return None;
             }
             self.changed.wait(&mut state);
@@ -123,28 +138,29 @@ impl Queue {
 
     /// Carries out an operation that was taken from this queue.
     pub(super) fn execute(&self, operation: Operation) {
-        let failure = match operation {
-            Operation::Record(mark) => {
-                // In one step, so that a host that saw the mark finds the stream idle.
-                let mut state = self.state.lock();
-                state.busy = false;
-                mark.pass(state.failure.clone());
-                return;
-            }
-            Operation::Wait(mark) => mark.wait().err(),
-            Operation::Work(work) => {
-                let failed = self.state.lock().failure.is_some();
-                let outcome = if failed {
-                    work.discard()
-                } else {
-                    work.finish()
-                };
-                outcome.err()
-            }
+        let (outcome, mark) = match operation {
+            Operation::Record(mark) => (Ok(()), Some(mark)),
+            Operation::Wait(mark) => (mark.wait(), None),
+            Operation::Work(work) => (self.run(work), None),
+            Operation::Awaited(work, mark) => (self.run(work), Some(mark)),
         };
+        // In one step, so that a host that saw the mark finds the stream idle.
         let mut state = self.state.lock();
         state.busy = false;
-        state.failure = state.failure.take().or(failure);
+        state.failure = state.failure.take().or(outcome.err());
+        if let Some(mark) = mark {
+            mark.pass(state.failure.clone());
+        }
+    }
+
+    /// Does work, or drops it if the stream has failed.
+    fn run(&self, work: Work) -> Result<(), Failure> {
+        let failed = self.state.lock().failure.is_some();
+        if failed {
+            work.discard()
+        } else {
+            work.finish()
+        }
     }
 
     /// Says that nothing more will be pushed. What was pushed still runs.
