@@ -339,3 +339,112 @@ fn tensors_take_their_memory_through_the_wrappers_of_their_context() {
     assert_eq!(limit.used(), 0);
     assert_eq!(context.pool().stats().num_ooms, 0);
 }
+
+/// An allocator in safe code that does not return what it is asked for.
+#[derive(Debug)]
+struct Liar {
+    pool: Pool,
+    other_stream: Stream,
+    other_pool: Pool,
+    lie: Lie,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    None,
+    TooSmall,
+    Empty,
+    OtherStream,
+    OtherDevice,
+}
+
+impl Allocate for Liar {
+    fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
+        match self.lie {
+            Lie::None => self.pool.allocate(bytes, stream),
+            Lie::TooSmall => self.pool.allocate(bytes.saturating_sub(512), stream),
+            Lie::Empty => self.pool.allocate(0, stream),
+            Lie::OtherStream => self.pool.allocate(bytes, &self.other_stream),
+            Lie::OtherDevice => {
+                let stream = self.other_pool.device().create_stream()?;
+                self.other_pool.allocate(bytes, &stream)
+            }
+        }
+    }
+
+    fn pool(&self) -> &Pool {
+        &self.pool
+    }
+}
+
+#[test]
+fn a_block_that_is_not_what_was_asked_for_is_refused_before_anything_is_written() {
+    let lies = [
+        (Lie::TooSmall, Some("a block of 3584 bytes for 4096")),
+        (Lie::Empty, Some("a block of 0 bytes for 4096")),
+        (Lie::OtherStream, Some("for stream")),
+        (Lie::OtherDevice, Some("for stream")),
+        (Lie::None, None),
+    ];
+    for (lie, expected) in lies {
+        let (pool, other_stream) = pool();
+        let other_device = Device::host(HostConfig::default()).unwrap();
+        let liar = Liar {
+            other_pool: Pool::new(&other_device, PoolConfig::default()).unwrap(),
+            pool: pool.clone(),
+            other_stream,
+            lie,
+        };
+        let context = Context::with_allocator(Arc::new(liar)).unwrap();
+        // A neighbor that a write past the end of a block would hit.
+        let neighbor = Context::with_pool(&pool).unwrap();
+        let neighbor = Tensor::full(&neighbor, [1 << 16], DType::F32, 3.0).unwrap();
+        let made = [
+            Tensor::full(&context, [1024], DType::F32, 1.0),
+            Tensor::zeros(&context, [1024], DType::F32),
+            Tensor::from_slice(&context, [1024], &[1.0_f32; 1024]),
+            neighbor.narrow(0, 0, 1024).unwrap().copy_to(&context),
+        ];
+        for made in made {
+            match (made, expected) {
+                (Ok(tensor), None) => assert_eq!(tensor.to_vec::<f32>().unwrap().len(), 1024),
+                (Err(Error::InvalidArgument { op, reason }), Some(expected)) => {
+                    assert_eq!(op, "Allocate::allocate");
+                    assert!(reason.contains(expected), "{lie:?}: {reason}");
+                }
+                (made, _) => panic!("{lie:?}: {made:?}"),
+            }
+        }
+        // What holds no memory needs none.
+        let empty = Tensor::zeros(&context, [0], DType::F32).unwrap();
+        assert_eq!(empty.ptr().0, 0);
+        assert!(neighbor.to_vec::<f32>().unwrap().iter().all(|v| *v == 3.0));
+        drop(empty);
+        assert_eq!(pool.stats().allocation.current, 1, "{lie:?}");
+    }
+}
+
+/// The device that an allocator names is where the stream is made, whichever pool it has.
+#[test]
+fn an_allocator_that_names_another_device_than_its_pools_is_refused() {
+    #[derive(Debug)]
+    struct Abroad(Pool, Device);
+    impl Allocate for Abroad {
+        fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
+            let home = self.0.device().create_stream()?;
+            let _ = stream;
+            self.0.allocate(bytes, &home)
+        }
+        fn pool(&self) -> &Pool {
+            &self.0
+        }
+        fn device(&self) -> &Device {
+            &self.1
+        }
+    }
+    let (pool, _) = pool();
+    let device = Device::host(HostConfig::default()).unwrap();
+    let context = Context::with_allocator(Arc::new(Abroad(pool, device))).unwrap();
+    let outcome = Tensor::zeros(&context, [1], DType::F32);
+    assert!(matches!(outcome, Err(Error::InvalidArgument { .. })));
+}

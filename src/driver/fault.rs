@@ -232,7 +232,8 @@ fn check_name(call: &str) {
     );
 }
 
-impl Driver for FaultDriver {
+// SAFETY: each call is passed on or refused.
+unsafe impl Driver for FaultDriver {
     fn properties(&self) -> &DeviceProperties {
         self.inner.properties()
     }

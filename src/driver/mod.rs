@@ -128,7 +128,28 @@ pub struct MemoryInfo {
 /// the device refuses. After a kernel failed, its stream reports that failure from every later call that
 /// waits for it. Kernels, and what is dropped with them, must not wait: calls that block are refused to them.
 /// Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
-pub trait Driver: Debug + Send + Sync {
+///
+/// # Safety
+/// Safe code in the layers above reads and writes where a driver points, and reuses memory when a driver says that
+/// its work has run. An implementation promises:
+///
+/// - **Memory.** The bytes that [`allocate`](Self::allocate), [`allocate_on`](Self::allocate_on) and
+///   [`allocate_pinned`](Self::allocate_pinned) return are as many as were asked for, start at a multiple of 512,
+///   overlap no other live memory, and are readable and writable by the device, pinned ones by the host too, until
+///   they are given back. A range of [`reserve`](Self::reserve) overlaps no other live range. After
+///   [`map`](Self::map), its addresses reach the pages in the order given and nothing else, until they are
+///   unmapped. A call that takes memory away and fails has not taken it.
+/// - **Order.** Work of a stream runs once, in order, and after what the stream waits for. A query answers `true`,
+///   and a wait returns `Ok`, only when the work it asks about has run.
+/// - **The host's memory.** [`copy_from_host`](Self::copy_from_host) reads `src` only before it returns.
+///   [`copy_to_host`](Self::copy_to_host) writes `dst` only before it returns, with an error too, and has filled all
+///   of it when it returns `Ok`.
+/// - **Identity.** A handle names one object until that is destroyed. Two drivers report one
+///   [`platform`](Self::platform) only if each understands the other's streams, events and addresses.
+///   [`properties`](Self::properties) never change.
+///
+/// A wrapper that passes each call on to another driver, or refuses it, keeps these promises if that driver does.
+pub unsafe trait Driver: Debug + Send + Sync {
     /// What the device is and can do.
     fn properties(&self) -> &DeviceProperties;
 
@@ -336,13 +357,15 @@ pub trait Driver: Debug + Send + Sync {
     /// `src.len()` bytes at `dst` stay mapped and untouched by others until `stream` has passed here.
     unsafe fn copy_from_host(&self, dst: DevicePtr, src: &[u8], stream: RawStream) -> Result<()>;
 
-    /// Copies to ordinary host memory and blocks until `dst` is filled, in order with `stream`.
+    /// Copies to ordinary host memory and blocks until `dst` is filled. The copy is work of `stream`: it comes before
+    /// what other threads enqueue there afterwards. With an error, `dst` has any contents.
     ///
     /// # Errors
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// `dst.len()` bytes at `src` are mapped and not written by others until the call returns.
+    /// `dst.len()` bytes at `src` stay mapped until the call returns. Until then, only work of `stream` writes them,
+    /// and work that `stream` waits for or that waits for it.
     unsafe fn copy_to_host(&self, dst: &mut [u8], src: DevicePtr, stream: RawStream) -> Result<()>;
 
     /// Enqueues writing `value` to each of `bytes` bytes at `dst`.

@@ -16,7 +16,7 @@ use super::Context;
 use super::version::Version;
 use crate::driver::{DevicePtr, Stream};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::Span;
 use crate::memory::{Block, PinnedBlock};
 use crate::units::{MIB, to_usize};
@@ -25,7 +25,7 @@ use crate::units::{MIB, to_usize};
 const PREFAULT_MIN: u64 = MIB;
 
 /// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
-/// thread, without blocking.
+/// thread. The drop waits for no stream, unless it is the last thing that keeps its [pool](crate::Pool#dropping).
 pub struct Buffer {
     context: Context,
     ptr: DevicePtr,
@@ -39,12 +39,20 @@ impl Buffer {
     /// `bytes` bytes with undefined contents.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory);
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the context's allocator returned a block that is
+    /// too small or was allocated for another stream.
     pub fn uninit(context: &Context, bytes: u64) -> Result<Self> {
         let block = context.allocator().allocate(bytes, context.stream())?;
+        check_block(&block, bytes, context.stream())?;
         Ok(Self {
             context: context.clone(),
-            ptr: block.ptr(),
+            // A block for no bytes may hold memory all the same, which nothing uses.
+            ptr: if bytes == 0 {
+                DevicePtr(0)
+            } else {
+                block.ptr()
+            },
             bytes,
             block: Mutex::new(block),
             version: Version::default(),
@@ -115,7 +123,8 @@ impl Buffer {
         }
         self.announce(0, self.bytes);
         let stream = self.context.stream();
-        // SAFETY: the block is `bytes` long and freed in order with this very stream.
+        // SAFETY: `uninit` checked that the block is at least `bytes` long and has this stream as its home, in order
+        // with which it is freed.
         unsafe {
             stream
                 .driver()
@@ -225,7 +234,7 @@ impl Buffer {
             return Ok(());
         }
         let stream = self.context.stream();
-        // SAFETY: the range lies in the block, and all writes to it are on this very stream.
+        // SAFETY: the range lies in the block, and all writes to it are on this very stream or ordered with it.
         unsafe {
             stream
                 .driver()
@@ -256,6 +265,28 @@ impl Buffer {
         }?;
         // The copy is under way: where the device cannot be made to wait for it, the host has to.
         from.wait_for(to).or_else(|_| to.synchronize())
+    }
+}
+
+/// Refuses a block that is not what was asked of an allocator. Allocators are written in safe code, and what this
+/// file promises the driver follows from the block: its length, and a home that is the stream which gets the work.
+/// Its device follows from its home.
+fn check_block(block: &Block, bytes: u64, stream: &Stream) -> Result<()> {
+    const OP: &str = "Allocate::allocate";
+    if bytes == 0 {
+        return Ok(());
+    }
+    if block.allocated() < bytes {
+        let reason = format!("a block of {} bytes for {bytes}", block.allocated());
+        return Err(Error::argument(OP, reason));
+    }
+    match block.home().map(Stream::id) {
+        Some(home) if home == stream.id() => Ok(()),
+        home => {
+            let home = home.map_or_else(|| "no stream".to_owned(), |home| home.0.to_string());
+            let reason = format!("a block of stream {home} for stream {}", stream.id().0);
+            Err(Error::argument(OP, reason))
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::launch::Span;
 
 /// Elements of one type in device memory. Clones and views share the memory; dropping the last of them
-/// frees it in stream order.
+/// frees it in stream order, as a [`Buffer`] does.
 #[derive(Clone)]
 pub struct Tensor {
     buffer: Arc<Buffer>,

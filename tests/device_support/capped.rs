@@ -63,7 +63,8 @@ impl Capped {
     }
 }
 
-impl Driver for Capped {
+// SAFETY: each call is passed on or refused.
+unsafe impl Driver for Capped {
     fn properties(&self) -> &DeviceProperties {
         &self.properties
     }

@@ -51,7 +51,8 @@ impl Counted {
     }
 }
 
-impl Driver for Counted {
+// SAFETY: each call is passed on.
+unsafe impl Driver for Counted {
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()> {
         self.log.lock().push((kernel.entry(), kernel.traffic()));
         // SAFETY: the caller promises the same.

@@ -183,7 +183,8 @@ struct ShimDriver {
     touched: Arc<Touched>,
 }
 
-impl Driver for ShimDriver {
+// SAFETY: each call is passed on; a kernel is exchanged for another form of the same one.
+unsafe impl Driver for ShimDriver {
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()> {
         let kernel = Box::new(OverShim(kernel, Arc::clone(&self.touched)));
         // SAFETY: the caller promises what the kernel asks for, whichever of its forms runs.

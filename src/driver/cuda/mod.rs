@@ -130,7 +130,9 @@ impl CudaDriver {
     }
 }
 
-impl Driver for CudaDriver {
+// SAFETY: each call is one of the CUDA driver API, which makes the same promises; where it makes fewer (`uploads`,
+// `streams`), the module there makes up for it.
+unsafe impl Driver for CudaDriver {
     fn properties(&self) -> &DeviceProperties {
         &self.context.properties
     }

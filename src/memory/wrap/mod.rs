@@ -32,6 +32,11 @@ use crate::error::Result;
 
 /// Hands out device memory. Implemented by [`Pool`] and by the wrappers around it.
 ///
+/// The trait is safe to implement. What uses a block through safe code, as [`Buffer`](crate::storage::Buffer)
+/// does, checks that it has the bytes and the home stream that were asked for, and refuses another one with
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument). A block's memory is its home stream's device's: a
+/// [`Pool`], which all blocks come from, serves no other.
+///
 /// # Examples
 /// ```
 /// use std::sync::Arc;
