@@ -4,6 +4,7 @@
 //! in one signature. This module knows nothing of devices or memory.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// 1,024 bytes.
 pub const KIB: u64 = 1 << 10;
@@ -44,9 +45,48 @@ pub const fn to_usize(count: u64) -> usize {
 pub struct DeviceOrdinal(pub u32);
 
 /// Identity of a stream, unique in the process and never used again after the stream is gone
-/// (driver handles are).
+/// (driver handles are). A process makes at most 2³² − 1 streams: making one more panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamId(pub u32);
+
+/// Hands out numbers of 32 bits that name things, each number once.
+///
+/// Identities of 64 bits are drawn with `fetch_add`: no process lives to see them wrap.
+#[derive(Debug)]
+pub(crate) struct Numbers {
+    /// The next one. Stays at the last value when all others were given out, so that one names nothing.
+    next: AtomicU32,
+    /// What they name, for people.
+    what: &'static str,
+}
+
+impl Numbers {
+    pub(crate) const fn new(what: &'static str) -> Self {
+        Self::starting_at(0, what)
+    }
+
+    /// As if so many numbers had been given out.
+    pub(crate) const fn starting_at(next: u32, what: &'static str) -> Self {
+        Self {
+            next: AtomicU32::new(next),
+            what,
+        }
+    }
+
+    /// A number that was not given out before.
+    ///
+    /// # Panics
+    /// If there is none left. Given out again, a number would name two things at once.
+    pub(crate) fn next(&self) -> u32 {
+        // Relaxed: the number only has to be unique.
+        let drawn = self
+            .next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
+                next.checked_add(1)
+            });
+        drawn.unwrap_or_else(|last| panic!("all {last} numbers of {} are used up", self.what))
+    }
+}
 
 /// A byte count that displays in the largest unit below it, with one decimal: `1.5 GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +121,35 @@ mod tests {
         assert_eq!(align_up(512, 512), Some(512));
         assert_eq!(align_up(u64::MAX, 512), None);
         assert_eq!(align_up(u64::MAX - 511, 512), Some(u64::MAX - 511));
+    }
+
+    #[test]
+    fn the_last_number_is_given_out_once_and_then_none() {
+        let numbers = Numbers::starting_at(u32::MAX - 2, "tests");
+        assert_eq!(
+            [numbers.next(), numbers.next()],
+            [u32::MAX - 2, u32::MAX - 1]
+        );
+        for _ in 0..2 {
+            let panic = std::panic::catch_unwind(|| numbers.next()).unwrap_err();
+            let message = panic.downcast_ref::<String>().unwrap();
+            assert_eq!(message, "all 4294967295 numbers of tests are used up");
+        }
+    }
+
+    #[test]
+    fn threads_never_draw_the_same_number() {
+        let numbers = Numbers::new("tests");
+        let draw = || (0..1000).map(|_| numbers.next()).collect::<Vec<u32>>();
+        let mut drawn: Vec<u32> = std::thread::scope(|scope| {
+            let threads = [(); 4].map(|()| scope.spawn(draw));
+            threads
+                .into_iter()
+                .flat_map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        drawn.sort_unstable();
+        assert!(drawn.into_iter().eq(0..4000));
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! An owned stream.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Device, Driver, Event, Graph, RawStream};
 use crate::error::Result;
-use crate::units::StreamId;
+use crate::units::{Numbers, StreamId};
+
+static NUMBERS: Numbers = Numbers::new("streams");
 
 /// A queue of work on one device. Cheap to clone; destroyed with its last clone, after which work already
 /// enqueued still runs.
@@ -23,14 +24,22 @@ struct Inner {
 
 impl Stream {
     pub(super) fn new(device: &Device) -> Result<Self> {
-        Ok(Self::from_raw(device, device.driver().create_stream()?))
+        Self::numbered(device, &NUMBERS)
+    }
+
+    fn numbered(device: &Device, numbers: &Numbers) -> Result<Self> {
+        // First: without a number there is to be no stream.
+        let id = StreamId(numbers.next());
+        Ok(Self::with_id(device, device.driver().create_stream()?, id))
     }
 
     /// The owner of a stream of the device's driver.
+    #[cfg(feature = "cuda")]
     pub(super) fn from_raw(device: &Device, raw: RawStream) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        // Relaxed: the number only has to be unique.
-        let id = StreamId(NEXT.fetch_add(1, Ordering::Relaxed));
+        Self::with_id(device, raw, StreamId(NUMBERS.next()))
+    }
+
+    fn with_id(device: &Device, raw: RawStream, id: StreamId) -> Self {
         Self {
             inner: Arc::new(Inner {
                 device: device.clone(),
@@ -160,5 +169,28 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // A driver that refuses to destroy a stream leaves nothing to be done about it.
         let _ = self.device.driver().destroy_stream(self.raw);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::driver::HostConfig;
+
+    #[test]
+    fn no_stream_gets_the_number_of_another() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let numbers = Numbers::starting_at(u32::MAX - 2, "streams");
+        let streams = [(); 2].map(|()| Stream::numbered(&device, &numbers).unwrap());
+        let ids = streams.each_ref().map(Stream::id);
+        assert_eq!(ids, [StreamId(u32::MAX - 2), StreamId(u32::MAX - 1)]);
+        drop(streams);
+        let refused = catch_unwind(AssertUnwindSafe(|| Stream::numbered(&device, &numbers)));
+        let panic = refused.unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert_eq!(message, "all 4294967295 numbers of streams are used up");
+        device.create_stream().unwrap().synchronize().unwrap();
     }
 }
