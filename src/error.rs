@@ -1,6 +1,7 @@
 //! What can go wrong, told so that a caller can act on it.
 //!
-//! One enum for the whole crate. A broken invariant of our own is a panic, never an [`Error`].
+//! One enum for the whole crate. A broken invariant of our own is a panic, never an [`Error`]; that a pool has been
+//! broken by one is an error of the calls that come later.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -62,6 +63,16 @@ pub enum Error {
     Capturing {
         /// The call that was refused.
         call: &'static str,
+    },
+
+    /// A call on this pool panicked while it changed the pool's books, so nobody knows any more which memory is free.
+    /// Blocks that are out stay valid; the pool hands out no others. Make a new pool.
+    #[error(
+        "the {pool} is broken: a call panicked while it held the lock, and nothing more is taken from it or returned"
+    )]
+    BrokenPool {
+        /// Which kind of pool: `memory pool` or `pinned pool`.
+        pool: &'static str,
     },
 
     /// A gradient scaler was driven out of order: `unscale`, `step` and `update` have a sequence.

@@ -50,25 +50,34 @@ impl<T> Biased<T> {
         }
     }
 
-    /// Enters as the owner. `with` must not enter again.
+    /// Enters as the owner.
+    ///
+    /// # Panics
+    /// If the owner is inside already.
     ///
     /// # Safety
-    /// All calls for this value, of this and of [`try_with_owner`](Self::try_with_owner), come from one thread.
+    /// All calls for this value, of this and of [`try_with_owner`](Self::try_with_owner), come from one thread. `with`
+    /// does not call `try_with_owner` for it.
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+        assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
         // The slow way is one that holds the lock: `with` is called in one place, and so can be part of its caller.
         let inside = self.enter().map(Inside::Busy);
-        let _inside = inside.unwrap_or_else(|| Inside::Locked(self.lock()));
-        // SAFETY: this thread is the owner. It is marked busy, and nobody wanted in after that, or it is not, and
-        // others need the lock that is held.
+        let _inside = inside.unwrap_or_else(|| self.lock());
+        // SAFETY: this thread is the owner, and was not inside: it would have been marked busy, as it is now. Nobody
+        // wanted in after that, or others need the lock that is held.
         self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 
+    /// Enters as the owner when no other thread is inside or wants in.
     #[cold]
     #[inline(never)]
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.others.lock()
+    fn lock(&self) -> Inside<'_> {
+        let guard = self.others.lock();
+        // Relaxed: who waits for the mark to go holds the lock.
+        self.is_busy.store(true, Ordering::Relaxed);
+        Inside::Locked(Busy(&self.is_busy), guard)
     }
 
     /// Marks the owner busy, unless another thread wants in.
@@ -82,10 +91,11 @@ impl<T> Biased<T> {
         (!self.is_wanted.load(Ordering::Acquire)).then_some(busy)
     }
 
-    /// Enters as the owner with `input`, which comes back if another thread wants in: the fast way alone.
+    /// Enters as the owner with `input`, which comes back if another thread wants in: the fast way alone. It is as fast
+    /// as that because only debug builds see to it that the owner is outside.
     ///
     /// # Safety
-    /// As [`with_owner`](Self::with_owner).
+    /// As [`with_owner`](Self::with_owner); and the owner is not inside.
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) unsafe fn try_with_owner<I, R>(
@@ -96,7 +106,7 @@ impl<T> Biased<T> {
         let Some(busy) = self.enter() else {
             return Err(input);
         };
-        // SAFETY: this thread is the owner and marked busy, and nobody wanted in after that.
+        // SAFETY: this thread is the owner, was not inside and is marked busy, and nobody wanted in after that.
         let outcome = self
             .value
             .with_mut(|value| with(unsafe { &mut *value }, input));
@@ -104,7 +114,7 @@ impl<T> Biased<T> {
         Ok(outcome)
     }
 
-    /// Enters as any thread but an owner that is inside. `with` must not enter again.
+    /// Enters as any thread but an owner that is inside, which would wait for itself. `with` must not enter again.
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(super) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         let _guard = self.others.lock();
@@ -131,7 +141,8 @@ impl<T> Biased<T> {
 #[expect(dead_code, reason = "held to be dropped")]
 enum Inside<'a> {
     Busy(Busy<'a>),
-    Locked(MutexGuard<'a, ()>),
+    /// The mark goes first.
+    Locked(Busy<'a>, MutexGuard<'a, ()>),
 }
 
 /// Resets the owner's mark.
@@ -300,6 +311,31 @@ mod tests {
             other.join().expect("no panic");
         }
         assert_eq!(shared.0.with(|value| *value), ROUNDS + 2 * (ROUNDS / 10));
+    }
+
+    /// Also in release builds, and also where the owner holds the lock because others want in.
+    #[test]
+    #[expect(unsafe_code, reason = "the test is the owner")]
+    fn an_owner_that_is_inside_cannot_enter_again() {
+        for is_slow in [false, true] {
+            let mut biased = Biased::new(1);
+            if is_slow {
+                biased.is_slow = true;
+                biased.is_wanted = AtomicBool::new(true);
+            }
+            // SAFETY: only this thread enters as the owner.
+            let entered = unsafe {
+                biased.with_owner(|_| {
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                        // SAFETY: as above.
+                        unsafe { biased.with_owner(|value| *value += 1) }
+                    }))
+                })
+            };
+            let panic = entered.unwrap_err();
+            assert_eq!(panic.downcast_ref::<&str>(), Some(&"entered twice"));
+            assert_eq!(biased.with(|value| *value), 1, "nobody is inside any more");
+        }
     }
 
     #[test]

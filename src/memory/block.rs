@@ -111,8 +111,8 @@ impl BlockRecord {
     }
 }
 
-/// Device memory, owned. Dropping it gives it back to its home stream in stream order, from any thread,
-/// without blocking.
+/// Device memory, owned. Dropping it gives it back to its home stream in stream order, from any thread. The drop waits
+/// for no stream, unless it is the last thing that keeps its pool, as [there](super::Pool#dropping) is said.
 pub struct Block {
     /// `None` for a block of zero bytes, which holds no memory; taken on drop.
     record: ManuallyDrop<Option<Record>>,

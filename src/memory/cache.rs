@@ -10,6 +10,15 @@
 //! nothing more.
 //!
 //! Lock order: the pool's state, then a cache. Nothing here waits for the state from inside a cache.
+//!
+//! # Nobody enters twice
+//! A thread that is inside a cache must not enter it again: there would be two `&mut Contents`. What runs inside are the
+//! closures of this file. They call methods of `contents`, `lane` and `counts`, and of the pool's state those that call
+//! no driver; two push to the pool's queues. None of that enters a cache by itself, so only code of others could. It
+//! runs where a driver is called, which none of them does, and where something is dropped that others can look at: a
+//! record, with which the last handle of a stream may go, or a pool. Nothing of the kind is dropped inside: it is handed
+//! out and dropped by the caller. Debug builds assert that (`local::assert_outside`), so every test looks for a closure
+//! that breaks the rule; release builds assert on all ways in but those of the fast path ([`Biased::with_owner`]).
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -20,7 +29,7 @@ use super::arena::GRANULARITY;
 use super::biased::Biased;
 use super::contents::{Contents, Miss};
 use super::lane::{self, Kept, Lane, LaneKey, PoolId};
-use super::local::LOCAL;
+use super::local::{self, LOCAL};
 use super::pool::{self, Pool, Shared};
 use super::record::Record;
 use super::state::{Counted, State, Wanted};
@@ -65,8 +74,11 @@ impl Drop for ThreadCaches {
 #[expect(unsafe_code, reason = "the fast path does without the list's checks")]
 fn current<'a>() -> Option<&'a ThreadCache> {
     // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back
-    // before it lets go of the cache. Who keeps the reference across a call that changes the list keeps its pool: the
-    // list lets go of caches of pools that are gone, and of all when the thread ends.
+    // before it lets go of the cache. The list lets go of a cache in two places: in `find`, when its pool is gone, and
+    // when the thread ends, which runs no code of ours but what it drops. `find` may be reached wherever code of others
+    // runs: where a record, a lane or a stream is dropped and where a driver is called. Whoever uses the reference after
+    // such a place holds the pool across it: `take`, `fetch` and `take_anywhere` by the caller's handle, `make_room`,
+    // `leave_to_queue` and `keep_in_new_lane` by one of their own, the end of a thread by the list itself.
     unsafe { LOCAL.with(|local| local.cache.get()).as_ref() }
 }
 
@@ -162,13 +174,14 @@ pub(super) fn keep_anywhere(key: LaneKey, record: Record) -> Option<Record> {
     let Some(cache) = of_thread(record.shared()) else {
         return Some(record);
     };
-    match cache.with_lane(key, record, Contents::keep_in_front) {
+    match cache.with_front(key, record, Contents::keep_in_front) {
         Ok(Kept::Yes) => None,
-        Err(record) | Ok(Kept::Not(record)) => Some(record),
+        Ok(Kept::Not(record)) => Some(record),
         Ok(kept) => {
             cache.make_room(kept);
             None
         }
+        Err((record, _)) => cache.keep_in_new_lane(key, record),
     }
 }
 
@@ -266,8 +279,9 @@ impl ThreadCache {
     )]
     fn with_owner<R>(&self, with: impl FnOnce(&mut Contents) -> R) -> R {
         // SAFETY: private to this file, where it is called for caches found in the calling thread's
-        // storage only, and each is in one thread's. A `Caller` stays on its thread.
-        unsafe { self.contents.with_owner(with) }
+        // storage only, and each is in one thread's. A `Caller` stays on its thread. `with` is one of the closures of
+        // this file, none of which enters a cache: see the head.
+        local::inside(|| unsafe { self.contents.with_owner(with) })
     }
 
     /// As [`with_owner`](Self::with_owner), unless another thread wants in: then `input` comes back.
@@ -277,24 +291,53 @@ impl ThreadCache {
         reason = "who owns a cache is known by where it was found"
     )]
     fn if_alone<I, R>(&self, input: I, with: impl FnOnce(&mut Contents, I) -> R) -> Result<R, I> {
-        // SAFETY: as in `with_owner`.
-        unsafe { self.contents.try_with_owner(input, with) }
+        // SAFETY: as in `with_owner`. The owner is not inside: only a closure could run this, and none does.
+        local::inside(|| unsafe { self.contents.try_with_owner(input, with) })
+    }
+
+    /// Enters with the lane `key` in front. Gives everything back if there is none.
+    #[inline]
+    fn with_front<I, R, W: FnOnce(&mut Contents, I) -> R>(
+        &self,
+        key: LaneKey,
+        input: I,
+        with: W,
+    ) -> Result<R, (I, W)> {
+        self.with_owner(|contents| {
+            if !contents.bring_to_front(key) {
+                return Err((input, with));
+            }
+            Ok(with(contents, input))
+        })
+    }
+
+    /// Keeps a freed block in a lane that is made for it. Gives it back when the pool is closed.
+    #[cold]
+    #[inline(never)]
+    fn keep_in_new_lane(&self, key: LaneKey, record: Record) -> Option<Record> {
+        // Lanes that are forgotten for the new one may hold the last references to the pool but for that of the record,
+        // and once that is in the cache, another thread may take it out. This one keeps the pool, and so the cache, to
+        // the end.
+        let _pool = record.shared().clone();
+        match self.with_lane(key, record, Contents::keep_in_front) {
+            Ok(Kept::Yes) => None,
+            Err(record) | Ok(Kept::Not(record)) => Some(record),
+            Ok(kept) => {
+                self.make_room(kept);
+                None
+            }
+        }
     }
 
     /// Enters with the lane `key` in front, which is made if need be. Gives `input` back when the pool is
-    /// closed.
+    /// closed. The caller holds the pool: code of others may run in between.
     fn with_lane<I, R>(
         &self,
         key: LaneKey,
         input: I,
         with: impl FnOnce(&mut Contents, I) -> R,
     ) -> Result<R, I> {
-        let attempt = self.with_owner(|contents| {
-            if !contents.bring_to_front(key) {
-                return Err((input, with));
-            }
-            Ok(with(contents, input))
-        });
+        let attempt = self.with_front(key, input, with);
         attempt.or_else(|(input, with)| {
             // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
             // now does not stay for ever.
@@ -383,6 +426,18 @@ impl ThreadCache {
             state.take_back(&record);
         }
         state.settle_frees();
+        drop(lanes);
+    }
+
+    /// Makes the cache of a broken pool keep nothing, from any thread: the pool takes nothing back, and only the records
+    /// go.
+    pub(super) fn abandon(&self) {
+        let (left, lanes) = self.contents.with(|contents| {
+            contents.is_closed = true;
+            contents.leave_all();
+            (contents.take_left(), contents.forget_lanes())
+        });
+        lane::drop_all(left);
         drop(lanes);
     }
 

@@ -4,9 +4,14 @@
 //! are *left*: the pool takes them back when the thread has its lock the next time, before it looks for memory.
 //! So freeing takes no lock, and what is found is what would have been found had they been freed at once.
 //!
-//! Nothing here calls a driver: a driver may run work inside a call, and that may free a block of this very cache.
+//! Nothing here runs code of others, which could free a block of this very cache while it is being changed. So nothing
+//! calls a driver, which may run work inside a call, and no record is dropped: with it may go the last handle of a
+//! stream or a pool. Records without a place are handed out, for the caller to drop outside. A panic leaks the records
+//! that are on their way.
+//!
 //! Must not know: who may enter.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use super::counts::Counts;
@@ -289,9 +294,11 @@ impl Contents {
 
     #[inline(never)]
     pub(super) fn give_all_left(&mut self, state: &mut State, refused: &mut List) {
-        let mut left = lane::reversed(self.take_left());
+        let mut left = ManuallyDrop::new(lane::reversed(self.take_left()));
         while let Some(record) = lane::pop(&mut left) {
+            let record = ManuallyDrop::new(record);
             state.take_back(&record);
+            let record = ManuallyDrop::into_inner(record);
             if let Some(record) = self.front.keep_blank(record) {
                 self.keep_blank_elsewhere(record, refused);
             }

@@ -27,7 +27,7 @@ impl Pool {
     /// [`Error::Driver`](crate::Error::Driver) if the driver refused some; the pool then keeps it.
     pub fn trim(&self, target: u64) -> Result<()> {
         let shared = self.shared();
-        reclaim::trim(shared, &mut shared.lock(), target)
+        reclaim::trim(shared, &mut shared.lock()?, target)
     }
 
     /// Ends a period of [`PoolConfig::decay`] now, whether one is set or not: returns to the driver what was
@@ -36,14 +36,26 @@ impl Pool {
     /// [deterministic](PoolConfig::deterministic) mode.
     pub fn decay_now(&self) {
         let shared = self.shared();
-        reclaim::decay(shared, &mut shared.lock());
+        // A broken pool returns nothing.
+        if let Ok(mut state) = shared.lock() {
+            reclaim::decay(shared, &mut state);
+        }
     }
 
     /// Most bytes the pool may hold: the limit set last, or what [`PoolConfig::limit`] and
     /// [`PoolConfig::fraction`] came to.
     #[must_use]
     pub fn limit(&self) -> Option<u64> {
-        self.shared().lock().memories.limit()
+        self.shared().look().memories.limit()
+    }
+
+    /// Whether a call panicked while it held the pool's lock: an invariant broke, or a driver panicked. Such a pool
+    /// hands out nothing more, and every call that would returns [`Error::BrokenPool`](crate::Error::BrokenPool). Blocks
+    /// that are out stay valid and may be dropped; their memory, and all else that the pool holds, stays taken until
+    /// the process ends. Statistics are those of the last moment, without what was freed since.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.shared().routes.are_closed()
     }
 
     /// Sets the most bytes the pool may hold from now on, in place of [`PoolConfig::limit`] and
@@ -57,7 +69,7 @@ impl Pool {
     pub fn set_limit(&self, limit: Option<u64>) -> Result<()> {
         let shared = self.shared();
         PoolConfig::check_limit(limit, &shared.device)?;
-        let mut state = shared.lock();
+        let mut state = shared.lock()?;
         state.memories.set_limit(limit);
         reclaim::trim(shared, &mut state, limit.unwrap_or(u64::MAX))
     }

@@ -16,6 +16,7 @@ use crate::units::{KIB, StreamId, to_usize};
 pub(super) struct LaneKey(u64);
 
 impl LaneKey {
+    // No pool has the last number (`Numbers` does not give it out), so no pool and stream have these two.
     /// Of a lane that keeps nothing: no block has it.
     pub(super) const VACANT: Self = Self(u64::MAX);
     /// Of a block that no lane may keep as it is: no lane has it.
@@ -243,5 +244,31 @@ pub(super) fn reversed(mut list: List) -> List {
 pub(super) fn drop_all(mut list: List) {
     while let Some(record) = pop(&mut list) {
         drop(record);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::super::config::PoolConfig;
+    use super::super::pool::Pool;
+    use crate::driver::{Device, HostConfig};
+    use crate::units::Numbers;
+
+    #[test]
+    fn no_pool_gets_the_number_of_another() {
+        let device = Device::host(HostConfig::default()).unwrap();
+        let stream = device.create_stream().unwrap();
+        let numbers = Numbers::starting_at(u32::MAX - 1, "pools");
+        let make = || Pool::numbered(&device, PoolConfig::default(), &numbers);
+        let last = make().unwrap();
+        // Kept and found again by the thread: the keys of its lanes are none of the reserved ones.
+        let ptr = last.allocate(512, &stream).unwrap().ptr();
+        assert_eq!(last.allocate(512, &stream).unwrap().ptr(), ptr);
+        let panic = catch_unwind(AssertUnwindSafe(make)).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert_eq!(message, "all 4294967295 numbers of pools are used up");
+        last.check_invariants();
     }
 }

@@ -14,6 +14,48 @@ pub(super) struct Local {
     pub(super) cache: Cell<*const ThreadCache>,
     /// The innermost tag scope.
     pub(super) tag: Cell<TagId>,
+    /// Whether the thread is inside one of its caches.
+    #[cfg(debug_assertions)]
+    is_inside: Cell<bool>,
+}
+
+/// Runs `with` inside a cache of the calling thread. Debug builds note that, for [`assert_outside`].
+#[inline(always)]
+pub(super) fn inside<R>(with: impl FnOnce() -> R) -> R {
+    #[cfg(debug_assertions)]
+    let _mark = Mark::set();
+    with()
+}
+
+/// In debug builds, asserts that the calling thread is inside none of its caches: code of others may run next.
+#[inline(always)]
+pub(super) fn assert_outside(what: &str) {
+    #[cfg(debug_assertions)]
+    LOCAL.with(|local| {
+        // What unwinds was broken before.
+        let is_inside = local.is_inside.get() && !std::thread::panicking();
+        assert!(!is_inside, "{what} is dropped inside a cache");
+    });
+    #[cfg(not(debug_assertions))]
+    let _ = what;
+}
+
+#[cfg(debug_assertions)]
+struct Mark;
+
+#[cfg(debug_assertions)]
+impl Mark {
+    fn set() -> Self {
+        LOCAL.with(|local| local.is_inside.set(true));
+        Self
+    }
+}
+
+#[cfg(debug_assertions)]
+impl Drop for Mark {
+    fn drop(&mut self) {
+        LOCAL.with(|local| local.is_inside.set(false));
+    }
 }
 
 thread_local! {
@@ -22,6 +64,8 @@ thread_local! {
         Local {
             cache: Cell::new(ptr::null()),
             tag: Cell::new(TagId::NONE),
+            #[cfg(debug_assertions)]
+            is_inside: Cell::new(false),
         }
     };
 }

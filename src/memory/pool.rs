@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::thread;
 
 use super::arena::GRANULARITY;
@@ -14,6 +13,8 @@ use super::contents::Miss;
 use super::fences::Fence;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
+use super::local;
+use super::lock::BROKEN;
 use super::memories::MemoryIndex;
 use super::packed::Size;
 use super::poison;
@@ -27,11 +28,20 @@ use super::tags::{TagId, TagStat};
 use crate::driver::{Device, Stream};
 use crate::error::{Error, Result};
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Mutex, MutexGuard, SegQueue};
-use crate::units::align_up;
+use crate::sync::{Mutex, SegQueue};
+use crate::units::{Numbers, align_up};
 
 /// A caching allocator for one device. Cheap to clone; all clones are the same pool. Memory goes back to
 /// the driver with the last clone and the last block.
+///
+/// # Dropping
+/// A pool is kept by its clones and by what was made with it: blocks, so tensors and buffers too, private pools and their
+/// graphs, peak scopes. Dropping one of these waits for no stream while another is left. Dropping the last clone takes
+/// the pool's lock to empty the threads' caches, so it may wait for a driver call of another thread.
+///
+/// The drop of the last of all *blocks the host* until every stream that the pool served has run what uses its memory,
+/// and calls the driver for each segment. A thread that must not wait keeps none of the last ones, or has the streams
+/// synchronized before. In a kernel, which may not wait, a thread made for it returns the rest.
 #[derive(Clone)]
 pub struct Pool {
     handle: Arc<Handle>,
@@ -49,7 +59,7 @@ pub(super) struct Shared {
     pub(super) device: Device,
     pub(super) config: PoolConfig,
     pub(super) routes: Routes,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
@@ -78,11 +88,14 @@ impl Pool {
     /// [`Error::InvalidConfig`] for settings that cannot work on this device; [`Error::Driver`] if it has
     /// no range of addresses for the pool.
     pub fn new(device: &Device, config: PoolConfig) -> Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
+        static NUMBERS: Numbers = Numbers::new("pools");
+        Self::numbered(device, config, &NUMBERS)
+    }
+
+    pub(super) fn numbered(device: &Device, config: PoolConfig, numbers: &Numbers) -> Result<Self> {
         let config = config.checked(device)?;
         let shared = Shared {
-            // Relaxed: the number only has to be unique.
-            id: PoolId::new(NEXT.fetch_add(1, Ordering::Relaxed)),
+            id: PoolId::new(numbers.next()),
             device: device.clone(),
             state: Mutex::new(State::new(device, &config)?),
             config,
@@ -126,7 +139,8 @@ impl Pool {
     /// # Errors
     /// [`Error::OutOfMemory`] with a report after every way of finding memory failed;
     /// [`Error::InvalidArgument`] for a stream of another device; during a capture, [`Error::Driver`] if the
-    /// driver cannot tell whether the stream is part of it.
+    /// driver cannot tell whether the stream is part of it; [`Error::BrokenPool`] if the pool
+    /// [is broken](Self::is_broken).
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
         match cache::take(self, stream, bytes) {
@@ -140,13 +154,16 @@ impl Pool {
     fn allocate_anywhere(&self, requested: u64, stream: &Stream) -> Result<Block> {
         let shared = self.shared();
         shared.check_device(stream)?;
+        if shared.routes.are_closed() {
+            return Err(BROKEN);
+        }
         if requested == 0 {
             return Ok(Block::new(None));
         }
         let memory = shared.routes.find(shared.id, stream)?;
         let wanted = Wanted::new(requested, stream, memory);
         if memory != MemoryIndex::ORDINARY {
-            let found = reclaim::allocate(shared, shared.lock(), wanted)?;
+            let found = reclaim::allocate(shared, shared.lock()?, wanted)?;
             return Ok(Block::new(Some(record_of(found, wanted, shared))));
         }
         let key = LaneKey::new(shared.id, stream.id());
@@ -158,7 +175,7 @@ impl Pool {
         match cache::caller(shared) {
             Some(caller) => self.allocate_past_lane(requested, stream, Miss::Here(caller)),
             None => {
-                let mut state = shared.lock();
+                let mut state = shared.lock()?;
                 reclaim::prepare(shared, &mut state, stream);
                 let found = reclaim::allocate(shared, state, wanted)?;
                 Ok(Block::new(Some(record_of(found, wanted, shared))))
@@ -184,7 +201,7 @@ impl Pool {
         let shared = self.shared();
         let wanted = Wanted::new(requested, stream, MemoryIndex::ORDINARY);
         let key = LaneKey::new(shared.id, stream.id());
-        let mut state = shared.lock();
+        let mut state = shared.lock()?;
         reclaim::prepare(shared, &mut state, stream);
         let record = match cache::fetch(caller, shared, &mut state, key, &wanted) {
             Ok(record) => record,
@@ -202,6 +219,9 @@ impl Pool {
         let shared = self.shared();
         if let Err(error) = shared.check_device(stream) {
             return error;
+        }
+        if shared.routes.are_closed() {
+            return BROKEN;
         }
         let mut state = shared.lock_and_fold();
         let wanted = Wanted {
@@ -238,8 +258,10 @@ impl Pool {
     /// # Panics
     /// If an invariant is broken: a bug of this crate.
     pub fn check_invariants(&self) {
-        let mut state = self.shared().lock_and_fold();
-        self.shared().empty_caches(&mut state, Close::No);
+        let shared = self.shared();
+        let mut state = shared.lock().unwrap_or_else(|error| panic!("{error}"));
+        shared.fold_caches(&mut state);
+        shared.empty_caches(&mut state, Close::No);
         state.check_invariants();
     }
 }
@@ -345,7 +367,7 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    let Some(mut state) = shared.state.try_lock() else {
+    let Some(mut state) = shared.try_lock() else {
         shared.leave(record, counted);
         shared.take_in_left();
         return None;
@@ -379,32 +401,11 @@ impl Shared {
         ))
     }
 
-    /// The state, with every block in it that was freed to it so far.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        let mut state = self.state.lock();
-        self.take_in_freed(&mut state);
-        state
-    }
-
-    /// As [`lock`](Self::lock), unless another thread has it.
-    pub(super) fn lock_if_free(&self) -> Option<MutexGuard<'_, State>> {
-        let mut state = self.state.try_lock()?;
-        self.take_in_freed(&mut state);
-        Some(state)
-    }
-
     /// Whether several threads have had a cache.
     #[inline]
     pub(super) fn has_threads(&self) -> bool {
         // Relaxed: it only decides how soon counters are folded.
         self.has_threads.load(Ordering::Relaxed)
-    }
-
-    /// The state, with what every cache has counted.
-    pub(super) fn lock_and_fold(&self) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        self.fold_caches(&mut state);
-        state
     }
 
     #[inline]
@@ -427,8 +428,10 @@ impl Shared {
     /// Counts an allocation that no lane served; its tag.
     fn count(&self, requested: u64, allocated: u64) -> TagId {
         let (tag, counted) = cache::count(self.id, requested, allocated);
-        if counted == Counted::No {
-            self.lock().count(tag, requested, allocated);
+        if counted == Counted::No
+            && let Ok(mut state) = self.lock()
+        {
+            state.count(tag, requested, allocated);
         }
         tag
     }
@@ -451,7 +454,7 @@ impl Shared {
 
     /// Folds every thread's counters, unless another thread has the lock.
     pub(super) fn fold_if_free(&self) {
-        if let Some(mut state) = self.state.try_lock() {
+        if let Some(mut state) = self.try_lock() {
             self.fold_caches(&mut state);
         }
     }
@@ -467,9 +470,7 @@ impl Shared {
 
     /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
     pub(super) fn take_in_left(&self) {
-        if let Some(mut state) = self.state.try_lock() {
-            self.take_in_freed(&mut state);
-        }
+        drop(self.lock_if_free());
     }
 
     /// Takes in every block that a cache keeps, and every block that is on its way from one.
@@ -485,6 +486,18 @@ impl Shared {
             cache.empty(close, state);
         }
         self.take_in_freed(state);
+    }
+
+    /// Lets go of what every cache of a broken pool keeps.
+    fn abandon_caches(&self) {
+        let all = {
+            let mut caches = self.caches.lock();
+            caches.is_closed = true;
+            std::mem::take(&mut caches.all)
+        };
+        for cache in all {
+            cache.abandon();
+        }
     }
 
     /// Takes in what was left while another thread had the lock. Not from inside a cache.
@@ -518,7 +531,7 @@ impl Shared {
 
     /// The present end of `stream`, marked with an event, if one can be recorded.
     pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
-        self.lock().fences.mark(stream)
+        self.lock().ok()?.fences.mark(stream)
     }
 
     /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
@@ -539,14 +552,24 @@ pub(super) fn rounded(bytes: u64) -> Option<u64> {
 impl Drop for Handle {
     fn drop(&mut self) {
         // Blocks in caches keep the pool alive: without this, its memory would stay until their threads end.
-        let mut state = self.shared.lock();
-        self.shared.empty_caches(&mut state, Close::Yes);
+        match self.shared.lock() {
+            Ok(mut state) => self.shared.empty_caches(&mut state, Close::Yes),
+            Err(_) => self.shared.abandon_caches(),
+        }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let mut state = self.lock().take();
+        local::assert_outside("a pool");
+        let mut state = match self.lock() {
+            Ok(mut state) => state.take(),
+            Err(_) => {
+                // Which of the memory is in use, nobody knows: it stays taken.
+                let books = self.state.lock().take();
+                return std::mem::forget(books);
+            }
+        };
         reclaim::close(&mut state);
         if state.bytes_held() > 0 {
             // A kernel that owned the last block may not wait, least of all for its own stream. What another

@@ -70,7 +70,7 @@ impl Pool {
     /// [`Error::Driver`] if the device has no range of addresses for it.
     pub fn private(&self) -> Result<PrivatePool> {
         let shared = self.shared().clone();
-        let index = shared.lock().add_private()?;
+        let index = shared.lock()?.add_private()?;
         Ok(PrivatePool {
             memory: Arc::new(PrivateMemory { shared, index }),
         })
@@ -89,7 +89,8 @@ impl PrivatePool {
     /// second as a rule takes nothing new.
     pub fn prime<T>(&self, work: impl FnOnce() -> T) -> T {
         let PrivateMemory { shared, index } = &*self.memory;
-        self.start_afresh();
+        // In a broken pool, what `work` allocates is refused.
+        drop(self.start_afresh());
         let _scope = shared.routes.begin_pass(shared.id(), *index);
         work()
     }
@@ -116,7 +117,7 @@ impl PrivatePool {
             let reason = "the stream belongs to another device";
             return Err(Error::argument("capture", reason));
         }
-        self.start_afresh();
+        self.start_afresh()?;
         let graph = stream.capture(|| {
             let _scope = shared.routes.begin_capture(stream, *index)?;
             enqueue()
@@ -131,14 +132,14 @@ impl PrivatePool {
     #[must_use]
     pub fn reserved_bytes(&self) -> u64 {
         let PrivateMemory { shared, index } = &*self.memory;
-        let state = shared.lock();
+        let state = shared.look();
         state.memories.get(*index).totals().reserved_bytes
     }
 
     /// Makes all free memory here anyone's, for which the host has to wait for all streams.
-    fn start_afresh(&self) {
+    fn start_afresh(&self) -> Result<()> {
         let shared = &self.memory.shared;
-        waits::wait_for_streams(shared, &mut shared.lock());
+        waits::wait_for_streams(shared, &mut shared.lock()?)
     }
 }
 
@@ -164,7 +165,7 @@ impl CapturedGraph {
             return Err(Error::argument("launch", reason));
         }
         // From now on the pool knows the stream: it waits for it before the memory goes.
-        shared.lock().fences.owner(stream);
+        shared.lock()?.fences.owner(stream);
         // SAFETY: the caller vouches for all memory but that of the private pool, which this graph keeps.
         unsafe { self.graph.launch(stream) }
     }

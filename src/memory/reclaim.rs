@@ -18,14 +18,14 @@ use std::time::Instant;
 use super::backing::Refusal;
 use super::cache::Close;
 use super::hooks;
+use super::lock::StateGuard;
 use super::memories::MemoryIndex;
 use super::pool::Shared;
 use super::report::report;
 use super::state::{Found, State, Wanted};
 use super::waits::{self, Patience};
 use crate::driver::Stream;
-use crate::error::{OutOfMemory, Result};
-use crate::sync::MutexGuard;
+use crate::error::{Error, OutOfMemory, Result};
 
 /// Does what is due before memory is looked for: lets go of streams that are gone when a new one comes, and
 /// returns what was idle for long.
@@ -51,15 +51,38 @@ fn prepare_further(shared: &Shared, state: &mut State, stream: &Stream) {
 /// Finds memory by all means, where none lies ready. A failure is told to the program's observers.
 pub(super) fn allocate(
     shared: &Shared,
-    state: MutexGuard<'_, State>,
+    state: StateGuard<'_>,
     wanted: Wanted<'_>,
 ) -> Result<Found> {
-    climb(shared, state, wanted).map_err(|report| {
-        if !is_captured(shared, wanted) {
-            shared.hooks.tell_failure(&report);
+    climb(shared, state, wanted).map_err(|failure| match failure {
+        Failure::Short(report) => {
+            if !is_captured(shared, wanted) {
+                shared.hooks.tell_failure(&report);
+            }
+            report.into()
         }
-        report.into()
+        Failure::Broken(error) => error,
     })
+}
+
+/// Why the ladder ended without memory.
+enum Failure {
+    /// There is none.
+    Short(Box<OutOfMemory>),
+    /// Another thread broke the pool while this one had unlocked it.
+    Broken(Error),
+}
+
+impl From<Box<OutOfMemory>> for Failure {
+    fn from(report: Box<OutOfMemory>) -> Self {
+        Self::Short(report)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Broken(error)
+    }
 }
 
 /// Whether the memory is for a graph that is being captured.
@@ -67,18 +90,14 @@ fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
     wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
 }
 
-fn climb(
-    shared: &Shared,
-    mut state: MutexGuard<'_, State>,
-    wanted: Wanted<'_>,
-) -> Result<Found, Box<OutOfMemory>> {
+fn climb(shared: &Shared, mut state: StateGuard<'_>, wanted: Wanted<'_>) -> Result<Found, Failure> {
     shared.fold_among_threads(&mut state);
     shared.fold_before_returns(&mut state);
     if wanted.memory != MemoryIndex::ORDINARY {
         prepare(shared, &mut state, wanted.stream);
     }
     if let Some(refusal) = state.never_holds(wanted.bytes) {
-        return Err(fail(shared, &mut state, wanted, refusal, Vec::new()));
+        return Err(fail(shared, &mut state, wanted, refusal, Vec::new()).into());
     }
     if wanted.memory == MemoryIndex::ORDINARY {
         state.poll_pending();
@@ -91,7 +110,7 @@ fn climb(
         }
         Err(refusal) if is_captured(shared, wanted) => {
             let tried = vec!["the private pool's blocks", "the driver"];
-            Err(fail(shared, &mut state, wanted, refusal, tried))
+            Err(fail(shared, &mut state, wanted, refusal, tried).into())
         }
         Err(_) => {
             let outcome = climb_when_short(shared, &mut state, wanted);
@@ -104,9 +123,9 @@ fn climb(
 /// The rungs above: neither the cache nor the driver had room at once.
 fn climb_when_short(
     shared: &Shared,
-    state: &mut MutexGuard<'_, State>,
+    state: &mut StateGuard<'_>,
     wanted: Wanted<'_>,
-) -> Result<Found, Box<OutOfMemory>> {
+) -> Result<Found, Failure> {
     state.counters.alloc_retries += 1;
     let mut tried = vec!["cached blocks", "other streams' blocks", "the driver"];
     shared.empty_caches(state, Close::No);
@@ -119,7 +138,7 @@ fn climb_when_short(
         tried.push("the program's callbacks");
     }
     for callback in callbacks {
-        MutexGuard::unlocked(state, || hooks::call(|| callback(wanted.bytes)));
+        state.unlocked(|| hooks::call(|| callback(wanted.bytes)))?;
         // What was freed may lie in this thread's cache.
         shared.empty_caches(state, Close::No);
         match search(state, wanted) {
@@ -129,11 +148,11 @@ fn climb_when_short(
     }
     tried.extend(["waiting for streams", "returning idle memory"]);
     let mut patience = Patience::new(&shared.config);
-    let mut found = waits::wait_for_room(shared, state, wanted, &mut patience, search);
+    let mut found = waits::wait_for_room(shared, state, wanted, &mut patience, search)?;
     // The driver may lack something else than memory (addresses, mappings), which only idle memory that is
     // known to be complete can give back.
     if found.is_none() && matches!(refusal, Refusal::Driver(_)) {
-        waits::wait_for_idle(shared, state, &mut patience);
+        waits::wait_for_idle(shared, state, &mut patience)?;
     }
     state.counters.syncs += u64::from(patience.has_waited());
     found = found.or_else(|| {
@@ -147,7 +166,7 @@ fn climb_when_short(
     drop(state.release_idle(0));
     state
         .find(wanted)
-        .map_err(|refusal| fail(shared, state, wanted, refusal, tried))
+        .map_err(|refusal| fail(shared, state, wanted, refusal, tried).into())
 }
 
 /// Looks everywhere without waiting on the host, and returns idle memory where that may help.
@@ -188,7 +207,7 @@ pub(super) fn decay(shared: &Shared, state: &mut State) {
 
 /// Returns idle memory until the pool holds at most `target` bytes or has nothing left to return; waits on
 /// the host where it must.
-pub(super) fn trim(shared: &Shared, state: &mut MutexGuard<'_, State>, target: u64) -> Result<()> {
+pub(super) fn trim(shared: &Shared, state: &mut StateGuard<'_>, target: u64) -> Result<()> {
     if state.bytes_held() <= target {
         return Ok(());
     }
@@ -198,7 +217,7 @@ pub(super) fn trim(shared: &Shared, state: &mut MutexGuard<'_, State>, target: u
     if state.bytes_held() <= target {
         return Ok(());
     }
-    waits::wait_for_streams(shared, state);
+    waits::wait_for_streams(shared, state)?;
     state.release_idle(target)
 }
 

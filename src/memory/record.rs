@@ -16,6 +16,7 @@ use std::ptr::{self, NonNull};
 use parking_lot::Mutex;
 
 use super::block::BlockRecord;
+use super::local;
 
 /// A record, owned as by a box.
 pub(super) struct Record(NonNull<BlockRecord>);
@@ -154,6 +155,8 @@ impl Drop for Record {
     #[inline(never)]
     #[expect(unsafe_code, reason = "the slot is emptied by hand")]
     fn drop(&mut self) {
+        // With it may go the last handle of a stream or a pool.
+        local::assert_outside("a record");
         // SAFETY: the slot holds a record, which nobody uses after its owner.
         unsafe { ptr::drop_in_place(self.0.as_ptr()) };
         let slot = Slot(self.0);

@@ -10,7 +10,7 @@
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 
@@ -25,6 +25,8 @@ use crate::units::StreamId;
 pub(super) struct Routes {
     /// Routes of both kinds: while there is none, an allocation costs one look at this.
     under_way: AtomicUsize,
+    /// Whether no allocation goes anywhere any more.
+    is_closed: AtomicBool,
     capture: RwLock<Option<Capture>>,
 }
 
@@ -46,6 +48,21 @@ impl Routes {
         // Relaxed: a thread that gives work to a captured stream was told of the capture by other means, and
         // those order its load after the store.
         self.under_way.load(Ordering::Relaxed) == 0
+    }
+
+    /// Says that nothing is allocated any more. Counts as a route for ever, so that the fast way, which looks at these
+    /// alone, is not taken again.
+    pub(super) fn close(&self) {
+        // Relaxed, here and below: a thread that does not see it yet allocates as if it had come earlier, out of what it
+        // keeps itself. The books are guarded by their lock.
+        if !self.is_closed.swap(true, Ordering::Relaxed) {
+            self.under_way.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether nothing is allocated any more.
+    pub(super) fn are_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Relaxed)
     }
 
     /// Where an allocation for `stream` goes in pool number `pool`.

@@ -81,6 +81,8 @@ pub(super) struct State {
     passed: Vec<Passed>,
     /// Blocks that came back from other streams so far.
     pub(super) came_back: u64,
+    /// Whether a change stopped half-way. Then nothing here but the counters may be looked at.
+    pub(super) is_broken: bool,
 }
 
 /// What the ladder counts.
@@ -133,6 +135,7 @@ impl State {
             spares: Spares::default(),
             passed: Vec::new(),
             came_back: 0,
+            is_broken: false,
         }
     }
 
@@ -507,7 +510,11 @@ impl State {
     /// The statistics now. The lanes' counters must have been folded in.
     pub(super) fn stats(&self) -> PoolStats {
         let totals = self.memories.totals();
-        let (inactive_split_bytes, inactive_split) = self.memories.inactive_split();
+        let (inactive_split_bytes, inactive_split) = if self.is_broken {
+            (0, 0)
+        } else {
+            self.memories.inactive_split()
+        };
         let counters = self.counters;
         let usage = self.peaks.completed(&self.usage);
         PoolStats {

@@ -6,7 +6,8 @@
 //! not cover; and again whenever blocks came back since. Streams that failed keep their memory pending, and so do those that are part of a capture,
 //! which waiting would end.
 //!
-//! All waits happen without the pool's lock.
+//! All waits happen without the pool's lock. Where another thread breaks the pool meanwhile, the wait ends in
+//! [`Error::BrokenPool`](crate::Error::BrokenPool).
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -16,11 +17,12 @@ use super::backing::Refusal;
 use super::cache::Close;
 use super::config::PoolConfig;
 use super::fences::{Fence, is_free_to_wait};
+use super::lock::StateGuard;
 use super::pool::Shared;
 use super::state::{Found, State, Wanted};
 use super::territory::Owner;
 use crate::driver::Stream;
-use crate::sync::MutexGuard;
+use crate::error;
 
 /// Waits for one stream in the ladder, between two at which blocks come back.
 pub(super) const WAITS_MAX: u32 = 2;
@@ -92,26 +94,28 @@ impl Patience {
 /// Waits for streams until `search` finds a block, nothing is left to wait for, or patience is at its end.
 pub(super) fn wait_for_room(
     shared: &Shared,
-    state: &mut MutexGuard<'_, State>,
+    state: &mut StateGuard<'_>,
     wanted: Wanted<'_>,
     patience: &mut Patience,
     search: impl Fn(&mut State, Wanted<'_>) -> Result<Found, Refusal>,
-) -> Option<Found> {
+) -> error::Result<Option<Found>> {
     let mut waits: BTreeMap<Owner, u32> = BTreeMap::new();
     let mut returns = 0;
     loop {
         let came_back = state.came_back;
         let mut behind = state.bytes_behind(wanted);
         behind.retain(|owner, _| waits.get(owner).is_none_or(|count| *count < WAITS_MAX));
-        let owner = cheapest(&behind, state.missing(wanted))?;
+        let Some(owner) = cheapest(&behind, state.missing(wanted)) else {
+            return Ok(None);
+        };
         *waits.entry(owner).or_default() += 1;
-        if !wait_for(shared, state, owner, patience) {
+        if !wait_for(shared, state, owner, patience)? {
             continue;
         }
         // What others freed meanwhile may lie in their caches.
         shared.empty_caches(state, Close::No);
         if let Ok(found) = search(state, wanted) {
-            return Some(found);
+            return Ok(Some(found));
         }
         if state.came_back != came_back && returns < RETURNS_MAX {
             returns += 1;
@@ -131,46 +135,47 @@ fn cheapest(behind: &BTreeMap<Owner, u64>, missing: u64) -> Option<Owner> {
 /// Waits for what was freed for `owner` so far; whether that has been passed.
 fn wait_for(
     shared: &Shared,
-    state: &mut MutexGuard<'_, State>,
+    state: &mut StateGuard<'_>,
     owner: Owner,
     patience: &mut Patience,
-) -> bool {
+) -> error::Result<bool> {
     let Some((fence, stream)) = state.fences.close_epoch(owner) else {
-        return false;
+        return Ok(false);
     };
-    let has_passed = MutexGuard::unlocked(state, || patience.wait(&stream));
+    let has_passed = state.unlocked(|| patience.wait(&stream))?;
     // A stream is let go of only when nobody else holds it.
     drop(stream);
     shared.take_in_freed(state);
     if has_passed {
         state.take_in_passed(&[fence]);
     }
-    has_passed
+    Ok(has_passed)
 }
 
 /// Waits for every stream that idle or pending memory is behind, the requester's own included, unless there
 /// is a deadline.
 pub(super) fn wait_for_idle(
     shared: &Shared,
-    state: &mut MutexGuard<'_, State>,
+    state: &mut StateGuard<'_>,
     patience: &mut Patience,
-) {
+) -> error::Result<()> {
     if patience.deadline.is_none() {
-        patience.has_waited |= wait_for_ends(shared, state, State::ends_behind);
+        patience.has_waited |= wait_for_ends(shared, state, State::ends_behind)?;
     }
+    Ok(())
 }
 
 /// Waits until every stream has passed what was freed so far, and takes in what that makes free.
-pub(super) fn wait_for_streams(shared: &Shared, state: &mut MutexGuard<'_, State>) {
-    wait_for_ends(shared, state, |state| state.fences.close_epochs());
+pub(super) fn wait_for_streams(shared: &Shared, state: &mut StateGuard<'_>) -> error::Result<()> {
+    wait_for_ends(shared, state, |state| state.fences.close_epochs()).map(drop)
 }
 
 /// Waits for `ends`; whether there were any.
 fn wait_for_ends(
     shared: &Shared,
-    state: &mut MutexGuard<'_, State>,
+    state: &mut StateGuard<'_>,
     ends: impl Fn(&mut State) -> Vec<(Fence, Stream)>,
-) -> bool {
+) -> error::Result<bool> {
     // Blocks that came back from other streams are free for their own streams only; a second wait covers
     // those too.
     shared.empty_caches(state, Close::No);
@@ -178,14 +183,14 @@ fn wait_for_ends(
     for _ in 0..WAITS_MAX {
         let ends = ends(state);
         has_waited |= !ends.is_empty();
-        let passed = MutexGuard::unlocked(state, || reached(ends));
+        let passed = state.unlocked(|| reached(ends))?;
         shared.take_in_freed(state);
         if !state.take_in_passed(&passed) {
             break;
         }
     }
     state.settle();
-    has_waited
+    Ok(has_waited)
 }
 
 /// Waits on the host for ends of streams; gives those that were reached.

@@ -19,8 +19,9 @@ use crate::driver::{DevicePtr, Event, Stream};
 use crate::error::{Error, Result};
 use crate::units::to_usize;
 
-/// Pinned host memory, owned. Dropping it gives it back to its pool from any thread without blocking; it is
-/// handed out again when the streams that use it have passed the uses recorded.
+/// Pinned host memory, owned. Dropping it gives it back to its pool from any thread; it is handed out again when the
+/// streams that use it have passed the uses recorded. The drop waits for no stream, unless it is the last thing that
+/// keeps its pool, as [there](super::PinnedPool#dropping) is said.
 ///
 /// # Examples
 /// ```

@@ -16,11 +16,12 @@ mod cache;
 use std::fmt;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 pub use block::PinnedBlock;
 
 use self::cache::{Area, Cache, Uses, area_bytes};
+use super::guard::{Breakable, Locked};
 use super::stats::{Gauge, Stat};
 use crate::driver::{Device, DevicePtr};
 use crate::error::{Error, OutOfMemory, Result};
@@ -28,6 +29,10 @@ use crate::units::to_usize;
 
 /// A cache of pinned host memory. Cheap to clone; all clones are the same pool. Memory goes back to the
 /// driver with the last clone and the last block.
+///
+/// # Dropping
+/// The drop of a block or a clone waits for no stream while another is left. The drop of the last of all *blocks the
+/// host* until the recorded uses of all cached memory are over, and calls the driver for each block.
 ///
 /// Requests are rounded up to a power of two from 4 KiB to 1 MiB, above that by at most an eighth.
 ///
@@ -57,7 +62,7 @@ pub(super) struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
+pub(super) struct State {
     cache: Cache,
     blocks: Gauge,
     requested: Gauge,
@@ -67,6 +72,28 @@ struct State {
     ooms: u64,
     host_allocs: u64,
     host_frees: u64,
+    /// Whether a change stopped half-way. Then nothing is cached here any more.
+    is_broken: bool,
+}
+
+impl Breakable for Shared {
+    type Books = State;
+
+    #[cold]
+    fn break_down(&self, state: &mut State) {
+        state.is_broken = true;
+        // Whether streams use it, nobody knows: it stays pinned.
+        std::mem::forget(std::mem::take(&mut state.cache));
+    }
+
+    fn check(&self, state: &State) -> Result<()> {
+        if state.is_broken {
+            return Err(Error::BrokenPool {
+                pool: "pinned pool",
+            });
+        }
+        Ok(())
+    }
 }
 
 /// Statistics of a [`PinnedPool`].
@@ -117,7 +144,8 @@ impl PinnedPool {
     /// block without memory.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if the driver refuses even when it was given back all that is cached.
+    /// [`Error::OutOfMemory`] if the driver refuses even when it was given back all that is cached;
+    /// [`Error::BrokenPool`] after a call that panicked while it held the pool's lock.
     pub fn allocate(&self, bytes: u64) -> Result<PinnedBlock> {
         let shared = &self.shared;
         let area = match bytes {
@@ -138,7 +166,7 @@ impl PinnedPool {
     /// The statistics now.
     #[must_use]
     pub fn stats(&self) -> PinnedStats {
-        let state = self.shared.state.lock();
+        let state = self.shared.look();
         PinnedStats {
             allocation: state.blocks.stat(),
             requested_bytes: state.requested.stat(),
@@ -169,12 +197,25 @@ impl State {
 }
 
 impl Shared {
+    /// # Errors
+    /// [`Error::BrokenPool`] if the state cannot be trusted.
+    fn lock(&self) -> Result<Locked<'_, MutexGuard<'_, State>, Self>> {
+        let state = self.look();
+        self.check(&state)?;
+        Ok(state)
+    }
+
+    /// The state, which is empty but for its counters if it cannot be trusted.
+    fn look(&self) -> Locked<'_, MutexGuard<'_, State>, Self> {
+        Locked::new(self.state.lock(), self)
+    }
+
     /// Finds memory for `requested` bytes, not 0.
     fn take(&self, requested: u64) -> Result<Area> {
         let Some(bytes) = area_bytes(requested) else {
             return Err(self.report(requested, None).into());
         };
-        let cached = self.state.lock().take_cached(requested, bytes);
+        let cached = self.lock()?.take_cached(requested, bytes);
         if let Some(area) = cached {
             return Ok(area);
         }
@@ -187,7 +228,7 @@ impl Shared {
             return Ok(area);
         }
         self.wait_for_streams();
-        let cached = self.state.lock().take_cached(requested, bytes);
+        let cached = self.lock()?.take_cached(requested, bytes);
         if let Some(area) = cached {
             return Ok(area);
         }
@@ -203,7 +244,14 @@ impl Shared {
         let start = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(ptr.0));
         // SAFETY: the driver has just handed out these bytes, readable and writable by the host.
         unsafe { start.write_bytes(0, to_usize(bytes)) };
-        let mut state = self.state.lock();
+        let mut state = match self.lock() {
+            Ok(state) => state,
+            Err(error) => {
+                // What the driver does not take back stays pinned, as the rest of a broken pool does.
+                drop(self.free_pinned(ptr));
+                return Err(error);
+            }
+        };
         state.host_allocs += 1;
         state.reserved.increase(bytes);
         Ok(state.hand_out(requested, Area { ptr, bytes }))
@@ -211,7 +259,9 @@ impl Shared {
 
     /// Takes a block back, with what is known of its uses; `None` if it may be in use for ever.
     fn free(&self, area: Area, requested: u64, uses: Option<Uses>) {
-        let mut state = self.state.lock();
+        let Ok(mut state) = self.lock() else {
+            return;
+        };
         state.blocks.decrease(1);
         state.requested.decrease(requested);
         state.allocated.decrease(area.bytes);
@@ -222,11 +272,11 @@ impl Shared {
 
     /// Gives the driver what no stream uses.
     fn release_idle(&self) -> Result<()> {
-        let idle = self.state.lock().cache.take_idle();
+        let idle = self.look().cache.take_idle();
         let mut outcome = Ok(());
         for area in idle {
             let freed = self.free_pinned(area.ptr);
-            let mut state = self.state.lock();
+            let mut state = self.look();
             if freed.is_ok() {
                 state.host_frees += 1;
                 state.reserved.decrease(area.bytes);
@@ -250,16 +300,16 @@ impl Shared {
     /// Waits on the host for the streams that use what is cached. What a stream that failed may be using
     /// stays.
     fn wait_for_streams(&self) {
-        let waiting = self.state.lock().cache.take_waiting();
+        let waiting = self.look().cache.take_waiting();
         for (area, mut uses) in waiting {
             uses.retain(|used| used.event.synchronize().is_err());
-            self.state.lock().cache.put(area, uses);
+            self.look().cache.put(area, uses);
         }
     }
 
     /// Counts and describes an allocation that failed.
     fn report(&self, requested: u64, refusal: Option<&Error>) -> OutOfMemory {
-        let mut state = self.state.lock();
+        let mut state = self.look();
         state.ooms += 1;
         let tried = match refusal {
             None => Vec::new(),
