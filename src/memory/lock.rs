@@ -1,10 +1,13 @@
-//! The lock of a pool: who may change its books, and who may only look at them.
+//! The lock of a pool: who may change its books, who may only look at them, and what is left for the next who has it.
 
+use super::cache;
 use super::guard::{Breakable, Locked};
 use super::pool::Shared;
-use super::state::State;
+use super::record::Record;
+use super::state::{Counted, State};
 use crate::error::{Error, Result};
 use crate::sync::MutexGuard;
+use crate::sync::atomic::Ordering;
 
 /// The state, locked.
 pub(super) type StateGuard<'a> = Locked<'a, MutexGuard<'a, State>, Shared>;
@@ -20,6 +23,7 @@ impl Breakable for Shared {
     #[cold]
     fn break_down(&self, state: &mut State) {
         state.is_broken = true;
+        self.mark_left();
         self.routes.close();
     }
 
@@ -41,11 +45,35 @@ impl Shared {
         Ok(state)
     }
 
+    /// As [`lock`](Self::lock), for the way of most allocations that no lane serves. The guard is
+    /// [brief](Locked::brief). The queues count as filled for ever in a broken pool, so one look is enough for both.
+    #[inline(always)]
+    pub(super) fn lock_briefly(&self) -> Result<StateGuard<'_>> {
+        let mut state = Locked::brief(self.state.lock(), self);
+        if self.is_left() {
+            self.take_in_queues(&mut state);
+            if state.is_broken {
+                state.release();
+                return Err(BROKEN);
+            }
+        }
+        Ok(state)
+    }
+
+    /// The state as it is, unless another thread has it or it cannot be trusted. The guard is [brief](Locked::brief).
+    #[inline(always)]
+    pub(super) fn try_lock_briefly(&self) -> Option<StateGuard<'_>> {
+        let state = Locked::brief(self.state.try_lock()?, self);
+        if state.is_broken {
+            state.release();
+            return None;
+        }
+        Some(state)
+    }
+
     /// The state as it is, unless another thread has it or it cannot be trusted.
     pub(super) fn try_lock(&self) -> Option<StateGuard<'_>> {
-        let state = Locked::new(self.state.try_lock()?, self);
-        self.check(&state).ok()?;
-        Some(state)
+        self.try_lock_briefly().map(Locked::watched)
     }
 
     /// As [`lock`](Self::lock), unless another thread has it or it cannot be trusted.
@@ -68,5 +96,53 @@ impl Shared {
             self.fold_caches(&mut state);
         }
         state
+    }
+
+    /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
+    pub(super) fn take_in_left(&self) {
+        drop(self.lock_if_free());
+    }
+
+    /// Takes in what was left while another thread had the lock. Not from inside a cache.
+    #[inline]
+    pub(super) fn take_in_freed(&self, state: &mut State) {
+        if self.is_left() {
+            self.take_in_queues(state);
+        }
+    }
+
+    /// Whether the queues may hold something.
+    #[inline(always)]
+    pub(super) fn is_left(&self) -> bool {
+        // Relaxed: what is not seen yet is taken in by the next.
+        self.is_left.load(Ordering::Relaxed)
+    }
+
+    /// Takes in what the queues hold, unless the pool is broken.
+    #[inline(never)]
+    pub(super) fn take_in_queues(&self, state: &mut State) {
+        if state.is_broken {
+            return;
+        }
+        // Acquire: whoever marked the queues before has filled them before. Marked anew by whoever comes later.
+        self.is_left.swap(false, Ordering::AcqRel);
+        // What was not counted yet is counted in order with what this thread has counted.
+        cache::fold_of_thread(self.id(), state);
+        while let Some((record, counted)) = self.freed.pop() {
+            drop(state.free(record, counted));
+        }
+        while let Some(memory) = self.released.pop() {
+            state.release_memory(memory);
+        }
+    }
+
+    /// Leaves a block for the next thread that has the lock.
+    pub(super) fn leave(&self, record: Record, counted: Counted) {
+        self.freed.push((record, counted));
+        self.mark_left();
+    }
+
+    pub(super) fn mark_left(&self) {
+        self.is_left.store(true, Ordering::Release);
     }
 }

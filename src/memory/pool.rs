@@ -63,11 +63,11 @@ pub(super) struct Shared {
     /// Every thread's cache. Taken after `state` where both are needed, and before a cache's own lock.
     caches: Mutex<Caches>,
     /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
-    freed: SegQueue<(Record, Counted)>,
+    pub(super) freed: SegQueue<(Record, Counted)>,
     /// Private memories whose last holder went, in the same way.
-    released: SegQueue<MemoryIndex>,
+    pub(super) released: SegQueue<MemoryIndex>,
     /// Whether either queue may hold something.
-    is_left: AtomicBool,
+    pub(super) is_left: AtomicBool,
     /// Whether several threads have had a cache.
     has_threads: std::sync::atomic::AtomicBool,
     pub(super) hooks: Arc<Hooks>,
@@ -201,11 +201,15 @@ impl Pool {
         let shared = self.shared();
         let wanted = Wanted::new(requested, stream, MemoryIndex::ORDINARY);
         let key = LaneKey::new(shared.id, stream.id());
-        let mut state = shared.lock()?;
+        let mut state = shared.lock_briefly()?;
         reclaim::prepare(shared, &mut state, stream);
         let record = match cache::fetch(caller, shared, &mut state, key, &wanted) {
-            Ok(record) => record,
+            Ok(record) => {
+                state.release();
+                record
+            }
             Err(kept) => {
+                let state = state.watched();
                 let found = reclaim::allocate(shared, state, Wanted { kept, ..wanted })?;
                 record_of(found, wanted, shared)
             }
@@ -367,7 +371,7 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    let Some(mut state) = shared.try_lock() else {
+    let Some(mut state) = shared.try_lock_briefly() else {
         shared.leave(record, counted);
         shared.take_in_left();
         return None;
@@ -376,8 +380,9 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
         cache::fold_of_thread(shared.id, &mut state);
     }
     shared.take_in_freed(&mut state);
-    let mut blank = state.free(record, counted)?;
-    drop(state);
+    let blank = state.free(record, counted);
+    state.release();
+    let mut blank = blank?;
     blank.shared = Some(shared);
     Some(blank)
 }
@@ -468,11 +473,6 @@ impl Shared {
         });
     }
 
-    /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
-    pub(super) fn take_in_left(&self) {
-        drop(self.lock_if_free());
-    }
-
     /// Takes in every block that a cache keeps, and every block that is on its way from one.
     pub(super) fn empty_caches(&self, state: &mut State, close: Close) {
         let all = {
@@ -500,35 +500,6 @@ impl Shared {
         }
     }
 
-    /// Takes in what was left while another thread had the lock. Not from inside a cache.
-    #[inline]
-    pub(super) fn take_in_freed(&self, state: &mut State) {
-        // Relaxed: what is not seen yet is taken in by the next.
-        if self.is_left.load(Ordering::Relaxed) {
-            self.take_in_queues(state);
-        }
-    }
-
-    #[inline(never)]
-    fn take_in_queues(&self, state: &mut State) {
-        // Acquire: whoever marked the queues before has filled them before. Marked anew by whoever comes later.
-        self.is_left.swap(false, Ordering::AcqRel);
-        // What was not counted yet is counted in order with what this thread has counted.
-        cache::fold_of_thread(self.id, state);
-        while let Some((record, counted)) = self.freed.pop() {
-            drop(state.free(record, counted));
-        }
-        while let Some(memory) = self.released.pop() {
-            state.release_memory(memory);
-        }
-    }
-
-    /// Leaves a block for the next thread that has the lock.
-    fn leave(&self, record: Record, counted: Counted) {
-        self.freed.push((record, counted));
-        self.is_left.store(true, Ordering::Release);
-    }
-
     /// The present end of `stream`, marked with an event, if one can be recorded.
     pub(super) fn mark(&self, stream: &Stream) -> Option<Fence> {
         self.lock().ok()?.fences.mark(stream)
@@ -538,7 +509,7 @@ impl Shared {
     /// that runs work.
     pub(super) fn release_memory(&self, memory: MemoryIndex) {
         self.released.push(memory);
-        self.is_left.store(true, Ordering::Release);
+        self.mark_left();
         self.take_in_left();
     }
 }
