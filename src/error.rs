@@ -220,6 +220,8 @@ impl fmt::Display for ScalerAlarm {
 pub struct OutOfMemory {
     /// Bytes the caller asked for.
     pub requested: u64,
+    /// Whether it was pinned host memory, of which the device's figures say nothing.
+    pub pinned: bool,
     /// Bytes in callers' hands, rounded to the allocator's granularity.
     pub allocated: u64,
     /// Bytes freed by callers that other streams may still be using.
@@ -270,7 +272,7 @@ impl OutOfMemory {
     /// Whether the request is more than the device has in all, so that freeing memory cannot help.
     #[must_use]
     pub fn exceeds_device(&self) -> bool {
-        self.requested > self.device_total
+        !self.pinned && self.requested > self.device_total
     }
 }
 
@@ -283,7 +285,12 @@ impl fmt::Display for OutOfMemory {
                 "out of memory: {bytes} bytes are more than 1 EiB, is this size meant?"
             );
         }
-        write!(f, "out of memory for {}", Bytes(self.requested))?;
+        let kind = if self.pinned {
+            "pinned memory"
+        } else {
+            "memory"
+        };
+        write!(f, "out of {kind} for {}", Bytes(self.requested))?;
         if self.exceeds_device() {
             return write!(f, ": the device has {} in all", Bytes(self.device_total));
         }
@@ -291,16 +298,18 @@ impl fmt::Display for OutOfMemory {
         write!(
             f,
             ": allocated {}, waiting for streams {}, free in the pool {} (largest block {}, {:.0} % \
-             fragmented), reserved {}, device free {} of {}",
+             fragmented), reserved {}",
             Bytes(self.allocated),
             Bytes(self.pending),
             Bytes(free_in_pool),
             Bytes(self.largest_free),
             100.0 * self.fragmentation(),
             Bytes(self.reserved),
-            Bytes(self.device_free),
-            Bytes(self.device_total),
         )?;
+        if !self.pinned {
+            let (free, total) = (Bytes(self.device_free), Bytes(self.device_total));
+            write!(f, ", device free {free} of {total}")?;
+        }
         if let Some(others) = self.held_by_others.filter(|bytes| *bytes > 0) {
             write!(f, ", held by others {}", Bytes(others))?;
         }

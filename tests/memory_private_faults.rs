@@ -50,6 +50,13 @@ fn program(
         // SAFETY: the work touches no memory.
         unsafe { graph.launch(stream) }?;
     }
+    drop(private);
+    // What it left serves the next one and blocks.
+    let next = pool.private()?;
+    let work = || pool.allocate(PAGE, stream).map(drop);
+    next.prime(work)?;
+    drop((pool.allocate(3 * PAGE, side)?, next));
+    drop(pool.allocate(5 * PAGE, stream)?);
     stream.synchronize()
 }
 

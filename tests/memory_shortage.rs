@@ -338,6 +338,28 @@ fn counted(seed: u64, config: PoolConfig) -> (Arc<FaultDriver>, Pool, [Stream; 2
 }
 
 #[test]
+fn the_waits_of_a_deterministic_pool_are_counted_too() {
+    for contiguous in [false, true] {
+        let config = PoolConfig {
+            contiguous,
+            deterministic: true,
+            ..PoolConfig::default()
+        };
+        let (calls, pool, [busy, other]) = counted(0, config);
+        let halves = [(); 2].map(|()| pool.allocate(20 * MIB, &busy).unwrap());
+        drop(halves);
+        assert!(pool.allocate(40 * MIB, &other).is_ok());
+        // Pages are waited for on the device. Plain allocations that do not fit go back to the driver, before which
+        // the host waits.
+        let waits = calls.calls("synchronize_event") + calls.calls("synchronize_stream");
+        assert_eq!(waits > 0, contiguous);
+        let stats = pool.stats();
+        assert_eq!(stats.num_sync_all_streams, u64::from(contiguous));
+        assert_eq!(stats.num_ooms, 0);
+    }
+}
+
+#[test]
 fn waits_are_counted_where_there_was_something_to_wait_for() {
     let config = |contiguous, wait_deadline| PoolConfig {
         contiguous,

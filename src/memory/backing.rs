@@ -9,7 +9,7 @@ use super::fences::{Fence, Fences};
 use super::packed::Location;
 use super::ranges::RangeIndex;
 use super::territory::{Owner, PAGE, PAGES_MAX};
-use crate::driver::DevicePtr;
+use crate::driver::{DevicePtr, PageHandle};
 use crate::error::{Error, Result};
 
 /// Most bytes of one allocation, whatever the device has: places within segments and territories are stored in 32 bits.
@@ -26,6 +26,8 @@ pub(super) struct Request {
     pub(super) pending: u64,
     /// Whether another stream may lend a block out of memory that it shares with nobody.
     pub(super) may_borrow: bool,
+    /// Whether the driver may be given memory back meanwhile. In a capture it may not.
+    pub(super) may_return: bool,
 }
 
 /// Where a block lies, to be handed back when it is freed.
@@ -59,6 +61,31 @@ pub(super) enum Refusal {
     Driver(Error),
 }
 
+/// Memory that lies in no backing's books: held from the driver, complete, and used before more is taken. Private
+/// pools leave it when they are gone.
+#[derive(Debug, Default)]
+pub(super) struct Spares {
+    /// Pages that are mapped nowhere.
+    pub(super) pages: Vec<PageHandle>,
+    /// Base and bytes of plain allocations.
+    pub(super) segments: Vec<(DevicePtr, u64)>,
+    /// Pages that the driver would not take back and that count as returned: to be offered to it again.
+    pub(super) unreturned: Vec<PageHandle>,
+}
+
+impl Spares {
+    pub(super) fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.segments.is_empty() && self.unreturned.is_empty()
+    }
+
+    /// How many driver allocations they are, and their bytes.
+    pub(super) fn count(&self) -> (u64, u64) {
+        let pages = self.pages.len() as u64;
+        let segments: u64 = self.segments.iter().map(|(_, bytes)| bytes).sum();
+        (pages + self.segments.len() as u64, pages * PAGE + segments)
+    }
+}
+
 /// Sums over what a backing holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Totals {
@@ -71,6 +98,20 @@ pub(super) struct Totals {
 }
 
 impl Totals {
+    /// Counts what another backing has taken from the driver.
+    pub(super) fn take_in(&mut self, spares: &Spares) {
+        let (segments, bytes) = spares.count();
+        self.segments += segments;
+        self.reserved_bytes += bytes;
+    }
+
+    /// Counts what went to another backing.
+    pub(super) fn give_out(&mut self, spares: &Spares) {
+        let (segments, bytes) = spares.count();
+        self.segments -= segments;
+        self.reserved_bytes -= bytes;
+    }
+
     /// Counts a segment that was given back.
     pub(super) fn returned(&mut self, bytes: u64) {
         self.segments -= 1;
@@ -111,6 +152,19 @@ pub(super) trait Backing: Debug + Send {
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
+
+    /// Gives up what is idle as a whole and known to be complete, [`passed`](Fences::passed_by_now) if need be, for
+    /// another backing to take in. The driver takes nothing back.
+    ///
+    /// # Errors
+    /// The first refusal of the driver; what it refused is kept.
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()>;
+
+    /// Holds `spares` from now on, to be used before more is taken from the driver.
+    fn take_in(&mut self, spares: Spares);
+
+    /// Gives out the spares that were not used.
+    fn take_spares(&mut self) -> Spares;
 
     /// Whether any free memory serves any request. Otherwise some does only after it went back to the
     /// driver.

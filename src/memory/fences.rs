@@ -132,6 +132,8 @@ pub(super) struct Fences {
     /// Whether some stream has had frees enough for an event.
     is_due: bool,
     is_deterministic: bool,
+    /// How often the host has waited for an event.
+    host_waits: u64,
 }
 
 impl Clock {
@@ -173,7 +175,13 @@ impl Fences {
             recent: [None; 2],
             is_due: false,
             is_deterministic,
+            host_waits: 0,
         }
+    }
+
+    /// How often the host has waited here: only a deterministic pool does.
+    pub(super) fn host_waits(&self) -> u64 {
+        self.host_waits
     }
 
     /// The stream that `owner` is the number of.
@@ -289,13 +297,6 @@ impl Fences {
             owner,
             epoch: self.clocks[owner].epoch,
         }
-    }
-
-    /// Where every stream is now.
-    pub(super) fn ends(&self) -> Vec<Fence> {
-        let clocks = self.clocks.iter().enumerate();
-        let in_use = clocks.filter(|(_, clock)| clock.stream.is_some());
-        in_use.map(|(owner, _)| self.now(owner)).collect()
     }
 
     /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
@@ -472,9 +473,32 @@ impl Fences {
             return false;
         }
         if self.is_deterministic {
+            self.host_waits += 1;
             return clock.synchronize(fence.epoch);
         }
         self.is_complete(fence)
+    }
+
+    /// As [`ask_complete`](Self::ask_complete), with a look at the stream itself: one that is idle has passed
+    /// everything, although no event tells.
+    pub(super) fn passed_by_now(&mut self, fence: Fence) -> bool {
+        let stream = self.stream(fence.owner);
+        let is_idle = !self.is_deterministic
+            && !self.is_known_complete(fence)
+            && stream.is_some_and(|stream| {
+                is_free_to_wait(stream) && matches!(stream.is_idle(), Ok(true))
+            });
+        if is_idle && let Some((closed, _)) = self.close_epoch(fence.owner) {
+            self.passed(closed);
+        }
+        self.ask_complete(fence)
+    }
+
+    /// The present end of `owner`, marked with an event if one can be recorded.
+    pub(super) fn end(&mut self, owner: Owner) -> Fence {
+        let fence = self.now(owner);
+        self.clocks[owner].cover(fence.epoch);
+        fence
     }
 
     /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::addresses::Addresses;
 use super::arena::GRANULARITY;
-use super::backing::{Refusal, Totals};
+use super::backing::{Refusal, Spares, Totals};
 use super::fences::Fences;
 use super::paged::{PagedMemory, with_slack};
 use super::ranges::Range;
@@ -34,6 +34,8 @@ pub(super) struct Pages {
     held: Vec<Option<PageHandle>>,
     /// Pages that the driver would not take back, not mapped any more: offered to it again.
     unreturned: Vec<PageHandle>,
+    /// Pages that private pools left, mapped nowhere: they go before new ones, and count as held from the driver.
+    spare: Vec<PageHandle>,
     totals: Totals,
     addresses: Addresses,
 }
@@ -67,6 +69,7 @@ impl Pages {
             homes,
             held: Vec::new(),
             unreturned: Vec::new(),
+            spare: Vec::new(),
             totals: Totals::default(),
             addresses,
         })
@@ -81,8 +84,14 @@ impl Pages {
         self.limit = bytes;
     }
 
+    /// Bytes of the pages at home.
     pub(super) fn bytes_held(&self) -> u64 {
-        self.totals.reserved_bytes
+        self.totals.reserved_bytes - self.bytes_spare()
+    }
+
+    /// Bytes of the pages that are mapped nowhere.
+    pub(super) fn bytes_spare(&self) -> u64 {
+        self.spare.len() as u64 * PAGE
     }
 
     pub(super) fn totals(&self) -> Totals {
@@ -109,21 +118,24 @@ impl Pages {
         bytes.is_some_and(|bytes| bytes <= self.limit.saturating_sub(self.totals.reserved_bytes))
     }
 
-    /// Takes `count` pages and maps them at home from `first` on. All or nothing.
+    /// Takes `count` pages, spare ones first, and maps them at home from `first` on. All or nothing.
     fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
-        if !self.allows(count) {
+        let spare = self.spare.len().min(count);
+        let new = count - spare;
+        if !self.allows(new) {
             return Err(Refusal::Limit);
         }
-        let mut pages: Vec<PageHandle> = Vec::new();
-        let outcome = (0..count).try_for_each(|_| {
+        let mut pages = self.spare.split_off(self.spare.len() - spare);
+        let outcome = (0..new).try_for_each(|_| {
             pages.push(self.driver.create_page(PAGE)?);
             Ok(())
         });
         let home = self.home(first as u64 * PAGE);
         if let Err(error) = outcome.and_then(|()| self.driver.map(home, &pages)) {
-            for page in pages {
+            for page in pages.drain(spare..) {
                 self.destroy(page);
             }
+            self.spare.append(&mut pages);
             return Err(Refusal::Driver(error));
         }
         if self.held.len() < first + count {
@@ -132,9 +144,9 @@ impl Pages {
         for (slot, page) in self.held[first..].iter_mut().zip(pages) {
             *slot = Some(page);
         }
-        self.totals.segments += count as u64;
-        self.totals.reserved_bytes += count as u64 * PAGE;
-        self.totals.device_allocs += count as u64;
+        self.totals.segments += new as u64;
+        self.totals.reserved_bytes += new as u64 * PAGE;
+        self.totals.device_allocs += new as u64;
         Ok(())
     }
 
@@ -152,26 +164,62 @@ impl Pages {
         }
     }
 
-    /// Unmaps `count` pages from home `first` on and gives them back to the driver.
+    /// Unmaps `count` pages from home `first` on.
     #[expect(
         unsafe_code,
         reason = "unmapping is a promise that nothing uses the memory"
     )]
-    fn give_back(&mut self, first: PageIndex, count: usize) -> Result<()> {
+    fn unmap(&mut self, first: PageIndex, count: usize) -> Result<Vec<PageHandle>> {
         let home = self.home(first as u64 * PAGE);
         // SAFETY: the pages were free at home and the host knows that the work of every stream that used
         // them is complete; idle stitched ranges over them were unmapped before.
         unsafe { self.driver.unmap(home, count as u64 * PAGE) }?;
-        for slot in &mut self.held[first..first + count] {
-            let page = slot.take().expect("a mapped page is held");
-            if self.driver.destroy_page(page).is_err() {
-                self.unreturned.push(page);
-            }
+        let held = self.held[first..first + count].iter_mut();
+        Ok(held
+            .map(|slot| slot.take().expect("a mapped page is held"))
+            .collect())
+    }
+
+    /// Unmaps `count` pages from home `first` on and gives them back to the driver.
+    fn give_back(&mut self, first: PageIndex, count: usize) -> Result<()> {
+        for page in self.unmap(first, count)? {
+            self.destroy(page);
         }
         self.totals.segments -= count as u64;
         self.totals.reserved_bytes -= count as u64 * PAGE;
         self.totals.device_frees += count as u64;
         Ok(())
+    }
+
+    /// Gives spare pages back to the driver, until at most `keep` bytes are held or none is left.
+    fn release_spares(&mut self, keep: u64) -> Result<()> {
+        while self.totals.reserved_bytes > keep
+            && let Some(page) = self.spare.pop()
+        {
+            if let Err(error) = self.driver.destroy_page(page) {
+                self.spare.push(page);
+                return Err(error);
+            }
+            self.totals.returned(PAGE);
+        }
+        Ok(())
+    }
+
+    /// As [`Backing::take_in`](super::backing::Backing::take_in).
+    pub(super) fn take_in(&mut self, mut spares: Spares) {
+        self.totals.take_in(&spares);
+        self.spare.append(&mut spares.pages);
+        self.unreturned.append(&mut spares.unreturned);
+    }
+
+    /// As [`Backing::take_spares`](super::backing::Backing::take_spares).
+    pub(super) fn take_spares(&mut self) -> Spares {
+        let spares = Spares {
+            pages: std::mem::take(&mut self.spare),
+            ..Spares::default()
+        };
+        self.totals.give_out(&spares);
+        spares
     }
 
     /// Removes a stitched mapping.
@@ -265,6 +313,7 @@ impl PagedMemory {
     /// `keep` bytes are held: those in the smallest holes first, since large ones serve without stitching.
     pub(super) fn release_pages(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.pages.return_again();
+        let mut outcome = self.pages.release_spares(keep);
         let holes: Vec<Hole> = self.territory.holes().collect();
         let idle = holes
             .into_iter()
@@ -272,9 +321,9 @@ impl PagedMemory {
         let mut runs: Vec<std::ops::Range<PageIndex>> =
             idle.map(|hole| hole.whole_pages()).collect();
         runs.sort_by_key(|run| (run.len(), run.start));
-        let mut outcome = Ok(());
         for run in runs {
-            let surplus = self.pages.bytes_held().saturating_sub(keep);
+            let held = self.pages.totals().reserved_bytes;
+            let surplus = held.saturating_sub(keep);
             let count = run.len().min(to_usize(surplus.div_ceil(PAGE)));
             if count == 0 {
                 break;
@@ -292,12 +341,18 @@ impl PagedMemory {
                 return Ok(());
             }
         }
+        self.pages.give_back(run.start, run.len())?;
+        self.unsettle(&run);
+        Ok(())
+    }
+
+    /// Declares free pages side by side unmapped.
+    fn unsettle(&mut self, run: &std::ops::Range<PageIndex>) {
         let start = run.start as u64 * PAGE_UNITS;
         let hole = self
             .territory
             .hole_over_page(run.start)
             .expect("the run was found free");
-        self.pages.give_back(run.start, run.len())?;
         let block = self
             .territory
             .take(&hole, start, run.len() as u64 * PAGE_UNITS);
@@ -306,6 +361,33 @@ impl PagedMemory {
             run.start as u64 * PAGE
         );
         self.territory.unmap(block);
-        Ok(())
+    }
+
+    /// Gives up pages that are free as a whole and whose last use is complete, as far as that can be told.
+    pub(super) fn give_up_pages(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
+        debug_assert_eq!(
+            self.ranges.pages_mapped, 0,
+            "a private pool stitches nothing"
+        );
+        spares.unreturned.append(&mut self.pages.unreturned);
+        let holes: Vec<Hole> = self.territory.holes().collect();
+        let whole = holes.iter().filter(|hole| !hole.whole_pages().is_empty());
+        let mut outcome = Ok(());
+        for hole in whole.filter(|hole| fences.passed_by_now(hole.fence())) {
+            let run = hole.whole_pages();
+            match self.pages.unmap(run.start, run.len()) {
+                Ok(pages) => {
+                    self.unsettle(&run);
+                    let given = Spares {
+                        pages,
+                        ..Spares::default()
+                    };
+                    self.pages.totals.give_out(&given);
+                    spares.pages.extend(given.pages);
+                }
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        outcome
     }
 }

@@ -2,14 +2,17 @@
 //!
 //! They keep blocks, holes and pages apart and share everything else: the lock, the streams' clocks, the
 //! limit, the statistics. A private memory keeps its pages for as long as a graph may run on them. Once it
-//! is *released* nothing new is placed in it, and its pages go back to the driver as they fall idle, not
-//! before every stream has passed the point where it was at the release: launched graphs outlive their handle.
+//! is *released* nothing new is placed in it, and what falls idle in it is *collected*: not before the streams
+//! that its graphs were launched on have passed the point where they were at the release, as launched graphs
+//! outlive their handle. What was collected is spare memory of the ordinary one, which lends it to a private one
+//! that needs more. Spare memory goes before new memory is taken from the driver, and goes back to the driver
+//! first.
 //!
 //! Must not know: what is captured, and when.
 
 use std::collections::BTreeMap;
 
-use super::backing::{Backing, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Placed, Refusal, Request, Spares, Totals};
 use super::fences::{COMMON, Fence, Fences};
 use super::territory::Owner;
 use crate::error::Result;
@@ -30,6 +33,8 @@ impl MemoryIndex {
 #[derive(Debug)]
 struct Private {
     backing: Box<dyn Backing>,
+    /// Streams that graphs were launched on.
+    launched: Vec<Owner>,
     /// Once released: what has to be passed before a page may go.
     released: Option<Vec<Fence>>,
 }
@@ -73,6 +78,7 @@ impl Memories {
     pub(super) fn add(&mut self, backing: Box<dyn Backing>) -> MemoryIndex {
         let memory = Some(Private {
             backing,
+            launched: Vec::new(),
             released: None,
         });
         let slot = match self.private.iter().position(Option::is_none) {
@@ -126,19 +132,71 @@ impl Memories {
         request: Request,
         fences: &mut Fences,
     ) -> Result<Placed, Refusal> {
+        let is_ordinary = index == MemoryIndex::ORDINARY;
+        if !is_ordinary {
+            let spares = self.ordinary.take_spares();
+            self.get_mut(index).take_in(spares);
+        }
         let others = self.totals().reserved_bytes - self.get(index).totals().reserved_bytes;
         let left = self.limit.unwrap_or(u64::MAX).saturating_sub(others);
         let backing = self.get_mut(index);
         backing.set_limit(left);
-        backing.find(request, fences)
+        let found = backing.find(request, fences);
+        if !is_ordinary {
+            let spares = backing.take_spares();
+            self.ordinary.take_in(spares);
+        }
+        found
     }
 
-    /// Says that nothing will be placed in a private memory again, and that graphs on it may run until
-    /// `ends` are passed.
-    pub(super) fn release(&mut self, index: MemoryIndex, ends: Vec<Fence>) {
+    /// Notes that a graph on a private memory was launched on a stream, which has it for as long as it runs.
+    pub(super) fn note_launch(&mut self, index: MemoryIndex, owner: Owner) {
         let memory = self.private[index.slot()].as_mut();
-        memory.expect("a memory is released once").released = Some(ends);
+        let launched = &mut memory.expect("a graph keeps its memory").launched;
+        if !launched.contains(&owner) {
+            launched.push(owner);
+        }
+    }
+
+    /// Says that nothing will be placed in a private memory again and no graph on it launched.
+    pub(super) fn release(&mut self, index: MemoryIndex, fences: &mut Fences) {
+        let memory = self.private[index.slot()].as_mut();
+        let memory = memory.expect("a memory is released once");
+        let launched = std::mem::take(&mut memory.launched).into_iter();
+        memory.released = Some(launched.map(|owner| fences.end(owner)).collect());
         self.drop_empty();
+    }
+
+    /// Whether a released memory still holds something.
+    pub(super) fn has_released(&self) -> bool {
+        let mut private = self.private.iter().flatten();
+        private.any(|memory| memory.released.is_some())
+    }
+
+    /// Makes spare what is idle in released memories and whose streams have passed.
+    ///
+    /// # Errors
+    /// The first refusal of the driver; what it refused stays where it is.
+    pub(super) fn collect(&mut self, fences: &mut Fences) -> Result<()> {
+        if !self.has_released() {
+            return Ok(());
+        }
+        let mut spares = Spares::default();
+        let mut outcome = Ok(());
+        for memory in self.private.iter_mut().flatten() {
+            let Some(ends) = &mut memory.released else {
+                continue;
+            };
+            ends.retain(|end| !fences.passed_by_now(*end));
+            if ends.is_empty() {
+                outcome = outcome.and(memory.backing.give_up(fences, &mut spares));
+            }
+        }
+        if !spares.is_empty() {
+            self.ordinary.take_in(spares);
+        }
+        self.drop_empty();
+        outcome
     }
 
     /// Forgets released memories that hold nothing.
@@ -160,6 +218,8 @@ impl Memories {
         for backing in self.all_mut() {
             backing.settle(fences);
         }
+        // What the driver does not unmap stays where it is.
+        drop(self.collect(fences));
     }
 
     /// As [`Backing::adopt`].
@@ -167,15 +227,17 @@ impl Memories {
         for backing in self.all_mut() {
             backing.adopt(owner);
         }
+        for memory in self.private.iter_mut().flatten() {
+            memory.launched.retain(|stream| *stream != owner);
+        }
     }
 
     /// Whether a request for this memory may find room only after idle memory went back to the driver: its
     /// own, where streams do not share, or that of another memory.
     pub(super) fn returning_helps(&self, index: MemoryIndex) -> bool {
-        let is_released = |memory: &Private| memory.released.is_some();
         index != MemoryIndex::ORDINARY
             || !self.get(index).shares_free_memory()
-            || self.private.iter().flatten().any(is_released)
+            || self.has_released()
     }
 
     /// Free bytes by stream whose passing would make them usable by `owner` in this memory, or returnable
@@ -210,31 +272,23 @@ impl Memories {
 
     /// Whether nothing here belongs to `owner` or waits for it.
     pub(super) fn needs_nothing_of(&self, owner: Owner) -> bool {
-        let private = self.private.iter().flatten();
-        let mut ends = private.flat_map(|memory| memory.released.iter().flatten());
+        let waits = |memory: &Private| {
+            let mut ends = memory.released.iter().flatten();
+            memory.launched.contains(&owner) || ends.any(|end| end.owner == owner)
+        };
         self.all().all(|backing| backing.holds_nothing_of(owner))
-            && ends.all(|end| end.owner != owner)
+            && !self.private.iter().flatten().any(waits)
     }
 
     /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
-    /// in released memories whose graphs have run, then in the ordinary one.
+    /// what released memories left, then in the ordinary one.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
     pub(super) fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
-        let mut outcome = Ok(());
-        for memory in self.private.iter_mut().flatten() {
-            let Some(ends) = &mut memory.released else {
-                continue;
-            };
-            ends.retain(|end| !fences.is_complete(*end));
-            // Nothing will be placed there again.
-            if ends.is_empty() {
-                outcome = outcome.and(memory.backing.release_idle(0, fences));
-            }
-        }
-        self.drop_empty();
-        let keep = keep.saturating_sub(self.private_bytes());
+        let outcome = self.collect(fences);
+        let others = self.totals().reserved_bytes - self.ordinary.totals().reserved_bytes;
+        let keep = keep.saturating_sub(others);
         outcome.and(self.ordinary.release_idle(keep, fences))
     }
 
@@ -259,10 +313,11 @@ impl Memories {
         })
     }
 
-    /// Bytes held for private pools.
+    /// Bytes held for private pools that are there: a handle or a graph is.
     pub(super) fn private_bytes(&self) -> u64 {
         let private = self.private.iter().flatten();
         private
+            .filter(|memory| memory.released.is_none())
             .map(|memory| memory.backing.totals().reserved_bytes)
             .sum()
     }

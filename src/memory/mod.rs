@@ -98,7 +98,7 @@ pub use block::Block;
 pub use config::{PoolConfig, ReusePolicy};
 pub use hooks::Registration;
 pub use peaks::{PeakScope, ScopeStats, ScopedStat};
-pub use pinned::{PinnedBlock, PinnedPool, PinnedStats};
+pub use pinned::{PinnedBlock, PinnedConfig, PinnedPool, PinnedStats};
 pub use pool::Pool;
 pub use private::{CapturedGraph, PrivatePool};
 pub use stats::{PoolStats, Stat};

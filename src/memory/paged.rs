@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::arena::GRANULARITY;
-use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, Spares, Totals};
 use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
@@ -413,6 +413,20 @@ impl Backing for PagedMemory {
         self.release_pages(keep, fences)
     }
 
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
+        self.return_spares();
+        self.small.retain(|_, small| !small.is_empty());
+        self.give_up_pages(fences, spares)
+    }
+
+    fn take_in(&mut self, spares: Spares) {
+        self.pages.take_in(spares);
+    }
+
+    fn take_spares(&mut self) -> Spares {
+        self.pages.take_spares()
+    }
+
     fn shares_free_memory(&self) -> bool {
         true
     }
@@ -444,9 +458,10 @@ impl Backing for PagedMemory {
             .holes()
             .filter(|hole| is_usable(hole.fence()));
         // Whole pages can be put together from anywhere.
-        usable
+        let at_home: u64 = usable
             .map(|hole| hole.whole_pages().len() as u64 * PAGE)
-            .sum()
+            .sum();
+        at_home + self.pages.bytes_spare()
     }
 
     fn holds_nothing_of(&self, owner: Owner) -> bool {

@@ -3,7 +3,9 @@
 //! A graph has addresses written into it, so its memory must be nobody else's for as long as it may run.
 //! A [`PrivatePool`] is a part of a [`Pool`] that is set aside: allocations are routed to it during a pass
 //! before the capture and during the capture (`routes` says which), and its memory goes to nobody else until
-//! the handle and every graph captured with it are gone.
+//! the handle and every graph captured with it are gone. Then what is idle of it is anyone's, once the streams that
+//! its graphs were launched on have passed: the next allocation that needs more memory takes it, be it ordinary or
+//! for another private pool, and trimming and decay return it. Blocks that are still held stay where they are.
 //!
 //! In a capture, no event is recorded or queried, the host waits for nothing, and nothing is unmapped. New
 //! pages may be taken: that is no work of a stream. Memory freed in the capture is reused at once by the
@@ -17,6 +19,7 @@ use std::sync::Arc;
 
 use super::memories::MemoryIndex;
 use super::pool::{Pool, Shared};
+use super::state::State;
 use super::waits;
 use crate::driver::{Graph, Stream};
 use crate::error::{Error, Result};
@@ -164,8 +167,8 @@ impl CapturedGraph {
             let reason = "the stream belongs to another device";
             return Err(Error::argument("launch", reason));
         }
-        // From now on the pool knows the stream: it waits for it before the memory goes.
-        shared.lock()?.fences.owner(stream);
+        // Before it runs: from now on the pool waits for the stream before the memory goes.
+        shared.lock()?.note_launch(self.memory.index, stream);
         // SAFETY: the caller vouches for all memory but that of the private pool, which this graph keeps.
         unsafe { self.graph.launch(stream) }
     }
@@ -176,6 +179,19 @@ impl CapturedGraph {
         PrivatePool {
             memory: self.memory.clone(),
         }
+    }
+}
+
+impl State {
+    /// Notes that a graph on a private memory is about to be launched on `stream`.
+    fn note_launch(&mut self, memory: MemoryIndex, stream: &Stream) {
+        let owner = self.fences.owner(stream);
+        self.memories.note_launch(memory, owner);
+    }
+
+    /// Lets go of a memory that was set aside.
+    pub(super) fn release_memory(&mut self, memory: MemoryIndex) {
+        self.memories.release(memory, &mut self.fences);
     }
 }
 

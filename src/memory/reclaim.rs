@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! what is free for the stream       the pool's lock, no driver call
-//! other streams' memory, new pages  events, waits on the device, driver allocations
+//! other streams' memory, new pages  events, waits on the device, driver allocations; before those, what private
+//!                                   pools left when they went
 //! the threads' caches               emptied into the pool
 //! the program's callbacks           without the lock
 //! returning idle memory             where only that makes it another's
@@ -54,9 +55,14 @@ pub(super) fn allocate(
     state: StateGuard<'_>,
     wanted: Wanted<'_>,
 ) -> Result<Found> {
+    let is_private = wanted.memory != MemoryIndex::ORDINARY;
+    let wanted = Wanted {
+        is_captured: is_private && shared.routes.is_capturing(),
+        ..wanted
+    };
     climb(shared, state, wanted).map_err(|failure| match failure {
         Failure::Short(report) => {
-            if !is_captured(shared, wanted) {
+            if !wanted.is_captured {
                 shared.hooks.tell_failure(&report);
             }
             report.into()
@@ -85,11 +91,6 @@ impl From<Error> for Failure {
     }
 }
 
-/// Whether the memory is for a graph that is being captured.
-fn is_captured(shared: &Shared, wanted: Wanted<'_>) -> bool {
-    wanted.memory != MemoryIndex::ORDINARY && shared.routes.is_capturing()
-}
-
 fn climb(shared: &Shared, mut state: StateGuard<'_>, wanted: Wanted<'_>) -> Result<Found, Failure> {
     shared.fold_among_threads(&mut state);
     shared.fold_before_returns(&mut state);
@@ -102,18 +103,25 @@ fn climb(shared: &Shared, mut state: StateGuard<'_>, wanted: Wanted<'_>) -> Resu
     if wanted.memory == MemoryIndex::ORDINARY {
         state.poll_pending();
     }
+    if state.memories.has_released() && !shared.routes.is_capturing() {
+        state.collect();
+    }
     let allocations = state.device_allocs();
     match state.find(wanted) {
         Ok(found) => {
             state.counters.misses += u64::from(state.device_allocs() != allocations);
             Ok(found)
         }
-        Err(refusal) if is_captured(shared, wanted) => {
+        Err(refusal) if wanted.is_captured => {
             let tried = vec!["the private pool's blocks", "the driver"];
             Err(fail(shared, &mut state, wanted, refusal, tried).into())
         }
         Err(_) => {
-            let outcome = climb_when_short(shared, &mut state, wanted);
+            let host_waits = state.fences.host_waits();
+            let mut has_waited = false;
+            let outcome = climb_when_short(shared, &mut state, wanted, &mut has_waited);
+            has_waited |= state.fences.host_waits() != host_waits;
+            state.counters.syncs += u64::from(has_waited);
             state.counters.misses += u64::from(outcome.is_ok());
             outcome
         }
@@ -125,7 +133,14 @@ fn climb_when_short(
     shared: &Shared,
     state: &mut StateGuard<'_>,
     wanted: Wanted<'_>,
+    has_waited: &mut bool,
 ) -> Result<Found, Failure> {
+    if state.memories.has_released() {
+        state.settle();
+        if let Ok(found) = state.find(wanted) {
+            return Ok(found);
+        }
+    }
     state.counters.alloc_retries += 1;
     let mut tried = vec!["cached blocks", "other streams' blocks", "the driver"];
     shared.empty_caches(state, Close::No);
@@ -154,7 +169,7 @@ fn climb_when_short(
     if found.is_none() && matches!(refusal, Refusal::Driver(_)) {
         waits::wait_for_idle(shared, state, &mut patience)?;
     }
-    state.counters.syncs += u64::from(patience.has_waited());
+    *has_waited = patience.has_waited();
     found = found.or_else(|| {
         shared.empty_caches(state, Close::No);
         search(state, wanted).ok()

@@ -29,6 +29,7 @@ pub(super) fn report(
         .take(TAGS_MAX);
     OutOfMemory {
         requested: wanted.requested,
+        pinned: false,
         allocated: state.usage.allocated.stat().current,
         pending: state.pending.bytes(),
         pending_by_stream: state.pending_by_stream(),

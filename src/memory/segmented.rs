@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::arena::{Arena, SegmentIndex};
-use super::backing::{Backing, Place, Placed, Refusal, Request, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, Spares, Totals};
 use super::fences::{Fence, Fences};
 use super::packed::Location;
 use super::territory::Owner;
@@ -35,6 +35,17 @@ fn segment_bytes(bytes: u64) -> u64 {
         // A size that cannot be rounded up is more than any driver has: it will refuse.
         align_up(bytes, SEGMENT_STEP).unwrap_or(bytes)
     }
+}
+
+/// Takes the smallest of `segments` whose bytes are in `sizes`.
+fn take_smallest(
+    segments: &mut Vec<(DevicePtr, u64)>,
+    sizes: &RangeInclusive<u64>,
+) -> Option<(DevicePtr, u64)> {
+    let all = segments.iter().enumerate();
+    let fitting = all.filter(|(_, (_, bytes))| sizes.contains(bytes));
+    let (index, _) = fitting.min_by_key(|(_, (_, bytes))| *bytes)?;
+    Some(segments.remove(index))
 }
 
 /// One stream's blocks in one size range, with base and bytes of each segment.
@@ -83,6 +94,8 @@ pub(super) struct SegmentedMemory {
     arenas: BTreeMap<(Owner, bool), StreamArena>,
     /// Base and bytes of segments that streams which are gone have left: anyone's.
     left: Vec<(DevicePtr, u64)>,
+    /// Base and bytes of segments that private pools left.
+    spare: Vec<(DevicePtr, u64)>,
     totals: Totals,
 }
 
@@ -93,12 +106,18 @@ impl SegmentedMemory {
             limit: limit.unwrap_or(u64::MAX),
             arenas: BTreeMap::new(),
             left: Vec::new(),
+            spare: Vec::new(),
             totals: Totals::default(),
         }
     }
 
-    /// Takes a new segment from the driver.
+    /// Takes a new segment from the driver, in exchange for as much as private pools left, if they left any.
     fn allocate_segment(&mut self, bytes: u64, request: Request) -> Result<(), Refusal> {
+        if request.may_return {
+            let held = self.totals.reserved_bytes;
+            // What the driver does not take back stays spare.
+            drop(self.release_spares(held.saturating_sub(bytes)));
+        }
         if bytes > self.limit.saturating_sub(self.totals.reserved_bytes) {
             return Err(Refusal::Limit);
         }
@@ -110,16 +129,30 @@ impl SegmentedMemory {
         Ok(())
     }
 
-    /// Takes over the smallest segment of these sizes that was left; whether there was one.
+    /// Takes over the smallest segment of these sizes that was left, by streams before private pools; whether there was
+    /// one.
     fn inherit(&mut self, sizes: &RangeInclusive<u64>, request: Request) -> bool {
-        let fitting = self.left.iter().enumerate();
-        let fitting = fitting.filter(|(_, (_, bytes))| sizes.contains(bytes));
-        let Some((index, _)) = fitting.min_by_key(|(_, (_, bytes))| *bytes) else {
-            return false;
-        };
-        let segment = self.left.remove(index);
-        self.add_segment(segment, request);
-        true
+        let of_streams = take_smallest(&mut self.left, sizes);
+        let segment = of_streams.or_else(|| take_smallest(&mut self.spare, sizes));
+        let is_found = segment.is_some();
+        if let Some(segment) = segment {
+            self.add_segment(segment, request);
+        }
+        is_found
+    }
+
+    /// Gives spare segments back to the driver, the smallest first, until at most `keep` bytes are held or none is left.
+    fn release_spares(&mut self, keep: u64) -> Result<()> {
+        while self.totals.reserved_bytes > keep
+            && let Some((ptr, bytes)) = take_smallest(&mut self.spare, &(0..=u64::MAX))
+        {
+            if let Err(error) = self.give_back(ptr) {
+                self.spare.push((ptr, bytes));
+                return Err(error);
+            }
+            self.totals.returned(bytes);
+        }
+        Ok(())
     }
 
     fn add_segment(&mut self, (ptr, bytes): (DevicePtr, u64), request: Request) {
@@ -296,7 +329,8 @@ impl Backing for SegmentedMemory {
     }
 
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
-        let mut outcome = self.release_left(keep);
+        let mut outcome = self.release_spares(keep);
+        outcome = outcome.and(self.release_left(keep));
         let mut arenas = std::mem::take(&mut self.arenas);
         for ((owner, _), arena) in &mut arenas {
             for (segment, (ptr, bytes)) in std::mem::take(&mut arena.segments) {
@@ -326,6 +360,44 @@ impl Backing for SegmentedMemory {
         outcome
     }
 
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
+        let mut given = Spares {
+            segments: std::mem::take(&mut self.left),
+            ..Spares::default()
+        };
+        for ((owner, _), arena) in &mut self.arenas {
+            for (segment, memory) in std::mem::take(&mut arena.segments) {
+                let epoch = arena.freed_at.get(&segment).copied().unwrap_or(0);
+                let owner = *owner;
+                let is_idle = arena.arena.is_segment_free(segment)
+                    && fences.passed_by_now(Fence { owner, epoch });
+                if is_idle && arena.remove_if_free(segment) {
+                    given.segments.push(memory);
+                } else {
+                    arena.segments.insert(segment, memory);
+                }
+            }
+        }
+        self.arenas.retain(|_, arena| !arena.segments.is_empty());
+        self.totals.give_out(&given);
+        spares.segments.append(&mut given.segments);
+        Ok(())
+    }
+
+    fn take_in(&mut self, spares: Spares) {
+        self.totals.take_in(&spares);
+        self.spare.extend(spares.segments);
+    }
+
+    fn take_spares(&mut self) -> Spares {
+        let spares = Spares {
+            segments: std::mem::take(&mut self.spare),
+            ..Spares::default()
+        };
+        self.totals.give_out(&spares);
+        spares
+    }
+
     fn shares_free_memory(&self) -> bool {
         false
     }
@@ -349,7 +421,8 @@ impl Backing for SegmentedMemory {
     fn largest_free(&self) -> u64 {
         let arenas = self.arenas.values();
         let largest = arenas.map(|arena| arena.arena.largest_free());
-        let left = self.left.iter().map(|(_, bytes)| *bytes);
+        let left = self.left.iter().chain(&self.spare);
+        let left = left.map(|(_, bytes)| *bytes);
         largest.chain(left).max().unwrap_or(0)
     }
 
@@ -376,7 +449,8 @@ impl Backing for SegmentedMemory {
             held += bytes;
             in_blocks += in_use;
         }
-        let left: u64 = self.left.iter().map(|(_, bytes)| bytes).sum();
+        let left = self.left.iter().chain(&self.spare);
+        let left: u64 = left.map(|(_, bytes)| bytes).sum();
         assert_eq!(held + left, self.totals.reserved_bytes, "reserved bytes");
         in_blocks
     }

@@ -38,6 +38,8 @@ pub(super) struct Wanted<'a> {
     pub(super) memory: MemoryIndex,
     /// Bytes that the thread keeps for this stream: free, though the memory does not know.
     pub(super) kept: u64,
+    /// Whether it is for a graph whose capture is under way.
+    pub(super) is_captured: bool,
 }
 
 impl<'a> Wanted<'a> {
@@ -49,6 +51,7 @@ impl<'a> Wanted<'a> {
             stream,
             memory,
             kept: 0,
+            is_captured: false,
         }
     }
 }
@@ -154,9 +157,13 @@ impl State {
         Ok(self.memories.add(backing))
     }
 
-    /// Lets go of a memory that was set aside.
-    pub(super) fn release_memory(&mut self, memory: MemoryIndex) {
-        self.memories.release(memory, self.fences.ends());
+    /// Takes back what private pools left whose streams have passed, without waiting for any.
+    pub(super) fn collect(&mut self) {
+        // To know, a deterministic pool waits: that is left for when memory is short.
+        if !self.config.deterministic {
+            // What the driver does not unmap stays where it is.
+            drop(self.memories.collect(&mut self.fences));
+        }
     }
 
     #[inline]
@@ -174,6 +181,7 @@ impl State {
             reuse,
             pending: self.pending.bytes() + wanted.kept,
             may_borrow: is_ordinary,
+            may_return: !wanted.is_captured,
         }
     }
 

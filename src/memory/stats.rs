@@ -180,7 +180,8 @@ pub struct PoolStats {
     pub active_bytes: Stat,
     /// Bytes held from the driver.
     pub reserved_bytes: Stat,
-    /// How many of the reserved bytes are those of private pools now.
+    /// How many of the reserved bytes are those of private pools now. A pool counts until its handles and its graphs
+    /// are gone; what it leaves is ordinary memory.
     pub private_reserved_bytes: u64,
     /// Free blocks in segments that are partly in use.
     pub inactive_split: u64,
@@ -192,7 +193,9 @@ pub struct PoolStats {
     pub num_alloc_retries: u64,
     /// Allocations that failed.
     pub num_ooms: u64,
-    /// Times the host waited for other streams to find memory.
+    /// Allocations for which the host waited for streams to find memory, in
+    /// [deterministic](super::PoolConfig::deterministic) mode too. Waits of [`Pool::trim`](super::Pool::trim) and
+    /// before captures do not count.
     pub num_sync_all_streams: u64,
     /// Driver allocations.
     pub num_device_alloc: u64,

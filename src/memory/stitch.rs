@@ -314,6 +314,7 @@ mod tests {
                 reuse: ReusePolicy::OnlyComplete,
                 pending: 0,
                 may_borrow: true,
+                may_return: true,
             };
             let placed = memory.find(request, fences).unwrap();
             (placed.location, request.bytes)

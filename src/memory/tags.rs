@@ -2,6 +2,9 @@
 //!
 //! A *tag* names a component (`amp`, `activations`). While a [`TagScope`] lives, blocks allocated by its
 //! thread count under its tag until they are freed, wherever that happens.
+//!
+//! Names may be made at run time. Each is kept once, for as long as the process runs, and how many there are is
+//! bounded: what comes later counts together as [`OTHER`].
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -16,39 +19,65 @@ use super::stats::{Gauge, Stat};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TagId(u16);
 
+/// Of blocks allocated outside any scope.
+const UNTAGGED: &str = "untagged";
+/// Of blocks allocated under a name that came when there were too many.
+const OTHER: &str = "other";
+/// Names that are kept beside [`UNTAGGED`] and [`OTHER`], and their bytes in all.
+const NAMES_MAX: usize = 4096;
+const NAME_BYTES_MAX: usize = 16 << 20;
+
 /// Names of all tags used so far.
 static NAMES: LazyLock<RwLock<Names>> = LazyLock::new(RwLock::default);
 
 struct Names {
-    /// By number; 0 is "untagged".
+    /// By number.
     names: Vec<&'static str>,
-    numbers: HashMap<&'static str, usize>,
+    numbers: HashMap<&'static str, TagId>,
+    /// Bytes of all names.
+    bytes: usize,
 }
 
 impl Default for Names {
     fn default() -> Self {
         Self {
-            names: vec![TagId::UNTAGGED],
-            numbers: HashMap::from([(TagId::UNTAGGED, 0)]),
+            names: vec![UNTAGGED, OTHER],
+            // Without a name, nothing is named.
+            numbers: HashMap::from([
+                (UNTAGGED, TagId::NONE),
+                ("", TagId::NONE),
+                (OTHER, TagId::OTHER),
+            ]),
+            bytes: 0,
         }
     }
 }
 
 impl Names {
-    fn number(&mut self, name: &'static str) -> usize {
-        let Self { names, numbers } = self;
-        *numbers.entry(name).or_insert_with(|| {
-            names.push(name);
-            names.len() - 1
-        })
+    /// The number of `name`, which is kept if there is room.
+    fn number(&mut self, name: &str) -> TagId {
+        // Another thread may have come first.
+        if let Some(known) = self.numbers.get(name) {
+            return *known;
+        }
+        let bytes = self.bytes.saturating_add(name.len());
+        let kept = self.names.len() - 2;
+        let number = u16::try_from(self.names.len()).ok();
+        let Some(number) = number.filter(|_| kept < NAMES_MAX && bytes <= NAME_BYTES_MAX) else {
+            return TagId::OTHER;
+        };
+        let name: &'static str = Box::leak(name.into());
+        self.bytes = bytes;
+        self.names.push(name);
+        self.numbers.insert(name, TagId(number));
+        TagId(number)
     }
 }
 
 impl TagId {
-    const UNTAGGED: &'static str = "untagged";
-
     /// Of blocks allocated outside any scope.
     pub(super) const NONE: Self = Self(0);
+    const OTHER: Self = Self(1);
 
     /// The tag of the calling thread's innermost scope.
     #[inline]
@@ -56,10 +85,9 @@ impl TagId {
         LOCAL.with(|local| local.tag.get())
     }
 
-    fn named(name: &'static str) -> Self {
+    fn named(name: &str) -> Self {
         let known = NAMES.read().numbers.get(name).copied();
-        let index = known.unwrap_or_else(|| NAMES.write().number(name));
-        Self(u16::try_from(index).unwrap_or(0))
+        known.unwrap_or_else(|| NAMES.write().number(name))
     }
 
     pub(super) fn name(self) -> &'static str {
@@ -68,7 +96,7 @@ impl TagId {
             .names
             .get(usize::from(self.0))
             .copied()
-            .unwrap_or(Self::UNTAGGED)
+            .unwrap_or(UNTAGGED)
     }
 }
 
@@ -82,9 +110,30 @@ pub struct TagScope {
 }
 
 /// Counts blocks that the calling thread allocates from now on under `name`, until the scope is dropped.
-/// Scopes nest; the innermost counts. A process may have 65,535 names: under more, blocks count as `untagged`.
-pub fn tag(name: &'static str) -> TagScope {
-    let outer = LOCAL.with(|local| local.tag.replace(TagId::named(name)));
+/// Scopes nest; the innermost counts.
+///
+/// A name may be made at run time. The process keeps each one once and never frees it: the first 4,096, as long as
+/// they have at most 16 MiB in all. Blocks under any later name count together as `other`. Under an empty name they
+/// count as `untagged`.
+///
+/// ```
+/// use kitsune::memory::tag;
+/// # use kitsune::{Device, HostConfig, Pool, PoolConfig};
+/// # let device = Device::host(HostConfig::default())?;
+/// # let pool = Pool::new(&device, PoolConfig::default())?;
+/// # let stream = device.create_stream()?;
+/// let blocks: Vec<_> = (0..3)
+///     .map(|layer| {
+///         let _scope = tag(format!("layer.{layer}"));
+///         pool.allocate(1024, &stream)
+///     })
+///     .collect();
+/// assert_eq!(pool.tag_stats()[2].tag, "layer.2");
+/// # drop(blocks);
+/// # Ok::<(), kitsune::Error>(())
+/// ```
+pub fn tag(name: impl AsRef<str>) -> TagScope {
+    let outer = LOCAL.with(|local| local.tag.replace(TagId::named(name.as_ref())));
     TagScope {
         outer,
         not_send: PhantomData,
@@ -100,7 +149,8 @@ impl Drop for TagScope {
 /// Allocated bytes of one component.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct TagStat {
-    /// The component's name; `untagged` for blocks allocated outside any scope.
+    /// The component's name; `untagged` for blocks allocated outside any scope, `other` for those under a name that
+    /// came after the first 4,096.
     pub tag: &'static str,
     /// Allocated (rounded) bytes.
     pub allocated_bytes: Stat,
@@ -153,7 +203,8 @@ impl TagTable {
         self.gauges.iter_mut().for_each(Gauge::reset_peak);
     }
 
-    /// Every tag that was ever used in this pool, in order of first use in the process.
+    /// Every tag that was ever used in this pool, `untagged` and `other` first, then in order of first use in the
+    /// process.
     pub(super) fn snapshot(&self) -> Vec<TagStat> {
         let stats = (0..=u16::MAX).zip(self.gauges.iter().map(Gauge::stat));
         stats
@@ -163,5 +214,57 @@ impl TagTable {
                 allocated_bytes: stat,
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_kept_once_and_4096_of_them() {
+        let mut names = Names::default();
+        let mut numbers: Vec<TagId> = (0..NAMES_MAX)
+            .map(|layer| names.number(&format!("layer.{layer}")))
+            .collect();
+        assert_eq!(names.names[usize::from(numbers[7].0)], "layer.7");
+        assert_eq!(names.number("layer.7"), numbers[7], "the same once more");
+        assert_eq!(numbers[NAMES_MAX - 1], TagId(4097), "the last has its own");
+        assert_eq!(names.number("layer.4096"), TagId::OTHER);
+        assert_eq!(names.number("layer.4097"), TagId::OTHER);
+        assert_eq!(names.number("layer.0"), numbers[0], "those before stay");
+        assert_eq!(
+            names.names.len(),
+            NAMES_MAX + 2,
+            "nothing is kept of others"
+        );
+        numbers.sort_by_key(|number| number.0);
+        numbers.dedup();
+        assert_eq!(numbers.len(), NAMES_MAX);
+    }
+
+    #[test]
+    fn names_that_mean_something_take_no_room() {
+        let mut names = Names::default();
+        for (name, number) in [
+            ("", TagId::NONE),
+            (UNTAGGED, TagId::NONE),
+            (OTHER, TagId::OTHER),
+        ] {
+            assert_eq!(names.number(name), number, "`{name}`");
+        }
+        assert_eq!((names.names.len(), names.bytes), (2, 0));
+    }
+
+    #[test]
+    fn long_names_are_kept_as_they_are_while_there_is_room_for_their_bytes() {
+        let mut names = Names::default();
+        let long = "ä".repeat(NAME_BYTES_MAX / 2 - 1);
+        let number = names.number(&long);
+        assert_eq!(names.names[usize::from(number.0)], long);
+        assert_eq!(names.number("abc"), TagId::OTHER, "a byte too many");
+        assert_eq!(names.number("ab"), TagId(3), "just fits");
+        assert_eq!(names.number("a"), TagId::OTHER);
+        assert_eq!(names.number(&long), number);
     }
 }

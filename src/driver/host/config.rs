@@ -32,7 +32,9 @@ pub enum HostSchedule {
 /// added.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostConfig {
-    /// Bytes of device memory. May exceed the memory of the machine, since untouched bytes cost nothing.
+    /// Bytes of device memory. May exceed the memory of the machine, since untouched bytes cost nothing. Pinned
+    /// memory, which does not count here, is touched at once: it is refused where the machine, or a control group of
+    /// the process, would have less than a sixteenth of its memory (64 MiB to 4 GiB) left.
     pub capacity: u64,
     /// In which order streams make progress.
     pub schedule: HostSchedule,

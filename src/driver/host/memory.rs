@@ -1,7 +1,8 @@
 //! The memory of one device: plain and pinned allocations, and who counts against the capacity.
 //!
-//! Plain allocations and pages share the capacity; pinned memory is the host's and does not count. What is
-//! still held when the device goes is given back then.
+//! Plain allocations and pages share the capacity. Pinned memory is the host's: it does not count there but is bounded
+//! by what the machine has left, and touched as a whole before it is handed out, so that the next request sees it as
+//! taken, whichever device or pool that comes from. What is still held when the device goes is given back then.
 
 use std::collections::HashMap;
 
@@ -10,10 +11,10 @@ use parking_lot::Mutex;
 use super::config::{ALLOCATION_GRANULARITY, HostConfig};
 use super::errno::{EINVAL, ENOMEM, ENOTSUP, refuse};
 use super::pages::Pages;
-use super::system;
+use super::{machine, system};
 use crate::driver::{DevicePtr, MemoryInfo};
 use crate::error::Result;
-use crate::units::{Bytes, align_up};
+use crate::units::{Bytes, align_up, to_usize};
 
 /// All memory of one device.
 #[derive(Debug)]
@@ -78,7 +79,16 @@ impl Memory {
 
     pub(super) fn allocate_pinned(&self, bytes: u64) -> Result<DevicePtr> {
         const CALL: &str = "allocate_pinned";
-        self.pinned.allocate(CALL, counted(CALL, bytes)?)
+        /// Held from the look at what is left until it is taken.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let bytes = counted(CALL, bytes)?;
+        let _turn = ONE_AT_A_TIME.lock();
+        machine::check(CALL, bytes)?;
+        let ptr = self.pinned.allocate(CALL, bytes)?;
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(ptr.0));
+        // SAFETY: the bytes were mapped just now, readable and writable, and nobody else knows their address.
+        unsafe { start.write_bytes(0, to_usize(bytes)) };
+        Ok(ptr)
     }
 
     /// # Safety

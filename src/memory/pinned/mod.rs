@@ -1,40 +1,50 @@
 //! Pinned host memory for staging, cached.
 //!
-//! Pinning takes the system milliseconds, so a block that is freed stays pinned and serves the next request
-//! of its size. Copies between pinned memory and a device run while the host goes on; a block may therefore
-//! be freed while streams still use it. Each use leaves an event behind, and the memory is handed out again
-//! only when all of them have passed, which is asked when the memory is wanted.
+//! Pinning takes the system milliseconds, so memory that is freed stays pinned and serves later requests, the free
+//! part that fits a request best first. Copies between pinned memory and a device run while the host goes on; a block
+//! may therefore be freed while streams still use it. Each use leaves an event behind, and the memory is handed out
+//! again only when all of them have passed, which is asked when the memory is wanted.
 //!
-//! When the driver refuses, what is cached is given back to it and it is asked again; then what waits for
+//! What is pinned is bounded: before more is pinned, idle segments go back to the driver until what is pinned then is
+//! at most twice the most that was ever in use, by callers or by streams. A segment is idle when no block lies in it.
+//!
+//! When the driver or the limit refuses, what is idle is given back and the driver asked again; then what waits for
 //! streams is waited for. No call of the driver that could block is made under the pool's lock.
 //!
 //! Must not know: blocks of device memory, tensors.
 
 mod block;
 mod cache;
+mod config;
+mod growth;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard};
 
 pub use block::PinnedBlock;
+pub use config::PinnedConfig;
 
-use self::cache::{Area, Cache, Uses, area_bytes};
+use self::cache::{Area, Cache, Uses};
+use super::decay::Decay;
 use super::guard::{Breakable, Locked};
 use super::stats::{Gauge, Stat};
-use crate::driver::{Device, DevicePtr};
-use crate::error::{Error, OutOfMemory, Result};
-use crate::units::to_usize;
+use crate::driver::Device;
+use crate::error::{Error, Result};
 
 /// A cache of pinned host memory. Cheap to clone; all clones are the same pool. Memory goes back to the
 /// driver with the last clone and the last block.
 ///
+/// Requests are rounded up to 4 KiB. What is freed stays pinned for later requests, of any size: a request takes the
+/// free part that fits it best and leaves the rest of it to others. Those of up to 1 MiB and larger ones keep apart.
+/// Before the pool pins more, it returns idle memory until it holds at most twice the most bytes that were ever in use
+/// at once, those that streams still used after the free included. [`PinnedConfig`] can bound it further.
+///
 /// # Dropping
 /// The drop of a block or a clone waits for no stream while another is left. The drop of the last of all *blocks the
-/// host* until the recorded uses of all cached memory are over, and calls the driver for each block.
-///
-/// Requests are rounded up to a power of two from 4 KiB to 1 MiB, above that by at most an eighth.
+/// host* until the recorded uses of all cached memory are over, and calls the driver for each segment.
 ///
 /// # Examples
 /// ```
@@ -47,7 +57,9 @@ use crate::units::to_usize;
 /// drop(block);
 /// let again = pool.allocate(2000)?;
 /// assert_eq!(pool.stats().num_host_alloc, 1);
-/// # drop(again);
+/// drop(again);
+/// pool.empty_cache()?;
+/// assert_eq!(pool.stats().reserved_bytes.current, 0);
 /// # Ok::<(), kitsune::Error>(())
 /// ```
 #[derive(Clone)]
@@ -59,11 +71,20 @@ pub struct PinnedPool {
 pub(super) struct Shared {
     device: Device,
     state: Mutex<State>,
+    /// Held while segments go back to the driver, so that who needs the room finds it there afterwards. Taken before
+    /// `state`.
+    returns: Mutex<()>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct State {
     cache: Cache,
+    limit: Option<u64>,
+    decay: Decay,
+    /// Most bytes that callers and streams used at once.
+    peak: u64,
+    /// Bytes that threads are asking the driver for.
+    asked: u64,
     blocks: Gauge,
     requested: Gauge,
     allocated: Gauge,
@@ -104,7 +125,7 @@ pub struct PinnedStats {
     pub allocation: Stat,
     /// Bytes callers asked for.
     pub requested_bytes: Stat,
-    /// Bytes in callers' hands, rounded.
+    /// Bytes in callers' hands, rounded up to 4 KiB.
     pub allocated_bytes: Stat,
     /// Bytes pinned.
     pub reserved_bytes: Stat,
@@ -125,9 +146,39 @@ impl PinnedPool {
     /// allocation.
     #[must_use]
     pub fn new(device: &Device) -> Self {
+        Self::with(device, &PinnedConfig::default())
+    }
+
+    /// As [`new`](Self::new), with settings.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for settings that cannot work.
+    pub fn with_config(device: &Device, config: PinnedConfig) -> Result<Self> {
+        config.check()?;
+        Ok(Self::with(device, &config))
+    }
+
+    fn with(device: &Device, config: &PinnedConfig) -> Self {
+        let state = State {
+            cache: Cache::default(),
+            limit: config.limit,
+            decay: Decay::new(config.decay, Instant::now()),
+            peak: 0,
+            asked: 0,
+            blocks: Gauge::default(),
+            requested: Gauge::default(),
+            allocated: Gauge::default(),
+            reserved: Gauge::default(),
+            cache_hits: 0,
+            ooms: 0,
+            host_allocs: 0,
+            host_frees: 0,
+            is_broken: false,
+        };
         let shared = Shared {
             device: device.clone(),
-            state: Mutex::default(),
+            state: Mutex::new(state),
+            returns: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -144,8 +195,9 @@ impl PinnedPool {
     /// block without memory.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if the driver refuses even when it was given back all that is cached;
-    /// [`Error::BrokenPool`] after a call that panicked while it held the pool's lock.
+    /// [`Error::OutOfMemory`] if the driver or the limit refuses even when all that is
+    /// idle was given back and all streams that use freed blocks were waited for; at once for more than 2 TiB and for
+    /// more than the limit. [`Error::BrokenPool`] after a call that panicked while it held the pool's lock.
     pub fn allocate(&self, bytes: u64) -> Result<PinnedBlock> {
         let shared = &self.shared;
         let area = match bytes {
@@ -155,12 +207,62 @@ impl PinnedPool {
         Ok(PinnedBlock::new(shared.clone(), area, bytes))
     }
 
-    /// Gives the driver all memory that nobody holds and no stream uses. Does not wait for streams.
+    /// Gives the driver all memory that nobody holds and no stream uses: [`trim`](Self::trim) to 0.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver refused some; the pool then keeps that.
     pub fn empty_cache(&self) -> Result<()> {
-        self.shared.release_idle()
+        self.trim(0)
+    }
+
+    /// Gives the driver idle memory until the pool holds at most `target` bytes or nothing more is idle. Memory goes
+    /// back as it was pinned, as a whole. Does not wait for streams: what they use stays.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver refused some; the pool then keeps that.
+    pub fn trim(&self, target: u64) -> Result<()> {
+        self.shared.release_idle(target)
+    }
+
+    /// Ends a period of [`PinnedConfig::decay`] now, whether one is set or not: gives the driver idle memory until what
+    /// is left is what callers held at the period's peak, and an eighth more. Does not wait for streams.
+    pub fn decay_now(&self) {
+        self.shared.decay();
+    }
+
+    /// Most bytes the pool may hold.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.shared.look().limit
+    }
+
+    /// Sets the most bytes the pool may hold from now on, in place of [`PinnedConfig::limit`]. If it holds more, this
+    /// returns what is idle, as [`trim`](Self::trim) does; until enough of the rest was freed and returned, nothing
+    /// more is pinned.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a limit that [`with_config`](Self::with_config) would
+    /// refuse, with nothing changed; [`Error::Driver`] if the driver did not take memory back,
+    /// with the limit set all the same.
+    pub fn set_limit(&self, limit: Option<u64>) -> Result<()> {
+        config::check_limit(limit)?;
+        self.shared.look().limit = limit;
+        self.shared.release_idle(limit.unwrap_or(u64::MAX))
+    }
+
+    /// Walks every structure. For a moment when no other thread uses the pool.
+    ///
+    /// # Panics
+    /// If an invariant is broken: a bug of this crate.
+    pub fn check_invariants(&self) {
+        let Ok(state) = self.shared.lock() else {
+            return;
+        };
+        let (held, taken) = state.cache.check_invariants();
+        assert_eq!(held, state.reserved.stat().current, "reserved bytes");
+        let known = state.allocated.stat().current + state.cache.waiting_bytes();
+        // What may be in use for ever is taken, but nobody's.
+        assert!(known <= taken, "{known} bytes in blocks, {taken} taken");
     }
 
     /// The statistics now.
@@ -186,13 +288,19 @@ impl State {
         self.blocks.increase(1);
         self.requested.increase(requested);
         self.allocated.increase(area.bytes);
+        self.decay.take(area.bytes);
         area
     }
 
-    fn take_cached(&mut self, requested: u64, bytes: u64) -> Option<Area> {
-        let area = self.cache.take(bytes)?;
-        self.cache_hits += 1;
-        Some(self.hand_out(requested, area))
+    /// Takes a block back, with what is known of its uses; `None` if it may be in use for ever.
+    fn free(&mut self, area: Area, requested: u64, uses: Option<Uses>) {
+        self.blocks.decrease(1);
+        self.requested.decrease(requested);
+        self.allocated.decrease(area.bytes);
+        self.decay.give(area.bytes);
+        if let Some(uses) = uses {
+            self.cache.put(area, uses);
+        }
     }
 }
 
@@ -210,137 +318,11 @@ impl Shared {
         Locked::new(self.state.lock(), self)
     }
 
-    /// Finds memory for `requested` bytes, not 0.
-    fn take(&self, requested: u64) -> Result<Area> {
-        let Some(bytes) = area_bytes(requested) else {
-            return Err(self.report(requested, None).into());
-        };
-        let cached = self.lock()?.take_cached(requested, bytes);
-        if let Some(area) = cached {
-            return Ok(area);
-        }
-        if let Ok(area) = self.take_new(requested, bytes) {
-            return Ok(area);
-        }
-        // What the driver does not take back stays cached; the driver decides whether the rest suffices.
-        drop(self.release_idle());
-        if let Ok(area) = self.take_new(requested, bytes) {
-            return Ok(area);
-        }
-        self.wait_for_streams();
-        let cached = self.lock()?.take_cached(requested, bytes);
-        if let Some(area) = cached {
-            return Ok(area);
-        }
-        drop(self.release_idle());
-        self.take_new(requested, bytes)
-            .map_err(|error| self.report(requested, Some(&error)).into())
-    }
-
-    /// Takes `bytes` from the driver.
-    #[expect(unsafe_code, reason = "a slice of bytes must have been written once")]
-    fn take_new(&self, requested: u64, bytes: u64) -> Result<Area> {
-        let ptr = self.device.driver().allocate_pinned(bytes)?;
-        let start = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(ptr.0));
-        // SAFETY: the driver has just handed out these bytes, readable and writable by the host.
-        unsafe { start.write_bytes(0, to_usize(bytes)) };
-        let mut state = match self.lock() {
-            Ok(state) => state,
-            Err(error) => {
-                // What the driver does not take back stays pinned, as the rest of a broken pool does.
-                drop(self.free_pinned(ptr));
-                return Err(error);
-            }
-        };
-        state.host_allocs += 1;
-        state.reserved.increase(bytes);
-        Ok(state.hand_out(requested, Area { ptr, bytes }))
-    }
-
-    /// Takes a block back, with what is known of its uses; `None` if it may be in use for ever.
     fn free(&self, area: Area, requested: u64, uses: Option<Uses>) {
-        let Ok(mut state) = self.lock() else {
-            return;
-        };
-        state.blocks.decrease(1);
-        state.requested.decrease(requested);
-        state.allocated.decrease(area.bytes);
-        if let Some(uses) = uses {
-            state.cache.put(area, uses);
+        // A broken pool takes nothing back.
+        if let Ok(mut state) = self.lock() {
+            state.free(area, requested, uses);
         }
-    }
-
-    /// Gives the driver what no stream uses.
-    fn release_idle(&self) -> Result<()> {
-        let idle = self.look().cache.take_idle();
-        let mut outcome = Ok(());
-        for area in idle {
-            let freed = self.free_pinned(area.ptr);
-            let mut state = self.look();
-            if freed.is_ok() {
-                state.host_frees += 1;
-                state.reserved.decrease(area.bytes);
-            } else {
-                state.cache.put(area, Uses::new());
-            }
-            outcome = outcome.and(freed);
-        }
-        outcome
-    }
-
-    #[expect(
-        unsafe_code,
-        reason = "freeing is a promise that nothing uses the memory"
-    )]
-    fn free_pinned(&self, ptr: DevicePtr) -> Result<()> {
-        // SAFETY: the area comes from the cache, so no block has it, and all its uses have passed.
-        unsafe { self.device.driver().free_pinned(ptr) }
-    }
-
-    /// Waits on the host for the streams that use what is cached. What a stream that failed may be using
-    /// stays.
-    fn wait_for_streams(&self) {
-        let waiting = self.look().cache.take_waiting();
-        for (area, mut uses) in waiting {
-            uses.retain(|used| used.event.synchronize().is_err());
-            self.look().cache.put(area, uses);
-        }
-    }
-
-    /// Counts and describes an allocation that failed.
-    fn report(&self, requested: u64, refusal: Option<&Error>) -> OutOfMemory {
-        let mut state = self.look();
-        state.ooms += 1;
-        let tried = match refusal {
-            None => Vec::new(),
-            Some(_) => vec![
-                "cached blocks",
-                "the driver",
-                "returning idle memory",
-                "waiting for streams",
-            ],
-        };
-        OutOfMemory {
-            requested,
-            allocated: state.allocated.stat().current,
-            pending: state.cache.waiting_bytes(),
-            reserved: state.reserved.stat().current,
-            largest_free: state.cache.largest_free(),
-            device_free: self.device.memory_info().map_or(0, |info| info.free),
-            device_total: self.device.properties().total_memory,
-            driver_error: refusal.map(Error::to_string),
-            tried,
-            ..OutOfMemory::default()
-        }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        self.wait_for_streams();
-        // What the driver does not take back now is lost with the pool, and so is what a stream that failed
-        // may still be using.
-        drop(self.release_idle());
     }
 }
 
