@@ -15,7 +15,7 @@ use crate::launch::stopwatch::stopwatch;
 use crate::launch::{ScaleOperands, inverse_scale};
 use crate::memory;
 use crate::optim::Parameter;
-use crate::storage::{Context, HostTensor, Tensor};
+use crate::storage::{Context, HostTensor, Meter, Metered, Tensor};
 
 /// Optimizers one scaler can drive at a time: the size of its block of flags.
 pub(super) const OPTIMIZERS: usize = 256;
@@ -23,11 +23,13 @@ pub(super) const OPTIMIZERS: usize = 256;
 /// Device memory of a scaler.
 #[derive(Debug)]
 pub(super) struct ScaleMemory {
-    pub(super) scale: Tensor,
-    pub(super) inv_scale: Tensor,
-    trackers: Tensor,
-    flags: Tensor,
+    pub(super) scale: Metered,
+    pub(super) inv_scale: Metered,
+    trackers: Metered,
+    flags: Metered,
     pub(super) journal: Arc<Journal>,
+    /// Counts all device memory that serves the scaler, beyond this struct too.
+    pub(super) meter: Arc<Meter>,
     names: AtomicU64,
     timing: bool,
 }
@@ -44,12 +46,15 @@ pub(super) struct Trackers {
 impl ScaleMemory {
     pub(super) fn new(context: &Context, scale: f64, timing: bool) -> Result<Self> {
         let _tag = memory::tag("amp");
+        let meter = Arc::default();
+        let metered = |tensor| Metered::new(tensor, &meter);
         let memory = Self {
-            scale: Tensor::uninit(context, [], DType::F32)?,
-            inv_scale: Tensor::uninit(context, [], DType::F32)?,
-            trackers: Tensor::uninit(context, [2], DType::U32)?,
-            flags: Tensor::zeros(context, [OPTIMIZERS], DType::F32)?,
-            journal: Arc::new(Journal::new(context)?),
+            scale: metered(Tensor::uninit(context, [], DType::F32)?),
+            inv_scale: metered(Tensor::uninit(context, [], DType::F32)?),
+            trackers: metered(Tensor::uninit(context, [2], DType::U32)?),
+            flags: metered(Tensor::zeros(context, [OPTIMIZERS], DType::F32)?),
+            journal: Arc::new(Journal::new(context, &meter)?),
+            meter: meter.clone(),
             names: AtomicU64::new(0),
             timing,
         };

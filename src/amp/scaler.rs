@@ -95,7 +95,7 @@ impl GradScaler {
     /// scaler's; [`Error::OutOfMemory`].
     pub fn scale<S: Scalable + ?Sized>(&self, outputs: &S) -> Result<S::Output> {
         let memory = self.memory.as_ref().filter(|_| self.is_scaling());
-        let scaled = outputs.scaled_by(memory.map(|memory| &memory.scale))?;
+        let scaled = outputs.scaled_by(memory.map(|memory| &*memory.scale))?;
         // Relaxed: see the field.
         self.scaled.store(true, Ordering::Relaxed);
         Ok(scaled)
@@ -138,6 +138,7 @@ impl GradScaler {
                 since: self.since,
             },
             inv_scale: &memory.inv_scale,
+            meter: &memory.meter,
         };
         parameter.accumulate(op, grad, self.tag(), Some(&check))
     }
@@ -489,9 +490,6 @@ impl GradScaler {
         let words = memory.journal.read()?;
         let count = |which| counter(&words, which) as u64;
         let scale = self.scale_factor()?;
-        let tags = memory.context().pool().tag_stats();
-        let scratch = tags.iter().find(|tag| tag.tag == "amp");
-        let scratch = scratch.map(|tag| tag.allocated_bytes).unwrap_or_default();
         Ok(ScalerStats {
             scale,
             growth_tracker: memory.trackers()?.growth,
@@ -508,8 +506,8 @@ impl GradScaler {
             overflows: memory.journal.overflows(&words),
             alarm: alarm(&words, &self.config, scale),
             times: self.config.timing.then(|| StepTimes::read(&words)),
-            scratch_bytes: scratch.current,
-            scratch_peak_bytes: scratch.peak,
+            scratch_bytes: memory.meter.current(),
+            scratch_peak_bytes: memory.meter.peak(),
         })
     }
 
@@ -568,7 +566,8 @@ impl GradScaler {
                 return Err(ScalerMisuse::OtherScaler { parameters }.into());
             }
             // With one flag for all, whoever overflows skips all steps.
-            let slot = Slot::new(id, memory.flag(if all_or_none { 0 } else { index })?);
+            let flag = memory.flag(if all_or_none { 0 } else { index })?;
+            let slot = Slot::new(id, memory, flag);
             if index == self.slots.len() {
                 self.slots.push(slot);
             } else if let Some(number) =

@@ -45,7 +45,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub(super) fn new(id: &OptimizerId, found_inf: Tensor) -> Self {
+    pub(super) fn new(id: &OptimizerId, memory: &ScaleMemory, found_inf: Tensor) -> Self {
         Self {
             optimizer: id.life(),
             number: id.number(),
@@ -53,7 +53,7 @@ impl Slot {
             names: Arc::default(),
             stage: Stage::Ready,
             found_inf,
-            gradients: Gradients::new("gradients"),
+            gradients: Gradients::new("gradients", memory.meter.clone()),
             seen: Vec::new(),
             norm_taken: false,
             clip: None,
@@ -310,6 +310,7 @@ fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass
         NormKind::L2 => Pass::CheckUnlessProduced(CheckAtOnce {
             by: mark.tag(),
             inv_scale: &memory.inv_scale,
+            meter: &memory.meter,
         }),
         _ => Pass::Check(Some(&memory.inv_scale), kind),
     }
