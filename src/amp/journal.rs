@@ -107,8 +107,8 @@ impl Journal {
         words.map(|words| self.outcome_in(words, step)).transpose()
     }
 
-    /// The journal as it was some time ago, when a copy of it has arrived; enqueues another one if `again`.
-    /// Does not wait.
+    /// The journal as it was some time ago, when a copy of it has arrived that was enqueued since the last
+    /// [`outdate`](Self::outdate); enqueues another one if `again`. Does not wait.
     pub(super) fn late(&self, again: bool) -> Result<Option<Vec<f64>>> {
         let mut readback = self.readback.lock();
         let words = readback.take_in()?.map(<[f64]>::to_vec);
@@ -116,6 +116,11 @@ impl Journal {
             readback.start(&self.words, self.steps.load(Ordering::Acquire))?;
         }
         Ok(words)
+    }
+
+    /// The state that the copy under way tells of was replaced.
+    pub(super) fn outdate(&self) {
+        self.readback.lock().outdate();
     }
 
     fn outcome_in(&self, words: &[f64], step: u64) -> Result<Outcome> {

@@ -40,6 +40,10 @@ impl StepTimes {
 }
 
 /// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
+///
+/// Loading a state keeps the totals and the reports, and begins anew with what describes the training's course:
+/// [`skipped_in_a_row`](Self::skipped_in_a_row), [`last_good_scale`](Self::last_good_scale),
+/// [`scale_history`](Self::scale_history) and [`alarm`](Self::alarm).
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ScalerStats {
