@@ -160,11 +160,11 @@ pub struct ScalerAlarm {
     pub kind: AlarmKind,
     /// The scale when it was noticed.
     pub scale: f64,
-    /// The scale of the last step that was applied, if any was.
+    /// The scale of the last step that was applied, if any was since the scaler was made or its state was loaded.
     pub last_good_scale: Option<f64>,
     /// Optimizer steps so far, skipped or not.
     pub steps: u64,
-    /// Steps skipped since the last one that was applied.
+    /// Steps skipped since the last one that was applied, or since the scaler's state was loaded.
     pub skipped_in_a_row: u64,
 }
 
@@ -207,7 +207,7 @@ impl fmt::Display for ScalerAlarm {
         }
         match self.last_good_scale {
             Some(scale) => write!(f, "; the last applied step had scale {scale}"),
-            None => write!(f, "; none of {} steps was applied", self.steps),
+            None => f.write_str("; no step was applied since the start or the last restore"),
         }
     }
 }

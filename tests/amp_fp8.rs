@@ -10,7 +10,7 @@ mod device_support;
 
 use std::sync::Arc;
 
-use kitsune::amp::fp8::{Fp8Config, Fp8Scaler, Fp8State, Quantized};
+use kitsune::amp::fp8::{AmaxAlgorithm, Fp8Config, Fp8Scaler, Fp8Scaling, Fp8State, Quantized};
 use kitsune::driver::fault::FaultDriver;
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{
@@ -220,7 +220,7 @@ fn states_that_cannot_be_are_refused_by_key() {
     let (_, good) = iterate(&mut scaler, &x, &[4.0, 2.0]);
     type Change = fn(&mut Fp8State);
     let cases: [(&str, &str, Change); 10] = [
-        ("version", "2 is not known", |state| state.version = 2),
+        ("version", "3 is not known", |state| state.version = 3),
         ("tensors", "`grad` is missing", |state| {
             drop(state.tensors.pop())
         }),
@@ -267,7 +267,91 @@ fn states_that_cannot_be_are_refused_by_key() {
     assert!(read(r#"{"version": 1, "tensors": [], "more": 1}"#).contains("unknown field `more`"));
     assert!(read(r#"{"tensors": []}"#).contains("missing field `version`"));
     // A later version is named before its keys are complained about.
-    assert!(read(r#"{"version": 2, "tensors": 3, "more": 1}"#).contains("version 2 is not known"));
+    assert!(read(r#"{"version": 3, "tensors": 3, "more": 1}"#).contains("version 3 is not known"));
+}
+
+#[test]
+fn a_state_of_another_recipe_is_not_taken_for_this_one() {
+    let context = context();
+    let x = tensor(&context, &[0.3, 0.0, -0.7]);
+    let of = |config: Fp8Config| iterate(&mut scaler(&context, config), &x, &AMAXES[..2]).1;
+    let single = |scaling| Fp8Config {
+        scaling,
+        history_length: 1,
+        ..Fp8Config::default()
+    };
+    let recent = Fp8Config {
+        algorithm: AmaxAlgorithm::MostRecent,
+        ..short()
+    };
+    for (saved, here, key, told) in [
+        (
+            single(Fp8Scaling::Current),
+            single(Fp8Scaling::Delayed),
+            "recipe/scaling",
+            "Current was saved, Delayed is here",
+        ),
+        (
+            single(Fp8Scaling::Delayed),
+            single(Fp8Scaling::Current),
+            "recipe/scaling",
+            "Delayed was saved, Current is here",
+        ),
+        (
+            short(),
+            recent,
+            "recipe/algorithm",
+            "Max was saved, MostRecent is here",
+        ),
+    ] {
+        let mut scaler = scaler(&context, here);
+        let before = scaler.state_dict().unwrap();
+        match scaler.load_state_dict(&of(saved)) {
+            Err(Error::InvalidState { key: named, reason }) => {
+                assert_eq!((named.as_str(), reason.as_str()), (key, told));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(scaler.state_dict().unwrap(), before);
+    }
+}
+
+#[test]
+fn the_numbers_of_a_recipe_come_along() {
+    let context = context();
+    let x = tensor(&context, &[0.3, 0.0, -0.7]);
+    let of = |config: Fp8Config| iterate(&mut scaler(&context, config), &x, &AMAXES[..2]).1;
+    // They decide the next scale: 448 / 8 / 4, rounded down to 8.
+    let numbers = Fp8Config {
+        margin: 2,
+        power_of_two: true,
+        ..short()
+    };
+    let state = of(numbers.clone());
+    let mut into = scaler(&context, short());
+    into.load_state_dict(&state).unwrap();
+    assert_eq!(into.config(), &numbers);
+    let (_, after) = iterate(&mut into, &x, &[1.0]);
+    assert_eq!(after.tensors[0].scale, 8.0);
+    // A state of version 1 has none, and says so.
+    let old = Fp8State {
+        version: 1,
+        recipe: None,
+        ..state.clone()
+    };
+    assert_eq!((old.lacks(), state.lacks()), (vec!["recipe"], vec![]));
+    let text = serde_json::to_string(&old).unwrap();
+    assert!(!text.contains("recipe"), "{text}");
+    let mut into = scaler(&context, short());
+    into.load_state_dict(&serde_json::from_str(&text).unwrap())
+        .unwrap();
+    assert_eq!((into.config(), into.scale("x").unwrap()), (&short(), 8.0));
+    let mut bad = state;
+    bad.recipe.as_mut().unwrap().margin = 65;
+    match into.load_state_dict(&bad) {
+        Err(Error::InvalidState { key, .. }) => assert_eq!(key, "recipe/margin"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -11,8 +11,9 @@ mod amp_support;
 use std::time::Duration;
 
 use amp_support::{context, ones, scaler_with, set_grad, sgd, tensor};
-use kitsune::amp::{AlarmKind, AmpConfig, Magnitudes, StepTimes};
-use kitsune::{DType, Error};
+use kitsune::amp::{AlarmKind, AmpConfig, GradScaler, Magnitudes, StepTimes};
+use kitsune::optim::{Optimizer, Parameter};
+use kitsune::{Context, DType, Error, Tensor};
 
 #[test]
 fn the_device_times_what_it_is_told_to() {
@@ -138,6 +139,99 @@ fn statistics_count_the_memory_of_scaling() {
     );
     assert!(used.scratch_peak_bytes >= used.scratch_bytes);
     assert!(used.to_string().contains("of scratch"));
+}
+
+/// Bytes of the pool under the tag of scaling now, and those of each scaler.
+fn scratch<const N: usize>(context: &Context, scalers: [&GradScaler; N]) -> (u64, [u64; N]) {
+    let tags = context.pool().tag_stats();
+    let amp = tags.iter().find(|tag| tag.tag == "amp").unwrap();
+    let each = scalers.map(|scaler| scaler.stats().unwrap().scratch_bytes);
+    (amp.allocated_bytes.current, each)
+}
+
+#[test]
+fn each_scaler_counts_its_own_memory() {
+    let context = context();
+    let config = AmpConfig::default();
+    let mut one = scaler_with(&context, config.clone());
+    let fresh = one.stats().unwrap().scratch_bytes;
+    // Scale, inverse, trackers, flags, journal: nothing else has the tag.
+    assert_eq!(scratch(&context, [&one]), (fresh, [fresh]));
+    let two = scaler_with(&context, config);
+    assert_eq!(scratch(&context, [&one, &two]), (2 * fresh, [fresh; 2]));
+
+    // Slots: a table of gradients and what a check finds. No optimizer steps, so that none has tables of its own.
+    let weights: Vec<_> = (0..500)
+        .map(|index| ones(&context, &format!("w{index}"), &[1f32; 3]))
+        .collect();
+    let many = sgd(&weights.iter().collect::<Vec<_>>(), 1.0);
+    one.check(&many).unwrap();
+    one.update().unwrap();
+    let (all, [first, second]) = scratch(&context, [&one, &two]);
+    assert_eq!((all, second), (first + second, fresh));
+    // A norm and four counts for each, and more for the table.
+    assert!(first > fresh + 500 * 24, "{first}");
+    let peak = one.stats().unwrap().scratch_peak_bytes;
+    assert_eq!(peak, first);
+
+    // A smaller optimizer takes the place of one that is gone.
+    drop(many);
+    let few = sgd(&[&weights[0]], 1.0);
+    one.check(&few).unwrap();
+    one.update().unwrap();
+    let (all, [smaller, second]) = scratch(&context, [&one, &two]);
+    assert_eq!((all, second), (smaller + second, fresh));
+    assert!(
+        fresh < smaller && smaller < first,
+        "{fresh} {smaller} {first}"
+    );
+    let stats = one.stats().unwrap();
+    // Both were there for a moment at most.
+    assert!((first..=first + smaller).contains(&stats.scratch_peak_bytes));
+}
+
+#[test]
+fn what_is_found_where_a_gradient_is_made_counts_for_the_scaler_that_asked_last() {
+    let context = context();
+    let config = AmpConfig::default();
+    let one = scaler_with(&context, config.clone());
+    let mut two = scaler_with(&context, config);
+    let fresh = one.stats().unwrap().scratch_bytes;
+    let sum = Parameter::new("sum", Tensor::zeros(&context, [5000], DType::F32).unwrap()).unwrap();
+    let accumulate = |scaler: &GradScaler| {
+        sum.zero_grad();
+        for _ in 0..2 {
+            let term = Tensor::zeros(&context, [5000], DType::F32).unwrap();
+            scaler.accumulate(&sum, term).unwrap();
+        }
+    };
+    accumulate(&one);
+    let (all, [with_partials, second]) = scratch(&context, [&one, &two]);
+    assert_eq!((all, second), (with_partials + second, fresh));
+    assert!(with_partials > fresh);
+    accumulate(&two);
+    let (all, [without, second]) = scratch(&context, [&one, &two]);
+    assert_eq!((all, without), (without + second, fresh));
+    assert_eq!(second, with_partials);
+    let mut optimizer = sgd(&[&sum], 1.0);
+    two.check(&optimizer).unwrap();
+    two.clip_grad_norm(&optimizer, 1.0).unwrap();
+    let (all, [first, second]) = scratch(&context, [&one, &two]);
+    assert_eq!(all, first + second);
+
+    // An optimizer's table is not the scaler's.
+    let before = two.stats().unwrap().scratch_bytes;
+    let _ = two.step(&mut optimizer).unwrap();
+    two.update().unwrap();
+    assert_eq!(two.stats().unwrap().scratch_bytes, before);
+    optimizer.zero_grad();
+    // A scaler that is gone takes nothing with it that is another's.
+    drop((one, optimizer));
+    assert_eq!(two.stats().unwrap().scratch_bytes, before);
+    drop(sum);
+    let (all, [last]) = scratch(&context, [&two]);
+    assert_eq!(all, last);
+    assert!(last < before);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::launch::journal::{
     CHANGES, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
     change_words, counter, overflow_words,
 };
-use crate::storage::{Context, Tensor};
+use crate::storage::{Context, Meter, Metered, Tensor};
 
 /// Sets of parameter names that are kept although their optimizer is gone or has others: the journal may
 /// still speak of them.
@@ -26,7 +26,7 @@ const RETIRED_NAMES: usize = 4 * OVERFLOWS;
 /// A journal on the device, and the names of the parameters it speaks of.
 #[derive(Debug)]
 pub(super) struct Journal {
-    words: Tensor,
+    words: Metered,
     names: Mutex<Names>,
     readback: Mutex<Readback>,
     /// Number of the last step that was enqueued.
@@ -42,10 +42,11 @@ struct Names {
 }
 
 impl Journal {
-    pub(super) fn new(context: &Context) -> Result<Self> {
+    /// An empty journal; `meter` counts its device memory.
+    pub(super) fn new(context: &Context, meter: &Arc<Meter>) -> Result<Self> {
         let words = Tensor::zeros(context, [JOURNAL_WORDS], DType::F64)?;
         Ok(Self {
-            words,
+            words: Metered::new(words, meter),
             names: Mutex::default(),
             readback: Mutex::new(Readback::new(context)?),
             steps: AtomicU64::new(0),
@@ -106,8 +107,8 @@ impl Journal {
         words.map(|words| self.outcome_in(words, step)).transpose()
     }
 
-    /// The journal as it was some time ago, when a copy of it has arrived; enqueues another one if `again`.
-    /// Does not wait.
+    /// The journal as it was some time ago, when a copy of it has arrived that was enqueued since the last
+    /// [`outdate`](Self::outdate); enqueues another one if `again`. Does not wait.
     pub(super) fn late(&self, again: bool) -> Result<Option<Vec<f64>>> {
         let mut readback = self.readback.lock();
         let words = readback.take_in()?.map(<[f64]>::to_vec);
@@ -115,6 +116,11 @@ impl Journal {
             readback.start(&self.words, self.steps.load(Ordering::Acquire))?;
         }
         Ok(words)
+    }
+
+    /// The state that the copy under way tells of was replaced.
+    pub(super) fn outdate(&self) {
+        self.readback.lock().outdate();
     }
 
     fn outcome_in(&self, words: &[f64], step: u64) -> Result<Outcome> {
@@ -193,7 +199,10 @@ mod tests {
     #[test]
     fn names_are_forgotten_in_time() {
         let device = Device::host(HostConfig::default()).expect("the machine has memory");
-        let journal = Journal::new(&Context::new(&device).expect("a context")).expect("memory");
+        let journal = {
+            let context = Context::new(&device).expect("a context");
+            Journal::new(&context, &Arc::default()).expect("memory")
+        };
         for number in 0..10_000 {
             journal.name(number, Arc::from([format!("w{number}")]));
             journal.retire(number);

@@ -10,24 +10,43 @@ use crate::amp::config::narrow;
 use crate::amp::journal::Journal;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch::journal::{CALIBRATED, CLOCK, FLOOR_HITS, RECENT_SKIPS};
+use crate::launch::journal::{
+    CALIBRATED, CHANGES, CLOCK, FLOOR_HITS, INF_STEPS_SINCE_UPDATE, LAST_GOOD, NAN_IN_A_ROW,
+    NAN_STEPS_SINCE_UPDATE, RECENT_SKIPS, SKIPPED_IN_A_ROW,
+};
 use crate::launch::stopwatch::stopwatch;
 use crate::launch::{ScaleOperands, inverse_scale};
 use crate::memory;
 use crate::optim::Parameter;
-use crate::storage::{Context, HostTensor, Tensor};
+use crate::storage::{Context, HostTensor, Meter, Metered, Tensor};
 
 /// Optimizers one scaler can drive at a time: the size of its block of flags.
 pub(super) const OPTIMIZERS: usize = 256;
 
+/// Words of the journal that tell how the training goes on, beside the totals, which count for as long as the scaler
+/// lives. A training that is restored begins with 0 in each.
+const RUNNING_WORDS: [usize; 9] = [
+    SKIPPED_IN_A_ROW,
+    CHANGES,
+    NAN_IN_A_ROW,
+    CALIBRATED,
+    RECENT_SKIPS,
+    LAST_GOOD,
+    FLOOR_HITS,
+    NAN_STEPS_SINCE_UPDATE,
+    INF_STEPS_SINCE_UPDATE,
+];
+
 /// Device memory of a scaler.
 #[derive(Debug)]
 pub(super) struct ScaleMemory {
-    pub(super) scale: Tensor,
-    pub(super) inv_scale: Tensor,
-    trackers: Tensor,
-    flags: Tensor,
+    pub(super) scale: Metered,
+    pub(super) inv_scale: Metered,
+    trackers: Metered,
+    flags: Metered,
     pub(super) journal: Arc<Journal>,
+    /// Counts all device memory that serves the scaler, beyond this struct too.
+    pub(super) meter: Arc<Meter>,
     names: AtomicU64,
     timing: bool,
 }
@@ -44,12 +63,15 @@ pub(super) struct Trackers {
 impl ScaleMemory {
     pub(super) fn new(context: &Context, scale: f64, timing: bool) -> Result<Self> {
         let _tag = memory::tag("amp");
+        let meter = Arc::default();
+        let metered = |tensor| Metered::new(tensor, &meter);
         let memory = Self {
-            scale: Tensor::uninit(context, [], DType::F32)?,
-            inv_scale: Tensor::uninit(context, [], DType::F32)?,
-            trackers: Tensor::uninit(context, [2], DType::U32)?,
-            flags: Tensor::zeros(context, [OPTIMIZERS], DType::F32)?,
-            journal: Arc::new(Journal::new(context)?),
+            scale: metered(Tensor::uninit(context, [], DType::F32)?),
+            inv_scale: metered(Tensor::uninit(context, [], DType::F32)?),
+            trackers: metered(Tensor::uninit(context, [2], DType::U32)?),
+            flags: metered(Tensor::zeros(context, [OPTIMIZERS], DType::F32)?),
+            journal: Arc::new(Journal::new(context, &meter)?),
+            meter: meter.clone(),
             names: AtomicU64::new(0),
             timing,
         };
@@ -69,8 +91,9 @@ impl ScaleMemory {
             .copy_from_slice(&[trackers.growth, trackers.overflows])
     }
 
-    /// What is to be written so that the scale is `scale` again, and steps skipped until the next applied one
-    /// are expected.
+    /// What is to be written to restore `scale` and `trackers`: all flags are cleared, and nothing that is noted about
+    /// the training so far counts for the restored one. Skipped steps up to the next applied one are expected, as after
+    /// the start.
     pub(super) fn writes(
         &self,
         scale: f64,
@@ -83,8 +106,12 @@ impl ScaleMemory {
             (self.scale.clone(), one(scale)?),
             (self.inv_scale.clone(), one(inverse_scale(scale))?),
             (self.trackers.clone(), HostTensor::from_slice([2], &words)?),
+            (
+                self.flags.clone(),
+                HostTensor::from_slice([OPTIMIZERS], &[0f32; OPTIMIZERS])?,
+            ),
         ];
-        for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
+        for word in RUNNING_WORDS {
             let zero = HostTensor::from_slice([1], &[0f64])?;
             writes.push((self.journal.word(word)?, zero));
         }

@@ -64,6 +64,8 @@
 //! | unscaled | error | error | multiplies in place | step → stepped | → ready |
 //! | stepped | error | error | error | error | → ready |
 //!
+//! Loading a state makes every optimizer ready, and the gradients from before are refused.
+//!
 //! An optimizer has one scaler: a second one is refused as long as the first is there. A gradient is unscaled
 //! once, and all its terms have the scale of one iteration; other ones are refused as far as can be told from
 //! the calls that made them.
@@ -81,6 +83,7 @@ mod optimizer;
 mod outcome;
 mod policy;
 mod readback;
+mod resume;
 mod scalable;
 mod scaler;
 mod slot;
@@ -97,7 +100,7 @@ pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOver
 pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;
 pub use scaler::GradScaler;
-pub use state::ScalerState;
+pub use state::{KeptScale, ScalerState};
 pub use stats::{ScaleChange, ScalerStats, StepTimes};
 pub use step_all::StepAllError;
 

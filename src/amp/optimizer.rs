@@ -175,8 +175,10 @@ impl<O: Optimizer> AmpOptimizer<O> {
     /// the parameter is one of this optimizer's is not looked at: that of another stays scaled until its own unscales it.
     ///
     /// # Errors
-    /// As [`Parameter::accumulate_scaled_grad`].
+    /// As [`Parameter::accumulate_scaled_grad`], and [`Error::InvalidArgument`] if a state was loaded after the last loss
+    /// was scaled.
     pub fn accumulate(&self, parameter: &Parameter, grad: Tensor) -> Result<()> {
+        self.scaler.expect_fresh_loss("accumulate", parameter)?;
         parameter.accumulate_scaled_grad(grad, self.scaler.tag())
     }
 
@@ -269,7 +271,8 @@ impl<O: Optimizer> AmpOptimizer<O> {
         })
     }
 
-    /// Goes on from `state`. Waits for the device.
+    /// Goes on from `state`, at any time: an iteration under way is abandoned, as by
+    /// [`GradScaler::load_state_dict`]. Waits for the device.
     ///
     /// # Errors
     /// [`Error::InvalidState`] with what does not fit, also a schedule or averages that are on one side only;

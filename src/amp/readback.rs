@@ -14,6 +14,8 @@ pub(super) struct Readback {
     block: PinnedBlock,
     /// What the copy under way will know: all steps up to this one.
     under_way: Option<u64>,
+    /// Whether the scaler's state was replaced after the copy under way was enqueued.
+    is_outdated: bool,
     /// The copy that arrived last, and the steps it knows.
     arrived: Option<(u64, Vec<f64>)>,
 }
@@ -24,6 +26,7 @@ impl Readback {
         Ok(Self {
             block: PinnedPool::new(context.device()).allocate(bytes)?,
             under_way: None,
+            is_outdated: false,
             arrived: None,
         })
     }
@@ -57,7 +60,12 @@ impl Readback {
         Ok(())
     }
 
-    /// The copy that was under way, once, when it has arrived.
+    /// The copy under way answers questions about the steps that it knows, and is no news of the scaler's state.
+    pub(super) fn outdate(&mut self) {
+        self.is_outdated = self.under_way.is_some();
+    }
+
+    /// The copy that was under way, once, when it has arrived and is not outdated.
     pub(super) fn take_in(&mut self) -> Result<Option<&[f64]>> {
         let Some(known) = self.under_way.filter(|_| self.block.is_idle()) else {
             return Ok(None);
@@ -67,7 +75,8 @@ impl Readback {
             .map(|bytes| f64::from_ne_bytes(bytes.try_into().expect("chunks of eight bytes")))
             .collect();
         self.under_way = None;
+        let is_news = !std::mem::take(&mut self.is_outdated);
         let (_, words) = self.arrived.insert((known, words));
-        Ok(Some(words))
+        Ok(Some(&**words).filter(|_| is_news))
     }
 }

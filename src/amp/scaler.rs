@@ -1,7 +1,7 @@
 //! The gradient scaler.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::amp::alarm::{alarm, last_good};
 use crate::amp::config::narrow;
@@ -9,8 +9,8 @@ use crate::amp::journal::scale_changes;
 use crate::amp::memory::{OPTIMIZERS, ScaleMemory};
 use crate::amp::slot::{Slot, Stage, elsewhere, told};
 use crate::amp::{
-    AmpConfig, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy, StepOutcome,
-    StepTimes,
+    AmpConfig, KeptScale, NanPolicy, Scalable, ScalerState, ScalerStats, ScalingMode, SkipPolicy,
+    StepOutcome, StepTimes,
 };
 use crate::error::{Error, Result, ScalerAlarm, ScalerMisuse};
 use crate::launch::journal::{
@@ -18,7 +18,7 @@ use crate::launch::journal::{
 };
 use crate::launch::{Change, NormKind, scale_update};
 use crate::optim::{CheckAtOnce, Optimizer, OptimizerId, Parameter, ScaleTag, UnscaleMark, moment};
-use crate::storage::{Context, Load, Tensor};
+use crate::storage::{Context, Tensor};
 
 /// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
 /// being applied, and adapts the scale. [`amp`](crate::amp) tells the order of calls.
@@ -43,19 +43,25 @@ use crate::storage::{Context, Load, Tensor};
 pub struct GradScaler {
     /// Optimizers keep it to know their scaler.
     id: Arc<u64>,
-    config: AmpConfig,
+    pub(super) config: AmpConfig,
     /// `None` if disabled: a disabled scaler takes no memory.
-    memory: Option<ScaleMemory>,
-    slots: Vec<Slot>,
+    pub(super) memory: Option<ScaleMemory>,
+    pub(super) slots: Vec<Slot>,
     /// Since when the scale is what it is, as far as the host can tell: the moment of the last update. Tells
     /// this iteration's gradients from older ones.
-    since: u64,
+    pub(super) since: u64,
+    /// When the state was loaded last; 0 if it never was.
+    pub(super) restored: u64,
     steps: u64,
     /// Updates since the host last looked for an alarm.
-    unwatched: u32,
-    /// Whether a loss was ever scaled. Atomic so that `scale` needs no exclusive access; nothing is
-    /// published through it.
-    scaled: AtomicBool,
+    pub(super) unwatched: u32,
+    /// `since` when a loss was scaled last; 0 if none ever was. Atomic so that `scale` needs no exclusive access;
+    /// nothing is published through it.
+    scaled: AtomicU64,
+    /// If only checking: the scale of the scaling phase before.
+    pub(super) kept_scale: Option<KeptScale>,
+    /// If disabled: the state that was loaded last, to be saved again.
+    pub(super) held: ScalerState,
 }
 
 impl GradScaler {
@@ -80,9 +86,12 @@ impl GradScaler {
             memory,
             slots: Vec::new(),
             since: moment(),
+            restored: 0,
             steps: 0,
             unwatched: 0,
-            scaled: AtomicBool::new(false),
+            scaled: AtomicU64::new(0),
+            kept_scale: None,
+            held: ScalerState::default(),
         })
     }
 
@@ -95,14 +104,17 @@ impl GradScaler {
     /// scaler's; [`Error::OutOfMemory`].
     pub fn scale<S: Scalable + ?Sized>(&self, outputs: &S) -> Result<S::Output> {
         let memory = self.memory.as_ref().filter(|_| self.is_scaling());
-        let scaled = outputs.scaled_by(memory.map(|memory| &memory.scale))?;
+        let scaled = outputs.scaled_by(memory.map(|memory| &*memory.scale))?;
         // Relaxed: see the field.
-        self.scaled.store(true, Ordering::Relaxed);
+        self.scaled.store(self.since, Ordering::Relaxed);
         Ok(scaled)
     }
 
     /// What gradients of losses scaled since the last update can be marked with, by
     /// [`Parameter::set_scaled_grad`](crate::optim::Parameter::set_scaled_grad); `None` if losses are not scaled.
+    ///
+    /// Take it where the loss is scaled if an update, or the loading of a state, may come before the gradient is set:
+    /// the tag then says so, and the gradient is refused.
     #[must_use]
     pub fn tag(&self) -> Option<ScaleTag> {
         self.is_scaling().then(|| ScaleTag {
@@ -123,7 +135,8 @@ impl GradScaler {
     ///
     /// # Errors
     /// As [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad), and
-    /// [`Error::InvalidArgument`] for a parameter on another stream than the scaler's. Nothing was added.
+    /// [`Error::InvalidArgument`] for a parameter on another stream than the scaler's, or if a state was loaded after the
+    /// last loss was scaled. Nothing was added.
     pub fn accumulate(&self, parameter: &Parameter, grad: Tensor) -> Result<()> {
         let op = "accumulate";
         let Some(memory) = &self.memory else {
@@ -132,12 +145,14 @@ impl GradScaler {
         if parameter.value().context().stream().id() != memory.context().stream().id() {
             return Err(elsewhere(op, parameter));
         }
+        self.expect_fresh_loss(op, parameter)?;
         let check = CheckAtOnce {
             by: ScaleTag {
                 scaler: *self.id,
                 since: self.since,
             },
             inv_scale: &memory.inv_scale,
+            meter: &memory.meter,
         };
         parameter.accumulate(op, grad, self.tag(), Some(&check))
     }
@@ -332,9 +347,11 @@ impl GradScaler {
         let Some(words) = memory.journal.late(is_due)? else {
             return Ok(());
         };
-        let scale = scale_changes(&words)
-            .last()
-            .map_or(self.config.init_scale, |change| change.scale);
+        let scale = match scale_changes(&words).last() {
+            Some(change) => change.scale,
+            None if self.is_scaling() => self.config.init_scale,
+            None => 1.0,
+        };
         match alarm(&words, &self.config, scale) {
             Some(alarm) => Err(Error::ScalerAlarm(Box::new(alarm))),
             None => Ok(()),
@@ -390,7 +407,7 @@ impl GradScaler {
     }
 
     /// Whether losses are scaled.
-    fn is_scaling(&self) -> bool {
+    pub(super) fn is_scaling(&self) -> bool {
         self.config.effective_mode() == ScalingMode::Scale
     }
 
@@ -424,54 +441,6 @@ impl GradScaler {
         self.config.growth_interval
     }
 
-    /// What is needed to go on later; empty if disabled. Waits for the device.
-    ///
-    /// # Errors
-    /// [`ScalerMisuse::MidIteration`] if an update is due; [`Error::Driver`] if work of the stream failed.
-    pub fn state_dict(&self) -> Result<ScalerState> {
-        let Some(memory) = &self.memory else {
-            return Ok(ScalerState::default());
-        };
-        if self.slots.iter().any(|slot| slot.stage() != Stage::Ready) {
-            return Err(ScalerMisuse::MidIteration.into());
-        }
-        let trackers = memory.trackers()?;
-        Ok(ScalerState::new(
-            &self.config,
-            self.scale_factor()?,
-            trackers,
-        ))
-    }
-
-    /// Goes on from a saved state: scale, trackers, factors and interval become those of `state`; if only
-    /// checking, the scale stays 1. Does nothing if disabled. Allowed at any time; what is under way with
-    /// optimizers goes on. Waits for the device.
-    ///
-    /// # Errors
-    /// [`Error::InvalidState`] with the first key that is missing or cannot work; [`Error::Driver`] if the
-    /// driver refuses. Nothing was changed.
-    pub fn load_state_dict(&mut self, state: &ScalerState) -> Result<()> {
-        self.load(state)?.carry_out()
-    }
-
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
-    pub(crate) fn load(&mut self, state: &ScalerState) -> Result<Load<'_>> {
-        let Some(memory) = &self.memory else {
-            return Ok(Load::default());
-        };
-        let (config, trackers) = state.apply(&self.config)?;
-        let scale = if self.is_scaling() {
-            config.init_scale
-        } else {
-            1.0
-        };
-        let writes = memory.writes(scale, trackers)?;
-        Ok(Load::writing(writes).then(move || {
-            self.since = moment();
-            self.config = config;
-        }))
-    }
-
     /// What happened so far. Waits for the device.
     ///
     /// # Errors
@@ -489,9 +458,6 @@ impl GradScaler {
         let words = memory.journal.read()?;
         let count = |which| counter(&words, which) as u64;
         let scale = self.scale_factor()?;
-        let tags = memory.context().pool().tag_stats();
-        let scratch = tags.iter().find(|tag| tag.tag == "amp");
-        let scratch = scratch.map(|tag| tag.allocated_bytes).unwrap_or_default();
         Ok(ScalerStats {
             scale,
             growth_tracker: memory.trackers()?.growth,
@@ -508,17 +474,33 @@ impl GradScaler {
             overflows: memory.journal.overflows(&words),
             alarm: alarm(&words, &self.config, scale),
             times: self.config.timing.then(|| StepTimes::read(&words)),
-            scratch_bytes: scratch.current,
-            scratch_peak_bytes: scratch.peak,
+            scratch_bytes: memory.meter.current(),
+            scratch_peak_bytes: memory.meter.peak(),
         })
     }
 
     fn require_scaled(&self, call: &'static str) -> Result<()> {
         // Relaxed: see the field. Where losses are not scaled, nothing can have been forgotten.
-        if self.scaled.load(Ordering::Relaxed) || !self.is_scaling() {
+        if self.scaled.load(Ordering::Relaxed) > 0 || !self.is_scaling() {
             return Ok(());
         }
         Err(ScalerMisuse::NotScaled { call }.into())
+    }
+
+    /// Refuses a gradient for `parameter` that cannot be of this iteration: the last loss was scaled before the state
+    /// was loaded.
+    pub(super) fn expect_fresh_loss(&self, op: &'static str, parameter: &Parameter) -> Result<()> {
+        // Relaxed: see the field.
+        let scaled = self.scaled.load(Ordering::Relaxed);
+        if scaled == 0 || scaled >= self.restored || !self.is_scaling() {
+            return Ok(());
+        }
+        let name = parameter.name();
+        let reason = format!(
+            "the gradient of `{name}` comes of a loss that was scaled before the scaler's state was loaded; scale a \
+             loss first, or vouch for the gradient with accumulate_scaled_grad"
+        );
+        Err(Error::argument(op, reason))
     }
 
     fn mark(&self, id: &OptimizerId) -> UnscaleMark {
@@ -568,7 +550,8 @@ impl GradScaler {
                 return Err(ScalerMisuse::OtherScaler { parameters }.into());
             }
             // With one flag for all, whoever overflows skips all steps.
-            let slot = Slot::new(id, memory.flag(if all_or_none { 0 } else { index })?);
+            let flag = memory.flag(if all_or_none { 0 } else { index })?;
+            let slot = Slot::new(id, memory, flag, self.restored);
             if index == self.slots.len() {
                 self.slots.push(slot);
             } else if let Some(number) =

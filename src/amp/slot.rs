@@ -30,6 +30,9 @@ pub(super) enum Stage {
 pub(super) struct Slot {
     optimizer: OptimizerLife,
     number: u64,
+    /// When the scaler's state was loaded last, 0 if never: gradients with a term from before are those of an iteration
+    /// that was abandoned.
+    restored: u64,
     /// The number under which the journal knows it: a new one whenever the parameters changed.
     recorded_as: Option<u64>,
     /// The names that the journal has under that number.
@@ -45,15 +48,21 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub(super) fn new(id: &OptimizerId, found_inf: Tensor) -> Self {
+    pub(super) fn new(
+        id: &OptimizerId,
+        memory: &ScaleMemory,
+        found_inf: Tensor,
+        restored: u64,
+    ) -> Self {
         Self {
             optimizer: id.life(),
             number: id.number(),
+            restored,
             recorded_as: None,
             names: Arc::default(),
             stage: Stage::Ready,
             found_inf,
-            gradients: Gradients::new("gradients"),
+            gradients: Gradients::new("gradients", memory.meter.clone()),
             seen: Vec::new(),
             norm_taken: false,
             clip: None,
@@ -87,6 +96,12 @@ impl Slot {
         self.stage = Stage::Ready;
         self.norm_taken = false;
         self.clip = None;
+    }
+
+    /// Abandons the iteration under way: the scaler's state was loaded at the moment `restored`.
+    pub(super) fn abandon(&mut self, restored: u64) {
+        self.reset();
+        self.restored = restored;
     }
 
     /// Divides the gradients by the scale in place, and checks them.
@@ -246,7 +261,7 @@ impl Slot {
         pass: Pass<'_>,
     ) -> Result<()> {
         for parameter in parameters {
-            check_origin(op, parameter, mark)?;
+            check_origin(op, parameter, mark, self.restored)?;
         }
         let names = parameters.iter().map(Parameter::name);
         if self.recorded_as.is_none() || !names.eq(self.names.iter().map(String::as_str)) {
@@ -310,14 +325,20 @@ fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass
         NormKind::L2 => Pass::CheckUnlessProduced(CheckAtOnce {
             by: mark.tag(),
             inv_scale: &memory.inv_scale,
+            meter: &memory.meter,
         }),
         _ => Pass::Check(Some(&memory.inv_scale), kind),
     }
 }
 
-/// Refuses a gradient that another optimizer's call already unscaled, which PyTorch divides twice, and one
-/// that is multiplied by another scale than this iteration's.
-fn check_origin(op: &'static str, parameter: &Parameter, mark: UnscaleMark) -> Result<()> {
+/// Refuses a gradient that another optimizer's call already unscaled, which PyTorch divides twice, one that is
+/// multiplied by another scale than this iteration's, and one with terms from before the moment `restored`.
+fn check_origin(
+    op: &'static str,
+    parameter: &Parameter,
+    mark: UnscaleMark,
+    restored: u64,
+) -> Result<()> {
     let Some(origin) = parameter.origin() else {
         return Ok(());
     };
@@ -327,6 +348,11 @@ fn check_origin(op: &'static str, parameter: &Parameter, mark: UnscaleMark) -> R
             format!("the gradient of `{}` {what}", parameter.name()),
         ))
     };
+    if origin.since < restored {
+        return refuse(
+            "has terms from before the scaler's state was loaded; drop it with zero_grad, or set one that was made since",
+        );
+    }
     if let Some(unscaled) = origin.unscaled {
         let same_iteration = (unscaled.scaler, unscaled.since) == (mark.scaler, mark.since);
         if same_iteration && unscaled.optimizer != mark.optimizer {

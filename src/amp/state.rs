@@ -4,28 +4,36 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::amp::AmpConfig;
 use crate::amp::memory::Trackers;
 use crate::amp::versioned;
+use crate::amp::{AmpConfig, ScalingMode};
 use crate::error::{Error, Result};
 use crate::launch::Refill;
 
-/// Version of the keys. Absent in what PyTorch saved, whose five keys mean the same.
-const VERSION: u32 = 1;
+/// Version of the keys. Absent in what PyTorch saved, whose five keys mean the same. Version 1 had neither `mode` nor
+/// `kept_scale`.
+const VERSION: u32 = 2;
 
 /// What a scaler needs to go on where it was: PyTorch's five keys, and those for what PyTorch does not have, of which a
-/// scaler keeps its own where they are absent. All absent for a disabled scaler. A state that PyTorch saved can be
-/// loaded.
+/// scaler keeps its own where they are absent ([`lacks`](Self::lacks)). All absent for a disabled scaler. A state that
+/// PyTorch saved can be loaded. Which state goes into which scaler is told at
+/// [`GradScaler::load_state_dict`](crate::amp::GradScaler::load_state_dict).
+///
+/// Not saved are the settings that concern the program and not the scale: type, policies, alarms, timing.
 ///
 /// It is read from formats that tell what they hold, as JSON does. Reading one of a later version fails with that
-/// version, whatever else is in it; of this version, keys that are unknown or hold something else are refused by name.
+/// version, whatever else is in it; of this version and earlier ones, keys that are unknown or hold something else are
+/// refused by name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(remote = "Self", deny_unknown_fields)]
 pub struct ScalerState {
     /// Version of this layout.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<u32>,
-    /// The scale.
+    /// What the scaler did: [`ScalingMode::Scale`] or [`ScalingMode::CheckOnly`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<ScalingMode>,
+    /// The scale; 1 of a scaler that only checks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
     /// As in [`AmpConfig`].
@@ -58,6 +66,32 @@ pub struct ScalerState {
     /// Overflows that were tolerated and not forgotten; none if absent.
     #[serde(rename = "_overflows", skip_serializing_if = "Option::is_none")]
     pub overflows: Option<u32>,
+    /// Of a scaler that only checks: the scale of the scaling phase before it, for the next one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_scale: Option<KeptScale>,
+}
+
+/// A scale that nobody uses for now, and what it had seen since it last changed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptScale {
+    /// The scale.
+    pub scale: f64,
+    /// Clean updates since it last changed.
+    #[serde(rename = "_growth_tracker")]
+    pub growth_tracker: u32,
+    /// Overflows that were tolerated and not forgotten.
+    #[serde(rename = "_overflows")]
+    pub overflows: u32,
+}
+
+impl KeptScale {
+    fn trackers(self) -> Trackers {
+        Trackers {
+            growth: self.growth_tracker,
+            overflows: self.overflows,
+        }
+    }
 }
 
 impl Serialize for ScalerState {
@@ -89,6 +123,7 @@ impl ScalerState {
     pub(super) fn new(config: &AmpConfig, scale: f64, trackers: Trackers) -> Self {
         Self {
             version: Some(VERSION),
+            mode: Some(config.mode),
             scale: Some(scale),
             growth_factor: Some(config.growth_factor),
             backoff_factor: Some(config.backoff_factor),
@@ -100,6 +135,7 @@ impl ScalerState {
             refill: Some(config.refill),
             late_growth: Some(config.late_growth),
             overflows: Some(trackers.overflows),
+            kept_scale: None,
         }
     }
 
@@ -109,53 +145,161 @@ impl ScalerState {
         *self == Self::default()
     }
 
-    /// `config` with what this state says, and the trackers; the scale is the initial scale.
+    /// The keys that this state has no value for and a scaler fills in from its own settings when it loads the state.
+    /// None for an empty state.
+    ///
+    /// A state of version 1 lacks `mode`, one that PyTorch saved all keys that PyTorch does not have.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<&'static str> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        let keys = [
+            ("mode", self.mode.is_none()),
+            ("min_scale", self.min_scale.is_none()),
+            ("max_scale", self.max_scale.is_none()),
+            ("hysteresis", self.hysteresis.is_none()),
+            ("refill", self.refill.is_none()),
+            ("late_growth", self.late_growth.is_none()),
+        ];
+        let lacking = keys.into_iter().filter(|(_, lacks)| *lacks);
+        lacking.map(|(key, _)| key).collect()
+    }
+
+    /// Whether it was saved by a scaler that only checked and keeps no scale for others.
+    pub(super) fn has_no_scale(&self) -> bool {
+        self.mode == Some(ScalingMode::CheckOnly) && self.kept_scale.is_none()
+    }
+
+    /// Refuses versions that are not known.
+    pub(super) fn check_version(&self) -> Result<()> {
+        match self.version {
+            Some(version) if !(1..=VERSION).contains(&version) => {
+                let reason = format!("{version} is not known; this is version {VERSION}");
+                Err(Error::state("version", reason))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a scaler with the settings `here`, which is enabled, is to go on with.
     ///
     /// # Errors
     /// [`Error::InvalidState`] for an empty state, a missing key, or a value that cannot work.
-    pub(super) fn apply(&self, config: &AmpConfig) -> Result<(AmpConfig, Trackers)> {
+    pub(super) fn apply(&self, here: &AmpConfig) -> Result<Restored> {
         if self.is_empty() {
             let reason = "the state is empty; it was saved from a disabled scaler".to_owned();
             return Err(Error::state("scale", reason));
         }
-        if let Some(version) = self.version.filter(|version| *version != VERSION) {
-            let reason = format!("{version} is not known; this is version {VERSION}");
-            return Err(Error::state("version", reason));
-        }
+        self.check_version()?;
         let missing = |key| move || Error::state(key, "the saved state has no such key");
-        let restored = AmpConfig {
-            init_scale: self.scale.ok_or_else(missing("scale"))?,
+        let scale = self.scale.ok_or_else(missing("scale"))?;
+        let config = AmpConfig {
             growth_factor: self.growth_factor.ok_or_else(missing("growth_factor"))?,
             backoff_factor: self.backoff_factor.ok_or_else(missing("backoff_factor"))?,
             growth_interval: self
                 .growth_interval
                 .ok_or_else(missing("growth_interval"))?,
-            min_scale: self.min_scale.unwrap_or(config.min_scale),
-            max_scale: self.max_scale.unwrap_or(config.max_scale),
-            hysteresis: self.hysteresis.unwrap_or(config.hysteresis),
-            refill: self.refill.unwrap_or(config.refill),
-            late_growth: self.late_growth.unwrap_or(config.late_growth),
-            ..config.clone()
+            min_scale: self.min_scale.unwrap_or(here.min_scale),
+            max_scale: self.max_scale.unwrap_or(here.max_scale),
+            hysteresis: self.hysteresis.unwrap_or(here.hysteresis),
+            refill: self.refill.unwrap_or(here.refill),
+            late_growth: self.late_growth.unwrap_or(here.late_growth),
+            ..here.clone()
         };
-        let growth_tracker = self.growth_tracker.ok_or_else(missing("_growth_tracker"))?;
-        if i32::try_from(growth_tracker).is_err() {
-            let reason = format!("{growth_tracker} is above 2^31 - 1");
-            return Err(Error::state("_growth_tracker", reason));
-        }
-        match restored.validate() {
-            Ok(()) => {
-                let trackers = Trackers {
-                    growth: growth_tracker,
-                    overflows: self.overflows.unwrap_or(0),
+        let saved = KeptScale {
+            scale,
+            growth_tracker: self.growth_tracker.ok_or_else(missing("_growth_tracker"))?,
+            overflows: self.overflows.unwrap_or(0),
+        };
+        check_tracker("_growth_tracker", saved.growth_tracker)?;
+        let was_scaling = self.was_scaling(here.effective_mode(), scale)?;
+        let scaling = if was_scaling {
+            Some(saved)
+        } else {
+            self.kept_scale
+        };
+        let config = AmpConfig {
+            init_scale: scaling.map_or(config.init_scale, |scaling| scaling.scale),
+            ..config
+        };
+        config.validate().map_err(|error| match error {
+            Error::InvalidConfig { key, reason } => {
+                let key = match key {
+                    "init_scale" if was_scaling => "scale",
+                    "init_scale" if scaling.is_some() => "kept_scale/scale",
+                    other => other,
                 };
-                Ok((restored, trackers))
+                Error::state(key, reason)
             }
-            Err(Error::InvalidConfig {
-                key: "init_scale",
-                reason,
-            }) => Err(Error::state("scale", reason)),
-            Err(Error::InvalidConfig { key, reason }) => Err(Error::state(key, reason)),
-            Err(other) => Err(other),
+            other => other,
+        })?;
+        Ok(match here.effective_mode() {
+            ScalingMode::Scale => Restored {
+                scale: config.init_scale,
+                trackers: scaling.map(KeptScale::trackers).unwrap_or_default(),
+                kept_scale: None,
+                config,
+            },
+            _ => Restored {
+                scale: 1.0,
+                trackers: match was_scaling {
+                    true => Trackers::default(),
+                    false => saved.trackers(),
+                },
+                kept_scale: scaling,
+                config,
+            },
+        })
+    }
+
+    /// Whether losses were scaled by the scaler that this was saved from, to go into one of the mode `here`.
+    fn was_scaling(&self, here: ScalingMode, scale: f64) -> Result<bool> {
+        let refuse = |key, reason: String| Err(Error::state(key, reason));
+        let mode = match self.mode {
+            Some(ScalingMode::Off) => {
+                return refuse(
+                    "mode",
+                    "a scaler that is off has no scale to save".to_owned(),
+                );
+            }
+            Some(mode) => mode,
+            // Of a scaler that only checks it would be 1.
+            None if scale.to_bits() != 1f64.to_bits() => ScalingMode::Scale,
+            None => here,
+        };
+        let is_scaling = mode == ScalingMode::Scale;
+        match &self.kept_scale {
+            _ if !is_scaling && scale.to_bits() != 1f64.to_bits() => refuse(
+                "scale",
+                format!("{scale:e} is not 1, and the mode is check_only"),
+            ),
+            Some(_) if is_scaling => refuse(
+                "kept_scale",
+                "only a scaler that checks keeps a scale aside".to_owned(),
+            ),
+            Some(kept) => {
+                check_tracker("kept_scale/_growth_tracker", kept.growth_tracker)?;
+                Ok(is_scaling)
+            }
+            None => Ok(is_scaling),
         }
+    }
+}
+
+/// What a scaler goes on with.
+#[derive(Debug)]
+pub(super) struct Restored {
+    /// Settings; the initial scale is the one that a scaling scaler would go on with.
+    pub(super) config: AmpConfig,
+    pub(super) scale: f64,
+    pub(super) trackers: Trackers,
+    pub(super) kept_scale: Option<KeptScale>,
+}
+
+fn check_tracker(key: &'static str, tracker: u32) -> Result<()> {
+    match i32::try_from(tracker) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::state(key, format!("{tracker} is above 2^31 - 1"))),
     }
 }

@@ -40,6 +40,10 @@ impl StepTimes {
 }
 
 /// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
+///
+/// Loading a state keeps the totals and the reports, and begins anew with what describes the training's course:
+/// [`skipped_in_a_row`](Self::skipped_in_a_row), [`last_good_scale`](Self::last_good_scale),
+/// [`scale_history`](Self::scale_history) and [`alarm`](Self::alarm).
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ScalerStats {
@@ -73,10 +77,13 @@ pub struct ScalerStats {
     pub alarm: Option<ScalerAlarm>,
     /// Times, if [`AmpConfig::timing`](crate::amp::AmpConfig::timing) is on.
     pub times: Option<StepTimes>,
-    /// Bytes of the pool that scaling, checking and clipping hold, under the tag `amp`: those of all scalers
-    /// and optimizers of the pool.
+    /// Bytes of the pool that this scaler holds, rounded as the pool rounds them: scale, trackers, flags and journal;
+    /// for each optimizer it drives, or drove until another takes its place, the table of its gradients and what a check
+    /// finds out about them; and what
+    /// [`GradScaler::accumulate`](crate::amp::GradScaler::accumulate) found, which the parameters keep. Not the
+    /// gradients, nor the tables of optimizers. The journal's copy in pinned memory is not the pool's, and not counted.
     pub scratch_bytes: u64,
-    /// The most they held.
+    /// The most bytes it held at one time.
     pub scratch_peak_bytes: u64,
 }
 

@@ -9,14 +9,18 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-/// A state that has the version `version` or none, to be taken apart.
+/// A state that has a version from 1 to `version`, or none, to be taken apart.
 pub(super) fn checked<'de, D: Deserializer<'de>>(
     deserializer: D,
     version: u32,
 ) -> Result<Value, D::Error> {
     let state = Value::deserialize(deserializer)?;
     match state.get("version").filter(|found| !found.is_null()) {
-        Some(found) if *found != version => {
+        Some(found)
+            if !found
+                .as_u64()
+                .is_some_and(|found| (1..=u64::from(version)).contains(&found)) =>
+        {
             let reason = format!("version {found} is not known; this is version {version}");
             Err(Error::custom(reason))
         }

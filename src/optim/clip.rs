@@ -1,5 +1,7 @@
 //! Clipping gradients without a scaler.
 
+use std::sync::Arc;
+
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::NormKind;
@@ -25,7 +27,7 @@ pub fn clip_grad_norm(
     kind: NormKind,
 ) -> Result<Tensor> {
     Parameter::expect_unscaled("clip_grad_norm", parameters)?;
-    let mut gradients = Gradients::new("clip_grad_norm");
+    let mut gradients = Gradients::new("clip_grad_norm", Arc::default());
     let found_inf = Tensor::zeros(context, [], DType::F32)?;
     if !gradients.pass(parameters, Pass::Check(None, kind), &found_inf.span()?)? {
         return Tensor::zeros(context, [], DType::F64);

@@ -3,6 +3,8 @@
 //! All device memory is made at the first use and kept, so later steps allocate nothing and the addresses
 //! stay.
 
+use std::sync::Arc;
+
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::chunk_table::ChunkTable;
@@ -14,7 +16,7 @@ use crate::memory;
 use crate::optim::Parameter;
 use crate::optim::produced::CheckAtOnce;
 use crate::optim::table::DeviceTable;
-use crate::storage::{Context, Tensor};
+use crate::storage::{Context, Meter, Metered, Tensor};
 
 /// One table over gradients, and what the last check found about each of them.
 #[derive(Debug)]
@@ -23,25 +25,27 @@ pub(crate) struct Gradients {
     /// Over what was found about gradients where they were made.
     produced: DeviceTable,
     memory: Option<Memory>,
+    meter: Arc<Meter>,
     is_half_done: bool,
 }
 
 #[derive(Debug)]
 struct Memory {
-    norms: Tensor,
-    counts: Tensor,
-    total_norm: Tensor,
-    coefficient: Tensor,
+    norms: Metered,
+    counts: Metered,
+    total_norm: Metered,
+    coefficient: Metered,
 }
 
 impl Memory {
-    fn new(context: &Context, tensors: usize) -> Result<Self> {
+    fn new(context: &Context, tensors: usize, meter: &Arc<Meter>) -> Result<Self> {
         let _tag = memory::tag("amp");
+        let metered = |tensor| Metered::new(tensor, meter);
         Ok(Self {
-            norms: Tensor::zeros(context, [tensors], DType::F64)?,
-            counts: Tensor::zeros(context, [tensors * COUNT_WORDS], DType::U32)?,
-            total_norm: Tensor::zeros(context, [], DType::F64)?,
-            coefficient: Tensor::zeros(context, [], DType::F32)?,
+            norms: metered(Tensor::zeros(context, [tensors], DType::F64)?),
+            counts: metered(Tensor::zeros(context, [tensors * COUNT_WORDS], DType::U32)?),
+            total_norm: metered(Tensor::zeros(context, [], DType::F64)?),
+            coefficient: metered(Tensor::zeros(context, [], DType::F32)?),
         })
     }
 
@@ -66,11 +70,13 @@ pub(crate) enum Pass<'a> {
 }
 
 impl Gradients {
-    pub(crate) fn new(op: &'static str) -> Self {
+    /// Nothing yet; `op` names the user in errors, and `meter` counts the device memory.
+    pub(crate) fn new(op: &'static str, meter: Arc<Meter>) -> Self {
         Self {
-            table: DeviceTable::new(op, 1),
-            produced: DeviceTable::new(op, 1),
+            table: DeviceTable::metered(op, 1, meter.clone()),
+            produced: DeviceTable::metered(op, 1, meter.clone()),
             memory: None,
+            meter,
             is_half_done: false,
         }
     }
@@ -184,12 +190,12 @@ impl Gradients {
 
     /// What the last pass counted, a tensor after the other.
     pub(crate) fn counts(&self) -> Option<&Tensor> {
-        self.memory.as_ref().map(|memory| &memory.counts)
+        self.memory.as_ref().map(|memory| &*memory.counts)
     }
 
     /// The last total norm.
     pub(crate) fn total_norm(&self) -> Option<&Tensor> {
-        self.memory.as_ref().map(|memory| &memory.total_norm)
+        self.memory.as_ref().map(|memory| &*memory.total_norm)
     }
 
     /// The table of `gradients`, of parameters `0..tensors`.
@@ -225,7 +231,7 @@ impl Gradients {
             .as_ref()
             .is_none_or(|memory| memory.norms.len() != tensors)
         {
-            self.memory = Some(Memory::new(context, tensors)?);
+            self.memory = Some(Memory::new(context, tensors, &self.meter)?);
         }
         Ok(self.memory.as_ref().expect("made above"))
     }

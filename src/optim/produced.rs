@@ -7,12 +7,14 @@
 //!
 //! Must not know: what a scaler does with what was found.
 
+use std::sync::Arc;
+
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::gradient_produce::{ProduceOperands, can_produce, partial_words, produce};
 use crate::memory;
 use crate::optim::ScaleTag;
-use crate::storage::Tensor;
+use crate::storage::{Meter, Metered, Tensor};
 
 /// What a gradient is to be checked with while it is made.
 #[derive(Clone, Copy, Debug)]
@@ -21,13 +23,15 @@ pub(crate) struct CheckAtOnce<'a> {
     pub(crate) by: ScaleTag,
     /// An f32 that gradients are multiplied by before they are judged.
     pub(crate) inv_scale: &'a Tensor,
+    /// Counts the memory of what is found.
+    pub(crate) meter: &'a Arc<Meter>,
 }
 
 /// What is known of a parameter's gradient from the pass that made it.
 #[derive(Debug, Default)]
 pub(super) struct Produced {
     /// Kept from gradient to gradient: its address stays, and later steps allocate nothing.
-    partials: Option<Tensor>,
+    partials: Option<Metered>,
     /// For whom it was checked, and the gradient's version then.
     checked: Option<(ScaleTag, u64)>,
 }
@@ -56,10 +60,14 @@ impl Produced {
         }
         let words = partial_words(sum.len());
         let partials = match self.partials.take().filter(|kept| kept.len() == words) {
-            Some(kept) => kept,
+            Some(mut kept) => {
+                kept.move_to(check.meter);
+                kept
+            }
             None => {
                 let _tag = memory::tag("amp");
-                Tensor::uninit(sum.context(), [words], DType::F64)?
+                let made = Tensor::uninit(sum.context(), [words], DType::F64)?;
+                Metered::new(made, check.meter)
             }
         };
         let operands = ProduceOperands {
@@ -80,6 +88,6 @@ impl Produced {
     pub(super) fn partials(&self, by: ScaleTag, gradient: &Tensor) -> Option<&Tensor> {
         let version = gradient.version()?;
         let holds = self.checked == Some((by, version));
-        self.partials.as_ref().filter(|_| holds)
+        self.partials.as_deref().filter(|_| holds)
     }
 }

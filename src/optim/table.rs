@@ -1,11 +1,13 @@
 //! A chunk table that stays on the device while its tensors stay where they are.
 
+use std::sync::Arc;
+
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::Span;
 use crate::launch::chunk_table::{ChunkList, ChunkTable};
 use crate::memory;
-use crate::storage::{Context, Layout, Tensor};
+use crate::storage::{Context, Layout, Meter, Metered, Tensor};
 
 /// What the table was built from: a tensor's index, its memory and its layout. Spans, not tensors, so that
 /// the table does not keep a gradient's memory from being reused. If other memory comes to lie at the same
@@ -17,16 +19,23 @@ type Key = (usize, Span, Layout);
 pub(super) struct DeviceTable {
     list: ChunkList,
     keys: Vec<Key>,
-    uploaded: Option<(Tensor, ChunkTable)>,
+    uploaded: Option<(Metered, ChunkTable)>,
+    meter: Arc<Meter>,
 }
 
 impl DeviceTable {
     /// A table of rows with `columns` columns, not uploaded yet; `op` names its user in errors.
     pub(super) fn new(op: &'static str, columns: usize) -> Self {
+        Self::metered(op, columns, Arc::default())
+    }
+
+    /// [`new`](Self::new) with device memory that `meter` counts.
+    pub(super) fn metered(op: &'static str, columns: usize, meter: Arc<Meter>) -> Self {
         Self {
             list: ChunkList::new(op, columns),
             keys: Vec::new(),
             uploaded: None,
+            meter,
         }
     }
 
@@ -66,11 +75,8 @@ impl DeviceTable {
             Some(words) if words.len() >= self.list.device_words() => words,
             _ => {
                 let _tag = memory::tag("amp");
-                Tensor::uninit(
-                    context,
-                    [self.list.device_words().next_power_of_two()],
-                    DType::F64,
-                )?
+                let len = self.list.device_words().next_power_of_two();
+                Metered::new(Tensor::uninit(context, [len], DType::F64)?, &self.meter)
             }
         };
         let table = self.list.upload(context.stream(), &words.span()?)?;

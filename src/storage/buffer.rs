@@ -82,6 +82,11 @@ impl Buffer {
         self.bytes
     }
 
+    /// Bytes that the block takes from the pool: those asked for, rounded to the pool's granularity.
+    pub(crate) fn allocated(&self) -> u64 {
+        self.block.lock().allocated()
+    }
+
     /// The stream and pool of this buffer.
     #[must_use]
     pub fn context(&self) -> &Context {

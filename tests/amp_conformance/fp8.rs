@@ -88,6 +88,7 @@ fn case_69_fp8_history_roll() {
                 };
                 let state = Fp8State {
                     version: 1,
+                    recipe: None,
                     tensors: vec![saved],
                 };
                 scaler.load_state_dict(&state).unwrap();

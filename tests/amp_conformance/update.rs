@@ -4,12 +4,12 @@ use kitsune::Context;
 use kitsune::amp::{AmpConfig, ScalePolicy, ScaleState, ScalerState, next_scale};
 
 use super::amp_support::oracle::oracle;
-use super::amp_support::{context, ones, scaler_with, sgd};
+use super::amp_support::{context, parameter, scaler_with, set_grad, sgd};
 use super::{config, scale_and_tracker};
 
 /// Scale and tracker after updates that see these flags, from `config`'s scale and this tracker on.
 fn updates(context: &Context, config: AmpConfig, tracker: u32, flags: &[f32]) -> Vec<(f64, u32)> {
-    let weight = ones(context, "w", &[0f32]);
+    let weight = parameter(context, "w", &[1f32]);
     let optimizer = sgd(&[&weight], 1.0);
     let mut scaler = scaler_with(context, config);
     let state = ScalerState {
@@ -17,6 +17,7 @@ fn updates(context: &Context, config: AmpConfig, tracker: u32, flags: &[f32]) ->
         ..scaler.state_dict().unwrap()
     };
     scaler.load_state_dict(&state).unwrap();
+    set_grad(&weight, &[0f32]);
     let mut seen = Vec::new();
     for flag in flags {
         scaler.unscale(&optimizer).unwrap();

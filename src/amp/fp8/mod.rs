@@ -36,7 +36,7 @@ mod stats;
 pub use config::{Fp8Config, Fp8Scaling};
 pub use quantized::Quantized;
 pub use scaler::Fp8Scaler;
-pub use state::{Fp8State, Fp8TensorState};
+pub use state::{Fp8Recipe, Fp8State, Fp8TensorState};
 pub use stats::{Fp8Stats, Fp8TensorStats};
 
 pub use crate::launch::{AmaxAlgorithm, AmaxSource, Fp8Policy, next_fp8_scale};

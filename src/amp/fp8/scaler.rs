@@ -225,24 +225,27 @@ impl Fp8Scaler {
             return Err(ScalerMisuse::MidIteration.into());
         }
         Ok(Fp8State::new(
+            &self.config,
             &self.tensors,
             &self.scales.to_vec()?,
             &self.history.to_vec()?,
         ))
     }
 
-    /// Goes on from a saved state: scales and histories become those of `state`, whatever was converted since the last
-    /// update is forgotten, and settings and counters stay.
+    /// Goes on from a saved state: scales, histories, `margin`, `power_of_two` and `epsilon` become those of `state`.
+    /// Whatever was converted since the last update is forgotten. Counters and [`Fp8Config::overflow`] stay, and so do
+    /// the settings if `state` is of version 1, which has none ([`Fp8State::lacks`]).
     ///
     /// # Errors
-    /// [`Error::InvalidState`] if `state` is not of these tensors with histories of this length, or holds numbers that
-    /// cannot be; [`Error::Driver`] if the driver refuses. Nothing was changed.
+    /// [`Error::InvalidState`] if `state` is not of these tensors with histories of this length, comes of another
+    /// `scaling` or `algorithm`, or holds numbers that cannot be; [`Error::Driver`] if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &Fp8State) -> Result<()> {
         self.load(state)?.carry_out()
     }
 
     /// [`load_state_dict`](Self::load_state_dict), checked and ready.
     pub(crate) fn load(&mut self, state: &Fp8State) -> Result<Load<'_>> {
+        let config = state.config(&self.config)?;
         let (scales, history) = state.unpack(&self.tensors, self.config.places())?;
         let writes = [(&self.scales, scales), (&self.history, history)];
         let writes = writes.into_iter().map(|(tensor, values)| {
@@ -251,7 +254,10 @@ impl Fp8Scaler {
         });
         let load = Load::writing(writes.collect::<Result<_>>()?);
         // Relaxed: see the field.
-        Ok(load.then(|| self.is_due.store(false, Ordering::Relaxed)))
+        Ok(load.then(move || {
+            self.is_due.store(false, Ordering::Relaxed);
+            self.config = config;
+        }))
     }
 
     fn place(&self, op: &'static str, name: &str) -> Result<usize> {

@@ -5,12 +5,14 @@ use std::ops::RangeInclusive;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::{Fp8Config, Fp8Scaling};
 use crate::amp::versioned;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::launch::AmaxAlgorithm;
 
-/// Version of the layout.
-const VERSION: u32 = 1;
+/// Version of the layout. Version 1 had no recipe.
+const VERSION: u32 = 2;
 
 /// Scales that an update can give.
 const SCALES: RangeInclusive<f32> = f32::MIN_POSITIVE..=f32::MAX;
@@ -24,8 +26,75 @@ const SCALES: RangeInclusive<f32> = f32::MIN_POSITIVE..=f32::MAX;
 pub struct Fp8State {
     /// Version of this layout.
     pub version: u32,
+    /// The settings under which the scales came about; absent in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<Fp8Recipe>,
     /// The tensors, in the order in which the scaler was told of them.
     pub tensors: Vec<Fp8TensorState>,
+}
+
+/// How scales come about: what a state has of [`Fp8Config`], beside the length of the histories.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fp8Recipe {
+    /// As in [`Fp8Config`].
+    pub scaling: Fp8Scaling,
+    /// As in [`Fp8Config`].
+    pub algorithm: AmaxAlgorithm,
+    /// As in [`Fp8Config`].
+    pub margin: u32,
+    /// As in [`Fp8Config`].
+    pub power_of_two: bool,
+    /// As in [`Fp8Config`].
+    pub epsilon: f32,
+}
+
+impl Fp8Recipe {
+    fn of(config: &Fp8Config) -> Self {
+        Self {
+            scaling: config.scaling,
+            algorithm: config.algorithm,
+            margin: config.margin,
+            power_of_two: config.power_of_two,
+            epsilon: config.epsilon,
+        }
+    }
+
+    /// `here` with the numbers of this recipe.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] for another rule, or a number that cannot work.
+    fn apply(&self, here: &Fp8Config) -> Result<Fp8Config> {
+        let rules: [(&str, String, String); 2] = [
+            (
+                "recipe/scaling",
+                format!("{:?}", self.scaling),
+                format!("{:?}", here.scaling),
+            ),
+            (
+                "recipe/algorithm",
+                format!("{:?}", self.algorithm),
+                format!("{:?}", here.algorithm),
+            ),
+        ];
+        for (key, saved, here) in rules {
+            if saved != here {
+                let reason = format!("{saved} was saved, {here} is here");
+                return Err(Error::state(key, reason));
+            }
+        }
+        let config = Fp8Config {
+            margin: self.margin,
+            power_of_two: self.power_of_two,
+            epsilon: self.epsilon,
+            ..here.clone()
+        };
+        config.validate().map_err(|error| match error {
+            Error::InvalidConfig { key, reason } => Error::state(format!("recipe/{key}"), reason),
+            other => other,
+        })?;
+        Ok(config)
+    }
 }
 
 /// Scale and history of one tensor.
@@ -56,10 +125,26 @@ impl<'de> Deserialize<'de> for Fp8State {
 }
 
 impl Fp8State {
-    pub(super) fn new(tensors: &[(String, DType)], scales: &[f32], history: &[f32]) -> Self {
+    /// The keys that this state has no value for and a scaler fills in from its own settings when it loads the state:
+    /// `recipe` for one of version 1.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<&'static str> {
+        match self.recipe {
+            Some(_) => Vec::new(),
+            None => vec!["recipe"],
+        }
+    }
+
+    pub(super) fn new(
+        config: &Fp8Config,
+        tensors: &[(String, DType)],
+        scales: &[f32],
+        history: &[f32],
+    ) -> Self {
         let rows = history.chunks_exact(history.len() / tensors.len());
         Self {
             version: VERSION,
+            recipe: Some(Fp8Recipe::of(config)),
             tensors: tensors
                 .iter()
                 .zip(scales.iter().zip(rows))
@@ -73,6 +158,21 @@ impl Fp8State {
         }
     }
 
+    /// What a scaler with the settings `here` is to go on with: those settings with the saved numbers.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] for a version that is not known, another rule, or a number that cannot work.
+    pub(super) fn config(&self, here: &Fp8Config) -> Result<Fp8Config> {
+        if !(1..=VERSION).contains(&self.version) {
+            let reason = format!("{} is not known; this is version {VERSION}", self.version);
+            return Err(Error::state("version", reason));
+        }
+        match &self.recipe {
+            Some(recipe) => recipe.apply(here),
+            None => Ok(here.clone()),
+        }
+    }
+
     /// Scales and histories of `tensors`, whose order may be another.
     ///
     /// # Errors
@@ -83,10 +183,6 @@ impl Fp8State {
         length: usize,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let invalid = |key: &str, reason: String| Err(Error::state(key, reason));
-        if self.version != VERSION {
-            let reason = format!("{} is not known; this is version {VERSION}", self.version);
-            return invalid("version", reason);
-        }
         for (place, saved) in self.tensors.iter().enumerate() {
             let name = &saved.name;
             if !tensors.iter().any(|(known, _)| known == name) {
