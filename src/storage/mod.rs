@@ -34,3 +34,4 @@ pub use host_tensor::HostTensor;
 pub use layout::{Layout, Shape};
 pub(crate) use overwrite::{Attempt, Load};
 pub use tensor::Tensor;
+pub(crate) use version::moment;
