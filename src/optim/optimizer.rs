@@ -208,6 +208,10 @@ pub trait Optimizer {
     /// gets the settings that its parameters were saved with, which must be the same for all of them. Moments in bf16
     /// take random numbers by the order of the parameters: in another order they go on with others.
     ///
+    /// Parameters with master weights may be written before or after. Where they are written after, and not together
+    /// with the state as [`Restore`](../checkpoint/struct.Restore.html) does, the next step waits for the device once:
+    /// it keeps f32 masters if the parameters are their nearest values, and makes them anew if not.
+    ///
     /// A state of another [rule](Self::rule) or with other [flags](Self::flags) is refused. To load it all the same,
     /// make its `rule` `None`.
     ///
