@@ -95,7 +95,7 @@ mod versioned;
 pub use applied::{AppliedSteps, AppliedStepsState};
 pub use config::AmpConfig;
 pub use magnitudes::Magnitudes;
-pub use optimizer::{AmpOptimizer, AmpOptimizerState, ScheduleState};
+pub use optimizer::{AmpOptimizer, AmpOptimizerState, ClipState, ScheduleState};
 pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow};
 pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;

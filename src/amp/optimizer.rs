@@ -6,19 +6,28 @@
 //!
 //! Must not know: how an optimizer moves a weight.
 
+use crate::amp::config::narrow;
 use crate::amp::slot::Stage;
 use crate::amp::{
     AmpConfig, AppliedSteps, AppliedStepsState, GradScaler, ScalerState, StepOutcome,
 };
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::NormKind;
 use crate::ops::Loss;
 use crate::ops::autocast::AutocastGuard;
-use crate::optim::{Ema, EmaState, Optimizer, OptimizerState, Parameter, Schedule, load_optimizer};
+use crate::optim::{
+    Ema, EmaState, Optimizer, OptimizerState, Parameter, Schedule, first_repeated, load_optimizer,
+    saved_groups, setting_names,
+};
 use crate::storage::{Load, Tensor};
 
 /// The setting that a schedule moves.
 const LEARNING_RATE: &str = "learning_rate";
+/// The names by which the limit of the norm, the schedule's form and the averages' decay can be kept.
+const CLIP: &str = "clip";
+const SCHEDULE: &str = "schedule";
+const EMA_DECAY: &str = "ema_decay";
 
 /// An optimizer, a [`GradScaler`] that drives it, and what else moves from step to step.
 ///
@@ -75,12 +84,41 @@ struct Scheduled {
 pub struct AmpOptimizerState {
     /// The optimizer's.
     pub optimizer: OptimizerState,
+    /// The limit of the gradients' norm. `None` in files of version 1: the limit stays as it is.
+    pub clip: Option<ClipState>,
     /// The scaler's.
     pub scaler: ScalerState,
     /// Where the schedule is, if there is one.
     pub schedule: Option<ScheduleState>,
     /// The averages, if there are any.
     pub ema: Option<EmaState>,
+}
+
+impl AmpOptimizerState {
+    /// What it does not say of all but the scaler, as `part/what`: an optimizer that loads it goes on with its own.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<String> {
+        let rule = self.optimizer.lacks().into_iter();
+        let rule = rule.map(|what| format!("optimizer/{what}"));
+        let clip = self.clip.is_none().then(|| "optimizer/clip".to_owned());
+        let form = self.schedule.as_ref();
+        let form = form.filter(|schedule| schedule.form.is_none());
+        rule.chain(clip)
+            .chain(form.map(|_| "schedule/form".to_owned()))
+            .collect()
+    }
+}
+
+/// Whether and to what norm an [`AmpOptimizer`] clips.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClipState {
+    /// Not at all.
+    Off,
+    /// To an L2 norm of this.
+    MaxNorm(f64),
+    /// It takes the norm, and no finite one is too large.
+    Unlimited,
 }
 
 /// Where the schedule of an [`AmpOptimizer`] is.
@@ -91,17 +129,25 @@ pub struct ScheduleState {
     pub base_rates: Vec<f64>,
     /// The count of applied steps.
     pub applied: AppliedStepsState,
+    /// The schedule itself, which is not loaded but compared. `None` in files of version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub form: Option<Schedule>,
 }
 
 impl<O: Optimizer> AmpOptimizer<O> {
     /// `optimizer` with a new scaler on its stream.
     ///
     /// # Errors
-    /// As [`GradScaler::new`]; [`Error::InvalidArgument`] for an optimizer without parameters.
+    /// As [`GradScaler::new`]; [`Error::InvalidArgument`] for an optimizer without parameters, or with two of one name.
     pub fn new(optimizer: O, config: AmpConfig) -> Result<Self> {
-        let Some(first) = optimizer.parameters().first() else {
+        let parameters = optimizer.parameters();
+        let Some(first) = parameters.first() else {
             return Err(Error::argument("AmpOptimizer", "no parameters"));
         };
+        if let Some((_, twice)) = first_repeated(parameters.iter().map(Parameter::name)) {
+            let reason = format!("two parameters are named `{}`", parameters[twice].name());
+            return Err(Error::argument("AmpOptimizer", reason));
+        }
         let scaler = GradScaler::new(first.value().context(), config)?;
         Ok(Self {
             optimizer,
@@ -115,14 +161,30 @@ impl<O: Optimizer> AmpOptimizer<O> {
     /// Clips gradients to a total L2 norm of `max_norm` in each step.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a negative or NaN norm.
+    /// [`Error::InvalidArgument`] for a negative or NaN norm, or one above 0 that becomes 0 in the type in which one of
+    /// the parameters is computed.
     pub fn with_clip(mut self, max_norm: f64) -> Result<Self> {
-        if max_norm.is_nan() || max_norm < 0.0 {
-            let reason = format!("max_norm is {max_norm}, not zero or more");
-            return Err(Error::argument("with_clip", reason));
-        }
+        self.check_max_norm(max_norm)
+            .map_err(|reason| Error::argument("with_clip", reason))?;
         self.clip = Some((max_norm, NormKind::L2));
         Ok(self)
+    }
+
+    /// Why `max_norm` cannot be the limit.
+    fn check_max_norm(&self, max_norm: f64) -> Result<(), String> {
+        if max_norm.is_nan() || max_norm < 0.0 {
+            return Err(format!("max_norm is {max_norm}, not zero or more"));
+        }
+        let is_narrow = |parameter: &Parameter| parameter.value().dtype() != DType::F64;
+        if max_norm > 0.0
+            && narrow(max_norm) == 0.0
+            && self.optimizer.parameters().iter().any(is_narrow)
+        {
+            return Err(format!(
+                "max_norm {max_norm:e} becomes 0 in f32, the type of the computation"
+            ));
+        }
+        Ok(())
     }
 
     /// Multiplies the learning rates that the optimizer's groups have now by the schedule's factor, before each
@@ -265,25 +327,69 @@ impl<O: Optimizer> AmpOptimizer<O> {
     pub fn state_dict(&self) -> Result<AmpOptimizerState> {
         Ok(AmpOptimizerState {
             optimizer: self.optimizer.state_dict()?,
+            clip: Some(match self.clip {
+                None => ClipState::Off,
+                Some((max_norm, _)) if max_norm.is_infinite() => ClipState::Unlimited,
+                Some((max_norm, _)) => ClipState::MaxNorm(max_norm),
+            }),
             scaler: self.scaler.state_dict()?,
             schedule: self.schedule.as_ref().map(Scheduled::state).transpose()?,
             ema: self.ema.as_ref().map(Ema::state_dict).transpose()?,
         })
     }
 
-    /// Goes on from `state`, at any time: an iteration under way is abandoned, as by
-    /// [`GradScaler::load_state_dict`]. Waits for the device.
+    /// Goes on from `state`, at any time: the optimizer as [`Optimizer::load_state_dict`] tells, and with the clipping,
+    /// averages and place in the schedule that were saved. The schedule itself must be the one that was saved. An
+    /// iteration under way is abandoned, as by [`GradScaler::load_state_dict`]. Waits for the device.
     ///
     /// # Errors
     /// [`Error::InvalidState`] with what does not fit, also a schedule or averages that are on one side only;
     /// [`Error::Driver`] if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &AmpOptimizerState) -> Result<()> {
-        self.load(state)?.carry_out()
+        self.load_state_dict_keeping(state, &[])
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
-    pub(crate) fn load(&mut self, state: &AmpOptimizerState) -> Result<Load<'_>> {
-        let optimizer = load_optimizer(&mut self.optimizer, &state.optimizer);
+    /// [`load_state_dict`](Self::load_state_dict), but what is named in `kept` stays as it is here: settings of the
+    /// optimizer (`learning_rate` with what the schedule multiplies), `clip`, `schedule` and `ema_decay`.
+    ///
+    /// # Errors
+    /// As [`load_state_dict`](Self::load_state_dict), and for a name that is none of these.
+    pub fn load_state_dict_keeping(
+        &mut self,
+        state: &AmpOptimizerState,
+        kept: &[&str],
+    ) -> Result<()> {
+        let known = self.setting_names();
+        if let Some(name) = kept.iter().find(|name| !known.contains(*name)) {
+            let reason = format!("is no setting here, only {}", known.join(", "));
+            return Err(Error::state(*name, reason));
+        }
+        self.load(state, kept)?.carry_out()
+    }
+
+    /// The names of all that can be kept.
+    pub(crate) fn setting_names(&self) -> Vec<&'static str> {
+        let names = setting_names(&self.optimizer).into_iter();
+        let scheduled = self.schedule.is_some().then_some(SCHEDULE);
+        let averaged = self.ema.is_some().then_some(EMA_DECAY);
+        names
+            .chain([CLIP])
+            .chain(scheduled)
+            .chain(averaged)
+            .collect()
+    }
+
+    /// [`load_state_dict_keeping`](Self::load_state_dict_keeping), checked and ready.
+    pub(crate) fn load(&mut self, state: &AmpOptimizerState, kept: &[&str]) -> Result<Load<'_>> {
+        let is_kept = |name: &str| kept.contains(&name);
+        let clip = match state.clip.filter(|_| !is_kept(CLIP)) {
+            None => self.clip,
+            Some(saved) => self.clip_of(saved)?,
+        };
+        let sources = saved_groups(&self.optimizer, &state.optimizer);
+        let sources = sources.map_err(|error| error.within("optimizer"))?;
+        let groups_saved = state.optimizer.groups.len();
+        let optimizer = load_optimizer(&mut self.optimizer, &state.optimizer, kept);
         let scaler = self.scaler.load(&state.scaler);
         let mut load = optimizer
             .map_err(|error| error.within("optimizer"))?
@@ -291,7 +397,12 @@ impl<O: Optimizer> AmpOptimizer<O> {
         match (&mut self.schedule, &state.schedule) {
             (None, None) => {}
             (Some(scheduled), Some(state)) => {
-                let (base_rates, applied) = scheduled.check(state)?;
+                scheduled.check_form(state.form.filter(|_| !is_kept(SCHEDULE)))?;
+                let (saved_rates, applied) = Scheduled::check(state, groups_saved)?;
+                let base_rates = match is_kept(LEARNING_RATE) {
+                    true => scheduled.base_rates.clone(),
+                    false => scheduled.regrouped(&saved_rates, &sources)?,
+                };
                 load = load.then(move || {
                     scheduled.base_rates = base_rates;
                     scheduled.applied = applied;
@@ -302,12 +413,25 @@ impl<O: Optimizer> AmpOptimizer<O> {
         match (&mut self.ema, &state.ema) {
             (None, None) => {}
             (Some(ema), Some(state)) => {
-                let averages = ema.load(state).map_err(|error| error.within("ema"))?;
-                load = load.and(averages);
+                let averages = ema.load(state, is_kept(EMA_DECAY));
+                load = load.and(averages.map_err(|error| error.within("ema"))?);
             }
             (here, _) => return Err(one_sided("ema", here.is_some())),
         }
-        Ok(load)
+        let limit = &mut self.clip;
+        Ok(load.then(move || *limit = clip))
+    }
+
+    /// The limit that was saved, if it can be.
+    fn clip_of(&self, saved: ClipState) -> Result<Option<(f64, NormKind)>> {
+        let max_norm = match saved {
+            ClipState::Off => return Ok(None),
+            ClipState::MaxNorm(max_norm) => max_norm,
+            ClipState::Unlimited => f64::INFINITY,
+        };
+        self.check_max_norm(max_norm)
+            .map_err(|reason| Error::state("optimizer/clip", reason))?;
+        Ok(Some((max_norm, NormKind::L2)))
     }
 
     /// Gives each group the learning rate of the next step.
@@ -336,19 +460,59 @@ impl Scheduled {
         Ok(ScheduleState {
             base_rates: self.base_rates.clone(),
             applied: self.applied.state_dict()?,
+            form: Some(self.schedule),
         })
     }
 
-    /// What `state` says, if it can be.
-    fn check(&self, state: &ScheduleState) -> Result<(Vec<f64>, AppliedSteps)> {
+    /// Refuses to go on with another schedule than the saved one, if that is known.
+    fn check_form(&self, saved: Option<Schedule>) -> Result<()> {
+        match saved.filter(|saved| *saved != self.schedule) {
+            None => Ok(()),
+            Some(saved) => {
+                let reason = format!(
+                    "saved from {saved:?}, this is {:?}; keep `{SCHEDULE}` to go on with this one",
+                    self.schedule
+                );
+                Err(Error::state("schedule/form", reason))
+            }
+        }
+    }
+
+    /// The rates of the groups here, of those of the saved groups that their parameters were in.
+    fn regrouped(&self, saved: &[f64], sources: &[Vec<usize>]) -> Result<Vec<f64>> {
+        let refuse = |reason| Err(Error::state("schedule/base_rates", reason));
+        let groups = sources.iter().zip(&self.base_rates).enumerate();
+        let rates = groups.map(|(number, (sources, here))| {
+            let mut rate = None;
+            for source in sources {
+                let Some(saved) = saved.get(*source).copied() else {
+                    return refuse(format!("there is none for group {source}"));
+                };
+                match rate {
+                    Some(other) if other != saved => {
+                        return refuse(format!(
+                            "the parameters of group {number} were saved in groups with {other:?} and {saved:?}"
+                        ));
+                    }
+                    _ => rate = Some(saved),
+                }
+            }
+            Ok(rate.unwrap_or(*here))
+        });
+        rates.collect()
+    }
+
+    /// What `state` says, saved with `groups` groups, if it can be.
+    fn check(state: &ScheduleState, groups: usize) -> Result<(Vec<f64>, AppliedSteps)> {
         let ScheduleState {
             base_rates,
             applied,
+            ..
         } = state;
         let refuse = |reason| Err(Error::state("schedule/base_rates", reason));
-        if base_rates.len() != self.base_rates.len() {
-            let (saved, here) = (base_rates.len(), self.base_rates.len());
-            return refuse(format!("{saved} were saved, {here} are here"));
+        if base_rates.len() != groups {
+            let rates = base_rates.len();
+            return refuse(format!("{rates} were saved, with {groups} groups"));
         }
         if let Some(rate) = base_rates
             .iter()

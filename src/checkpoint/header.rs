@@ -26,8 +26,11 @@ pub(super) const HEADER_MAX: u64 = 16 << 20;
 
 /// What a file says it is.
 const FORMAT: &str = "kitsune checkpoint";
-/// The version of everything in a file. Another one is refused.
-const VERSION: &str = "1";
+/// The version of everything in a file that is written.
+const VERSION: &str = "2";
+/// The versions that are read. In version 1 an optimizer's part is the list of its groups alone, a group has no flags,
+/// and a schedule's has no form.
+const READABLE: [&str; 2] = ["1", VERSION];
 
 const METADATA: &str = "__metadata__";
 const STATE: &str = "state";
@@ -188,7 +191,7 @@ fn parse_state(metadata: Value) -> Result<State> {
     if text("format") != FORMAT {
         return Err(Error::state("format", format!("the file is no {FORMAT}")));
     }
-    if text("version") != VERSION {
+    if !READABLE.contains(&text("version")) {
         let reason = format!(
             "{:?} is not known; this is version {VERSION}",
             text("version")

@@ -9,6 +9,10 @@
 //! there is whole on the disk. [`Restore`] checks every name, shape, type and number of all parts before it changes
 //! the first byte; should the driver fail after that, it puts the old state back.
 //!
+//! A file says by which rule an optimizer was moved and with which flags; a restoration into another one is refused.
+//! Files of version 1 do not say it. They are read all the same, and [`Restore::lacks`] lists what was not compared or
+//! was taken from where the state went.
+//!
 //! A file is not trusted: whatever its bytes, [`Checkpoint::read`] answers with a checkpoint or with an error that
 //! names the culprit, and takes no more memory than the file is long, beside 16 times its header.
 //!
@@ -54,6 +58,7 @@ mod file;
 mod finite;
 mod header;
 mod json;
+mod optimizer;
 mod replace;
 mod restore;
 
@@ -63,10 +68,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use optimizer::OptimizerPart;
 pub use restore::Restore;
 
 use crate::amp::fp8::Fp8Scaler;
-use crate::amp::{AmpOptimizer, AmpOptimizerState, AppliedSteps, GradScaler};
+use crate::amp::{AmpOptimizer, AppliedSteps, GradScaler};
 use crate::error::{Error, Result};
 use crate::optim::{Ema, NamedTensors, Optimizer, Parameter, save_named, values};
 use crate::storage::HostTensor;
@@ -118,17 +124,21 @@ impl Checkpoint {
         self.add_part(MODEL, &(), tensors)
     }
 
-    /// Adds the state of `optimizer` as the part `name`.
+    /// Adds the state of `optimizer` as the part `name`. Gradients are no part of it: save after a step, not between the
+    /// batches whose gradients it adds up.
     ///
     /// # Errors
-    /// As [`add_model`](Self::add_model).
+    /// As [`add_model`](Self::add_model), and [`Error::InvalidState`] with the parameters that have a gradient that no
+    /// step has used: step first, or drop the gradients and make them again after the restoration.
     pub fn add_optimizer<O: Optimizer + ?Sized>(
         &mut self,
         name: &str,
         optimizer: &O,
     ) -> Result<()> {
+        within(name, optimizer::expect_used(optimizer.parameters()))?;
         let state = within(name, optimizer.state_dict())?;
-        self.add_part(name, &state.groups, state.tensors)
+        let (part, tensors) = OptimizerPart::of(state, None);
+        self.add_part(name, &part, tensors)
     }
 
     /// Adds the state of `scaler`.
@@ -164,19 +174,22 @@ impl Checkpoint {
         self.add_part(APPLIED, &applied.state_dict()?, NamedTensors::new())
     }
 
-    /// Adds all that `optimizer` holds: the optimizer's state, the scaler, where its schedule is, and the averages.
+    /// Adds all that `optimizer` holds: the optimizer's state and the limit of the norm, the scaler, where its schedule
+    /// is, and the averages.
     ///
     /// # Errors
     /// As the others.
     pub fn add_amp_optimizer<O: Optimizer>(&mut self, optimizer: &AmpOptimizer<O>) -> Result<()> {
+        let parameters = optimizer.optimizer().parameters();
+        within(OPTIMIZER, optimizer::expect_used(parameters))?;
         let state = optimizer.state_dict()?;
-        let AmpOptimizerState { optimizer, ema, .. } = state;
-        self.add_part(OPTIMIZER, &optimizer.groups, optimizer.tensors)?;
+        let (part, tensors) = OptimizerPart::of(state.optimizer, state.clip);
+        self.add_part(OPTIMIZER, &part, tensors)?;
         self.add_part(SCALER, &state.scaler, NamedTensors::new())?;
         if let Some(schedule) = &state.schedule {
             self.add_part(SCHEDULE, schedule, NamedTensors::new())?;
         }
-        match ema {
+        match state.ema {
             Some(ema) => self.add_part(EMA, &ema.decay, ema.averages),
             None => Ok(()),
         }

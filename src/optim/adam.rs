@@ -9,7 +9,8 @@ use crate::launch::update_pass::SETTING_WORDS;
 use crate::memory;
 use crate::optim::groups::{Groups, take_apart};
 use crate::optim::rows::{Needs, Rows};
-use crate::optim::settings::{Settings, named, not_negative, unchanged};
+use crate::optim::rule::{master_flag, moments_flag};
+use crate::optim::settings::{Precision, Settings, named, not_negative, unchanged};
 use crate::optim::{
     MasterWeights, Moments, Optimizer, OptimizerId, ParamGroup, Parameter, StepInputs,
 };
@@ -35,7 +36,8 @@ pub struct AdamFamilyConfig<const DECOUPLED: bool> {
     pub learning_rate: f64,
     /// Shares of the first and second moment that are kept; from 0 to below 1. Default (0.9, 0.999).
     pub betas: (f64, f64),
-    /// Added to the root of the second moment; finite, not negative. Default 10⁻⁸.
+    /// Added to the root of the second moment; finite, not negative, and not so small that it becomes 0 in the type of
+    /// the computation. Default 10⁻⁸.
     pub epsilon: f64,
     /// Decoupled: share of the weight that a step of width 1 takes off; default 0.01. Else: share of the weight
     /// that is added to its gradient; default 0. Finite, not negative.
@@ -102,6 +104,39 @@ impl<const DECOUPLED: bool> Settings for AdamFamilyConfig<DECOUPLED> {
         self.validate()
     }
 
+    fn validate_in(&self, precision: Precision) -> Result<()> {
+        let Self {
+            learning_rate,
+            betas: (beta1, beta2),
+            epsilon,
+            weight_decay,
+            ..
+        } = *self;
+        precision.check("learning_rate", learning_rate)?;
+        precision.check("epsilon", epsilon)?;
+        precision.check("weight_decay", weight_decay)?;
+        precision.check_below_one("betas", beta1)?;
+        precision.check_below_one("betas", beta2)?;
+        let first = learning_rate / (1.0 - beta1);
+        precision.check_product("learning_rate", "the width of the first step", first)?;
+        let taken = if DECOUPLED {
+            learning_rate * weight_decay
+        } else {
+            0.0
+        };
+        precision.check_product("weight_decay", "the share that a step takes off", taken)
+    }
+
+    fn flags(&self, parameters: &[Parameter]) -> Vec<(&'static str, String)> {
+        let mut flags = vec![
+            ("amsgrad", self.amsgrad.to_string()),
+            ("seed", self.seed.to_string()),
+        ];
+        flags.extend(master_flag(self.master_weights, parameters));
+        flags.extend(moments_flag(self.moments, parameters));
+        flags
+    }
+
     fn allows(&self, changed: &Self) -> Result<()> {
         unchanged("amsgrad", &self.amsgrad, &changed.amsgrad)?;
         unchanged(
@@ -147,11 +182,14 @@ pub struct AdamFamily<const DECOUPLED: bool> {
 }
 
 impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
+    const NAME: &str = if DECOUPLED { "AdamW" } else { "Adam" };
+
     /// An optimizer for `parameters`, all of one stream, with moments and step counts zeroed.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no parameters, one given twice, or several
-    /// streams; [`Error::OutOfMemory`].
+    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the type of the computation, f64 for
+    /// f64 parameters and f32 for others; [`Error::InvalidArgument`] for no parameters, one given twice, two of one
+    /// name, or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: Vec<Parameter>, config: AdamFamilyConfig<DECOUPLED>) -> Result<Self> {
         Self::with_groups(vec![ParamGroup::new(parameters, config)])
     }
@@ -161,10 +199,10 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
     /// # Errors
     /// As [`new`](Self::new); a setting that cannot work is named with its group.
     pub fn with_groups(groups: Vec<ParamGroup<AdamFamilyConfig<DECOUPLED>>>) -> Result<Self> {
-        let op = if DECOUPLED { "AdamW" } else { "Adam" };
+        let op = Self::NAME;
         let (parameters, ranges, settings) = take_apart(groups)?;
         let rows = Rows::new(op, COLUMNS, parameters)?;
-        let groups = Groups::new(rows.context(), ranges, settings)?;
+        let groups = Groups::new(&rows, ranges, settings)?;
         let _tag = memory::tag("optimizer");
         let (context, tensors) = (rows.context(), rows.parameters.len());
         let steps = Tensor::zeros(context, [tensors], DType::U32)?;
@@ -247,8 +285,9 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
         self.rows.remainder(index)
     }
 
-    /// Copies the parameters into the master weights. Needed after parameters were overwritten, say from a
-    /// checkpoint: the next step would otherwise start from the old master weights.
+    /// Copies the parameters into the master weights. A step does it by itself for parameters that were written through
+    /// their tensors since the last one; call it before a step is captured, and between launches of a graph that
+    /// captured one, if something else wrote the parameters.
     ///
     /// # Errors
     /// [`Error::Driver`] if a copy cannot be enqueued.
@@ -277,6 +316,14 @@ impl<const DECOUPLED: bool> Optimizer for AdamFamily<DECOUPLED> {
 
     fn groups(&self) -> Vec<Range<usize>> {
         self.groups.ranges().to_vec()
+    }
+
+    fn rule(&self) -> Option<&'static str> {
+        Some(Self::NAME)
+    }
+
+    fn flags(&self, group: usize) -> Vec<(&'static str, String)> {
+        self.groups.flags(group, &self.rows.parameters)
     }
 
     fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {

@@ -15,6 +15,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::ema::{AVERAGE, COLUMNS, REMAINDER, WEIGHT, ema};
 use crate::memory;
+use crate::optim::distinct::check_names;
 use crate::optim::rows::{MASTER_REMAINDER, MASTER_WEIGHT};
 use crate::optim::state::{Live, NamedTensors, match_named, save_named};
 use crate::optim::table::DeviceTable;
@@ -100,7 +101,7 @@ impl Ema {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for a decay that is not from 0 to below 1; [`Error::InvalidArgument`] for no
-    /// parameters, several streams, or parameters that share memory; [`Error::OutOfMemory`].
+    /// parameters, two of one name, several streams, or parameters that share memory; [`Error::OutOfMemory`].
     pub fn new(parameters: &[Parameter], decay: f64) -> Result<Self> {
         let values = parameters.iter().map(Weight::value_of);
         Self::averaging(parameters, values.collect(), decay)
@@ -127,6 +128,7 @@ impl Ema {
         let Some(first) = parameters.first() else {
             return Err(Error::argument("Ema", "no parameters"));
         };
+        check_names("Ema", parameters)?;
         let context = first.value().context();
         let _tag = memory::tag("ema");
         let average = |(parameter, weight): (&Parameter, &Weight)| {
@@ -213,7 +215,7 @@ impl Ema {
     /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are
     /// as before, to the bit, whatever `f` returns. Takes device memory for a copy of the parameters.
     ///
-    /// Master weights of optimizers stay: do not step in `f`.
+    /// Master weights of optimizers stay, and go on from where they were: do not step in `f`.
     ///
     /// # Errors
     /// Those of `f`; [`Error::OutOfMemory`]; [`Error::Driver`] if a copy cannot be enqueued.
@@ -222,13 +224,16 @@ impl Ema {
             .parameters
             .iter()
             .map(|parameter| parameter.value().duplicate());
-        let before = Before {
+        let mut before = Before {
             parameters: &self.parameters,
             values: copies.collect::<Result<_>>()?,
+            versions: versions(&self.parameters),
+            averaged: Vec::new(),
         };
         for (parameter, average) in self.parameters.iter().zip(&self.averages) {
             parameter.value().copy_from(average)?;
         }
+        before.averaged = versions(&self.parameters);
         let result = f();
         before.put_back()?;
         result
@@ -289,12 +294,12 @@ impl Ema {
     /// [`Error::InvalidState`] with the name of what does not fit; [`Error::Driver`] if the driver refuses.
     /// Nothing was changed.
     pub fn load_state_dict(&mut self, state: &EmaState) -> Result<()> {
-        self.load(state)?.carry_out()
+        self.load(state, false)?.carry_out()
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
-    pub(crate) fn load(&mut self, state: &EmaState) -> Result<Load<'_>> {
-        let decay = state.decay;
+    /// [`load_state_dict`](Self::load_state_dict), checked and ready; with the decay from here if it is kept.
+    pub(crate) fn load(&mut self, state: &EmaState, keeps_decay: bool) -> Result<Load<'_>> {
+        let decay = if keeps_decay { self.decay } else { state.decay };
         if check_decay(decay).is_err() {
             return Err(Error::state(
                 "decay",
@@ -338,6 +343,16 @@ fn check_decay(decay: f64) -> Result<()> {
 struct Before<'a> {
     parameters: &'a [Parameter],
     values: Vec<Tensor>,
+    /// The versions of the values, and those that they had as averages.
+    versions: Vec<Option<u64>>,
+    averaged: Vec<Option<u64>>,
+}
+
+fn versions(parameters: &[Parameter]) -> Vec<Option<u64>> {
+    let versions = parameters
+        .iter()
+        .map(|parameter| parameter.value().version());
+    versions.collect()
 }
 
 impl Before<'_> {
@@ -347,11 +362,20 @@ impl Before<'_> {
 
     fn copy_back(&mut self) -> Result<()> {
         let values = std::mem::take(&mut self.values);
+        let inside = versions(self.parameters);
         let pairs = self.parameters.iter().zip(&values);
         // Each is tried: one that fails must not keep the others from their values.
         let outcomes: Vec<_> = pairs
             .map(|(parameter, value)| parameter.value().copy_from(value))
             .collect();
+        // Where nobody else wrote, the value is what it was, and what was made from it holds again.
+        let places = outcomes.iter().enumerate().filter(|(_, one)| one.is_ok());
+        for (place, _) in places {
+            let is_alone = self.averaged.get(place) == Some(&inside[place]);
+            if let (Some(version), true) = (self.versions.get(place).copied().flatten(), is_alone) {
+                self.parameters[place].value().set_version(version);
+            }
+        }
         outcomes.into_iter().collect()
     }
 }

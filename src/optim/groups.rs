@@ -7,8 +7,8 @@ use crate::launch::update_pass::{GroupSettings, SETTING_WORDS};
 use crate::memory;
 use crate::optim::Parameter;
 use crate::optim::optimizer::no_group;
-use crate::optim::rows::Needs;
-use crate::optim::settings::{Settings, of_group, with_numbers};
+use crate::optim::rows::{Needs, Rows};
+use crate::optim::settings::{Precision, Settings, of_group, with_numbers};
 use crate::storage::{Context, Tensor};
 
 /// Parameters that share settings. An optimizer takes several of them and moves all in the same launches.
@@ -39,6 +39,7 @@ pub(super) struct Groups<S> {
     /// The settings that the optimizer was made with, and has what it keeps for.
     made_with: Vec<S>,
     ranges: Vec<Range<usize>>,
+    precisions: Vec<Precision>,
     /// f64, a row a group.
     rows: Tensor,
     /// u32, the group of each parameter.
@@ -48,11 +49,17 @@ pub(super) struct Groups<S> {
 /// Takes groups apart: all parameters with what they need, the groups' ranges and settings, which work.
 pub(super) type Apart<S> = (Vec<(Parameter, Needs)>, Vec<Range<usize>>, Vec<S>);
 
+/// Refuses settings that cannot work for a group computed in `precision`.
+fn check<S: Settings>(group: usize, settings: &S, precision: Precision) -> Result<()> {
+    of_group(group, settings.validate())?;
+    of_group(group, settings.validate_in(precision))
+}
+
 /// See [`Apart`].
 pub(super) fn take_apart<S: Settings>(groups: Vec<ParamGroup<S>>) -> Result<Apart<S>> {
     let (mut parameters, mut ranges, mut settings) = (Vec::new(), Vec::new(), Vec::new());
     for (number, group) in groups.into_iter().enumerate() {
-        of_group(number, group.config.validate())?;
+        check(number, &group.config, Precision::of(&group.parameters))?;
         let (needs, start) = (group.config.needs(), parameters.len());
         parameters.extend(group.parameters.into_iter().map(|one| (one, needs)));
         ranges.push(start..parameters.len());
@@ -62,11 +69,10 @@ pub(super) fn take_apart<S: Settings>(groups: Vec<ParamGroup<S>>) -> Result<Apar
 }
 
 impl<S: Settings> Groups<S> {
-    pub(super) fn new(
-        context: &Context,
-        ranges: Vec<Range<usize>>,
-        settings: Vec<S>,
-    ) -> Result<Self> {
+    pub(super) fn new(rows: &Rows, ranges: Vec<Range<usize>>, settings: Vec<S>) -> Result<Self> {
+        let (context, parameters) = (rows.context(), &rows.parameters);
+        let precisions = ranges.iter().cloned();
+        let precisions = precisions.map(|range| Precision::of(&parameters[range]));
         let _tag = memory::tag("optimizer");
         let numbers = (0u32..).zip(&ranges);
         let of: Vec<u32> = numbers
@@ -78,6 +84,7 @@ impl<S: Settings> Groups<S> {
             rows: Tensor::from_slice(context, rows, bits_as_f64(&words(&settings)))?,
             of: Tensor::from_slice(context, [of.len()], &of)?,
             made_with: settings.clone(),
+            precisions: precisions.collect(),
             settings,
             ranges,
         })
@@ -114,9 +121,15 @@ impl<S: Settings> Groups<S> {
     /// Changes all settings of one group.
     pub(super) fn set(&mut self, group: usize, settings: S) -> Result<()> {
         self.expect(group)?;
-        let mut all = self.settings.clone();
-        all[group] = settings;
-        self.replace(all)
+        self.check(group, &settings)?;
+        let words = settings.words();
+        if words != self.settings[group].words() {
+            self.expect_no_capture()?;
+            let row = self.rows.narrow(0, group, 1)?;
+            row.copy_from_slice(bits_as_f64(&words))?;
+        }
+        self.settings[group] = settings;
+        Ok(())
     }
 
     /// Changes one number of every group, all or none.
@@ -124,26 +137,45 @@ impl<S: Settings> Groups<S> {
         let changes = [(name, value)];
         let settings = self.settings.iter().enumerate();
         let changed = settings.map(|(group, old)| of_group(group, with_numbers(old, &changes)));
-        self.replace(changed.collect::<Result<_>>()?)
-    }
-
-    fn replace(&mut self, settings: Vec<S>) -> Result<()> {
-        for (group, (made_with, new)) in self.made_with.iter().zip(&settings).enumerate() {
-            of_group(group, new.validate())?;
-            of_group(group, made_with.allows(new))?;
+        let changed: Vec<S> = changed.collect::<Result<_>>()?;
+        for (group, settings) in changed.iter().enumerate() {
+            self.check(group, settings)?;
         }
-        let words = words(&settings);
+        let words = words(&changed);
         if words != self::words(&self.settings) {
-            let stream = self.context.stream();
-            // A copy in a graph would bring these settings back at every launch.
-            if stream.driver().is_capturing(stream.raw())? {
-                return Err(Error::Capturing {
-                    call: "set_settings",
-                });
-            }
+            self.expect_no_capture()?;
             self.rows.copy_from_slice(bits_as_f64(&words))?;
         }
-        self.settings = settings;
+        self.settings = changed;
+        Ok(())
+    }
+
+    /// What may not differ from a saved state, of one group of all `parameters`.
+    pub(super) fn flags(
+        &self,
+        group: usize,
+        parameters: &[Parameter],
+    ) -> Vec<(&'static str, String)> {
+        match (self.settings.get(group), self.ranges.get(group)) {
+            (Some(settings), Some(range)) => settings.flags(&parameters[range.clone()]),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Refuses settings that cannot work for a group, or need other state than it has.
+    fn check(&self, group: usize, settings: &S) -> Result<()> {
+        check(group, settings, self.precisions[group])?;
+        of_group(group, self.made_with[group].allows(settings))
+    }
+
+    fn expect_no_capture(&self) -> Result<()> {
+        let stream = self.context.stream();
+        // A copy in a graph would bring these settings back at every launch.
+        if stream.driver().is_capturing(stream.raw())? {
+            return Err(Error::Capturing {
+                call: "set_settings",
+            });
+        }
         Ok(())
     }
 

@@ -16,13 +16,17 @@
 
 mod adam;
 mod clip;
+mod distinct;
 mod ema;
 mod gradients;
 mod groups;
+mod masters;
+mod matching;
 mod optimizer;
 mod parameter;
 mod produced;
 mod rows;
+mod rule;
 mod schedule;
 mod settings;
 mod sgd;
@@ -30,18 +34,23 @@ mod state;
 mod table;
 
 pub use crate::launch::NormKind;
+pub(crate) use crate::storage::moment;
 pub use adam::{Adam, AdamConfig, AdamFamily, AdamFamilyConfig, AdamW, AdamWConfig};
 pub use clip::{clip_grad_norm, clip_grad_norm_};
+pub(crate) use distinct::first_repeated;
 pub use ema::{Ema, EmaState};
 pub(crate) use gradients::{Gradients, Pass};
 pub use groups::ParamGroup;
 pub(crate) use optimizer::OptimizerLife;
 pub use optimizer::{Optimizer, OptimizerId, StepInputs};
+pub(crate) use parameter::UnscaleMark;
 pub use parameter::{Parameter, ScaleTag};
-pub(crate) use parameter::{UnscaleMark, moment};
 pub(crate) use produced::CheckAtOnce;
 pub use rows::{MasterWeights, Moments};
+pub use rule::Flags;
 pub use schedule::{Decay, Schedule};
 pub use sgd::{Sgd, SgdConfig};
 pub use state::{GroupState, NamedTensors, OptimizerState};
-pub(crate) use state::{load as load_optimizer, match_named, save_named, values};
+pub(crate) use state::{
+    load as load_optimizer, match_named, save_named, saved_groups, setting_names, values,
+};

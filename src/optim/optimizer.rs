@@ -154,6 +154,19 @@ pub trait Optimizer {
         std::iter::once(0..self.parameters().len()).collect()
     }
 
+    /// The name of the rule by which it moves parameters. A state that was saved under another one is refused. `None`
+    /// says nothing: then neither the rule nor [`flags`](Self::flags) are compared.
+    fn rule(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What was decided for a group when the optimizer was made and is no number that may change, each with its name:
+    /// a saved state with another value is refused. Empty for a group that does not exist.
+    fn flags(&self, group: usize) -> Vec<(&'static str, String)> {
+        let _ = group;
+        Vec::new()
+    }
+
     /// The settings of a group that may change between steps, each with its name. Empty for a group that does
     /// not exist.
     fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {
@@ -189,14 +202,34 @@ pub trait Optimizer {
         state::save(self)
     }
 
-    /// Goes on from a saved state. Parameters are found by their names; their own values stay. Waits for the
-    /// device.
+    /// Goes on from a saved state. Waits for the device.
+    ///
+    /// Parameters are found by their names, in whatever order and groups they were saved; their own values stay. A group
+    /// gets the settings that its parameters were saved with, which must be the same for all of them. Moments in bf16
+    /// take random numbers by the order of the parameters: in another order they go on with others.
+    ///
+    /// Parameters with master weights may be written before or after. Where they are written after, and not together
+    /// with the state as [`Restore`](../checkpoint/struct.Restore.html) does, the next step waits for the device once:
+    /// it keeps f32 masters if the parameters are their nearest values, and makes them anew if not.
+    ///
+    /// A state of another [rule](Self::rule) or with other [flags](Self::flags) is refused. To load it all the same,
+    /// make its `rule` `None`.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] with the tensor, the setting or the group that does not fit; [`Error::Driver`] if
-    /// the driver refuses. Nothing was changed.
+    /// [`Error::InvalidState`] with the rule, the parameters, the setting or the group that does not fit: all
+    /// parameters that are missing, were saved and are not here, or have another shape; [`Error::Driver`] if the driver
+    /// refuses. Nothing was changed.
     fn load_state_dict(&mut self, state: &OptimizerState) -> Result<()> {
-        state::load(self, state)?.carry_out()
+        self.load_state_dict_keeping(state, &[])
+    }
+
+    /// [`load_state_dict`](Self::load_state_dict), but the settings named in `kept` stay as they are, in all groups.
+    ///
+    /// # Errors
+    /// As [`load_state_dict`](Self::load_state_dict), and for a name that is none of a setting.
+    fn load_state_dict_keeping(&mut self, state: &OptimizerState, kept: &[&str]) -> Result<()> {
+        state::check_kept(self, kept)?;
+        state::load(self, state, kept)?.carry_out()
     }
 
     /// Drops the gradients of all parameters.

@@ -9,7 +9,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -17,7 +16,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::optim::produced::{CheckAtOnce, Produced};
-use crate::storage::Tensor;
+use crate::storage::{Tensor, moment};
 
 /// A weight that is trained. Cheap to clone; clones are the same parameter.
 #[derive(Clone)]
@@ -69,13 +68,6 @@ pub(crate) struct Origin {
     /// Moments of its first and its last term.
     pub(crate) since: u64,
     pub(crate) until: u64,
-}
-
-/// A moment later than all before, in the order of this process's calls.
-pub(crate) fn moment() -> u64 {
-    static CLOCK: AtomicU64 = AtomicU64::new(1);
-    // Relaxed: the moments of one parameter and its scaler come from calls that are ordered already.
-    CLOCK.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Says that a gradient is multiplied by the scale that a scaler had between two of its updates.
@@ -280,6 +272,14 @@ impl Parameter {
     /// [`accumulate_in_f32`](Self::accumulate_in_f32) stays.
     pub fn zero_grad(&self) {
         self.inner.grad.lock().put(None, Origin::default());
+    }
+
+    /// Whether the gradient has a term that came after the weight was last written: no step has used it yet. Any
+    /// optimizer's step writes the weight, or says that it may have.
+    pub(crate) fn has_unused_grad(&self) -> bool {
+        let written = self.inner.value.version();
+        self.origin()
+            .is_some_and(|origin| written.is_none_or(|written| origin.until > written))
     }
 
     /// Whether both are the same parameter.

@@ -8,7 +8,9 @@ use crate::error::{Error, Result};
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::update_pass::{GRADIENT, MASTER, PARAMETER, STATE};
 use crate::memory;
+use crate::optim::distinct::check_names;
 use crate::optim::gradients::present;
+use crate::optim::masters::Master;
 use crate::optim::table::DeviceTable;
 use crate::optim::{OptimizerId, Parameter};
 use crate::storage::{Context, Tensor};
@@ -52,7 +54,7 @@ pub(super) struct Rows {
     pub(super) id: OptimizerId,
     pub(super) parameters: Vec<Parameter>,
     columns: usize,
-    masters: Vec<Option<Tensor>>,
+    masters: Vec<Option<Master>>,
     /// Zeroed when made.
     states: Vec<Vec<Tensor>>,
     /// Copies, in the parameter's order, of gradients that have another.
@@ -70,7 +72,7 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    fn master(&self, value: &Tensor) -> Result<Option<Tensor>> {
+    fn master(&self, value: &Tensor) -> Result<Option<Master>> {
         if !value.dtype().is_half() {
             return Ok(None);
         }
@@ -81,7 +83,7 @@ impl Needs {
             }
             MasterWeights::F32 | MasterWeights::Split => value.cast(DType::F32),
         };
-        master.map(Some)
+        Ok(Some(Master::new(master?, value)))
     }
 
     fn states(&self, value: &Tensor) -> Result<Vec<Tensor>> {
@@ -128,18 +130,13 @@ impl Rows {
         let Some(first) = parameters.first() else {
             return Err(Error::argument(op, "no parameters"));
         };
+        check_names(op, &parameters)?;
         let stream = first.value().context().stream().id();
-        for (index, parameter) in parameters.iter().enumerate() {
-            let before = &mut parameters[..index].iter();
-            let what = if before.any(|other| other.is_same(parameter)) {
-                "is given twice"
-            } else if parameter.value().context().stream().id() != stream {
-                "is on another stream"
-            } else {
-                continue;
-            };
-            let name = parameter.name();
-            return Err(Error::argument(op, format!("parameter `{name}` {what}")));
+        let is_elsewhere =
+            |parameter: &&Parameter| parameter.value().context().stream().id() != stream;
+        if let Some(parameter) = parameters.iter().find(is_elsewhere) {
+            let reason = format!("parameter `{}` is on another stream", parameter.name());
+            return Err(Error::argument(op, reason));
         }
         check_apart(op, &parameters)?;
         let _tag = memory::tag("optimizer");
@@ -179,15 +176,22 @@ impl Rows {
     }
 
     fn any_master(&self, index: usize) -> Option<&Tensor> {
-        self.masters.get(index)?.as_ref()
+        self.masters.get(index)?.as_ref().map(Master::tensor)
     }
 
-    /// Master weight and state of parameter `index`; `names` are those of the state tensors.
+    /// Master weight and state of parameter `index`; `names` are those of the state tensors. A master that is known to
+    /// be stale is made anew, so that it is never saved.
     pub(super) fn named(
         &self,
         index: usize,
         names: &[&'static str],
     ) -> Vec<(&'static str, Tensor)> {
+        if let Some((Some(master), parameter)) =
+            self.masters.get(index).zip(self.parameters.get(index))
+        {
+            // If this fails, reading the tensors will, too; and it is tried again before the next step.
+            let _ = master.reload_if_stale(parameter.value());
+        }
         let master = self.master(index).map(|master| (MASTER_WEIGHT, master));
         let remainder = self.remainder(index);
         let remainder = remainder.map(|master| (MASTER_REMAINDER, master));
@@ -204,17 +208,17 @@ impl Rows {
         let pairs = self.masters.iter().zip(&self.parameters);
         pairs
             .filter_map(|(master, parameter)| Some((master.as_ref()?, parameter)))
-            .try_for_each(|(master, parameter)| match master.dtype() {
-                DType::U32 => master.fill(0.0),
-                _ => master.copy_from(parameter.value()),
-            })
+            .try_for_each(|(master, parameter)| master.reload(parameter.value()))
     }
 
-    /// The table of all parameters that have a gradient now, for a kernel that writes those parameters.
+    /// The table of all parameters that have a gradient now, for a kernel that writes those parameters. Masters of
+    /// parameters that someone else wrote are made anew before.
     pub(super) fn table(&mut self) -> Result<ChunkTable> {
         let mut gradients = present(&self.parameters);
         for (index, _) in &gradients {
-            self.parameters[*index].value().mark_written();
+            if let Some(master) = &self.masters[*index] {
+                master.refresh(self.parameters[*index].value())?;
+            }
         }
         for (index, gradient) in &mut gradients {
             if !gradient.is_contiguous() {
@@ -230,7 +234,7 @@ impl Rows {
             ..
         } = self;
         let context = parameters[0].value().context();
-        table.refresh(
+        let table = table.refresh(
             context,
             parameters.len(),
             &gradients,
@@ -238,7 +242,8 @@ impl Rows {
                 let mut row = [None; MAX_COLUMNS];
                 row[PARAMETER] = Some(parameters[index].value().span()?);
                 row[GRADIENT] = Some(gradient.span()?);
-                let master = masters[index].as_ref().map(Tensor::span).transpose()?;
+                let master = masters[index].as_ref().map(Master::tensor);
+                let master = master.map(Tensor::span).transpose()?;
                 row[MASTER] = master.map(|master| match master.dtype() {
                     DType::U32 => master.halves(gradient.len()),
                     _ => master,
@@ -248,7 +253,15 @@ impl Rows {
                 }
                 list.push(index, &row[..*columns])
             },
-        )
+        )?;
+        for (index, _) in &gradients {
+            let value = parameters[*index].value();
+            value.mark_written();
+            if let Some(master) = &masters[*index] {
+                master.agrees_with(value);
+            }
+        }
+        Ok(table)
     }
 }
 

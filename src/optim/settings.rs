@@ -1,7 +1,9 @@
 //! Settings that may change between steps: named numbers, changed all or not at all.
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::update_pass::SETTING_WORDS;
+use crate::optim::Parameter;
 use crate::optim::rows::Needs;
 
 /// The settings of one kind of optimizer.
@@ -12,6 +14,12 @@ pub(super) trait Settings: Clone {
     /// Refuses values that cannot work.
     fn validate(&self) -> Result<()>;
 
+    /// Refuses values that cannot work in `precision`, the narrowest type that the group is computed in.
+    fn validate_in(&self, precision: Precision) -> Result<()>;
+
+    /// What may not differ between a saved state and the optimizer it is loaded into, for a group of `parameters`.
+    fn flags(&self, parameters: &[Parameter]) -> Vec<(&'static str, String)>;
+
     /// Refuses values that need other state than an optimizer made with `self` has.
     fn allows(&self, changed: &Self) -> Result<()>;
 
@@ -20,6 +28,69 @@ pub(super) trait Settings: Clone {
 
     /// The settings as kernels read them.
     fn words(&self) -> [u64; SETTING_WORDS];
+}
+
+/// In what type a group of parameters is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Precision {
+    /// At least one of them.
+    F32,
+    /// All of them.
+    F64,
+}
+
+impl Precision {
+    /// That of a group of `parameters`.
+    pub(super) fn of(parameters: &[Parameter]) -> Self {
+        let is_wide = |parameter: &Parameter| parameter.value().dtype() == DType::F64;
+        match parameters.iter().all(is_wide) {
+            true => Self::F64,
+            false => Self::F32,
+        }
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "what the computation does with a setting"
+    )]
+    fn round(self, value: f64) -> f64 {
+        match self {
+            Self::F32 => f64::from(value as f32),
+            Self::F64 => value,
+        }
+    }
+
+    /// Refuses a number other than 0 that the computation would take for 0, or for infinite.
+    pub(super) fn check(self, key: &'static str, value: f64) -> Result<()> {
+        let rounded = self.round(value);
+        let becomes = match value {
+            _ if value != 0.0 && rounded == 0.0 => "0",
+            _ if value.is_finite() && rounded.is_infinite() => "infinite",
+            _ => return Ok(()),
+        };
+        let reason = format!("{value:e} becomes {becomes} in f32, the type of the computation");
+        Err(Error::config(key, reason))
+    }
+
+    /// Refuses a share below 1 that the computation would take for 1.
+    pub(super) fn check_below_one(self, key: &'static str, value: f64) -> Result<()> {
+        self.check(key, value)?;
+        if value < 1.0 && self.round(value) >= 1.0 {
+            let reason = format!("{value:?} becomes 1 in f32, the type of the computation");
+            return Err(Error::config(key, reason));
+        }
+        Ok(())
+    }
+
+    /// Refuses settings of which the computation makes `value`, a number that is infinite there.
+    pub(super) fn check_product(self, key: &'static str, what: &str, value: f64) -> Result<()> {
+        if self.round(value).is_finite() {
+            return Ok(());
+        }
+        let reason =
+            format!("{what} is {value:e}, which is infinite in the type of the computation");
+        Err(Error::config(key, reason))
+    }
 }
 
 /// The numbers of `settings` with their names.

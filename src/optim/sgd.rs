@@ -7,7 +7,8 @@ use crate::launch::sgd::{COLUMNS, SgdNumbers, sgd};
 use crate::launch::update_pass::SETTING_WORDS;
 use crate::optim::groups::{Groups, take_apart};
 use crate::optim::rows::{Needs, Rows};
-use crate::optim::settings::{Settings, named, not_negative, unchanged};
+use crate::optim::rule::master_flag;
+use crate::optim::settings::{Precision, Settings, named, not_negative, unchanged};
 use crate::optim::{
     MasterWeights, Moments, Optimizer, OptimizerId, ParamGroup, Parameter, StepInputs,
 };
@@ -70,6 +71,18 @@ impl Settings for SgdConfig {
         self.validate()
     }
 
+    fn validate_in(&self, precision: Precision) -> Result<()> {
+        precision.check("learning_rate", self.learning_rate)?;
+        precision.check_below_one("momentum", self.momentum)?;
+        precision.check("weight_decay", self.weight_decay)
+    }
+
+    fn flags(&self, parameters: &[Parameter]) -> Vec<(&'static str, String)> {
+        let mut flags = vec![("nesterov", self.nesterov.to_string())];
+        flags.extend(master_flag(self.master_weights, parameters));
+        flags
+    }
+
     fn allows(&self, changed: &Self) -> Result<()> {
         if self.momentum == 0.0 && changed.momentum != 0.0 {
             let reason = "the optimizer was made without momentum and has no buffers for it";
@@ -119,8 +132,9 @@ impl Sgd {
     /// An optimizer for `parameters`, all of one stream, with its momentum zeroed.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no parameters, one given twice, or several
-    /// streams; [`Error::OutOfMemory`].
+    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the type of the computation, f64 for
+    /// f64 parameters and f32 for others; [`Error::InvalidArgument`] for no parameters, one given twice, two of one
+    /// name, or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: Vec<Parameter>, config: SgdConfig) -> Result<Self> {
         Self::with_groups(vec![ParamGroup::new(parameters, config)])
     }
@@ -133,7 +147,7 @@ impl Sgd {
         let (parameters, ranges, settings) = take_apart(groups)?;
         let rows = Rows::new("Sgd", COLUMNS, parameters)?;
         Ok(Self {
-            groups: Groups::new(rows.context(), ranges, settings)?,
+            groups: Groups::new(&rows, ranges, settings)?,
             rows,
         })
     }
@@ -186,8 +200,9 @@ impl Sgd {
         self.rows.remainder(index)
     }
 
-    /// Copies the parameters into the master weights. Needed after parameters were overwritten, say from a
-    /// checkpoint: the next step would otherwise start from the old master weights.
+    /// Copies the parameters into the master weights. A step does it by itself for parameters that were written through
+    /// their tensors since the last one; call it before a step is captured, and between launches of a graph that
+    /// captured one, if something else wrote the parameters.
     ///
     /// # Errors
     /// [`Error::Driver`] if a copy cannot be enqueued.
@@ -211,6 +226,14 @@ impl Optimizer for Sgd {
 
     fn groups(&self) -> Vec<Range<usize>> {
         self.groups.ranges().to_vec()
+    }
+
+    fn rule(&self) -> Option<&'static str> {
+        Some("Sgd")
+    }
+
+    fn flags(&self, group: usize) -> Vec<(&'static str, String)> {
+        self.groups.flags(group, &self.rows.parameters)
     }
 
     fn settings(&self, group: usize) -> Vec<(&'static str, f64)> {

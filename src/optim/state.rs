@@ -3,10 +3,11 @@
 //! A tensor of an optimizer is named for its parameter: `layer1.weight/first_moment`. So the order of
 //! parameters may change between saving and loading, and a parameter that is missing is told by its name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
-use crate::optim::{Optimizer, Parameter};
+use crate::optim::matching::{Matched, Misfits};
+use crate::optim::{Flags, Optimizer, Parameter};
 use crate::storage::{Attempt, HostTensor, Load, Tensor};
 
 /// Tensors by their names.
@@ -15,10 +16,24 @@ pub type NamedTensors = BTreeMap<String, HostTensor>;
 /// What an optimizer needs to go on where it was.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
+    /// What [`Optimizer::rule`] says. `None` for an optimizer that does not say, and in files of version 1; the rule and
+    /// the flags of the groups are then not compared.
+    pub rule: Option<String>,
     /// Its groups of parameters.
     pub groups: Vec<GroupState>,
     /// What [`Optimizer::state`] lists, as `parameter/tensor`.
     pub tensors: NamedTensors,
+}
+
+impl OptimizerState {
+    /// What it does not say, and what an optimizer that loads it therefore takes from itself without a comparison.
+    #[must_use]
+    pub fn lacks(&self) -> Vec<&'static str> {
+        match self.rule {
+            Some(_) => Vec::new(),
+            None => vec!["rule", "flags"],
+        }
+    }
 }
 
 /// A group of parameters that share settings.
@@ -29,6 +44,9 @@ pub struct GroupState {
     pub parameters: Vec<String>,
     /// What [`Optimizer::settings`] lists.
     pub settings: BTreeMap<String, f64>,
+    /// What [`Optimizer::flags`] lists.
+    #[serde(default, skip_serializing_if = "Flags::is_empty")]
+    pub flags: Flags,
 }
 
 /// A device tensor under the name it is saved by.
@@ -59,46 +77,55 @@ pub(crate) fn save_named(live: Vec<Live>) -> Result<NamedTensors> {
 /// What is to be written so that `live` has the elements of `saved`.
 ///
 /// # Errors
-/// [`Error::InvalidState`] for the first name that is not on both sides, or whose shape or type differs.
+/// [`Error::InvalidState`] with every name that is not on both sides, or whose shape or type differs.
 pub(crate) fn match_named(
     live: Vec<Live>,
     saved: &NamedTensors,
 ) -> Result<Vec<(Tensor, HostTensor)>> {
+    let (writes, misfits) = compare(live, saved);
+    misfits.refuse()?;
+    Ok(writes)
+}
+
+/// What fits of `live` and `saved`, and what does not: in the order of `live`, then what was only saved.
+fn compare(live: Vec<Live>, saved: &NamedTensors) -> (Vec<(Tensor, HostTensor)>, Misfits) {
     let mut left: BTreeMap<&str, &HostTensor> = saved
         .iter()
         .map(|(name, tensor)| (name.as_str(), tensor))
         .collect();
-    let mut writes = Vec::with_capacity(live.len());
+    let (mut writes, mut misfits) = (Vec::with_capacity(live.len()), Misfits::default());
     for (name, tensor) in live {
         let Some(host) = left.remove(name.as_str()) else {
             let why = match saved.contains_key(&name) {
                 true => "the name stands twice here",
                 false => "the saved state has no such tensor",
             };
-            return Err(Error::state(name, why));
+            misfits.add(name, why);
+            continue;
         };
-        if host.dtype() != tensor.dtype() || host.shape() != tensor.shape() {
-            let (saved, here) = (
-                (host.shape(), host.dtype()),
-                (tensor.shape(), tensor.dtype()),
-            );
-            let reason = format!(
-                "{} of {} was saved, {} of {} is here",
-                saved.0, saved.1, here.0, here.1
-            );
-            return Err(Error::state(name, reason));
+        if host.dtype() == tensor.dtype() && host.shape() == tensor.shape() {
+            writes.push((tensor, host.clone()));
+            continue;
         }
-        writes.push((tensor, host.clone()));
+        let reason = format!(
+            "{} of {} was saved, {} of {} is here",
+            host.shape(),
+            host.dtype(),
+            tensor.shape(),
+            tensor.dtype()
+        );
+        misfits.add(name, reason);
     }
-    match left.keys().next() {
-        None => Ok(writes),
-        Some(name) => Err(Error::state(*name, "there is no such tensor here")),
+    for name in left.keys() {
+        misfits.add(*name, "was saved, and there is no such tensor here");
     }
+    (writes, misfits)
 }
 
 /// The state of `optimizer` now. Waits for the device.
 pub(super) fn save<O: Optimizer + ?Sized>(optimizer: &O) -> Result<OptimizerState> {
     Ok(OptimizerState {
+        rule: optimizer.rule().map(str::to_owned),
         groups: groups(optimizer)?,
         tensors: save_named(live(optimizer))?,
     })
@@ -131,6 +158,11 @@ fn groups<O: Optimizer + ?Sized>(optimizer: &O) -> Result<Vec<GroupState>> {
                 .map(|parameter| parameter.name().to_owned())
                 .collect(),
             settings,
+            flags: optimizer
+                .flags(number)
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
         })
     };
     optimizer
@@ -141,49 +173,72 @@ fn groups<O: Optimizer + ?Sized>(optimizer: &O) -> Result<Vec<GroupState>> {
         .collect()
 }
 
-/// Loading `state` into `optimizer`, checked and ready.
+/// Loading `state` into `optimizer`, checked and ready. Settings named in `kept` stay as they are here.
 ///
 /// # Errors
-/// [`Error::InvalidState`] with the tensor, the setting or the group that does not fit.
+/// [`Error::InvalidState`] with the rule, the parameters or tensors, the setting or the group that does not fit.
 pub(crate) fn load<'a, O: Optimizer + ?Sized>(
     optimizer: &'a mut O,
     state: &OptimizerState,
+    kept: &[&str],
 ) -> Result<Load<'a>> {
+    let rules = state.rule.as_deref().zip(optimizer.rule());
+    if let Some((saved, here)) = rules.filter(|(saved, here)| saved != here) {
+        let reason = format!("saved from {saved}, this is {here}");
+        return Err(Error::state("rule", reason));
+    }
     let here = groups(optimizer)?;
-    if here.len() != state.groups.len() {
-        let reason = format!("{} were saved, {} are here", state.groups.len(), here.len());
-        return Err(Error::state("groups", reason));
+    let matched = Matched::new(&here, &state.groups)?;
+    let (writes, misfits) = compare(live(optimizer), &state.tensors);
+    let misfits = matched.misfits(misfits);
+    // Where all parameters are found, flags and settings say more than the tensors that follow from them.
+    if matched.is_whole() {
+        if let Some((rule, _)) = rules {
+            matched.check_flags(rule)?;
+        }
+        matched.check_settings(kept)?;
     }
-    for (number, (here, saved)) in here.iter().zip(&state.groups).enumerate() {
-        if here.parameters != saved.parameters {
-            let pairs = here.parameters.iter().zip(&saved.parameters);
-            let differing = pairs
-                .filter(|(here, saved)| here != saved)
-                .map(|(_, saved)| saved);
-            let name = differing.chain(saved.parameters.last()).next();
-            let key = name.map_or("parameters", String::as_str);
-            let reason = format!("group {number} does not have the parameters that were saved");
-            return Err(Error::state(key, reason));
-        }
-        if !here.settings.keys().eq(saved.settings.keys()) {
-            let known: Vec<_> = here.settings.keys().map(String::as_str).collect();
-            let reason = format!("group {number} has the settings {}", known.join(", "));
-            return Err(Error::state("settings", reason));
-        }
-        if let Some((name, value)) = saved.settings.iter().find(|(_, value)| !value.is_finite()) {
-            return Err(Error::state(name, format!("{value} is not finite")));
-        }
-    }
-    let writes = match_named(live(optimizer), &state.tensors)?;
-    let settings = |groups: &[GroupState]| {
-        let settings = groups.iter().map(|group| group.settings.clone());
-        settings.collect()
-    };
+    misfits.refuse()?;
+    let after = matched.settings(kept)?;
+    let before = here.iter().map(|group| group.settings.clone()).collect();
     Ok(Load::writing(writes).after(Settings {
-        before: settings(&here),
-        after: settings(&state.groups),
+        before,
+        after,
         optimizer,
     }))
+}
+
+/// The names of the settings that `optimizer` has.
+pub(crate) fn setting_names<O: Optimizer + ?Sized>(optimizer: &O) -> BTreeSet<&'static str> {
+    let groups = 0..optimizer.groups().len();
+    groups
+        .flat_map(|group| optimizer.settings(group))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// Refuses names in `kept` that are no settings of `optimizer`.
+pub(super) fn check_kept<O: Optimizer + ?Sized>(optimizer: &O, kept: &[&str]) -> Result<()> {
+    let known = setting_names(optimizer);
+    match kept.iter().find(|name| !known.contains(*name)) {
+        None => Ok(()),
+        Some(name) => {
+            let known: Vec<_> = known.into_iter().collect();
+            let reason = format!("is no setting of this optimizer, only {}", known.join(", "));
+            Err(Error::state(*name, reason))
+        }
+    }
+}
+
+/// For each group of `optimizer`, the numbers of the saved groups that its parameters were in.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn saved_groups<O: Optimizer + ?Sized>(
+    optimizer: &O,
+    state: &OptimizerState,
+) -> Result<Vec<Vec<usize>>> {
+    Ok(Matched::new(&groups(optimizer)?, &state.groups)?.sources())
 }
 
 /// The settings of all groups, and what they are to become.

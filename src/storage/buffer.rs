@@ -122,7 +122,7 @@ impl Buffer {
 
     /// Enqueues setting every byte to `value`.
     pub(super) fn fill_bytes(&self, value: u8) -> Result<()> {
-        self.version.advance();
+        self.version.advance(&(0..self.bytes));
         if self.bytes == 0 {
             return Ok(());
         }
@@ -162,7 +162,7 @@ impl Buffer {
 
     /// Enqueues a copy of `bytes` to this buffer, from its byte `start` on.
     pub(super) fn write(&self, start: u64, bytes: &[u8]) -> Result<()> {
-        self.version.advance();
+        self.version.advance(&(start..start + bytes.len() as u64));
         assert!(
             start + bytes.len() as u64 <= self.bytes,
             "a write past the end of its buffer"
@@ -182,7 +182,7 @@ impl Buffer {
 
     /// Enqueues a copy of the first `bytes` bytes of `source` to the start of this buffer.
     pub(super) fn write_pinned(&self, source: &mut PinnedBlock, bytes: u64) -> Result<()> {
-        self.version.advance();
+        self.version.advance(&(0..bytes));
         assert!(bytes <= self.bytes, "a write past the end of its buffer");
         assert!(bytes <= source.bytes(), "a read past the end of a block");
         if bytes == 0 {
@@ -250,7 +250,7 @@ impl Buffer {
     /// Enqueues a copy of `bytes` bytes of `source`, from its byte `start` on, to the start of this buffer,
     /// in order with the streams of both.
     pub(super) fn copy_across(&self, source: &Self, start: u64, bytes: u64) -> Result<()> {
-        self.version.advance();
+        self.version.advance(&(0..bytes));
         assert!(bytes <= self.bytes, "a copy past the end of its buffer");
         assert!(
             start + bytes <= source.bytes,

@@ -36,3 +36,4 @@ pub use layout::{Layout, Shape};
 pub(crate) use metered::{Meter, Metered};
 pub(crate) use overwrite::{Attempt, Load};
 pub use tensor::Tensor;
+pub(crate) use version::moment;

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use super::{HostTensor, Tensor};
+use super::{HostTensor, Tensor, moment};
 use crate::error::{Error, Result};
 
 /// A change that is checked and ready: settings that can be taken back, then what is written to tensors, then
@@ -106,6 +106,9 @@ fn told_with(error: Error, back: Result<()>) -> Error {
 /// [`Error::InvalidArgument`] for another shape or type, or a tensor that is not contiguous;
 /// [`Error::Driver`] if the driver refuses. All tensors are then as before; if writing the old elements back
 /// fails as well, the error says so.
+///
+/// Tensors that keep a [version](Tensor::version) have one and the same afterwards: so it shows that their elements
+/// belong together. Where the old elements were written back, they have the versions from before.
 fn overwrite(writes: &[(Tensor, HostTensor)]) -> Result<()> {
     for (tensor, elements) in writes {
         if !tensor.is_contiguous() {
@@ -118,6 +121,7 @@ fn overwrite(writes: &[(Tensor, HostTensor)]) -> Result<()> {
     }
     let before = writes.iter().map(|(tensor, _)| tensor.to_host());
     let before: Vec<_> = before.collect::<Result<_>>()?;
+    let versions: Vec<_> = writes.iter().map(|(tensor, _)| tensor.version()).collect();
     let write = |(tensor, elements): (&Tensor, &HostTensor)| {
         tensor.buffer().write(tensor.start_byte(), elements.bytes())
     };
@@ -127,9 +131,17 @@ fn overwrite(writes: &[(Tensor, HostTensor)]) -> Result<()> {
         tensors().try_for_each(|tensor| tensor.context().synchronize())
     };
     let Err(error) = all(writes.iter().map(|(_, elements)| elements).collect()) else {
+        let now = moment();
+        tensors().for_each(|tensor| tensor.set_version(now));
         return Ok(());
     };
-    Err(told_with(error, all(before.iter().collect())))
+    let back = all(before.iter().collect());
+    if back.is_ok() {
+        let kept = tensors().zip(versions);
+        kept.filter_map(|(tensor, version)| Some((tensor, version?)))
+            .for_each(|(tensor, version)| tensor.set_version(version));
+    }
+    Err(told_with(error, back))
 }
 
 #[cfg(test)]
@@ -171,7 +183,9 @@ mod tests {
         let mut failures = 0;
         for nth in 1.. {
             let writes = writes(&context);
-            let before = now(&writes);
+            let versions = || writes.iter().map(|(tensor, _)| tensor.version());
+            writes.iter().for_each(|(tensor, _)| tensor.keep_version());
+            let (before, versions_before) = (now(&writes), versions().collect::<Vec<_>>());
             faults.fail_nth(None, nth);
             let outcome = overwrite(&writes);
             let through = faults.disarm() > 0;
@@ -182,10 +196,14 @@ mod tests {
                     .map(|(_, elements)| elements.clone())
                     .collect();
                 assert_eq!(now(&writes), after);
+                let versions: Vec<_> = versions().collect();
+                assert_eq!(versions[0], versions[1], "written together");
+                assert!(versions[0] > versions_before[0].max(versions_before[1]));
                 break;
             }
             outcome.expect_err("a call failed");
             assert_eq!(now(&writes), before, "call {nth}");
+            assert!(versions().eq(versions_before), "call {nth}");
             failures += 1;
         }
         assert!(failures >= 4, "reads and writes: {failures}");

@@ -1,5 +1,6 @@
 //! The scaler of 8-bit tensors.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Fp8Config, Fp8Scaling, Fp8State, Fp8Stats, Fp8TensorStats, Quantized};
@@ -9,7 +10,11 @@ use crate::launch::fp8_update::{Fp8Operands, fp8_update};
 use crate::launch::quantize::FP8_COUNTS;
 use crate::launch::{self, QuantizeTo};
 use crate::memory;
+use crate::optim::first_repeated;
 use crate::storage::{Context, HostTensor, Load, Tensor};
+
+/// Most names in one error.
+const NAMES_TOLD: usize = 10;
 
 /// Keeps a scale for each of some tensors, and converts them to 8 bits with it. The [module](super) tells how scales
 /// come about.
@@ -40,6 +45,8 @@ use crate::storage::{Context, HostTensor, Load, Tensor};
 pub struct Fp8Scaler {
     config: Fp8Config,
     tensors: Vec<(String, DType)>,
+    /// Where each name stands among them.
+    places: HashMap<String, usize>,
     /// f32, one a tensor.
     scales: Tensor,
     /// f32, one a tensor: the largest number of its type.
@@ -66,17 +73,18 @@ impl Fp8Scaler {
         if tensors.is_empty() {
             return Err(Error::argument(OP, "no tensors"));
         }
-        for (place, (name, dtype)) in tensors.iter().enumerate() {
-            if !dtype.is_f8() {
-                return Err(Error::UnsupportedDtype {
-                    op: OP,
-                    dtype: *dtype,
-                });
-            }
-            if tensors[..place].iter().any(|(earlier, _)| earlier == name) {
-                return Err(Error::argument(OP, format!("two tensors named `{name}`")));
-            }
+        if let Some((_, dtype)) = tensors.iter().find(|(_, dtype)| !dtype.is_f8()) {
+            return Err(Error::UnsupportedDtype {
+                op: OP,
+                dtype: *dtype,
+            });
         }
+        if let Some((_, twice)) = first_repeated(tensors.iter().map(|(name, _)| name)) {
+            let name = tensors[twice].0;
+            return Err(Error::argument(OP, format!("two tensors named `{name}`")));
+        }
+        let places = tensors.iter().enumerate();
+        let places = places.map(|(place, (name, _))| ((*name).to_owned(), place));
         let _tag = memory::tag("amp");
         let number = tensors.len();
         let scaler = Self {
@@ -88,6 +96,7 @@ impl Fp8Scaler {
                 .iter()
                 .map(|(name, dtype)| ((*name).to_owned(), *dtype))
                 .collect(),
+            places: places.collect(),
             is_due: AtomicBool::new(false),
             config,
         };
@@ -261,10 +270,17 @@ impl Fp8Scaler {
     }
 
     fn place(&self, op: &'static str, name: &str) -> Result<usize> {
-        let place = self.tensors.iter().position(|(known, _)| known == name);
-        place.ok_or_else(|| {
-            let known: Vec<_> = self.tensors().map(|(name, _)| name).collect();
-            let reason = format!("no tensor `{name}`; known are {}", known.join(", "));
+        self.places.get(name).copied().ok_or_else(|| {
+            let known: Vec<_> = self
+                .tensors()
+                .take(NAMES_TOLD)
+                .map(|(name, _)| name)
+                .collect();
+            let more = match self.tensors.len() - known.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            let reason = format!("no tensor `{name}`; known are {}{more}", known.join(", "));
             Error::argument(op, reason)
         })
     }

@@ -1,5 +1,6 @@
 //! The saved state of a scaler of 8-bit tensors.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 
 use serde::de::Error as _;
@@ -183,21 +184,20 @@ impl Fp8State {
         length: usize,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let invalid = |key: &str, reason: String| Err(Error::state(key, reason));
-        for (place, saved) in self.tensors.iter().enumerate() {
-            let name = &saved.name;
-            if !tensors.iter().any(|(known, _)| known == name) {
+        let known: HashSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+        let mut by_name = HashMap::with_capacity(self.tensors.len());
+        for saved in &self.tensors {
+            let name = saved.name.as_str();
+            if !known.contains(name) {
                 return invalid("tensors", format!("`{name}` is not one of the scaler's"));
             }
-            if self.tensors[..place]
-                .iter()
-                .any(|other| other.name == *name)
-            {
+            if by_name.insert(name, saved).is_some() {
                 return invalid("tensors", format!("`{name}` comes twice"));
             }
         }
         let (mut scales, mut history) = (Vec::new(), Vec::new());
         for (name, dtype) in tensors {
-            let Some(saved) = self.tensors.iter().find(|saved| saved.name == *name) else {
+            let Some(saved) = by_name.get(name.as_str()) else {
                 return invalid("tensors", format!("`{name}` is missing"));
             };
             saved.check(*dtype, length)?;

@@ -216,7 +216,7 @@ fn hostile_entries_are_named() {
 
 #[test]
 fn hostile_headers_are_named() {
-    for (key, value) in [("version", "2"), ("format", "x"), ("state", "{}")] {
+    for (key, value) in [("version", "3"), ("format", "x"), ("state", "{}")] {
         let file = with_changed(|header| header["__metadata__"][key] = json!(value));
         assert_eq!(refusal(&file).0, key);
     }

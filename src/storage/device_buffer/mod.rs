@@ -289,7 +289,7 @@ impl<T: Element> DeviceBuffer<T> {
         self.uses = Uses::default();
         let buffer = std::mem::replace(&mut self.buffer, empty);
         // Uses may have written it.
-        buffer.version().advance();
+        buffer.version().advance(&(0..buffer.bytes()));
         Ok(Tensor::over(buffer, layout, T::DTYPE))
     }
 }
