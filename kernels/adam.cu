@@ -60,6 +60,7 @@ struct AdamArguments {
     StepScalars scalars;
     u64 steps;
     u64 rows;
+    u64 found;
 };
 
 template <class C>
@@ -91,7 +92,7 @@ ENTRY(adam, AdamArguments) {
             u32* steps = pointer<u32>(arguments.steps) + chunk.tensor();
             *steps = after(*steps);
         }
-        update_chunk<3, true>(chunk, arguments.scalars, key, [&](auto compute) {
+        update_chunk<3, true>(chunk, arguments.scalars, key, arguments.found, [&](auto compute) {
             typedef decltype(compute) C;
             return AdamRule<C>{C(row[RATE]),      C(1.0 - row[BETA1]), C(row[BETA2]),
                                C(1.0 - row[BETA2]), C(row[EPSILON]),   C(row[DECAY]),

@@ -4,7 +4,10 @@
 //             loss[r] = -ln p[r, label[r]], in f64; the launcher takes the mean with `sum`
 //   backward  grad[r, c] = (p[r, c] - [c = label[r]]) * seed[0] / rows
 //
-// Launch: a warp takes a row at a time. p has the compute type of the logits and may be the logits. The sum
+// Rows whose label is `ignore` count for nothing: their loss, p and gradient are 0, whatever their logits are, and
+// mean_of_rows takes the mean over the other rows, whose number backward divides by. It is 0 if there are none.
+//
+// Launch: a warp takes a row at a time; mean_of_rows is one block of 1024 threads. p has the compute type of the logits and may be the logits. The sum
 // of a row is taken in f64, in another order than the twin's: p and loss agree to 2 units in the last place
 // of f32, 32 of f64. A label that is no column makes its loss and its row of the gradient NaN. Twins:
 // src/launch/cross_entropy.rs.
@@ -19,6 +22,8 @@ struct CrossEntropyArguments {
     u64 probabilities;
     u64 rows;
     u64 columns;
+    // No label is ~0.
+    u64 ignore;
 };
 
 template <class C, class T>
@@ -29,6 +34,11 @@ __device__ void cross_entropy(const CrossEntropyArguments& g) {
         const T* x = pointer<const T>(g.logits) + row * g.columns;
         C* p = pointer<C>(g.probabilities) + row * g.columns;
         u64 label = pointer<const u32>(g.labels)[row];
+        if (label == g.ignore) {
+            for (u64 column = lane; column < g.columns; column += WARP) p[column] = C(0);
+            if (lane == 0) pointer<double>(g.losses)[row] = 0.0;
+            continue;
+        }
         double chosen = label < g.columns ? widen<double>(x[label]) : double(not_a_number());
         // Every lane begins with the same element: if that is NaN, so is the largest of each.
         C largest = widen<C>(x[0]);
@@ -53,6 +63,42 @@ __device__ void cross_entropy(const CrossEntropyArguments& g) {
 
 ENTRIES_BY_FLOAT(cross_entropy, CrossEntropyArguments, cross_entropy)
 
+struct MeanOfRowsArguments {
+    u64 losses;
+    u64 labels;
+    u64 loss;
+    // A double: receives the number of rows that count.
+    u64 counted;
+    u64 rows;
+    u64 ignore;
+    u32 loss_type;
+};
+
+ENTRY(mean_of_rows, MeanOfRowsArguments) {
+    const MeanOfRowsArguments& g = arguments;
+    // In the order of `sum` (reduce.cu): with nothing ignored the mean has the same bits.
+    Typed<double> losses(g.losses);
+    constexpr int PACK = PackOf<Typed<double>>::value;
+    u64 head = aligned_from<PACK>(g.rows, losses);
+    double total = 0;
+    walk<PACK>(g.rows, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
+        constexpr int COUNT = decltype(count)::value;
+        double values[COUNT];
+        losses.template load<COUNT>(index, values);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) total += values[i];
+    });
+    u64 counted = 0;
+    for (u64 row = threadIdx.x; row < g.rows; row += blockDim.x) {
+        if (pointer<const u32>(g.labels)[row] != g.ignore) counted++;
+    }
+    total = reduce_block(total, 0.0, Plus{});
+    counted = reduce_block(counted, u64(0), Plus{});
+    if (threadIdx.x > 0) return;
+    *pointer<double>(g.counted) = double(counted);
+    store_one(Any(g.loss, g.loss_type), 0, counted > 0 ? total / double(counted) : 0.0);
+}
+
 struct CrossEntropyBackwardArguments {
     u64 probabilities;
     u64 labels;
@@ -60,6 +106,9 @@ struct CrossEntropyBackwardArguments {
     u64 grad_logits;
     u64 rows;
     u64 columns;
+    u64 ignore;
+    // A double in place of `rows`, or 0.
+    u64 counted;
     u32 probabilities_type;
     u32 grad_logits_type;
 };
@@ -67,11 +116,16 @@ struct CrossEntropyBackwardArguments {
 template <class C, class A>
 __device__ void cross_entropy_backward(const CrossEntropyBackwardArguments& g) {
     A p(g.probabilities, g.probabilities_type), grad(g.grad_logits, g.grad_logits_type);
-    C factor = C(double(*pointer<const float>(g.seed)) / double(g.rows));
+    double rows = g.counted ? *pointer<const double>(g.counted) : double(g.rows);
+    C factor = C(double(*pointer<const float>(g.seed)) / rows);
     u64 len = g.rows * g.columns;
     for (u64 index = thread_of_grid(); index < len; index += threads_of_grid()) {
         u64 row = index / g.columns, column = index - row * g.columns;
         u64 label = pointer<const u32>(g.labels)[row];
+        if (label == g.ignore) {
+            store_one(grad, index, C(0));
+            continue;
+        }
         C value = load_one<C>(p, index);
         if (label >= g.columns) value = C(not_a_number());
         if (label == column) value = value - C(1);

@@ -1,8 +1,10 @@
-// Counts one step, and remembers which gradients were to blame if it was skipped.
+// Counts one step, and remembers which gradients were to blame if it was skipped, and which weights became infinite
+// or NaN if it was applied.
 //
-// Launch: one thread of one block does all; only a skipped step reads more than a flag. Same bits as the
-// twin, src/launch/journal.rs.
+// Launch: one thread of one block does all; only a step that was skipped or lost weights reads more than a few
+// numbers. Same bits as the twin, src/launch/journal.rs.
 #include "journal.cuh"
+#include "update_pass.cuh"
 
 struct StepRecordArguments {
     u64 journal;
@@ -13,6 +15,9 @@ struct StepRecordArguments {
     u64 total_norm;
     u64 optimizer;
     u64 step;
+    // What optimizer kernels counted (update_pass.cuh), 0 if they do not, and of how many tensors.
+    u64 found;
+    u64 found_tensors;
 };
 
 struct Offenders {
@@ -42,6 +47,35 @@ __device__ inline Offenders write_overflow(double* entry, const u32* counts, u64
     return kinds;
 }
 
+// Moves what the step found out about weights into the journal.
+__device__ inline void record_lost(double* journal, const StepRecordArguments& g, double scale) {
+    u64* found = pointer<u64>(g.found);
+    if (!found || found[0] == 0) return;
+    double* entry = journal + LOSSES_START + u64(journal[LOSSES]) % OVERFLOWS * OVERFLOW_WORDS;
+    journal[LOSSES] += 1.0;
+    journal[LOST_WEIGHTS] += double(found[0]);
+    found[0] = 0;
+    u64 offending = 0;
+    for (u64 tensor = 0; tensor < g.found_tensors; tensor++) {
+        u64* words = found + FOUND_HEAD + FOUND_WORDS * tensor;
+        if (words[0] + words[1] == 0) continue;
+        if (offending < NAMED) {
+            double* place = entry + OVERFLOW_HEAD + offending * NAMED_WORDS;
+            place[0] = double(tensor);
+            place[1] = double(words[0]);
+            place[2] = double(words[1]);
+            place[3] = double(~words[2]);
+        }
+        offending++;
+        for (u32 word = 0; word < FOUND_WORDS; word++) words[word] = 0;
+    }
+    entry[0] = double(g.step);
+    entry[1] = double(g.optimizer);
+    entry[2] = scale;
+    entry[3] = double(not_a_number());
+    entry[4] = double(offending);
+}
+
 ENTRY(step_record, StepRecordArguments) {
     if (thread_of_grid() > 0) return;
     double* journal = pointer<double>(arguments.journal);
@@ -58,6 +92,7 @@ ENTRY(step_record, StepRecordArguments) {
         journal[NAN_IN_A_ROW] = 0.0;
         journal[CALIBRATED] = 1.0;
         journal[LAST_GOOD] = scale;
+        record_lost(journal, arguments, scale);
         return;
     }
     double* entry = journal + OVERFLOWS_START + u64(journal[SKIPPED]) % OVERFLOWS * OVERFLOW_WORDS;

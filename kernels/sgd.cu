@@ -12,6 +12,7 @@ struct SgdArguments {
     Table table;
     StepScalars scalars;
     GroupSettings settings;
+    u64 found;
 };
 
 // Words of a group's settings.
@@ -37,7 +38,7 @@ struct SgdRule {
 template <bool MOMENTUM>
 __device__ void sgd_chunk(const SgdArguments& g, const Chunk& chunk) {
     const double* of = settings_of(g.settings, chunk.tensor());
-    update_chunk<MOMENTUM ? 1 : 0, false>(chunk, g.scalars, 0, [&](auto compute) {
+    update_chunk<MOMENTUM ? 1 : 0, false>(chunk, g.scalars, 0, g.found, [&](auto compute) {
         typedef decltype(compute) C;
         return SgdRule<C, MOMENTUM>{C(of[SGD_RATE]), C(of[SGD_MOMENTUM]), C(of[SGD_DECAY]),
                                     of[SGD_NESTEROV] != 0};

@@ -4,6 +4,7 @@
 //   for each element:  w = master, or the parameter;  g = gradient * inv_scale * clip
 //                      (w, state) = rule(w, g, state)
 //                      master = w;  parameter = w rounded once
+//                      if the parameter was finite and is not any more, `found` counts it
 //
 // Columns of the table: parameter, gradient, master, then state. A block takes a chunk at a time. The usual types
 // go in packs, other mixtures element by element.
@@ -18,11 +19,12 @@
 
 constexpr u32 PARAMETER = 0, GRADIENT = 1, MASTER = 2, STATE = 3;
 
-// Addresses of floats, 0 where absent.
+// Addresses, 0 where absent: of floats, but for `clip`, which has the type `clip_type`, float or double.
 struct StepScalars {
     u64 found_inf;
     u64 inv_scale;
     u64 clip;
+    u64 clip_type;
 };
 
 __device__ inline bool is_skipped(const StepScalars& scalars) {
@@ -34,6 +36,12 @@ __device__ inline float scalar_or_one(u64 address) {
     return address ? *pointer<const float>(address) : 1.0f;
 }
 
+template <class C>
+__device__ inline C clip_of(const StepScalars& scalars) {
+    if (scalars.clip && scalars.clip_type == F64) return C(*pointer<const double>(scalars.clip));
+    return C(scalar_or_one(scalars.clip));
+}
+
 // Settings of groups of tensors, a row of doubles each, and the group of every tensor.
 constexpr u32 SETTING_WORDS = 8;
 struct GroupSettings {
@@ -43,6 +51,37 @@ struct GroupSettings {
 
 __device__ inline const double* settings_of(const GroupSettings& settings, u64 tensor) {
     return pointer<const double>(settings.rows) + SETTING_WORDS * pointer<const u32>(settings.groups)[tensor];
+}
+
+// Words of `found`: elements of all tensors that were lost, and for each tensor those that became infinite, those that
+// became NaN, and the complement of the place of the first.
+constexpr u32 FOUND_HEAD = 1, FOUND_WORDS = 3;
+
+// From this magnitude on, weights are infinite in their type.
+template <class C>
+__device__ inline C infinite_from(u32 type) {
+    return type == F16 ? C(65520.0f) : C(float_of(type == BF16 ? 0x7f7f8000u : 0x7f800000u));
+}
+
+// Counts the elements of a pack that are about to become infinite or NaN; `first` is the number of element 0.
+template <int COUNT, class C, class W>
+__device__ inline void note_lost(u64* found, u64 tensor, u64 first, const W& w, u64 at, const C* weights, C infinite) {
+    C before[COUNT];
+    w.template load<COUNT>(at, before);
+    u64 inf = 0, nan = 0, place = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        if (fabs(weights[i]) < infinite || !(fabs(before[i]) < infinite)) continue;
+        if (is_nan(weights[i])) nan++;
+        else inf++;
+        if (place == 0) place = ~(first + at + i);
+    }
+    if (inf + nan == 0) return;
+    u64* of = found + FOUND_HEAD + FOUND_WORDS * tensor;
+    atomicAdd(found, inf + nan);
+    atomicAdd(of, inf);
+    atomicAdd(of + 1, nan);
+    atomicMax(of + 2, place);
 }
 
 template <int COUNT, class C, class P, class W>
@@ -114,10 +153,11 @@ __device__ inline bool is_aligned(u64 index, const States<COUNT, S>& states) {
 // Applies `rule` to the weights `w` of one chunk, which are the parameters `p` themselves or masters of them.
 template <class C, class P, class G, class W, int COUNT, class S, class Rule>
 __device__ inline void update_in(const Chunk& chunk, P p, G g, W w, const States<COUNT, S>& states,
-                                 const StepScalars& scalars, u64 key, const Rule& rule) {
+                                 const StepScalars& scalars, u64 key, u64* found, const Rule& rule) {
     constexpr int ROOM = States<COUNT, S>::ROOM;
-    C inv_scale = C(scalar_or_one(scalars.inv_scale)), clip = C(scalar_or_one(scalars.clip));
+    C inv_scale = C(scalar_or_one(scalars.inv_scale)), clip = clip_of<C>(scalars);
     constexpr int PACK = PackOf<P, G, W>::value;
+    C infinite = infinite_from<C>(chunk.type(PARAMETER));
     u64 len = chunk.len();
     u64 head = aligned_from<PACK>(len, p, g, w, states);
     walk<PACK>(len, head, threadIdx.x, blockDim.x, [&](u64 at, auto count) {
@@ -136,6 +176,10 @@ __device__ inline void update_in(const Chunk& chunk, P p, G g, W w, const States
             for (int which = 0; which < ROOM; which++) kept[which][i] = state[which];
         }
         states.store(at, kept, key, chunk.offset());
+        bool lost = false;
+#pragma unroll
+        for (int i = 0; i < N; i++) lost |= !(fabs(weights[i]) < infinite);
+        if (lost) note_lost<N>(found, chunk.tensor(), chunk.offset(), w, at, weights, infinite);
         store_weights<N>(p, w, at, weights);
     });
 }
@@ -143,7 +187,7 @@ __device__ inline void update_in(const Chunk& chunk, P p, G g, W w, const States
 // As above, for whatever types the chunk has; `make_rule(C)` gives the rule in the compute type. Rules have `COUNT`
 // states; in bf16 they may be only if `BY_CHANCE`. Inlined, as what `make_rule` captures would lie in memory otherwise.
 template <int COUNT, bool BY_CHANCE, class MakeRule>
-__device__ __forceinline__ void update_chunk(const Chunk& chunk, const StepScalars& scalars, u64 key,
+__device__ __forceinline__ void update_chunk(const Chunk& chunk, const StepScalars& scalars, u64 key, u64 found,
                                     MakeRule make_rule) {
     u64 p = chunk.address(PARAMETER), g = chunk.address(GRADIENT), m = chunk.address(MASTER);
     u32 p_type = chunk.type(PARAMETER), g_type = chunk.type(GRADIENT), m_type = chunk.type(MASTER);
@@ -151,7 +195,8 @@ __device__ __forceinline__ void update_chunk(const Chunk& chunk, const StepScala
         typedef decltype(compute) C;
         auto with_states = [&](auto type) {
             States<COUNT, typename decltype(type)::type> states(chunk);
-            update_in<C>(chunk, parameter, gradient, weight, states, scalars, key, make_rule(compute));
+            update_in<C>(chunk, parameter, gradient, weight, states, scalars, key, pointer<u64>(found),
+                         make_rule(compute));
         };
         if constexpr (BY_CHANCE && sizeof(C) == sizeof(float)) {
             if (chunk.type(STATE) == BF16) return with_states(As<bf16>{});

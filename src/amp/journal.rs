@@ -8,15 +8,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::amp::outcome::{Outcome, OverflowReport, TensorOverflow};
+use crate::amp::outcome::{Outcome, OverflowReport, TensorOverflow, WeightReport};
 use crate::amp::readback::Readback;
 use crate::amp::stats::ScaleChange;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch::journal::{
-    CHANGES, JOURNAL_WORDS, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
-    change_words, counter, overflow_words,
+    CHANGES, JOURNAL_WORDS, LOSSES, NAMED_WORDS, OVERFLOW_HEAD, OVERFLOWS, SCALE_CHANGES, SKIPPED,
+    change_words, counter, loss_words, overflow_words,
 };
+use crate::optim::WeightOverflow;
 use crate::storage::{Context, Meter, Metered, Tensor};
 
 /// Sets of parameter names that are kept although their optimizer is gone or has others: the journal may
@@ -139,6 +140,29 @@ impl Journal {
         Ok(Outcome::Applied)
     }
 
+    /// Waits, and tells which weights step `step`, from 1, made infinite or NaN.
+    pub(super) fn lost_weights(&self, step: u64) -> Result<Option<WeightReport>> {
+        let words = self.read()?;
+        let reports = self.weight_overflows(&words);
+        let oldest = reports.first().map_or(u64::MAX, |report| report.step);
+        let forgotten = counter(&words, LOSSES) > reports.len();
+        let found = reports.into_iter().rev().find(|report| report.step == step);
+        if found.is_none() && forgotten && step < oldest {
+            let reason = format!("step {step} was followed by more such steps than are remembered");
+            return Err(Error::argument("StepOutcome::weight_overflows", reason));
+        }
+        Ok(found)
+    }
+
+    /// The steps that made weights infinite or NaN, as far as they are remembered, oldest first.
+    pub(super) fn weight_overflows(&self, words: &[f64]) -> Vec<WeightReport> {
+        let count = counter(words, LOSSES);
+        let names = self.names.lock();
+        let entry = |number| report(&words[loss_words(number)], &names.known);
+        let reports = (count.saturating_sub(OVERFLOWS)..count).map(entry);
+        reports.map(of_weights).collect()
+    }
+
     /// The skipped steps that are remembered, oldest first.
     pub(super) fn overflows(&self, words: &[f64]) -> Vec<OverflowReport> {
         let count = counter(words, SKIPPED);
@@ -161,6 +185,22 @@ pub(super) fn scale_changes(words: &[f64]) -> Vec<ScaleChange> {
             }
         })
         .collect()
+}
+
+/// A report that speaks of weights.
+fn of_weights(report: OverflowReport) -> WeightReport {
+    let tensors = report.tensors.into_iter().map(|tensor| WeightOverflow {
+        name: tensor.name,
+        inf_count: tensor.inf_count,
+        nan_count: tensor.nan_count,
+        first_index: tensor.first_index,
+    });
+    WeightReport {
+        step: report.step,
+        scale: report.scale,
+        tensors: tensors.collect(),
+        tensor_count: report.tensor_count,
+    }
 }
 
 fn report(entry: &[f64], names: &HashMap<u64, Arc<[String]>>) -> OverflowReport {

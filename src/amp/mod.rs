@@ -96,7 +96,9 @@ pub use applied::{AppliedSteps, AppliedStepsState};
 pub use config::AmpConfig;
 pub use magnitudes::Magnitudes;
 pub use optimizer::{AmpOptimizer, AmpOptimizerState, ClipState, ScheduleState};
-pub use outcome::{Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow};
+pub use outcome::{
+    Outcome, OverflowKind, OverflowReport, StepOutcome, TensorOverflow, WeightReport,
+};
 pub use policy::{NanPolicy, ScaleProfile, ScalingMode, SkipPolicy};
 pub use scalable::Scalable;
 pub use scaler::GradScaler;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::amp::journal::Journal;
 use crate::error::Result;
+use crate::optim::WeightOverflow;
 
 /// A step that was enqueued. Whether it was applied is decided on the device; asking waits for it, not
 /// asking costs nothing.
@@ -70,6 +71,52 @@ impl StepOutcome {
         match &self.pending {
             None => Ok(Outcome::Applied),
             Some((journal, step)) => journal.outcome(*step),
+        }
+    }
+}
+
+impl StepOutcome {
+    /// Waits for the step and tells which weights it made infinite or NaN, if it was applied and did: gradients that
+    /// are finite can do that, above all to weights of 16 bits, whose f32 masters may still be finite. Elements that
+    /// were not finite before the step do not count. `None` if the scaler is disabled, as nothing is recorded then
+    /// ([`Optimizer::take_weight_overflows`](crate::optim::Optimizer::take_weight_overflows) tells), and if the
+    /// optimizer is none of this crate's.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn weight_overflows(&self) -> Result<Option<WeightReport>> {
+        match &self.pending {
+            None => Ok(None),
+            Some((journal, step)) => journal.lost_weights(*step),
+        }
+    }
+}
+
+/// What an applied step did to weights.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct WeightReport {
+    /// The step's number, from 1, among all calls of `step`. A replay has the number of the call that was
+    /// captured.
+    pub step: u64,
+    /// The scale its gradients had.
+    pub scale: f64,
+    /// The weights that became infinite or NaN, in the order of the parameters; the first eight.
+    pub tensors: Vec<WeightOverflow>,
+    /// How many there are.
+    pub tensor_count: u64,
+}
+
+impl fmt::Display for WeightReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step {} applied at scale {}: ", self.step, self.scale)?;
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            let lead = if index == 0 { "" } else { "; " };
+            write!(f, "{lead}{tensor}")?;
+        }
+        match self.tensor_count - self.tensors.len() as u64 {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
         }
     }
 }

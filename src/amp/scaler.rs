@@ -14,7 +14,7 @@ use crate::amp::{
 };
 use crate::error::{Error, Result, ScalerAlarm, ScalerMisuse};
 use crate::launch::journal::{
-    BACKOFFS, GROWTHS, NAN_STEPS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
+    BACKOFFS, GROWTHS, LOST_WEIGHTS, NAN_STEPS, SKIPPED, SKIPPED_IN_A_ROW, STEPS, UPDATES, counter,
 };
 use crate::launch::{Change, NormKind, scale_update};
 use crate::optim::{CheckAtOnce, Optimizer, OptimizerId, Parameter, ScaleTag, UnscaleMark, moment};
@@ -228,7 +228,7 @@ impl GradScaler {
     ///
     /// The norm is taken in f64 over all gradients. An infinite or NaN norm is an overflow: the step is
     /// skipped and the scale backs off, where PyTorch steps with gradients of zero. If disabled, clips in
-    /// place.
+    /// place. [`optim::clip_grad_norm`](crate::optim::clip_grad_norm) tells how exact results are.
     ///
     /// # Errors
     /// As [`unscale`](Self::unscale), and [`Error::InvalidArgument`] for a negative or NaN `max_norm`.
@@ -273,7 +273,7 @@ impl GradScaler {
             }
             Some((memory, slot)) => {
                 slot.step(memory, optimizer, mark)?;
-                let recorded = slot.record(memory, number);
+                let recorded = slot.record(memory, optimizer.id(), number);
                 let journal = memory.journal.clone();
                 journal.stepped(number);
                 self.steps = number;
@@ -472,6 +472,8 @@ impl GradScaler {
             backoffs: count(BACKOFFS),
             scale_history: scale_changes(&words),
             overflows: memory.journal.overflows(&words),
+            infinite_weights: count(LOST_WEIGHTS),
+            weight_overflows: memory.journal.weight_overflows(&words),
             alarm: alarm(&words, &self.config, scale),
             times: self.config.timing.then(|| StepTimes::read(&words)),
             scratch_bytes: memory.meter.current(),

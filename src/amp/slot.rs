@@ -7,8 +7,8 @@ use crate::error::{Error, Result, ScalerMisuse};
 use crate::launch::NormKind;
 use crate::launch::journal::{CHECK_TIME, CLIP_TIME, RecordOperands, STEP_TIME, record_step};
 use crate::optim::{
-    CheckAtOnce, Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass, StepInputs,
-    UnscaleMark,
+    CheckAtOnce, Clip, Gradients, Optimizer, OptimizerId, OptimizerLife, Parameter, Pass,
+    StepInputs, UnscaleMark,
 };
 use crate::storage::Tensor;
 
@@ -42,9 +42,9 @@ pub(super) struct Slot {
     gradients: Gradients,
     /// What the last pass went over: for each parameter the moment of its gradient's last term, if it had a gradient.
     seen: Vec<Option<u64>>,
-    /// Taken since the last update; the coefficient too if the step is to apply it.
+    /// Taken since the last update; the factors too if the step is to apply them.
     norm_taken: bool,
-    clip: Option<Tensor>,
+    clip: Option<Clip>,
 }
 
 impl Slot {
@@ -184,20 +184,20 @@ impl Slot {
         }
         let flag = self.found_inf.span()?;
         let gradients = &mut self.gradients;
-        let (norm, coefficient) = memory.timed(CLIP_TIME, || {
-            let (norm, coefficient) =
-                gradients.coefficient(memory.context(), kind, max_norm, Some(&flag))?;
+        let inv_scale = (!in_place).then_some(&memory.inv_scale);
+        let (norm, clip) = memory.timed(CLIP_TIME, || {
+            let clip = gradients.clip(parameters, inv_scale, (max_norm, kind), Some(&flag))?;
             // The slot's own norm is overwritten in the next iteration; the caller gets one to keep. Before anything
             // is clipped, which after an error must not be.
-            let norm = norm.duplicate()?;
+            let norm = clip.total_norm.duplicate()?;
             if in_place {
-                gradients.multiply(parameters, &coefficient)?;
+                gradients.multiply(parameters, &clip)?;
             }
-            Ok((norm, coefficient))
+            Ok((norm, clip))
         })?;
         self.norm_taken = true;
         if !in_place {
-            self.clip = Some(coefficient);
+            self.clip = Some(clip);
         }
         Ok(norm)
     }
@@ -224,18 +224,22 @@ impl Slot {
             }
             Stage::Stepped => return Err(ScalerMisuse::AlreadyStepped.into()),
         };
+        let (first, clip) = match self.clip.clone() {
+            Some(clip) => (Some(clip.first), Some(clip.coefficient)),
+            None => (inv_scale, None),
+        };
         let inputs = StepInputs {
             found_inf: Some(self.found_inf.clone()),
-            inv_scale,
-            clip: self.clip.clone(),
+            inv_scale: first,
+            clip,
         };
         memory.timed(STEP_TIME, || optimizer.step(&inputs))?;
         self.stage = Stage::Stepped;
         Ok(())
     }
 
-    /// Records the step that was just enqueued as step `number`.
-    pub(super) fn record(&self, memory: &ScaleMemory, number: u64) -> Result<()> {
+    /// Records the step of optimizer `id` that was just enqueued as step `number`.
+    pub(super) fn record(&self, memory: &ScaleMemory, id: &OptimizerId, number: u64) -> Result<()> {
         let counts = self.gradients.counts().expect("a pass came before");
         let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
         let operands = RecordOperands {
@@ -244,6 +248,7 @@ impl Slot {
             scale: memory.scale.span()?,
             counts: counts.span()?,
             total_norm: norm.map(Tensor::span).transpose()?,
+            found: id.lost_weights().map(Tensor::span).transpose()?,
             optimizer: self.recorded_as.expect("a pass came before"),
             step: number,
         };

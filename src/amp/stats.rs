@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::amp::OverflowReport;
+use crate::amp::{OverflowReport, WeightReport};
 use crate::error::ScalerAlarm;
 use crate::launch::journal::{CHECK_TIME, CLIP_TIME, STEP_TIME, counter};
 use crate::units::Bytes;
@@ -73,6 +73,10 @@ pub struct ScalerStats {
     pub scale_history: Vec<ScaleChange>,
     /// The last 16 skipped steps, oldest first.
     pub overflows: Vec<OverflowReport>,
+    /// Elements of weights that applied steps made infinite or NaN.
+    pub infinite_weights: u64,
+    /// The last 16 applied steps that did, oldest first.
+    pub weight_overflows: Vec<WeightReport>,
     /// What there is to be alarmed about.
     pub alarm: Option<ScalerAlarm>,
     /// Times, if [`AmpConfig::timing`](crate::amp::AmpConfig::timing) is on.
@@ -121,6 +125,9 @@ impl fmt::Display for ScalerStats {
         }
         for overflow in &self.overflows {
             write!(f, "\n  {overflow}")?;
+        }
+        for report in &self.weight_overflows {
+            write!(f, "\n  {report}")?;
         }
         Ok(())
     }

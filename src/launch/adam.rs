@@ -44,7 +44,8 @@ use crate::launch::compute::Compute;
 use crate::launch::device::push_spans;
 use crate::launch::stochastic::random_key;
 use crate::launch::update_pass::{
-    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row, traffic,
+    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, check_found, for_each_row,
+    traffic,
 };
 use crate::launch::vector::vectorized;
 use crate::launch::{Span, enqueue};
@@ -90,6 +91,8 @@ pub(crate) struct AdamSteps {
     pub(crate) steps: Span,
     /// f64, [`ROW_WORDS`] a tensor. Scratch.
     pub(crate) rows: Span,
+    /// 64-bit words: counts of the weights that steps make infinite or NaN.
+    pub(crate) found: Span,
 }
 
 /// One step for all rows of `table`: parameter, gradient, master, first and second moment, and, for
@@ -110,6 +113,7 @@ pub(crate) fn adam(
     scalars.check(op, stream)?;
     let tensors = table.tensors();
     settings.check(op, stream, tensors)?;
+    check_found(op, stream, &steps.found, tensors)?;
     for (span, dtype, len) in [
         (steps.steps, DType::U32, tensors),
         (steps.rows, DType::F64, ROW_WORDS * tensors),
@@ -351,7 +355,8 @@ impl Kernel for Adam {
     fn arguments(&self, into: &mut Arguments) {
         self.table.push_to(into);
         self.scalars.push_to(into);
-        push_spans(into, &[&self.steps.steps, &self.steps.rows]);
+        let AdamSteps { steps, rows, found } = &self.steps;
+        push_spans(into, &[steps, rows, found]);
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -370,7 +375,7 @@ impl Kernel for Adam {
         // SAFETY: `Prepare` wrote the rows before, in stream order.
         let rows = unsafe { self.steps.rows.slice::<f64>() };
         // SAFETY: the caller's promise; launchers of tables know that rows share no bytes.
-        unsafe { for_each_row(&self.table, factors, &Formula { rows }) };
+        unsafe { for_each_row(&self.table, factors, &self.steps.found, &Formula { rows }) };
         // SAFETY: only this kernel accesses the counters now.
         let steps = unsafe { self.steps.steps.slice_mut::<u32>() };
         // SAFETY: the table was uploaded in stream order before this kernel.

@@ -10,23 +10,44 @@
 //! gradient is rounded once into its own type, where it may overflow: that is what a loss scaler watches
 //! for, so nothing is clamped.
 //!
+//! Rows may be ignored, by their label: their loss, their `p` and their gradient are then 0, whatever their logits are,
+//! and the mean is taken over the other rows, whose number the backward pass divides by. If there are none, it is 0.
+//!
 //! A label that is no column cannot be refused without waiting for the device. It makes the loss, and the
 //! gradient of its row, NaN. So does a row with a NaN or +∞, or with nothing but -∞. The loss of no rows
-//! is NaN.
+//! is NaN, unless rows may be ignored.
 
 use rayon::prelude::*;
 
 use super::Span;
 use super::compute::{
-    check_floats, check_streams, entry_name, load, load_scalar, store, sum_dtype, with_compute,
+    check_floats, check_streams, entry_name, load, load_scalar, multiply_all, store, sum_dtype,
+    with_compute,
 };
-use super::device::{entry_by_types, push_sizes, push_spans, push_types};
-use super::reduce::{Total, sum_in_lanes};
+use super::device::{entry_by_types, push_optional, push_sizes, push_spans, push_types};
+use super::reduce::{Total, sum_in_lanes, total};
 use super::special::Special;
 use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
+
+/// Rows that count for nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Ignored {
+    /// Those with this label.
+    pub label: u32,
+    /// f64: how many rows count, written by the forward pass and read by the backward pass.
+    pub counted: Span,
+}
+
+impl Ignored {
+    fn check(&self, op: &'static str, stream: &Stream) -> Result<()> {
+        self.counted.check_stream(op, stream)?;
+        self.counted.check_dtype(op, DType::F64)?;
+        self.counted.check_len(op, 1)
+    }
+}
 
 /// Enqueues the loss of each row, their mean, and the probabilities of `logits`, whose rows are as many as
 /// there are `labels`.
@@ -43,6 +64,51 @@ pub fn cross_entropy(
     loss: &Span,
     probabilities: &Span,
 ) -> Result<()> {
+    let kernel = forward(stream, [logits, labels, losses, loss, probabilities], None)?;
+    if !labels.is_empty() {
+        super::enqueue(stream, kernel)?;
+    }
+    super::enqueue(stream, Total::mean_of(losses, loss))
+}
+
+/// As [`cross_entropy`], but for the rows that are `ignored`.
+///
+/// # Errors
+/// As [`cross_entropy`]; `ignored.counted` overlaps nothing.
+pub fn cross_entropy_ignoring(
+    stream: &Stream,
+    logits: &Span,
+    labels: &Span,
+    losses: &Span,
+    loss: &Span,
+    probabilities: &Span,
+    ignored: &Ignored,
+) -> Result<()> {
+    const OP: &str = "cross_entropy";
+    ignored.check(OP, stream)?;
+    let operands = [logits, labels, losses, loss, probabilities];
+    for operand in operands {
+        ignored.counted.check_disjoint(OP, operand)?;
+    }
+    let kernel = forward(stream, operands, Some(ignored.label))?;
+    if !labels.is_empty() {
+        super::enqueue(stream, kernel)?;
+    }
+    let mean = MeanOfRows {
+        losses: *losses,
+        labels: *labels,
+        loss: *loss,
+        ignored: *ignored,
+    };
+    super::enqueue(stream, mean)
+}
+
+/// The kernel for logits, labels, losses, their mean and probabilities that fit each other.
+fn forward(
+    stream: &Stream,
+    [logits, labels, losses, loss, probabilities]: [&Span; 5],
+    ignore: Option<u32>,
+) -> Result<CrossEntropy> {
     const OP: &str = "cross_entropy";
     check_streams(OP, stream, &[logits, labels, losses, loss, probabilities])?;
     check_floats(OP, &[logits])?;
@@ -62,17 +128,14 @@ pub fn cross_entropy(
     }
     losses.check_disjoint(OP, labels)?;
     loss.check_disjoint(OP, losses)?;
-    if !labels.is_empty() {
-        let kernel = CrossEntropy {
-            logits: *logits,
-            labels: *labels,
-            losses: *losses,
-            probabilities: *probabilities,
-            columns,
-        };
-        super::enqueue(stream, kernel)?;
-    }
-    super::enqueue(stream, Total::mean_of(losses, loss))
+    Ok(CrossEntropy {
+        logits: *logits,
+        labels: *labels,
+        losses: *losses,
+        probabilities: *probabilities,
+        columns,
+        ignore,
+    })
 }
 
 /// Enqueues the gradient of the loss by its logits, from the probabilities that the forward pass gave and
@@ -86,6 +149,33 @@ pub fn cross_entropy_backward(
     labels: &Span,
     seed: &Span,
     grad_logits: &Span,
+) -> Result<()> {
+    backward(stream, [probabilities, labels, seed, grad_logits], None)
+}
+
+/// As [`cross_entropy_backward`], after [`cross_entropy_ignoring`].
+///
+/// # Errors
+/// As [`cross_entropy_backward`]; `grad_logits` does not overlap `ignored.counted`.
+pub fn cross_entropy_ignoring_backward(
+    stream: &Stream,
+    probabilities: &Span,
+    labels: &Span,
+    seed: &Span,
+    grad_logits: &Span,
+    ignored: &Ignored,
+) -> Result<()> {
+    const OP: &str = "cross_entropy_backward";
+    ignored.check(OP, stream)?;
+    grad_logits.check_disjoint(OP, &ignored.counted)?;
+    let operands = [probabilities, labels, seed, grad_logits];
+    backward(stream, operands, Some(*ignored))
+}
+
+fn backward(
+    stream: &Stream,
+    [probabilities, labels, seed, grad_logits]: [&Span; 4],
+    ignored: Option<Ignored>,
 ) -> Result<()> {
     const OP: &str = "cross_entropy_backward";
     check_streams(OP, stream, &[probabilities, labels, seed, grad_logits])?;
@@ -106,6 +196,7 @@ pub fn cross_entropy_backward(
         seed: *seed,
         grad_logits: *grad_logits,
         columns,
+        ignored,
     };
     super::enqueue(stream, kernel)
 }
@@ -134,6 +225,13 @@ struct CrossEntropy {
     losses: Span,
     probabilities: Span,
     columns: usize,
+    /// The label of rows that count for nothing.
+    ignore: Option<u32>,
+}
+
+/// What device code compares labels with: no label is as large as what stands for none.
+fn label_code(ignore: Option<u32>) -> u64 {
+    ignore.map_or(u64::MAX, u64::from)
 }
 
 impl CrossEntropy {
@@ -153,9 +251,14 @@ impl CrossEntropy {
                 || vec![C::default(); self.columns],
                 |row_values, (row, (label, loss))| {
                     let start = row * self.columns;
-                    // SAFETY: the caller keeps others away, and rows are disjoint.
-                    unsafe { load(&self.logits, start, row_values) };
-                    *loss = softmax(row_values, to_usize(u64::from(*label)));
+                    if self.ignore == Some(*label) {
+                        row_values.fill(C::default());
+                        *loss = 0.0;
+                    } else {
+                        // SAFETY: the caller keeps others away, and rows are disjoint.
+                        unsafe { load(&self.logits, start, row_values) };
+                        *loss = softmax(row_values, to_usize(u64::from(*label)));
+                    }
                     // SAFETY: as above.
                     unsafe { store(&self.probabilities, start, row_values) };
                 },
@@ -208,6 +311,7 @@ impl Kernel for CrossEntropy {
             ],
         );
         push_sizes(into, &[self.labels.len(), self.columns]);
+        into.u64(label_code(self.ignore));
     }
 
     fn grid(&self) -> Grid {
@@ -222,6 +326,56 @@ impl Kernel for CrossEntropy {
     }
 }
 
+/// The mean of the losses that count, and how many they are.
+#[derive(Debug)]
+struct MeanOfRows {
+    losses: Span,
+    labels: Span,
+    loss: Span,
+    ignored: Ignored,
+}
+
+impl Kernel for MeanOfRows {
+    fn entry(&self) -> &'static str {
+        "mean_of_rows"
+    }
+
+    fn elements(&self) -> u64 {
+        self.losses.len() as u64
+    }
+
+    fn arguments(&self, into: &mut Arguments) {
+        let Ignored { label, counted } = &self.ignored;
+        push_spans(into, &[&self.losses, &self.labels, &self.loss, counted]);
+        push_sizes(into, &[self.losses.len()]);
+        into.u64(u64::from(*label));
+        push_types(into, &[&self.loss]);
+    }
+
+    fn grid(&self) -> Grid {
+        // As of `Total`, whose order the sum is taken in.
+        Grid {
+            threads: 1024,
+            ..Grid::of_blocks(1)
+        }
+    }
+
+    unsafe fn run(&self) {
+        // SAFETY: the caller promises that nothing writes the labels.
+        let labels = unsafe { self.labels.slice::<u32>() };
+        let counts = |label: &&u32| **label != self.ignored.label;
+        #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
+        let counted = labels.iter().filter(counts).count() as f64;
+        // SAFETY: the caller promises exclusive access to the results.
+        unsafe { store(&self.ignored.counted, 0, &[counted]) };
+        // SAFETY: the caller promises that nothing writes the losses.
+        let total = unsafe { total(&self.losses) };
+        let mean = if counted > 0.0 { total / counted } else { 0.0 };
+        // SAFETY: as above.
+        unsafe { store(&self.loss, 0, &[mean]) };
+    }
+}
+
 #[derive(Debug)]
 struct Backward {
     probabilities: Span,
@@ -229,6 +383,7 @@ struct Backward {
     seed: Span,
     grad_logits: Span,
     columns: usize,
+    ignored: Option<Ignored>,
 }
 
 impl Backward {
@@ -239,18 +394,23 @@ impl Backward {
         let labels = unsafe { self.labels.slice::<u32>() };
         // SAFETY: the caller promises that nothing writes the seed.
         let seed = unsafe { load_scalar::<f64>(&self.seed) };
+        // SAFETY: the forward pass wrote the number before.
+        let read = |ignored: Ignored| unsafe { load_scalar::<f64>(&ignored.counted) };
         #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
-        let factor = C::from_f64(seed / labels.len() as f64);
+        let rows = self.ignored.map_or(labels.len() as f64, read);
+        let factor = C::from_f64(seed / rows);
         let row = |values: &mut Vec<C>, (row, label): (usize, &u32)| {
             let start = row * self.columns;
             // SAFETY: the caller keeps others away, and rows are disjoint.
             unsafe { load(&self.probabilities, start, values) };
+            let is_ignored = self.ignored.is_some_and(|ignored| ignored.label == *label);
             match values.get_mut(to_usize(u64::from(*label))) {
+                _ if is_ignored => values.fill(C::default()),
                 Some(chosen) => *chosen = *chosen - C::from_f64(1.0),
                 None => values.fill(C::from_f64(f64::NAN)),
             }
-            for value in values.iter_mut() {
-                *value = *value * factor;
+            if !is_ignored {
+                multiply_all(values, factor);
             }
             // SAFETY: as above.
             unsafe { store(&self.grad_logits, start, values) };
@@ -282,6 +442,8 @@ impl Kernel for Backward {
             &[probabilities, &self.labels, &self.seed, grad_logits],
         );
         push_sizes(into, &[self.labels.len(), self.columns]);
+        into.u64(label_code(self.ignored.map(|ignored| ignored.label)));
+        push_optional(into, self.ignored.as_ref().map(|ignored| &ignored.counted));
         push_types(into, &[probabilities, grad_logits]);
     }
 

@@ -2,10 +2,13 @@
 //!
 //! A step must not wait for the device, so its outcome is not known when it returns. [`record_step`] runs
 //! after it on the device and counts it; if it was skipped, it also copies which gradients were to blame
-//! into a ring, before the next check overwrites them. The scale update counts itself in the same place.
+//! into a ring, before the next check overwrites them. If it was applied and made weights infinite or NaN, which the
+//! optimizer's kernel counted, it moves those counts into another ring. The scale update counts itself in the same
+//! place.
 //!
 //! The journal is one run of f64, which hold counts exactly up to 2⁵³: a head of counters, a ring of the
-//! last [`SCALE_CHANGES`] scale changes, a ring of the last [`OVERFLOWS`] skipped steps. Entry k (from 0) of
+//! last [`SCALE_CHANGES`] scale changes, a ring of the last [`OVERFLOWS`] skipped steps, and one of as many steps
+//! that lost weights. Entry k (from 0) of
 //! a ring lies at place k modulo its size, so the counters tell where the newest is, and which were
 //! overwritten. Totals never are.
 //!
@@ -16,6 +19,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch::device::{push_optional, push_sizes, push_spans};
 use crate::launch::gradient_check::{COUNT_WORDS, NO_INDEX};
+use crate::launch::update_pass::{FOUND_HEAD, FOUND_WORDS};
 use crate::launch::{Span, enqueue};
 
 /// Steps recorded.
@@ -56,6 +60,10 @@ pub(crate) const CLIP_TIME: usize = 16;
 pub(crate) const STEP_TIME: usize = 17;
 /// The running clock.
 pub(crate) const CLOCK: usize = 18;
+/// Applied steps that made weights infinite or NaN.
+pub(crate) const LOSSES: usize = 19;
+/// Elements of weights that became infinite or NaN.
+pub(crate) const LOST_WEIGHTS: usize = 20;
 const HEAD_WORDS: usize = 24;
 
 /// Steps that [`RECENT_SKIPS`] tells of.
@@ -66,22 +74,24 @@ pub(crate) const SCALE_CHANGES: usize = 32;
 /// One change: the update's number from 1, the new scale.
 pub(crate) const CHANGE_WORDS: usize = 2;
 
-/// Skipped steps that the journal remembers.
+/// Skipped steps that the journal remembers, and steps that lost weights.
 pub(crate) const OVERFLOWS: usize = 16;
 /// Offending gradients that one of them names; the rest is only counted.
 pub(crate) const NAMED: usize = 8;
 /// One offending gradient: index, infinite, NaN, place of the first.
 pub(crate) const NAMED_WORDS: usize = 4;
 /// One skipped step: the step's number from 1, the optimizer's number, the scale, the total norm (NaN if
-/// none was taken), how many gradients offended, then [`NAMED`] of them.
+/// none was taken), how many gradients offended, then [`NAMED`] of them. A step that lost weights has the same, of
+/// weights, without a norm.
 pub(crate) const OVERFLOW_WORDS: usize = OVERFLOW_HEAD + NAMED * NAMED_WORDS;
 /// Words of a skipped step before the gradients.
 pub(crate) const OVERFLOW_HEAD: usize = 8;
 
 /// Length of a journal.
-pub(crate) const JOURNAL_WORDS: usize = OVERFLOWS_START + OVERFLOWS * OVERFLOW_WORDS;
+pub(crate) const JOURNAL_WORDS: usize = LOSSES_START + OVERFLOWS * OVERFLOW_WORDS;
 const CHANGES_START: usize = HEAD_WORDS;
 const OVERFLOWS_START: usize = CHANGES_START + SCALE_CHANGES * CHANGE_WORDS;
+const LOSSES_START: usize = OVERFLOWS_START + OVERFLOWS * OVERFLOW_WORDS;
 
 /// The words of scale change `number`, from 0.
 pub(crate) fn change_words(number: usize) -> std::ops::Range<usize> {
@@ -92,6 +102,12 @@ pub(crate) fn change_words(number: usize) -> std::ops::Range<usize> {
 /// The words of skipped step `number`, from 0.
 pub(crate) fn overflow_words(number: usize) -> std::ops::Range<usize> {
     let start = OVERFLOWS_START + number % OVERFLOWS * OVERFLOW_WORDS;
+    start..start + OVERFLOW_WORDS
+}
+
+/// The words of step `number`, from 0, among those that lost weights.
+pub(crate) fn loss_words(number: usize) -> std::ops::Range<usize> {
+    let start = LOSSES_START + number % OVERFLOWS * OVERFLOW_WORDS;
     start..start + OVERFLOW_WORDS
 }
 
@@ -118,6 +134,8 @@ pub(crate) struct RecordOperands {
     pub(crate) counts: Span,
     /// f64: the total norm, if one was taken.
     pub(crate) total_norm: Option<Span>,
+    /// 64-bit words: what the optimizer's kernel counted of weights, if it does; cleared.
+    pub(crate) found: Option<Span>,
     /// Which optimizer stepped.
     pub(crate) optimizer: u64,
     /// The step's number from 1, given by the host: the device counts replays of a captured step, the host
@@ -137,6 +155,7 @@ pub(crate) fn record_step(stream: &Stream, operands: &RecordOperands) -> Result<
         scale,
         counts,
         total_norm,
+        found,
         ..
     } = *operands;
     for (span, dtype, len) in [
@@ -145,6 +164,13 @@ pub(crate) fn record_step(stream: &Stream, operands: &RecordOperands) -> Result<
         Some((scale, DType::F32, 1)),
         Some((counts, DType::U32, counts.len() / COUNT_WORDS * COUNT_WORDS)),
         total_norm.map(|span| (span, DType::F64, 1)),
+        found.map(|span| {
+            (
+                span,
+                DType::F64,
+                FOUND_HEAD + FOUND_WORDS * found_tensors(&span),
+            )
+        }),
     ]
     .into_iter()
     .flatten()
@@ -159,6 +185,11 @@ pub(crate) fn record_step(stream: &Stream, operands: &RecordOperands) -> Result<
             operands: *operands,
         },
     )
+}
+
+/// Tensors of which words of `found` tell.
+fn found_tensors(found: &Span) -> usize {
+    found.len().saturating_sub(FOUND_HEAD) / FOUND_WORDS
 }
 
 #[derive(Debug)]
@@ -190,6 +221,8 @@ impl Kernel for StepRecord {
         push_optional(into, operands.total_norm.as_ref());
         into.u64(operands.optimizer);
         into.u64(operands.step);
+        push_optional(into, operands.found.as_ref());
+        push_sizes(into, &[operands.found.as_ref().map_or(0, found_tensors)]);
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -215,6 +248,11 @@ impl Kernel for StepRecord {
             journal[NAN_IN_A_ROW] = 0.0;
             journal[CALIBRATED] = 1.0;
             journal[LAST_GOOD] = f64::from(scale);
+            if let Some(found) = &operands.found {
+                // SAFETY: only this kernel accesses the words now.
+                let found = unsafe { found.slice_mut::<f64>() };
+                self.record_lost(journal, bytemuck::cast_slice_mut(found), f64::from(scale));
+            }
             return;
         }
         let place = overflow_words(counter(journal, SKIPPED));
@@ -243,6 +281,36 @@ impl Kernel for StepRecord {
         } else if nan {
             journal[NAN_STEPS_SINCE_UPDATE] += 1.0;
         }
+    }
+}
+
+impl StepRecord {
+    /// Moves what the step found out about weights into the journal.
+    fn record_lost(&self, journal: &mut [f64], found: &mut [u64], scale: f64) {
+        if found[0] == 0 {
+            return;
+        }
+        let place = loss_words(counter(journal, LOSSES));
+        journal[LOSSES] += 1.0;
+        journal[LOST_WEIGHTS] += to_f64(found[0]);
+        let (head, named) = journal[place].split_at_mut(OVERFLOW_HEAD);
+        let mut places = named.chunks_exact_mut(NAMED_WORDS);
+        let mut offending = 0;
+        let tensors = found[FOUND_HEAD..].chunks_exact(FOUND_WORDS);
+        for (tensor, words) in tensors.enumerate() {
+            let [inf, nan, first] = [words[0], words[1], !words[2]];
+            if inf + nan == 0 {
+                continue;
+            }
+            offending += 1;
+            if let Some(place) = places.next() {
+                place.copy_from_slice(&[tensor as u64, inf, nan, first].map(to_f64));
+            }
+        }
+        let [step, optimizer, offending] =
+            [self.operands.step, self.operands.optimizer, offending].map(to_f64);
+        head[..5].copy_from_slice(&[step, optimizer, scale, f64::NAN, offending]);
+        found.fill(0);
     }
 }
 
@@ -325,6 +393,7 @@ mod tests {
                 scale: span(&scale),
                 counts: span(&counts),
                 total_norm: None,
+                found: None,
                 optimizer: 3,
                 step,
             };

@@ -55,7 +55,10 @@ pub use attention::{causal_softmax, causal_softmax_backward};
 pub use bias::{add_bias, sum_rows};
 pub use cast::{cast, cast_with};
 pub use compute::sum_dtype;
-pub use cross_entropy::{cross_entropy, cross_entropy_backward};
+pub use cross_entropy::{
+    Ignored, cross_entropy, cross_entropy_backward, cross_entropy_ignoring,
+    cross_entropy_ignoring_backward,
+};
 #[cfg(feature = "cuda")]
 pub use cublaslt::why_not_cublaslt;
 pub use elementwise::{add, add_scaled, mul, scale};

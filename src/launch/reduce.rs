@@ -139,29 +139,39 @@ impl Kernel for Total {
     }
 
     unsafe fn run(&self) {
-        let part = |idx: usize| {
-            let start = idx * CHUNK;
-            let mut buffer = [0.0f64; CHUNK];
-            let values = &mut buffer[..CHUNK.min(self.x.len() - start)];
-            // SAFETY: the caller promises that nothing writes `x`.
-            unsafe { load(&self.x, start, values) };
-            sum_in_lanes(values)
-        };
-        let chunks = 0..self.x.len().div_ceil(CHUNK);
-        let parts: Vec<f64> = if self.x.len() < PARALLEL_MIN {
-            chunks.map(part).collect()
-        } else {
-            chunks
-                .into_par_iter()
-                .with_min_len(PARALLEL_MIN / CHUNK)
-                .map(part)
-                .collect()
-        };
+        // SAFETY: the caller's promise.
+        let total = unsafe { total(&self.x) };
         #[expect(clippy::cast_precision_loss, reason = "no array has 2^53 elements")]
-        let total = sum_in_lanes(&parts) / self.divisor as f64;
+        let quotient = total / self.divisor as f64;
         // SAFETY: the caller promises exclusive access to `out`.
-        unsafe { store(&self.out, 0, &[total]) };
+        unsafe { store(&self.out, 0, &[quotient]) };
     }
+}
+
+/// The sum of all elements of `x`: per chunk, then over the chunks in their order.
+///
+/// # Safety
+/// As [`Span::slice`].
+pub(super) unsafe fn total(x: &Span) -> f64 {
+    let part = |idx: usize| {
+        let start = idx * CHUNK;
+        let mut buffer = [0.0f64; CHUNK];
+        let values = &mut buffer[..CHUNK.min(x.len() - start)];
+        // SAFETY: the caller promises that nothing writes `x`.
+        unsafe { load(x, start, values) };
+        sum_in_lanes(values)
+    };
+    let chunks = 0..x.len().div_ceil(CHUNK);
+    let parts: Vec<f64> = if x.len() < PARALLEL_MIN {
+        chunks.map(part).collect()
+    } else {
+        chunks
+            .into_par_iter()
+            .with_min_len(PARALLEL_MIN / CHUNK)
+            .map(part)
+            .collect()
+    };
+    sum_in_lanes(&parts)
 }
 
 /// The sum in eight interleaved lanes, which the compiler keeps in vector registers.

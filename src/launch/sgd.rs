@@ -18,11 +18,13 @@ use crate::driver::{Arguments, Grid, Kernel, Stream, Traffic};
 use crate::error::Result;
 use crate::launch::chunk_table::ChunkTable;
 use crate::launch::compute::Compute;
-use crate::launch::enqueue;
+use crate::launch::device::push_spans;
 use crate::launch::update_pass::{
-    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, for_each_row, traffic,
+    GroupSettings, MAX_STATES, Rule, SETTING_WORDS, STATE, StepScalars, check_found, for_each_row,
+    traffic,
 };
 use crate::launch::vector::vectorized;
+use crate::launch::{Span, enqueue};
 
 /// Columns of the table.
 pub(crate) const COLUMNS: usize = STATE + 1;
@@ -57,7 +59,8 @@ impl SgdNumbers {
     }
 }
 
-/// One step for all rows of `table`: parameter, gradient, master, momentum.
+/// One step for all rows of `table`: parameter, gradient, master, momentum. Weights that it makes infinite or NaN are
+/// counted in `found`.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -66,10 +69,12 @@ pub(crate) fn sgd(
     table: &ChunkTable,
     scalars: &StepScalars,
     settings: &GroupSettings,
+    found: &Span,
 ) -> Result<()> {
     table.check("sgd", stream, COLUMNS)?;
     scalars.check("sgd", stream)?;
     settings.check("sgd", stream, table.tensors())?;
+    check_found("sgd", stream, found, table.tensors())?;
     if table.elements() == 0 {
         return Ok(());
     }
@@ -79,6 +84,7 @@ pub(crate) fn sgd(
             table: *table,
             scalars: *scalars,
             settings: *settings,
+            found: *found,
         },
     )
 }
@@ -88,6 +94,7 @@ struct Sgd {
     table: ChunkTable,
     scalars: StepScalars,
     settings: GroupSettings,
+    found: Span,
 }
 
 /// The numbers of the formula in the type of the computation.
@@ -167,6 +174,7 @@ impl Kernel for Sgd {
         self.table.push_to(into);
         self.scalars.push_to(into);
         self.settings.push_to(into);
+        push_spans(into, &[&self.found]);
     }
 
     fn traffic(&self) -> Option<Traffic> {
@@ -181,7 +189,7 @@ impl Kernel for Sgd {
         // SAFETY: the caller's promise.
         if let Some(factors) = unsafe { self.scalars.factors() } {
             // SAFETY: the caller's promise; launchers of tables know that rows share no bytes.
-            unsafe { for_each_row(&self.table, factors, self) };
+            unsafe { for_each_row(&self.table, factors, &self.found, self) };
         }
     }
 }

@@ -5,6 +5,7 @@
 //! for each element:  w = master, or the parameter;  g = gradient · inv_scale · clip
 //!                    (w, state) = rule(w, g, state)
 //!                    master = w;  parameter = w rounded once
+//!                    if the parameter was finite and is not any more, `found` counts it
 //! ```
 //!
 //! Computed in f32, for f64 parameters in f64. The three scalars and the settings of groups lie in device memory, so
@@ -16,14 +17,15 @@
 //! type of the computation, or bf16, in which it is rounded by chance (`stochastic`). What is kept of a step is
 //! rounded; within it the formula goes on with what it computed.
 
+use parking_lot::Mutex;
 use rayon::prelude::*;
 
 use crate::driver::{Arguments, Stream, Traffic};
 use crate::dtype::{DType, bf16};
 use crate::error::Result;
 use crate::launch::chunk_table::{Chunk, ChunkTable, MAX_COLUMNS};
-use crate::launch::compute::{CHUNK as BLOCK, Compute, load, store};
-use crate::launch::device::{push_optional, push_spans};
+use crate::launch::compute::{CHUNK as BLOCK, Compute, load, load_scalar, store};
+use crate::launch::device::{push_optional, push_spans, type_code};
 use crate::launch::split_master::{join, split};
 use crate::launch::stochastic::Chances;
 use crate::launch::vector::vectorized;
@@ -45,23 +47,38 @@ pub(super) const MAX_STATES: usize = MAX_COLUMNS - STATE;
 /// Words of one group's settings.
 pub(crate) const SETTING_WORDS: usize = 8;
 
-/// The scalars that decide and scale a step, each an f32 on the device or absent.
+/// Words before those of the tensors in what a step finds out about weights: how many elements became infinite or NaN.
+pub(crate) const FOUND_HEAD: usize = 1;
+/// Words of a tensor: how many of its elements became infinite, how many NaN, and the complement of the place of the
+/// first. All are 0 if there is nothing to tell.
+pub(crate) const FOUND_WORDS: usize = 3;
+
+/// The scalars that decide and scale a step, each on the device or absent: an f32, or an f64 for `clip`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct StepScalars {
     /// The step is skipped unless this is 0.
     pub(crate) found_inf: Option<Span>,
     /// Gradients are multiplied by this first.
     pub(crate) inv_scale: Option<Span>,
-    /// Then by this.
+    /// Then by this, f32 or f64.
     pub(crate) clip: Option<Span>,
 }
 
 impl StepScalars {
     /// Refuses scalars of another stream, type or length.
     pub(crate) fn check(&self, op: &'static str, stream: &Stream) -> Result<()> {
-        for span in [self.found_inf, self.inv_scale, self.clip].iter().flatten() {
+        let clip_dtype = match &self.clip {
+            Some(clip) if clip.dtype() == DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        for (span, dtype) in [
+            (self.found_inf, DType::F32),
+            (self.inv_scale, DType::F32),
+            (self.clip, clip_dtype),
+        ] {
+            let Some(span) = span else { continue };
             span.check_stream(op, stream)?;
-            span.check_dtype(op, DType::F32)?;
+            span.check_dtype(op, dtype)?;
             span.check_len(op, 1)?;
         }
         Ok(())
@@ -72,15 +89,17 @@ impl StepScalars {
         for span in [self.found_inf, self.inv_scale, self.clip] {
             push_optional(into, span.as_ref());
         }
+        let clip_dtype = self.clip.map_or(DType::F32, |clip| clip.dtype());
+        into.u64(u64::from(type_code(clip_dtype)));
     }
 
     /// The factors of the gradients, or `None` if the step is to be skipped.
     ///
     /// # Safety
     /// As [`Span::slice`].
-    pub(super) unsafe fn factors(&self) -> Option<[f32; 2]> {
+    pub(super) unsafe fn factors(&self) -> Option<[f64; 2]> {
         // SAFETY: the caller's promise; the scalars were written before, in stream order.
-        let read = |span: Span| unsafe { span.slice::<f32>() }[0];
+        let read = |span: Span| unsafe { load_scalar::<f64>(&span) };
         let found_inf = self.found_inf.map_or(0.0, read);
         // NaN is not equal to 0 either.
         (found_inf == 0.0).then(|| [self.inv_scale, self.clip].map(|span| span.map_or(1.0, read)))
@@ -161,11 +180,76 @@ pub(super) fn traffic(table: &ChunkTable) -> Traffic {
     }
 }
 
-/// Applies `rule` to every row of `table`, gradients multiplied by `factors`.
+/// Refuses words for other than `tensors` tensors, or of another stream.
+pub(super) fn check_found(
+    op: &'static str,
+    stream: &Stream,
+    found: &Span,
+    tensors: usize,
+) -> Result<()> {
+    found.check_stream(op, stream)?;
+    found.check_dtype(op, DType::F64)?;
+    found.check_len(op, FOUND_HEAD + FOUND_WORDS * tensors)
+}
+
+/// What one chunk's step made infinite or NaN.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lost {
+    inf: u64,
+    nan: u64,
+    /// Place in the tensor.
+    first: Option<u64>,
+}
+
+/// Adds what chunks of tensors lost to the words of `found`.
 ///
 /// # Safety
-/// As [`Kernel::run`](crate::driver::Kernel::run), for all rows of the table.
-pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &impl Rule) {
+/// As [`Span::slice_mut`].
+unsafe fn add_lost(found: &Span, lost: &[(usize, Lost)]) {
+    // SAFETY: the caller's promise.
+    let words = unsafe { found.slice_mut::<f64>() };
+    let words: &mut [u64] = bytemuck::cast_slice_mut(words);
+    for (tensor, lost) in lost {
+        words[0] += lost.inf + lost.nan;
+        let of = &mut words[FOUND_HEAD + FOUND_WORDS * tensor..][..FOUND_WORDS];
+        of[0] += lost.inf;
+        of[1] += lost.nan;
+        of[2] = of[2].max(lost.first.map_or(0, |first| !first));
+    }
+}
+
+/// From this magnitude on, weights are infinite in their type.
+fn infinite_from<C: Compute>(dtype: DType) -> C {
+    match dtype {
+        DType::F16 => C::from_f32(65520.0),
+        DType::Bf16 => C::from_f32(f32::from_bits(0x7f7f_8000)),
+        _ => C::from_f32(f32::INFINITY),
+    }
+}
+
+vectorized! {
+    /// Whether all magnitudes are below `infinite`.
+    fn are_finite<C: Compute>(weights: &[C], infinite: C) -> bool {
+        let mut all = true;
+        for weight in weights {
+            all &= (*weight < infinite) & (-*weight < infinite);
+        }
+        all
+    }
+}
+
+/// Applies `rule` to every row of `table`, gradients multiplied by `factors`, and counts in `found` the weights that
+/// become infinite or NaN.
+///
+/// # Safety
+/// As [`Kernel::run`](crate::driver::Kernel::run), for all rows of the table and for `found`.
+pub(super) unsafe fn for_each_row(
+    table: &ChunkTable,
+    factors: [f64; 2],
+    found: &Span,
+    rule: &impl Rule,
+) {
+    let lost = Mutex::new(Vec::new());
     // SAFETY: the caller's promise.
     let chunks: Vec<_> = unsafe { table.chunks() }.collect();
     let row = |chunk: &Chunk<'_>| {
@@ -186,12 +270,15 @@ pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &
             master: columns[MASTER],
             states: std::array::from_fn(|state| columns[STATE + state]),
         };
-        if parameter.dtype() == DType::F64 {
+        let of_chunk = if parameter.dtype() == DType::F64 {
             // SAFETY: the caller's promise.
-            unsafe { row.update::<f64>(factors, rule) };
+            unsafe { row.update::<f64>(factors, rule) }
         } else {
             // SAFETY: the caller's promise.
-            unsafe { row.update::<f32>(factors, rule) };
+            unsafe { row.update::<f32>(factors, rule) }
+        };
+        if of_chunk.first.is_some() {
+            lost.lock().push((chunk.tensor(), of_chunk));
         }
     };
     if table.elements() < PARALLEL_MIN as u64 {
@@ -199,11 +286,16 @@ pub(super) unsafe fn for_each_row(table: &ChunkTable, factors: [f32; 2], rule: &
     } else {
         chunks.par_iter().for_each(row);
     }
+    let lost = lost.into_inner();
+    if !lost.is_empty() {
+        // SAFETY: the caller's promise.
+        unsafe { add_lost(found, &lost) };
+    }
 }
 
 vectorized! {
     /// `values[i] = (values[i] · factors[0]) · factors[1]`.
-    fn scale<C: Compute>(values: &mut [C], factors: [C; 2]) {
+    pub(super) fn scale<C: Compute>(values: &mut [C], factors: [C; 2]) {
         for value in values {
             *value = *value * factors[0] * factors[1];
         }
@@ -231,16 +323,17 @@ struct Row {
 }
 
 impl Row {
-    /// Applies `rule` to the chunk, a block at a time.
+    /// Applies `rule` to the chunk, a block at a time. Gives what became infinite or NaN.
     ///
     /// # Safety
     /// Called from a `run`, whose caller promises that rows are live and not accessed by others. The columns of a
     /// row share no bytes.
-    unsafe fn update<C: Compute>(&self, factors: [f32; 2], rule: &impl Rule) {
-        let factors = factors.map(C::from_f32);
+    unsafe fn update<C: Compute>(&self, factors: [f64; 2], rule: &impl Rule) -> Lost {
+        let factors = factors.map(C::from_f64);
         let by_chance = self.states[0].is_some_and(|state| state.dtype() != C::DTYPE);
         let weight = self.master.unwrap_or(self.parameter);
-        let (mut weights, mut gradients) = ([C::default(); BLOCK], [C::default(); BLOCK]);
+        let mut lost = Lost::default();
+        let [mut weights, mut gradients, mut before] = [[C::default(); BLOCK]; 3];
         let mut kept = [[C::default(); BLOCK]; MAX_STATES];
         for start in (0..self.parameter.len()).step_by(BLOCK) {
             let len = BLOCK.min(self.parameter.len() - start);
@@ -274,7 +367,9 @@ impl Row {
             if weight.dtype() == C::DTYPE {
                 // SAFETY: the caller's promise.
                 let weights = unsafe { weight.sub(start, len).slice_mut::<C>() };
+                before[..len].copy_from_slice(weights);
                 rule.apply(self.tensor, weights, gradients, operands);
+                self.note_lost(&mut lost, start, &before[..len], weights);
                 if self.master.is_some() {
                     // SAFETY: the caller's promise.
                     unsafe { store(&self.parameter, start, weights) };
@@ -283,7 +378,9 @@ impl Row {
                 let weights = &mut weights[..len];
                 // SAFETY: the caller's promise.
                 unsafe { self.load_narrow(start, weights) };
+                before[..len].copy_from_slice(weights);
                 rule.apply(self.tensor, weights, gradients, operands);
+                self.note_lost(&mut lost, start, &before[..len], weights);
                 // SAFETY: the caller's promise.
                 unsafe { self.store_narrow(start, weights) };
             }
@@ -298,6 +395,27 @@ impl Row {
                     }
                 }
             }
+        }
+        lost
+    }
+
+    /// Counts which of the weights from `start` on were finite in the parameter's type before, and are not now.
+    fn note_lost<C: Compute>(&self, lost: &mut Lost, start: usize, before: &[C], now: &[C]) {
+        let infinite = infinite_from::<C>(self.parameter.dtype());
+        if are_finite(now, infinite) {
+            return;
+        }
+        let places = self.offset + start as u64..;
+        for ((before, now), place) in before.iter().zip(now).zip(places) {
+            if are_finite(&[*now], infinite) || !are_finite(&[*before], infinite) {
+                continue;
+            }
+            if now.to_f64().is_nan() {
+                lost.nan += 1;
+            } else {
+                lost.inf += 1;
+            }
+            lost.first.get_or_insert(place);
         }
     }
 

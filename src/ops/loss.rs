@@ -16,6 +16,8 @@ pub struct Loss {
     seed: Tensor,
     probabilities: Tensor,
     labels: Tensor,
+    /// The label of rows that count for nothing, and the number of rows that count.
+    ignored: Option<(u32, Tensor)>,
     logits_dtype: DType,
 }
 
@@ -29,11 +31,57 @@ pub struct Loss {
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
 /// [`Error::UnsupportedDtype`] for logits of u32 or an 8-bit type; [`Error::OutOfMemory`].
 pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
-    const OP: &str = "softmax_cross_entropy";
-    let [rows, columns] = matrix_shape(OP, "logits", logits)?;
+    cross_entropy("softmax_cross_entropy", logits, labels, None)
+}
+
+/// As [`softmax_cross_entropy`], but rows whose label is `ignore` count for nothing, whatever their logits are: the
+/// loss is the mean over the other rows, and gradients of ignored rows are 0. If all rows are ignored, or there are
+/// none, the loss is 0. How many rows count is found out on the device; the host does not wait.
+///
+/// `ignore` may be the number of a class or not. Data made for PyTorch's default of −100 has, as u32,
+/// `-100i32 as u32`. Any other label that is no class makes the loss NaN.
+///
+/// # Examples
+/// ```
+/// use kitsune::{Context, DType, Device, Tensor, ops};
+///
+/// # fn main() -> kitsune::Result<()> {
+/// # let context = Context::new(&Device::auto()?)?;
+/// const PADDING: u32 = u32::MAX;
+/// let logits = Tensor::zeros(&context, [3, 4], DType::F32)?;
+/// let labels = Tensor::from_slice(&context, [3], &[1, PADDING, 2])?;
+/// let loss = ops::softmax_cross_entropy_ignoring(&logits, &labels, PADDING)?;
+/// assert!((loss.value().item::<f32>()? - 4f32.ln()).abs() < 1e-6);
+/// assert_eq!(loss.backward()?.to_vec::<f32>()?[4..8], [0.0; 4]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// As [`softmax_cross_entropy`].
+pub fn softmax_cross_entropy_ignoring(
+    logits: &Tensor,
+    labels: &Tensor,
+    ignore: u32,
+) -> Result<Loss> {
+    cross_entropy(
+        "softmax_cross_entropy_ignoring",
+        logits,
+        labels,
+        Some(ignore),
+    )
+}
+
+fn cross_entropy(
+    op: &'static str,
+    logits: &Tensor,
+    labels: &Tensor,
+    ignore: Option<u32>,
+) -> Result<Loss> {
+    let [rows, columns] = matrix_shape(op, "logits", logits)?;
     if labels.shape()[..] != [rows] || columns == 0 {
         return Err(Error::argument(
-            OP,
+            op,
             format!(
                 "logits {} and labels {} do not fit",
                 logits.shape(),
@@ -43,32 +91,66 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
     }
     if !logits.dtype().is_computed() {
         return Err(Error::UnsupportedDtype {
-            op: OP,
+            op,
             dtype: logits.dtype(),
         });
     }
-    check_one_stream(OP, &[("logits", logits), ("labels", labels)])?;
+    check_one_stream(op, &[("logits", logits), ("labels", labels)])?;
     let context = logits.context();
     let dtype = launch::sum_dtype(logits.dtype());
     let value = Tensor::uninit(context, [], dtype)?;
     let probabilities = Tensor::uninit(context, [rows, columns], dtype)?;
     let labels = labels.contiguous()?;
     let losses = Tensor::uninit(context, [rows], DType::F64)?;
-    launch::cross_entropy(
-        context.stream(),
-        &logits.contiguous()?.span()?,
-        &labels.span()?,
-        &losses.span()?,
-        &value.span()?,
-        &probabilities.span()?,
-    )?;
+    let logits_dtype = logits.dtype();
+    let operands = [
+        &logits.contiguous()?,
+        &labels,
+        &losses,
+        &value,
+        &probabilities,
+    ];
+    let ignored = match ignore {
+        None => None,
+        Some(label) => Some((label, Tensor::uninit(context, [], DType::F64)?)),
+    };
+    enqueue(operands, ignored.as_ref())?;
     let seed = Tensor::full(context, [], DType::F32, 1.0)?;
     Ok(Loss {
         value,
         seed,
         probabilities,
         labels,
-        logits_dtype: logits.dtype(),
+        ignored,
+        logits_dtype,
+    })
+}
+
+/// Enqueues the losses of logits and labels, their mean, and the probabilities.
+fn enqueue(operands: [&Tensor; 5], ignored: Option<&(u32, Tensor)>) -> Result<()> {
+    let stream = operands[0].context().stream();
+    let [logits, labels, losses, value, probabilities] = operands;
+    let (logits, labels) = (logits.span()?, labels.span()?);
+    let (losses, value, probabilities) = (losses.span()?, value.span()?, probabilities.span()?);
+    match ignored {
+        None => launch::cross_entropy(stream, &logits, &labels, &losses, &value, &probabilities),
+        Some(ignored) => launch::cross_entropy_ignoring(
+            stream,
+            &logits,
+            &labels,
+            &losses,
+            &value,
+            &probabilities,
+            &spans(ignored)?,
+        ),
+    }
+}
+
+/// Ignored rows for a kernel.
+fn spans((label, counted): &(u32, Tensor)) -> Result<launch::Ignored> {
+    Ok(launch::Ignored {
+        label: *label,
+        counted: counted.span()?,
     })
 }
 
@@ -107,13 +189,20 @@ impl Loss {
     pub fn backward(&self) -> Result<Tensor> {
         let context = self.probabilities.context();
         let grad = Tensor::uninit(context, self.probabilities.shape(), self.logits_dtype)?;
-        launch::cross_entropy_backward(
-            context.stream(),
-            &self.probabilities.span()?,
-            &self.labels.span()?,
-            &self.seed.span()?,
-            &grad.span()?,
-        )?;
+        let stream = context.stream();
+        let (probabilities, labels) = (self.probabilities.span()?, self.labels.span()?);
+        let (seed, into) = (self.seed.span()?, grad.span()?);
+        match &self.ignored {
+            None => launch::cross_entropy_backward(stream, &probabilities, &labels, &seed, &into)?,
+            Some(ignored) => launch::cross_entropy_ignoring_backward(
+                stream,
+                &probabilities,
+                &labels,
+                &seed,
+                &into,
+                &spans(ignored)?,
+            )?,
+        }
         Ok(grad)
     }
 }

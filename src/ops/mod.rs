@@ -31,7 +31,7 @@ pub use elementwise::{add, mul};
 pub use embedding::{embedding, embedding_backward};
 pub use layer_norm::{LayerNorm, LayerNormGradients, layer_norm};
 pub use linear::{Linear, LinearGradients, linear};
-pub use loss::{Loss, softmax_cross_entropy};
+pub use loss::{Loss, softmax_cross_entropy, softmax_cross_entropy_ignoring};
 pub use matmul::matmul;
 pub use reduce::{accuracy, argmax, mean, sum};
 

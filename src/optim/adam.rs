@@ -338,6 +338,7 @@ impl<const DECOUPLED: bool> Optimizer for AdamFamily<DECOUPLED> {
         let steps = AdamSteps {
             steps: self.steps.span()?,
             rows: self.numbers.span()?,
+            found: self.rows.lost_weights()?,
         };
         let table = self.rows.table()?;
         adam(

@@ -33,19 +33,38 @@ pub(crate) struct Gradients {
 struct Memory {
     norms: Metered,
     counts: Metered,
-    total_norm: Metered,
-    coefficient: Metered,
+    total_norm: Tensor,
+    /// f32, and f64 for use if a gradient is f64.
+    coefficients: [Tensor; 2],
+    /// f32: what gradients are multiplied by before the coefficient.
+    first: Tensor,
+    /// What the last three are parts of.
+    _scalars: [Metered; 2],
+}
+
+/// How gradients are brought to a limit: multiplied by `first`, an f32, then by `coefficient`, an f32 or, if one of
+/// them is f64, an f64.
+#[derive(Clone, Debug)]
+pub(crate) struct Clip {
+    pub(crate) total_norm: Tensor,
+    pub(crate) first: Tensor,
+    pub(crate) coefficient: Tensor,
 }
 
 impl Memory {
     fn new(context: &Context, tensors: usize, meter: &Arc<Meter>) -> Result<Self> {
         let _tag = memory::tag("amp");
         let metered = |tensor| Metered::new(tensor, meter);
+        let wide = metered(Tensor::zeros(context, [2], DType::F64)?);
+        let narrow = metered(Tensor::zeros(context, [2], DType::F32)?);
+        let one = |of: &Tensor, index| of.narrow(0, index, 1)?.reshape([]);
         Ok(Self {
             norms: metered(Tensor::zeros(context, [tensors], DType::F64)?),
             counts: metered(Tensor::zeros(context, [tensors * COUNT_WORDS], DType::U32)?),
-            total_norm: metered(Tensor::zeros(context, [], DType::F64)?),
-            coefficient: metered(Tensor::zeros(context, [], DType::F32)?),
+            total_norm: one(&wide, 0)?,
+            coefficients: [one(&narrow, 0)?, one(&wide, 1)?],
+            first: one(&narrow, 1)?,
+            _scalars: [wide, narrow],
         })
     }
 
@@ -149,28 +168,41 @@ impl Gradients {
         Ok(true)
     }
 
-    /// Computes the total norm of the last pass and the coefficient that brings it to `max_norm`; sets
-    /// `found_inf` if the norm is not finite. Gives (norm, coefficient), which the next call overwrites.
-    pub(crate) fn coefficient(
+    /// Computes the total norm of the last pass over the gradients of `parameters`, which still have the inverse of
+    /// `inv_scale` if it is there, and what brings it to `max_norm`; sets `found_inf` if the norm is not finite. The
+    /// next call overwrites what this one gives.
+    pub(crate) fn clip(
         &mut self,
-        context: &Context,
-        kind: NormKind,
-        max_norm: f64,
+        parameters: &[Parameter],
+        inv_scale: Option<&Tensor>,
+        (max_norm, kind): (f64, NormKind),
         found_inf: Option<&Span>,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Clip> {
         let memory = self.memory.as_ref().expect("a pass came before");
+        let gradients = parameters.iter().filter_map(Parameter::grad);
+        let is_wide = gradients
+            .map(|one| one.dtype())
+            .any(|dtype| dtype == DType::F64);
+        let coefficient = &memory.coefficients[usize::from(is_wide)];
         let operands = ClipOperands {
             norms: memory.norms.span()?,
             total_norm: memory.total_norm.span()?,
-            coefficient: memory.coefficient.span()?,
+            coefficient: coefficient.span()?,
+            first: memory.first.span()?,
+            inv_scale: inv_scale.map(Tensor::span).transpose()?,
             found_inf: found_inf.copied(),
         };
-        clip_coefficient(context.stream(), &operands, kind, max_norm)?;
-        Ok((memory.total_norm.clone(), memory.coefficient.clone()))
+        let stream = memory.norms.context().stream();
+        clip_coefficient(stream, &operands, kind, max_norm)?;
+        Ok(Clip {
+            total_norm: memory.total_norm.clone(),
+            first: memory.first.clone(),
+            coefficient: coefficient.clone(),
+        })
     }
 
-    /// Multiplies every gradient by `factor` in place.
-    pub(crate) fn multiply(&mut self, parameters: &[Parameter], factor: &Tensor) -> Result<()> {
+    /// Multiplies every gradient by the factors of `clip` in place.
+    pub(crate) fn multiply(&mut self, parameters: &[Parameter], clip: &Clip) -> Result<()> {
         let gradients = present(parameters);
         let Some((first, _)) = gradients.first() else {
             return Ok(());
@@ -180,7 +212,8 @@ impl Gradients {
         gradients
             .iter()
             .for_each(|(_, gradient)| gradient.mark_written());
-        multiply(context.stream(), &table, &factor.span()?)
+        let factors = [clip.first.span()?, clip.coefficient.span()?];
+        multiply(context.stream(), &table, factors.each_ref())
     }
 
     /// Whether the last pass failed when it had looked at some of the gradients: `found_inf` may be set.
@@ -195,7 +228,7 @@ impl Gradients {
 
     /// The last total norm.
     pub(crate) fn total_norm(&self) -> Option<&Tensor> {
-        self.memory.as_ref().map(|memory| &*memory.total_norm)
+        self.memory.as_ref().map(|memory| &memory.total_norm)
     }
 
     /// The table of `gradients`, of parameters `0..tensors`.

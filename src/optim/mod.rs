@@ -32,6 +32,7 @@ mod settings;
 mod sgd;
 mod state;
 mod table;
+mod weights;
 
 pub use crate::launch::NormKind;
 pub(crate) use crate::storage::moment;
@@ -39,7 +40,7 @@ pub use adam::{Adam, AdamConfig, AdamFamily, AdamFamilyConfig, AdamW, AdamWConfi
 pub use clip::{clip_grad_norm, clip_grad_norm_};
 pub(crate) use distinct::first_repeated;
 pub use ema::{Ema, EmaState};
-pub(crate) use gradients::{Gradients, Pass};
+pub(crate) use gradients::{Clip, Gradients, Pass};
 pub use groups::ParamGroup;
 pub(crate) use optimizer::OptimizerLife;
 pub use optimizer::{Optimizer, OptimizerId, StepInputs};
@@ -54,3 +55,4 @@ pub use state::{GroupState, NamedTensors, OptimizerState};
 pub(crate) use state::{
     load as load_optimizer, match_named, save_named, saved_groups, setting_names, values,
 };
+pub use weights::WeightOverflow;

@@ -3,13 +3,13 @@
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 use crate::launch::update_pass::StepScalars;
-use crate::optim::{OptimizerState, Parameter, state};
+use crate::optim::{OptimizerState, Parameter, WeightOverflow, state, weights};
 use crate::storage::Tensor;
 
 /// Identity of an optimizer, never given twice in a process. Held by the optimizer for its whole life: when
@@ -22,6 +22,8 @@ struct Identity {
     number: u64,
     /// The one scaler that drives the optimizer, as long as it lives.
     driver: Mutex<Weak<u64>>,
+    /// Where steps count the weights that they make infinite or NaN.
+    lost_weights: OnceLock<Tensor>,
 }
 
 /// Tells whether an optimizer still exists, without keeping it.
@@ -61,7 +63,22 @@ impl OptimizerId {
         Self(Arc::new(Identity {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             driver: Mutex::default(),
+            lost_weights: OnceLock::new(),
         }))
+    }
+
+    /// An identity for an optimizer whose steps count in `lost_weights` the weights that they make infinite or NaN.
+    pub(super) fn counting(lost_weights: Tensor) -> Self {
+        let id = Self::new();
+        // Nobody else knows this identity yet.
+        let _ = id.0.lost_weights.set(lost_weights);
+        id
+    }
+
+    /// Where the optimizer's steps count the weights that they make infinite or NaN, if they do. Belongs to the identity
+    /// so that an optimizer wrapped in another one is still heard.
+    pub(crate) fn lost_weights(&self) -> Option<&Tensor> {
+        self.0.lost_weights.get()
     }
 
     /// The number behind it.
@@ -87,14 +104,17 @@ impl OptimizerId {
     }
 }
 
-/// What decides and scales one step: f32 tensors of one element, read on the device when the step runs.
+/// What decides and scales one step: tensors of one element, read on the device when the step runs. All are f32, but
+/// for `clip`, which may be f64.
 #[derive(Clone, Debug, Default)]
 pub struct StepInputs {
     /// The step must change nothing at all unless this is 0. Any other value skips, NaN too.
     pub found_inf: Option<Tensor>,
-    /// Gradients are still multiplied by the loss scale, and this is its inverse.
+    /// Gradients are still multiplied by the loss scale, and this is its inverse. Where a clip coefficient would be
+    /// smaller than the normal numbers of f32, this is smaller by a power of two instead.
     pub inv_scale: Option<Tensor>,
-    /// Gradients are to be multiplied by this after unscaling: the clip coefficient.
+    /// Gradients are to be multiplied by this after unscaling: the clip coefficient. A scaler gives it in f64 if a
+    /// gradient is f64, else in f32.
     pub clip: Option<Tensor>,
 }
 
@@ -138,6 +158,22 @@ pub trait Optimizer {
     fn step_unscaled(&mut self) -> Result<()> {
         Parameter::expect_unscaled("step", self.parameters())?;
         self.step(&StepInputs::default())
+    }
+
+    /// The weights that steps made infinite or NaN, each with the elements that were finite before, since this was last
+    /// asked. A weight of 16 bits becomes infinite although its master is finite. Steps under a scaler do not count
+    /// here: their report is [`StepOutcome::weight_overflows`](../amp/struct.StepOutcome.html#method.weight_overflows),
+    /// which also takes in what other steps left here. Waits for the device.
+    ///
+    /// The optimizers of this crate count, in the pass that writes the weights; of others the list is empty.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if work of the stream failed; [`Error::Capturing`] during a capture.
+    fn take_weight_overflows(&self) -> Result<Vec<WeightOverflow>> {
+        let counts = self.id().lost_weights();
+        counts.map_or(Ok(Vec::new()), |counts| {
+            weights::take(counts, self.parameters())
+        })
     }
 
     /// What a step reads and writes beside parameter `index` and its gradient, each with a name that no other

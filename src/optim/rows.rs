@@ -5,6 +5,7 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::launch::Span;
 use crate::launch::chunk_table::{ChunkTable, MAX_COLUMNS};
 use crate::launch::update_pass::{GRADIENT, MASTER, PARAMETER, STATE};
 use crate::memory;
@@ -12,7 +13,7 @@ use crate::optim::distinct::check_names;
 use crate::optim::gradients::present;
 use crate::optim::masters::Master;
 use crate::optim::table::DeviceTable;
-use crate::optim::{OptimizerId, Parameter};
+use crate::optim::{OptimizerId, Parameter, weights};
 use crate::storage::{Context, Tensor};
 
 /// Where the f32 values of 16-bit parameters are kept, which small steps add to.
@@ -144,7 +145,7 @@ impl Rows {
         let masters = pairs().map(|(value, needs)| needs.master(value));
         let states = pairs().map(|(value, needs)| needs.states(value));
         Ok(Self {
-            id: OptimizerId::new(),
+            id: OptimizerId::counting(weights::counts(first.value().context(), parameters.len())?),
             columns,
             masters: masters.collect::<Result<_>>()?,
             states: states.collect::<Result<_>>()?,
@@ -156,6 +157,11 @@ impl Rows {
 
     pub(super) fn context(&self) -> &Context {
         self.parameters[0].value().context()
+    }
+
+    /// Where a step counts the weights that it makes infinite or NaN.
+    pub(super) fn lost_weights(&self) -> Result<Span> {
+        self.id.lost_weights().expect("made with the rows").span()
     }
 
     /// State tensor `which` of parameter `index`.

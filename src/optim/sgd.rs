@@ -251,6 +251,7 @@ impl Optimizer for Sgd {
             &table,
             &inputs.scalars()?,
             &self.groups.on_device()?,
+            &self.rows.lost_weights()?,
         )
     }
 }

@@ -250,6 +250,11 @@ const SCALER: &[Metric<ScalerStats>] = &[
         |amp| amp.nan_steps,
     ),
     Metric::counter(
+        "kitsune.amp.infinite_weights",
+        "Elements of weights that applied steps made infinite or NaN.",
+        |amp| amp.infinite_weights,
+    ),
+    Metric::counter(
         "kitsune.amp.scale_growths",
         "Times the scale grew after an interval without overflow.",
         |amp| amp.growths,

@@ -6,6 +6,8 @@
 
 #[path = "../amp_checkpoint.rs"]
 mod amp_checkpoint;
+#[path = "../amp_clip.rs"]
+mod amp_clip;
 #[path = "../amp_conformance/main.rs"]
 mod amp_conformance;
 #[path = "../amp_edges.rs"]
@@ -30,6 +32,8 @@ mod amp_step_faults;
 mod amp_training;
 #[path = "../amp_watch.rs"]
 mod amp_watch;
+#[path = "../amp_weights.rs"]
+mod amp_weights;
 #[path = "../kernels/main.rs"]
 mod kernels;
 #[path = "../memory_contents.rs"]
@@ -48,6 +52,8 @@ mod ops_autocast_cache;
 mod ops_fp8;
 #[path = "../ops_gradients.rs"]
 mod ops_gradients;
+#[path = "../ops_ignoring.rs"]
+mod ops_ignoring;
 #[path = "../ops_results.rs"]
 mod ops_results;
 #[path = "../ops_transformer.rs"]

@@ -186,6 +186,48 @@ fn cross_entropy() {
     }
 }
 
+/// Rows that count for nothing: none, some, all, by a label that is a class or none.
+#[test]
+fn cross_entropy_with_ignored_rows() {
+    for dtype in DType::FLOATS {
+        let wide = launch::sum_dtype(dtype);
+        for (number, (rows, columns)) in SHAPES.into_iter().enumerate() {
+            let grad_type = DType::FLOATS[number % DType::FLOATS.len()];
+            let ulps = if dtype == DType::F64 { 32.0 } else { 2.0 };
+            for (every, label) in [(1, u32::MAX), (2, 0), (3, u32::MAX - 99), (usize::MAX, 7)] {
+                let labels = (0..rows).map(|row| match row % every {
+                    0 => f64::from(label),
+                    _ => (row * 7 % columns) as f64,
+                });
+                let labels: Vec<f64> = labels.collect();
+                let what = format!("{dtype} {rows} {columns}, {label} in one of {every}");
+                compare(&what, Nearness::Ulps(ulps, 0.0), |side| {
+                    let stream = &side.stream;
+                    let x = with_specials(6, rows * columns, 8.0);
+                    let logits = side.array(dtype, rows % 3, &x);
+                    let labels = side.array(DType::U32, 1, &labels);
+                    let losses = side.rubbish(DType::F64, 1, rows);
+                    let loss = side.rubbish(wide, 0, 1);
+                    let p = side.rubbish(wide, 1, logits.len());
+                    let seed = side.array(DType::F32, 0, &[1024.0]);
+                    let grad = side.rubbish(grad_type, 0, logits.len());
+                    let counted = side.rubbish(DType::F64, 0, 1);
+                    let ignored = launch::Ignored { label, counted };
+                    launch::cross_entropy_ignoring(
+                        stream, &logits, &labels, &losses, &loss, &p, &ignored,
+                    )
+                    .unwrap();
+                    launch::cross_entropy_ignoring_backward(
+                        stream, &p, &labels, &seed, &grad, &ignored,
+                    )
+                    .unwrap();
+                    vec![loss, counted, p, grad]
+                });
+            }
+        }
+    }
+}
+
 /// Probabilities of every type, the gradient of the same one or of another.
 #[test]
 fn cross_entropy_backward_of_any_probabilities() {

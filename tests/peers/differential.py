@@ -9,7 +9,8 @@ crate had, so that every step is compared by itself. A distance is the number of
 results; of sums, which may cancel, it is counted in spacings of the largest number involved.
 
 What must agree to the bit: the overflow flag, scale, growth tracker and step counts; gradients, unscaled and clipped
-(PyTorch is given the norm in f64, rounded once, which is how this crate takes it); what a skipped step leaves. What may
+(PyTorch is given the norm in f64, rounded once to the gradients' type, which is how this crate takes it; below
+limits of 0.1 it divides without its epsilon); what a skipped step leaves. What may
 be off: weights from equal moments by one, by PyTorch's operations but for the root; moments by one, as its kernels
 contract a product with a sum (the first by two for a beta1 below 0.5, where PyTorch interpolates from the other
 end). A gradient to which PyTorch's kernels add decay by a contracted product may cancel, which the moments take up:
@@ -198,8 +199,8 @@ class Peer:
         self.scaler._scale.fill_(state["scale"])
         self.scaler._growth_tracker.fill_(state["tracker"])
 
-    def step(self, gradients):
-        """One step. Gives the flag, gradients as they were left, and the total norm in f64."""
+    def step(self, gradients, given):
+        """One step, whose norm was `given`. Gives the flag, gradients as they were left, and the total norm in f64."""
         halves = self.case["grad_dtype"] != self.dtype
         grads = [from_bits(bits, self.case["grad_dtype"]) for bits in gradients]
         if halves:
@@ -220,12 +221,23 @@ class Peer:
             norm = math.sqrt(sum(float((grad.double() ** 2).sum()) for grad in grads))
             narrow = torch.tensor(norm, dtype=torch.float64).to(TYPES["f32"][0])
             if math.isfinite(narrow):
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.case["max_norm"], narrow, foreach=False)
+                # The last bits of a norm in f64 depend on the order of its sum, so it is this crate's.
+                self.clip(narrow if self.dtype == "f32" else torch.tensor(given, dtype=torch.float64))
         found = self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"]
         flag = any(float(value) != 0 for value in found.values())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return flag, norm
+
+    def clip(self, norm):
+        """Clips by a norm of the gradients' type: as PyTorch does from a limit of 0.1 on, without its epsilon below."""
+        limit = self.case["max_norm"]
+        if limit >= 0.1:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm, foreach=False)
+            return
+        factor = (limit / norm.double()).clamp(max=1.0).to(norm.dtype)
+        for parameter in self.parameters:
+            parameter.grad.mul_(factor)
 
     def moved(self, weights, first, second, count):
         """The last lines of PyTorch's Adam and AdamW, in its operations, from given moments. NumPy's root is rounded once."""
@@ -264,7 +276,8 @@ def compare(case, number, left, tally):
                      for i in range(len(old))]
         old_largest = [from_bits(before["largest"][i], case["weight_dtype"]) if before and case["amsgrad"]
                        else torch.zeros_like(old[i]) for i in range(len(old))]
-        flag, norm = peer.step(gradients)
+        given = None if state["norm"] is None else np.array([state["norm"]], dtype=np.uint64).view(np.float64)[0]
+        flag, norm = peer.step(gradients, given)
         if state["found_inf"] and not flag and peer.overflowed_by_dividing:
             # The one known difference: PyTorch looks at gradients before it divides them.
             tally.known += 1
@@ -275,8 +288,7 @@ def compare(case, number, left, tally):
         for what, theirs, ours in exact:
             tally.note(what, 0 if theirs == ours else math.inf, where)
         if norm is not None and state["norm"] is not None:
-            ours = np.array([state["norm"]], dtype=np.uint64).view(np.float64)[0]
-            same = (math.isnan(norm) and math.isnan(ours)) or ours == norm or abs(ours - norm) <= 1e-13 * abs(norm)
+            same = (math.isnan(norm) and math.isnan(given)) or given == norm or abs(given - norm) <= 1e-13 * abs(norm)
             tally.note("norm in f64, to 1e-13", 0 if same else math.inf, where)
         for i, parameter in enumerate(peer.parameters):
             if case["in_place"] and not flag:

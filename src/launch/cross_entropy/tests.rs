@@ -16,6 +16,7 @@ fn forward(dtype: DType, logits: &[f64], labels: &[f64]) -> (f64, Vec<f64>) {
         losses: losses.span(),
         probabilities: probabilities.span(),
         columns: logits.len().checked_div(labels.len()).unwrap_or(0),
+        ignore: None,
     });
     run(&Total::mean_of(&losses.span(), &loss.span()));
     (loss.values()[0], probabilities.values())
@@ -35,6 +36,7 @@ fn backward(dtype: DType, probabilities: &[f64], labels: &[f64], seed: f64) -> V
         seed: seed.span(),
         grad_logits: grad.span(),
         columns,
+        ignored: None,
     });
     grad.values()
 }

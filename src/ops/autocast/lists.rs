@@ -87,7 +87,10 @@ impl OpLists {
 
 fn cuda(op: &str) -> CastPolicy {
     // PyTorch makes the loss of log_softmax and nll_loss.
-    let added = matches!(op, "softmax_cross_entropy" | "batch_norm");
+    let added = matches!(
+        op,
+        "softmax_cross_entropy" | "softmax_cross_entropy_ignoring" | "batch_norm"
+    );
     if names::CUDA_LOWER.contains(&op) {
         CastPolicy::Lower
     } else if added || names::CUDA_SINGLE.contains(&op) || begins(op, names::CUDA_SINGLE_PREFIXES) {
@@ -102,7 +105,10 @@ fn cuda(op: &str) -> CastPolicy {
 }
 
 fn cpu(op: &str) -> CastPolicy {
-    let added = op == "softmax_cross_entropy";
+    let added = matches!(
+        op,
+        "softmax_cross_entropy" | "softmax_cross_entropy_ignoring"
+    );
     if names::CPU_LOWER.contains(&op) {
         CastPolicy::Lower
     } else if added || names::CPU_SINGLE.contains(&op) || begins(op, names::CPU_SINGLE_PREFIXES) {
