@@ -1,7 +1,11 @@
 //! The pool: one lock, and the ladder that an allocation climbs when memory is short.
 
+#[cfg(feature = "metrics")]
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "metrics")]
+use std::sync::Weak;
 use std::sync::atomic::AtomicU32;
 use std::thread;
 
@@ -110,6 +114,13 @@ impl Pool {
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.shared().device
+    }
+
+    /// Names this pool among all that ever were, and tells whether its last clone is gone.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn token(&self) -> Weak<dyn Any + Send + Sync> {
+        let handle: Weak<Handle> = Arc::downgrade(&self.handle);
+        handle
     }
 
     /// The settings the pool works with: those it was made with, and in deterministic mode a policy that does
