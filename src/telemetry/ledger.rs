@@ -117,8 +117,8 @@ impl Ledger {
 impl Holders {
     fn note(&mut self, token: Token, rows: Rows) {
         self.is_changed = true;
-        let known = self.living.iter_mut();
-        match { known }.find(|holder| holder.token.ptr_eq(&token)) {
+        let mut living = self.living.iter_mut();
+        match living.find(|holder| holder.token.ptr_eq(&token)) {
             Some(holder) => holder.update(rows),
             None => self.living.push(Holder { token, rows }),
         }
@@ -271,8 +271,8 @@ mod tests {
         let of_second = || (&second, rows(5, 20.0));
         let totals = publish([of_first(), of_second()]);
         assert_eq!(totals, publish([of_second(), of_first()]));
-        let values: Vec<_> = totals.into_values().flatten().collect();
-        let values: Vec<_> = values.into_iter().map(|reading| reading.number).collect();
+        let values = totals.into_values().flatten();
+        let values: Vec<_> = values.map(|reading| reading.number).collect();
         let sums = [Number::Counter(9), Number::Amount(80.0), Number::Level(0.6)];
         assert_eq!(values, sums);
     }
