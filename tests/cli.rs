@@ -311,12 +311,19 @@ fn images_of_ones_own_are_used() {
             line("16", "1")
         };
     }
-    let path = scratch("own.csv", text.as_bytes());
-    let mut command = kitsune("train --json --steps 30 --batch-size 20 --data");
-    let output = command.arg(&path).output().unwrap();
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["test_accuracy"], 1.0, "{report}");
-    fs::remove_file(path).unwrap();
+    let mut losses = Vec::new();
+    // As editors write it: with a byte-order mark in front, and empty lines at the end.
+    for (mark, end) in [("", ""), ("\u{feff}", "\n"), ("\u{feff}", "\r\n  \n")] {
+        let path = scratch("own.csv", format!("{mark}{text}{end}").as_bytes());
+        let mut command = kitsune("train --json --steps 30 --batch-size 20 --data");
+        let output = command.arg(&path).output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["test_accuracy"], 1.0, "{report}");
+        losses.push(report["final_loss"].to_string());
+        fs::remove_file(path).unwrap();
+    }
+    losses.dedup();
+    assert_eq!(losses.len(), 1);
 }
 
 #[cfg(target_os = "linux")]

@@ -43,6 +43,9 @@ use crate::storage::{Context, Tensor};
 pub struct GradScaler {
     /// Optimizers keep it to know their scaler.
     id: Arc<u64>,
+    /// Goes with the scaler. Nobody else keeps it.
+    #[cfg(feature = "metrics")]
+    alive: Arc<()>,
     pub(super) config: AmpConfig,
     /// `None` if disabled: a disabled scaler takes no memory.
     pub(super) memory: Option<ScaleMemory>,
@@ -82,6 +85,8 @@ impl GradScaler {
         Ok(Self {
             // Relaxed: the number only has to be unique.
             id: Arc::new(NEXT.fetch_add(1, Ordering::Relaxed)),
+            #[cfg(feature = "metrics")]
+            alive: Arc::new(()),
             config,
             memory,
             slots: Vec::new(),
@@ -409,6 +414,13 @@ impl GradScaler {
     /// Whether losses are scaled.
     pub(super) fn is_scaling(&self) -> bool {
         self.config.effective_mode() == ScalingMode::Scale
+    }
+
+    /// Names this scaler among all that ever were, and tells whether it is gone.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn token(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
+        let alive: std::sync::Weak<()> = Arc::downgrade(&self.alive);
+        alive
     }
 
     /// Whether gradients are checked at all.

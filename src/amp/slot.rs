@@ -184,7 +184,7 @@ impl Slot {
         }
         let flag = self.found_inf.span()?;
         let gradients = &mut self.gradients;
-        let inv_scale = (!in_place).then_some(&memory.inv_scale);
+        let inv_scale = (!in_place).then_some(&*memory.inv_scale);
         let (norm, clip) = memory.timed(CLIP_TIME, || {
             let clip = gradients.clip(parameters, inv_scale, (max_norm, kind), Some(&flag))?;
             // The slot's own norm is overwritten in the next iteration; the caller gets one to keep. Before anything

@@ -382,6 +382,11 @@ unsafe impl Driver for FaultDriver {
         unsafe { inner.launch(kernel, stream) }
     }
 
+    #[cfg(asan)]
+    fn permit(&self, ptr: DevicePtr, bytes: u64, is_permitted: bool, stream: RawStream) {
+        self.inner.permit(ptr, bytes, is_permitted, stream);
+    }
+
     fn begin_capture(&self, stream: RawStream) -> Result<()> {
         self.pass("begin_capture")?.begin_capture(stream)
     }

@@ -386,6 +386,13 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// What [`Kernel::run`] asks for must hold from now until `stream` has passed here.
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()>;
 
+    /// Tells AddressSanitizer, in order with `stream`, whether a range may be touched. Only in builds for it; a driver
+    /// whose memory is none of the process's does nothing.
+    #[cfg(asan)]
+    fn permit(&self, ptr: DevicePtr, bytes: u64, is_permitted: bool, stream: RawStream) {
+        let _ = (ptr, bytes, is_permitted, stream);
+    }
+
     // Capture.
 
     /// Begins to record work enqueued on `stream` instead of running it. A stream that waits for an event

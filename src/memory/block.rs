@@ -125,6 +125,14 @@ impl Block {
         }
     }
 
+    /// Permits the block to be used, in a build for AddressSanitizer.
+    #[cfg(asan)]
+    pub(super) fn permit(&self) {
+        if let Some(record) = self.record.as_ref() {
+            super::poison::permit_handed_out(record);
+        }
+    }
+
     /// Address of the first byte, a multiple of 512; zero for a block of zero bytes.
     #[must_use]
     pub fn ptr(&self) -> DevicePtr {
@@ -243,6 +251,8 @@ impl Drop for Block {
         // SAFETY: the value is gone after this, so that nothing takes the record again.
         let record = unsafe { ManuallyDrop::take(&mut self.record) };
         if let Some(record) = record {
+            #[cfg(asan)]
+            super::poison::forbid_freed(&record);
             pool::free(record);
         }
     }

@@ -1,7 +1,11 @@
 //! The pool: one lock, and the ladder that an allocation climbs when memory is short.
 
+#[cfg(feature = "metrics")]
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "metrics")]
+use std::sync::Weak;
 use std::thread;
 
 use super::arena::GRANULARITY;
@@ -125,6 +129,13 @@ impl Pool {
         &self.shared().device
     }
 
+    /// Names this pool among all that ever were, and tells whether its last clone is gone.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn token(&self) -> Weak<dyn Any + Send + Sync> {
+        let handle: Weak<Handle> = Arc::downgrade(&self.handle);
+        handle
+    }
+
     /// The settings the pool works with: those it was made with, and in deterministic mode a policy that does
     /// not depend on the device's pace.
     #[must_use]
@@ -143,10 +154,13 @@ impl Pool {
     /// [is broken](Self::is_broken).
     #[inline]
     pub fn allocate(&self, bytes: u64, stream: &Stream) -> Result<Block> {
-        match cache::take(self, stream, bytes) {
+        let block = match cache::take(self, stream, bytes) {
             Ok(record) => Ok(Block::new(Some(record))),
             Err(miss) => self.allocate_past_lane(bytes, stream, miss),
-        }
+        };
+        #[cfg(asan)]
+        let block = block.inspect(Block::permit);
+        block
     }
 
     /// Allocates where the lane in front was not looked at.

@@ -341,9 +341,13 @@ impl State {
             if self.config.poison {
                 super::poison::ordinary(&self.device, &record);
             }
+            #[cfg(asan)]
+            super::poison::forbid(&record);
             self.count_inactive(record.size.allocated());
-            // Small blocks keep no epochs of their own; a poisoned one was written just now.
+            // Small blocks keep no epochs of their own; a poisoned one was written just now, and one is forbidden from
+            // now on.
             let keeps_none = self.config.poison
+                || cfg!(asan)
                 || matches!(
                     record.location.place(),
                     Place::Small(_) | Place::Lent { .. }

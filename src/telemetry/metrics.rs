@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use metrics::{Label, SharedString, Unit, counter, describe_counter, describe_gauge, gauge};
+use metrics::{Label, SharedString, Unit, describe_counter, describe_gauge};
 
-use crate::amp::fp8::{Fp8Scaler, Fp8TensorStats};
+use super::ledger::{self, Kind, Name, Number, Reading, Rows};
+use crate::amp::fp8::{Fp8Scaler, Fp8Stats, Fp8TensorStats};
 use crate::amp::{GradScaler, ScalerStats};
 use crate::driver::{Device, DeviceKind};
 use crate::error::Result;
@@ -20,15 +21,27 @@ struct Metric<S> {
 
 /// How a value moves, and how it is read.
 enum Value<S> {
-    /// It may go up and down.
-    Gauge(fn(&S) -> f64),
-    /// It is a total that only grows.
+    /// A quantity that may go up and down: those of several sources add up.
+    Amount(fn(&S) -> f64),
+    /// A ratio, a factor or a state: of several sources the largest counts.
+    Level(fn(&S) -> f64),
+    /// A total that only grows.
     Counter(fn(&S) -> u64),
 }
 
 impl<S> Metric<S> {
     const fn gauge(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
-        let (unit, value) = (Unit::Count, Value::Gauge(read));
+        let (unit, value) = (Unit::Count, Value::Amount(read));
+        Self {
+            name,
+            unit,
+            help,
+            value,
+        }
+    }
+
+    const fn level(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
+        let (unit, value) = (Unit::Count, Value::Level(read));
         Self {
             name,
             unit,
@@ -38,7 +51,7 @@ impl<S> Metric<S> {
     }
 
     const fn bytes(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
-        let (unit, value) = (Unit::Bytes, Value::Gauge(read));
+        let (unit, value) = (Unit::Bytes, Value::Amount(read));
         Self {
             name,
             unit,
@@ -48,7 +61,7 @@ impl<S> Metric<S> {
     }
 
     const fn seconds(name: &'static str, help: &'static str, read: fn(&S) -> f64) -> Self {
-        let (unit, value) = (Unit::Seconds, Value::Gauge(read));
+        let (unit, value) = (Unit::Seconds, Value::Amount(read));
         Self {
             name,
             unit,
@@ -69,21 +82,38 @@ impl<S> Metric<S> {
 
     fn describe(&self) {
         match self.value {
-            Value::Gauge(_) => describe_gauge!(self.name, self.unit, self.help),
+            Value::Amount(_) | Value::Level(_) => {
+                describe_gauge!(self.name, self.unit, self.help);
+            }
             Value::Counter(_) => describe_counter!(self.name, self.unit, self.help),
         }
     }
 
-    fn publish(&self, source: &S, labels: &[Label]) {
-        match self.value {
-            Value::Gauge(read) => gauge!(self.name, labels.iter()).set(read(source)),
-            Value::Counter(read) => counter!(self.name, labels.iter()).absolute(read(source)),
+    fn read(&self, source: &S) -> Reading {
+        let number = match self.value {
+            Value::Amount(read) => Number::Amount(read(source)),
+            Value::Level(read) => Number::Level(read(source)),
+            Value::Counter(read) => Number::Counter(read(source)),
+        };
+        Reading {
+            name: self.name,
+            number,
         }
     }
 }
 
+/// All metrics of `table`, read from `source`.
+fn read<S>(table: &[Metric<S>], source: &S) -> Vec<Reading> {
+    table.iter().map(|metric| metric.read(source)).collect()
+}
+
 /// What is published of a pool, under the labels `device` and `pool`.
 const POOL: &[Metric<PoolStats>] = &[
+    Metric::level(
+        "kitsune.pool.up",
+        "1 while a pool of this name exists, else 0.",
+        |_| 1.0,
+    ),
     Metric::bytes(
         "kitsune.pool.requested_bytes",
         "Bytes that callers asked for and hold.",
@@ -132,7 +162,7 @@ const POOL: &[Metric<PoolStats>] = &[
         "Ranges held from the driver.",
         |pool| real(pool.segment.current),
     ),
-    Metric::gauge(
+    Metric::level(
         "kitsune.pool.fragmentation_ratio",
         "Share of the reserved bytes that is free but split up, 0 to 1.",
         PoolStats::fragmentation,
@@ -189,12 +219,17 @@ const TAG: &[Metric<TagStat>] = &[
 
 /// What is published of a gradient scaler, under the label `scaler`.
 const SCALER: &[Metric<ScalerStats>] = &[
-    Metric::gauge(
+    Metric::level(
+        "kitsune.amp.up",
+        "1 while a scaler of this name exists, else 0.",
+        |_| 1.0,
+    ),
+    Metric::level(
         "kitsune.amp.scale",
         "Factor by which losses are multiplied.",
         |amp| amp.scale,
     ),
-    Metric::gauge(
+    Metric::level(
         "kitsune.amp.skipped_in_a_row",
         "Steps skipped since the last one that was not.",
         |amp| real(amp.skipped_in_a_row),
@@ -209,7 +244,7 @@ const SCALER: &[Metric<ScalerStats>] = &[
         "Steps skipped because a gradient was infinite or NaN.",
         |amp| amp.skipped,
     ),
-    Metric::gauge(
+    Metric::level(
         "kitsune.amp.last_good_scale",
         "Scale of the last step that was applied, 0 before.",
         |amp| amp.last_good_scale.unwrap_or(0.0),
@@ -229,7 +264,7 @@ const SCALER: &[Metric<ScalerStats>] = &[
         "Device time in optimizer steps, if timed.",
         |amp| amp.times.unwrap_or_default().step.as_secs_f64(),
     ),
-    Metric::gauge(
+    Metric::level(
         "kitsune.amp.alarm",
         "1 while steps go on being skipped, else 0.",
         |amp| f64::from(u8::from(amp.alarm.is_some())),
@@ -266,14 +301,21 @@ const SCALER: &[Metric<ScalerStats>] = &[
     ),
 ];
 
+/// What is published of a scaler of 8-bit tensors, under the label `scaler`.
+const FP8_SCALER: &[Metric<Fp8Stats>] = &[Metric::level(
+    "kitsune.fp8.up",
+    "1 while a scaler of 8-bit tensors of this name exists, else 0.",
+    |_| 1.0,
+)];
+
 /// What is published of each tensor of a scaler of 8-bit tensors, under the labels `scaler` and `tensor`.
 const FP8: &[Metric<Fp8TensorStats>] = &[
-    Metric::gauge(
+    Metric::level(
         "kitsune.fp8.scale",
         "Factor by which the tensor is multiplied.",
         |fp8| fp8.scale.into(),
     ),
-    Metric::gauge(
+    Metric::level(
         "kitsune.fp8.amax",
         "Largest magnitude that the last update of the scale saw, 0 before.",
         |fp8| fp8.amax.into(),
@@ -314,6 +356,7 @@ pub fn describe() {
     POOL.iter().for_each(Metric::describe);
     TAG.iter().for_each(Metric::describe);
     SCALER.iter().for_each(Metric::describe);
+    FP8_SCALER.iter().for_each(Metric::describe);
     FP8.iter().for_each(Metric::describe);
 }
 
@@ -324,23 +367,29 @@ pub fn publish(pool: &Pool) {
 
 /// Publishes the statistics of `pool`, all from one moment, under the label `pool="name"`.
 ///
-/// Two pools of one device need two names, or each overwrites what the other published. A recorder that is
-/// installed later sees nothing of this call. Takes the pool's lock once, for as long as a copy of its
-/// numbers takes, and allocates a few strings: meant for every step or second, not for every allocation.
+/// A name may be used again. Its counters are sums over all pools of the device that were ever published under it, and
+/// never fall. Its gauges are those of the pools that still exist: sums of bytes, blocks and segments, the largest of
+/// the ratios, and 0 after the last one is gone (with the last clone of the [`Pool`]). What a pool counted after it was
+/// published last is not in the sums.
+///
+/// This call and every other one that publishes also export what became of other pools and scalers, as [`sweep`] does.
+/// A recorder that was installed later than a pool was published gets the totals with the next call.
+///
+/// Takes the pool's lock once, for as long as a copy of its numbers takes, and allocates a few strings: meant for every
+/// step or second, not for every allocation.
 pub fn publish_as(pool: &Pool, name: &str) {
-    let mut labels = vec![
+    let labels = vec![
         Label::new("device", device_label(pool.device())),
-        // Shared, because every metric clones its labels.
-        Label::new("pool", SharedString::from(Arc::<str>::from(name))),
+        Label::new("pool", shared(name)),
     ];
-    let stats = pool.stats();
-    POOL.iter()
-        .for_each(|metric| metric.publish(&stats, &labels));
+    let mut rows = Rows::from([(labels.clone(), read(POOL, &pool.stats()))]);
     for tag in pool.tag_stats() {
-        labels.push(Label::new("tag", tag.tag));
-        TAG.iter().for_each(|metric| metric.publish(&tag, &labels));
-        labels.pop();
+        let tag_label = Label::new("tag", tag.tag);
+        let labels = labels.iter().cloned().chain([tag_label]).collect();
+        rows.insert(labels, read(TAG, &tag));
     }
+    let kind = Kind::Pool;
+    ledger::publish(Name { kind, labels }, pool.token(), rows);
 }
 
 /// Publishes the statistics of `scaler` as those of the scaler `default`. See [`publish_scaler_as`].
@@ -351,22 +400,21 @@ pub fn publish_scaler(scaler: &GradScaler) -> Result<()> {
     publish_scaler_as(scaler, "default")
 }
 
-/// Publishes the statistics of `scaler` under the label `scaler="name"`. Two scalers of one program need two
-/// names.
+/// Publishes the statistics of `scaler` under the label `scaler="name"`.
 ///
-/// They lie on the device, so this waits for everything enqueued before: meant for every some steps.
+/// A name may be used again, as that of a pool ([`publish_as`]): counters are sums over all scalers of the name. Times
+/// and bytes are sums over those that still exist; the scale, the skipped steps in a row and the alarm are the largest
+/// among them.
+///
+/// The statistics lie on the device, so this waits for everything enqueued before: meant for every some steps.
 ///
 /// # Errors
 /// [`Error::Driver`](crate::Error::Driver) if work of the stream failed; nothing was published.
 pub fn publish_scaler_as(scaler: &GradScaler, name: &str) -> Result<()> {
-    let labels = [Label::new(
-        "scaler",
-        SharedString::from(Arc::<str>::from(name)),
-    )];
-    let stats = scaler.stats()?;
-    SCALER
-        .iter()
-        .for_each(|metric| metric.publish(&stats, &labels));
+    let labels = vec![Label::new("scaler", shared(name))];
+    let rows = Rows::from([(labels.clone(), read(SCALER, &scaler.stats()?))]);
+    let kind = Kind::Scaler;
+    ledger::publish(Name { kind, labels }, scaler.token(), rows);
     Ok(())
 }
 
@@ -378,26 +426,35 @@ pub fn publish_fp8(scaler: &Fp8Scaler) -> Result<()> {
     publish_fp8_as(scaler, "default")
 }
 
-/// Publishes the statistics of each tensor of `scaler` under the labels `scaler="name"` and `tensor`, its name. Two
-/// scalers of one program need two names.
+/// Publishes the statistics of each tensor of `scaler` under the labels `scaler="name"` and `tensor`, its name.
 ///
-/// They lie on the device, so this waits for everything enqueued before: meant for every some steps. There are eight
-/// series a tensor.
+/// A name may be used again, as that of a pool ([`publish_as`]): counters are sums over all tensors of the name, scales
+/// and magnitudes the largest of those that still exist.
+///
+/// The statistics lie on the device, so this waits for everything enqueued before: meant for every some steps. There
+/// are eight series a tensor.
 ///
 /// # Errors
 /// [`Error::Driver`](crate::Error::Driver) if work of the stream failed; nothing was published.
 pub fn publish_fp8_as(scaler: &Fp8Scaler, name: &str) -> Result<()> {
-    let shared = |text: &str| SharedString::from(Arc::<str>::from(text));
-    let scaler_label = Label::new("scaler", shared(name));
-    for tensor in &scaler.stats()?.tensors {
-        let labels = [
-            scaler_label.clone(),
-            Label::new("tensor", shared(&tensor.name)),
-        ];
-        FP8.iter()
-            .for_each(|metric| metric.publish(tensor, &labels));
+    let stats = scaler.stats()?;
+    let labels = vec![Label::new("scaler", shared(name))];
+    let mut rows = Rows::from([(labels.clone(), read(FP8_SCALER, &stats))]);
+    for tensor in &stats.tensors {
+        let tensor_label = Label::new("tensor", shared(&tensor.name));
+        let labels = labels.iter().cloned().chain([tensor_label]).collect();
+        rows.insert(labels, read(FP8, tensor));
     }
+    let kind = Kind::Fp8;
+    ledger::publish(Name { kind, labels }, scaler.token(), rows);
     Ok(())
+}
+
+/// Exports what became of everything that was published: the gauges of pools and scalers that are gone become 0.
+///
+/// Every call that publishes does so too. This one is for a program that has nothing left to publish.
+pub fn sweep() {
+    ledger::sweep();
 }
 
 /// The kind of the device and its place among those of its driver: `host:0`.
@@ -407,7 +464,12 @@ fn device_label(device: &Device) -> SharedString {
         DeviceKind::Host => "host",
         DeviceKind::Cuda => "cuda",
     };
-    Arc::<str>::from(format!("{kind}:{}", properties.ordinal.0)).into()
+    shared(&format!("{kind}:{}", properties.ordinal.0))
+}
+
+/// `text`, to be cloned for every metric.
+fn shared(text: &str) -> SharedString {
+    Arc::<str>::from(text).into()
 }
 
 /// A count as a gauge shows it: exact up to 8 PiB.

@@ -1,21 +1,33 @@
 //! What several test binaries share.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
-/// Seeds to run: those that `KITSUNE_SEED` names (one number), or `0..count`.
+/// Seeds to run: the one that `KITSUNE_SEED` names, or `0..count`, of which `KITSUNE_SEEDS` gives the number at most.
 pub fn seeds(count: u64) -> std::ops::Range<u64> {
-    match std::env::var("KITSUNE_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().expect("KITSUNE_SEED is a number");
-            seed..seed + 1
-        }
-        Err(_) => 0..count,
+    match variable("KITSUNE_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..count.min(seeds_max()),
     }
 }
 
-/// Seeds to run out of `all`: the one that `KITSUNE_SEED` names, if it is among them, or all.
+/// Seeds to run out of `all`: the one that `KITSUNE_SEED` names, if it is among them, or all, of which `KITSUNE_SEEDS`
+/// gives the number at most.
 pub fn seeds_in(all: std::ops::Range<u64>) -> std::ops::Range<u64> {
-    let named = seeds(all.end);
-    named.start.max(all.start)..named.end.min(all.end)
+    match variable("KITSUNE_SEED") {
+        Some(seed) => seed.max(all.start)..(seed + 1).min(all.end),
+        None => all.start..all.end.min(all.start.saturating_add(seeds_max())),
+    }
+}
+
+fn seeds_max() -> u64 {
+    variable("KITSUNE_SEEDS").unwrap_or(u64::MAX)
+}
+
+fn variable(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
+    )
 }
 
 /// Runs `test` for one seed and names the seed if it panics.

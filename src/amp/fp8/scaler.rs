@@ -1,6 +1,8 @@
 //! The scaler of 8-bit tensors.
 
 use std::collections::HashMap;
+#[cfg(feature = "metrics")]
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Fp8Config, Fp8Scaling, Fp8State, Fp8Stats, Fp8TensorStats, Quantized};
@@ -58,6 +60,9 @@ pub struct Fp8Scaler {
     /// Whether something was converted since the last update. Atomic so that `quantize` needs no exclusive access;
     /// nothing is published through it.
     is_due: AtomicBool,
+    /// Goes with the scaler. Nobody else keeps it.
+    #[cfg(feature = "metrics")]
+    alive: Arc<()>,
 }
 
 impl Fp8Scaler {
@@ -98,6 +103,8 @@ impl Fp8Scaler {
                 .collect(),
             places: places.collect(),
             is_due: AtomicBool::new(false),
+            #[cfg(feature = "metrics")]
+            alive: Arc::new(()),
             config,
         };
         for (place, (_, dtype)) in tensors.iter().enumerate() {
@@ -267,6 +274,13 @@ impl Fp8Scaler {
             self.is_due.store(false, Ordering::Relaxed);
             self.config = config;
         }))
+    }
+
+    /// Names this scaler among all that ever were, and tells whether it is gone.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn token(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
+        let alive: std::sync::Weak<()> = Arc::downgrade(&self.alive);
+        alive
     }
 
     fn place(&self, op: &'static str, name: &str) -> Result<usize> {

@@ -34,17 +34,17 @@ impl Batches {
         }
     }
 
-    /// Goes on from `saved`, which was made of the same numbers.
+    /// Goes on from `saved`. Whether it was made of as many images: if not, a new epoch begins, in an order that
+    /// follows from `saved`.
     ///
     /// # Errors
-    /// Tells what cannot be.
-    pub(crate) fn go_on_from(&mut self, saved: Self) -> Result<(), String> {
-        let count = self.order.len();
-        if (saved.order.len(), saved.size) != (count, self.size) {
-            let (order, size) = (saved.order.len(), saved.size);
+    /// Tells what cannot be. Nothing was changed.
+    pub(crate) fn go_on_from(&mut self, saved: Self) -> Result<bool, String> {
+        let count = saved.order.len();
+        if saved.size != self.size || count < saved.size {
             return Err(format!(
-                "batches of {size} out of {order}, not of {} out of {count}",
-                self.size
+                "batches of {} out of {count}, not of {}",
+                saved.size, self.size
             ));
         }
         let mut sorted = saved.order.clone();
@@ -52,8 +52,16 @@ impl Batches {
         if !sorted.into_iter().eq(0..count) || saved.next > count {
             return Err("the order of the images does not have each of them once".to_owned());
         }
-        *self = saved;
-        Ok(())
+        let is_as_many = count == self.order.len();
+        if is_as_many {
+            *self = saved;
+        } else {
+            *self = Self {
+                random: saved.random,
+                ..Self::new(self.order.len(), self.size, 0)
+            };
+        }
+        Ok(is_as_many)
     }
 
     /// The images of the next batch.
@@ -103,7 +111,7 @@ mod tests {
         let text = serde_json::to_string(&batches).unwrap();
         let saved = || serde_json::from_str::<Batches>(&text).unwrap();
         let mut again = Batches::new(10, 3, 2);
-        again.go_on_from(saved()).unwrap();
+        assert_eq!(again.go_on_from(saved()), Ok(true));
         for _ in 0..8 {
             assert_eq!(again.advance(), batches.advance());
         }
@@ -113,6 +121,7 @@ mod tests {
             |saved| saved.order[3] = usize::MAX,
             |saved| saved.next = 11,
             |saved| saved.size = 2,
+            |saved| saved.order.truncate(2),
         ];
         for spoil in spoil {
             let mut saved = saved();
@@ -120,6 +129,31 @@ mod tests {
             let mut again = Batches::new(10, 3, 2);
             again.go_on_from(saved).unwrap_err();
             assert_eq!(again, before);
+        }
+    }
+
+    #[test]
+    fn more_or_fewer_images_begin_a_new_epoch() {
+        for count in [7, 14] {
+            let orders: Vec<_> = [1, 1, 2]
+                .map(|seed| {
+                    let mut saved = Batches::new(10, 3, seed);
+                    drop(saved.advance().to_vec());
+                    let mut again = Batches::new(count, 3, 5);
+                    assert_eq!(again.go_on_from(saved), Ok(false));
+                    let mut seen: Vec<_> = (0..count / 3)
+                        .flat_map(|_| again.advance().to_vec())
+                        .collect();
+                    let order = seen.clone();
+                    seen.sort_unstable();
+                    seen.dedup();
+                    assert_eq!(seen.len(), count / 3 * 3);
+                    assert!(seen.last() < Some(&count));
+                    order
+                })
+                .into();
+            assert_eq!(orders[0], orders[1]);
+            assert_ne!(orders[0], orders[2]);
         }
     }
 }

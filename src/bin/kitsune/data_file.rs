@@ -9,13 +9,16 @@ use crate::failure::Failure;
 /// Room for a hundred thousand images, and an end to files that have none.
 const BYTES_MAX: u64 = 16 << 20;
 
-/// What `parse` makes of the contents of `path`; whatever is wrong is told with the file's name.
+/// What some editors put in front of text in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// What `parse` makes of the contents of `path`, without a byte-order mark in front; whatever is wrong is told with the file's name.
 pub(crate) fn load<T>(
     path: &Path,
     parse: impl FnOnce(&[u8]) -> Result<T, String>,
 ) -> Result<T, Failure> {
     read(path)
-        .and_then(|bytes| parse(&bytes))
+        .and_then(|bytes| parse(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes)))
         .map_err(|reason| Failure::Input(format!("{}: {reason}", path.display())))
 }
 

@@ -1,13 +1,14 @@
 //! The images: 8x8 handwritten digits, one a line, 64 pixels in 0..=16 and then the digit, comma-separated.
 //!
 //! The file is the user's, so nothing about it is taken for granted: what does not fit is refused with the
-//! place where it stands. Every fifth image is held back for testing.
+//! place where it stands. Empty lines at its end mean nothing. Every fifth image is held back for testing.
 
 use std::borrow::Cow;
 use std::path::Path;
 
 use crate::data_file;
 use crate::failure::{Failure, one_line};
+use crate::fingerprint::Fingerprint;
 
 /// Pixels of one image.
 pub(crate) const PIXELS: usize = 64;
@@ -62,7 +63,10 @@ impl Digits {
             format!("line {line}: not UTF-8 text")
         })?;
         let (mut train, mut test) = (Images::default(), Images::default());
-        for (index, line) in text.lines().enumerate() {
+        let lines: Vec<_> = text.lines().collect();
+        let last = lines.iter().rposition(|line| !line.trim().is_empty());
+        let images = &lines[..last.map_or(0, |index| index + 1)];
+        for (index, line) in images.iter().enumerate() {
             let set = if index % TEST_EVERY == TEST_EVERY - 1 {
                 &mut test
             } else {
@@ -77,6 +81,15 @@ impl Digits {
             ));
         }
         Ok(Self { train, test })
+    }
+
+    /// Of the numbers, however they are written.
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        let parts = [&self.train, &self.test].map(|images| {
+            let labels = bytemuck::cast_slice(&images.labels);
+            [bytemuck::cast_slice(&images.pixels), labels]
+        });
+        Fingerprint::of(parts.into_iter().flatten())
     }
 }
 
@@ -163,10 +176,35 @@ mod tests {
     }
 
     #[test]
+    fn empty_lines_at_the_end_mean_nothing() {
+        let text = lines(5, 3);
+        let whole = Digits::parse(text.as_bytes()).unwrap();
+        let cut = text.strip_suffix('\n').unwrap();
+        for end in ["", "\n", "\n\n\n", "\r\n\r\n", "\n \t\n", "\n  "] {
+            let digits = Digits::parse(format!("{cut}{end}").as_bytes()).unwrap();
+            assert_eq!(digits, whole, "{end:?}");
+        }
+        assert!(refusal("\n\n\n\n\n\n").starts_with("0 images; at least 5"));
+    }
+
+    #[test]
+    fn the_fingerprint_is_of_the_numbers() {
+        let of = |text: String| Digits::parse(text.as_bytes()).unwrap().fingerprint();
+        let text = lines(6, 3);
+        assert_eq!(of(text.clone()), of(text.replace('\n', "\r\n") + "\n"));
+        // A pixel, a digit, an image to test with, one more.
+        assert_ne!(of(text.clone()), of(text.replacen('3', "4", 1)));
+        assert_ne!(of(text.clone()), of(text.replacen("3\n", "4\n", 1)));
+        assert_ne!(of(text), of(lines(4, 3) + &lines(1, 4) + &lines(1, 3)));
+        assert_ne!(of(lines(6, 3)), of(lines(7, 3)));
+    }
+
+    #[test]
     fn what_is_wrong_is_told_with_its_place() {
         assert!(refusal("").starts_with("0 images; at least 5"));
         assert!(refusal(lines(4, 3)).starts_with("4 images; at least 5"));
-        assert!(refusal(lines(2, 3) + "\n").starts_with("line 3: 1 columns, not 65"));
+        let gap = lines(2, 3) + "\n" + &lines(3, 3);
+        assert!(refusal(gap).starts_with("line 3: 1 columns, not 65"));
         assert!(refusal(lines(2, 3) + "1,2,3").starts_with("line 3: 3 columns"));
         let digit = lines(1, 3).replace(",3\n", ",12\n");
         assert!(

@@ -53,6 +53,12 @@ impl From<kitsune::Error> for Failure {
     }
 }
 
+/// Tells the user of something that the run goes on after.
+pub(crate) fn warn(message: &str) {
+    // Where standard error is gone, nobody is there to be warned.
+    let _ = writeln!(io::stderr(), "warning: {}", one_line(message));
+}
+
 /// `text` on one line: runs of white space become one space, other control characters are escaped, so
 /// that nothing a user (or a file) contains can draw on the terminal.
 pub(crate) fn one_line(text: &str) -> String {

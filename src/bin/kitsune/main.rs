@@ -4,7 +4,8 @@
 //! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
 //!
 //! - `args`: the command line, checked before anything runs.
-//! - `data_file`, `digits`, `batches`, `text`, `random`: what is learned, and the order in which it is shown.
+//! - `data_file`, `digits`, `batches`, `text`, `random`, `fingerprint`: what is learned, the order in which it is shown,
+//!   and how it is told from other data.
 //! - `train`: the training run.
 //! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
 //! - `progress`, `metrics_server`: what is told meanwhile.
@@ -12,7 +13,7 @@
 //! - `doctor`: what of CUDA is on this machine.
 //! - `failure`: what ends a run early.
 //!
-//! Standard output carries the result and nothing else. A failure is one line on standard error.
+//! Standard output carries the result and nothing else. A failure is one line on standard error, and so is a warning.
 
 mod args;
 mod batches;
@@ -21,6 +22,7 @@ mod data_file;
 mod digits;
 mod doctor;
 mod failure;
+mod fingerprint;
 mod metrics_server;
 mod output;
 mod progress;

@@ -19,6 +19,10 @@ pub(crate) struct Report {
     pub(crate) steps: u64,
     /// The first of them that this run made: 1, or the one after those of the run that it resumed.
     pub(crate) first_step: u64,
+    /// Whether the run that it resumed was saved with other data: `null` if its file does not tell. Not there unless
+    /// a run was resumed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) data_changed: Option<Option<bool>>,
     pub(crate) seed: u64,
     /// Wall time of the training steps, without loading and testing.
     pub(crate) seconds: f64,
@@ -125,6 +129,7 @@ mod tests {
             model: "64-10".to_owned(),
             steps: 100,
             first_step: 1,
+            data_changed: None,
             seed: 1,
             seconds: 2.0,
             final_loss: 0.25,

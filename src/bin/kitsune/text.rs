@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::data_file;
 use crate::failure::Failure;
+use crate::fingerprint::Fingerprint;
 use crate::random::Random;
 
 /// Most characters of one sequence.
@@ -27,6 +28,8 @@ pub(crate) struct Text {
     pub(crate) vocabulary: usize,
     pub(crate) train: Vec<u32>,
     pub(crate) test: Vec<u32>,
+    /// Of the characters themselves: their numbers are the same in other texts.
+    pub(crate) fingerprint: Fingerprint,
 }
 
 /// Sequences of one length with, for each character, the one that follows it.
@@ -68,6 +71,7 @@ impl Text {
             vocabulary: vocabulary as usize,
             train: train.to_vec(),
             test: test.to_vec(),
+            fingerprint: Fingerprint::of([bytes]),
         })
     }
 

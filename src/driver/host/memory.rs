@@ -154,6 +154,8 @@ struct Allocations {
 impl Allocations {
     fn allocate(&self, call: &'static str, bytes: u64) -> Result<DevicePtr> {
         let address = system::allocate(call, bytes)?;
+        #[cfg(asan)]
+        super::shadow::permit(address, bytes);
         let before = self.live.lock().insert(address, bytes);
         assert!(before.is_none(), "the system gave out {address:#x} twice");
         Ok(DevicePtr(address))
@@ -168,6 +170,8 @@ impl Allocations {
             let reason = format!("{:#x} is no live allocation of this kind", ptr.0);
             return Err(refuse(call, EINVAL, reason));
         };
+        #[cfg(asan)]
+        super::shadow::permit(ptr.0, bytes);
         // SAFETY: the allocation is in the table, hence ours, and the caller gives it up.
         unsafe { system::free(call, ptr.0, bytes) }?;
         live.remove(&ptr.0);
@@ -178,6 +182,8 @@ impl Allocations {
 impl Drop for Allocations {
     fn drop(&mut self) {
         for (&address, &mut bytes) in self.live.get_mut() {
+            #[cfg(asan)]
+            super::shadow::permit(address, bytes);
             // SAFETY: the allocation is in the table, hence ours. Queues keep the memory alive until their
             // work has run, so nothing touches it any more.
             let outcome = unsafe { system::free("free", address, bytes) };

@@ -29,6 +29,8 @@ mod platform;
 mod queue;
 mod runs;
 mod seeded;
+#[cfg(asan)]
+mod shadow;
 mod system;
 mod threads;
 
@@ -264,6 +266,16 @@ unsafe impl Driver for HostDriver {
         // SAFETY: the caller's promise is the same.
         let work = unsafe { Work::kernel(kernel) };
         self.platform.enqueue("launch", stream, work)
+    }
+
+    #[cfg(asan)]
+    fn permit(&self, ptr: DevicePtr, bytes: u64, is_permitted: bool, stream: RawStream) {
+        let shadow = shadow::Shadow {
+            ptr,
+            bytes,
+            is_permitted,
+        };
+        self.platform.change_shadow(shadow, stream);
     }
 
     fn begin_capture(&self, stream: RawStream) -> Result<()> {

@@ -58,6 +58,8 @@ enum Kind {
     },
     Kernel(Box<dyn Kernel>),
     Graph(Arc<[Work]>),
+    #[cfg(asan)]
+    Shadow(super::shadow::Shadow),
 }
 
 impl Work {
@@ -100,6 +102,12 @@ impl Work {
     /// Whenever it is run, what [`Kernel::run`] asks for holds.
     pub(super) unsafe fn kernel(kernel: Box<dyn Kernel>) -> Self {
         Self(Kind::Kernel(kernel))
+    }
+
+    /// A change of what the sanitizer permits.
+    #[cfg(asan)]
+    pub(super) fn shadow(shadow: super::shadow::Shadow) -> Self {
+        Self(Kind::Shadow(shadow))
     }
 
     /// Captured work, in the order of its capture.
@@ -156,6 +164,11 @@ impl Work {
                 .map_err(|panic| failure(&format!("kernel {}", kernel.entry()), &*panic))
             }
             Kind::Graph(parts) => parts.iter().try_for_each(Self::run),
+            #[cfg(asan)]
+            Kind::Shadow(shadow) => {
+                shadow.apply();
+                Ok(())
+            }
         }
     }
 }

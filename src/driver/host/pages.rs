@@ -181,6 +181,8 @@ impl Pages {
         self.show(CALL, &placed)
             .inspect_err(|_| areas::give(most))?;
         for (at, mapping) in placed {
+            #[cfg(asan)]
+            super::shadow::permit(at, mapping.bytes);
             state.mappings.insert(at, mapping);
             state.live_page(CALL, mapping.page)?.mappings += 1;
         }
@@ -248,6 +250,8 @@ impl Pages {
         unsafe { self.file.unmap(CALL, ptr.0, bytes) }?;
         let before = state.areas(ptr.0, end);
         for (at, mapping) in found {
+            #[cfg(asan)]
+            super::shadow::permit(at, mapping.bytes);
             state.mappings.remove(&at);
             let page = state.pages.get_mut(&mapping.page);
             page.expect("a mapped page is in the table").mappings -= 1;
@@ -368,6 +372,10 @@ impl State {
 impl Drop for Pages {
     fn drop(&mut self) {
         areas::give(self.state.get_mut().areas(0, u64::MAX));
+        #[cfg(asan)]
+        for (&address, mapping) in &self.state.get_mut().mappings {
+            super::shadow::permit(address, mapping.bytes);
+        }
         for (&address, &bytes) in &self.state.get_mut().ranges {
             // SAFETY: the range is in the table, hence ours. Queues keep the memory alive until their work
             // has run, so nothing touches it any more.

@@ -187,6 +187,24 @@ impl Platform {
         }
     }
 
+    /// Changes the shadow in order with `stream`. Where the stream is captured, a permission becomes part of the graph,
+    /// and what would be forbidden stays permitted: the graph may use it.
+    #[cfg(asan)]
+    pub(super) fn change_shadow(&self, shadow: super::shadow::Shadow, stream: RawStream) {
+        const CALL: &str = "permit";
+        let Ok(entry) = self.stream(CALL, stream) else {
+            return;
+        };
+        match entry.capture() {
+            Some(capture) if shadow.is_permitted => {
+                // A capture that takes no work becomes no graph.
+                let _ = capture.push(CALL, stream.0, Work::shadow(shadow));
+            }
+            Some(_) => {}
+            None => entry.queue.push_shadow(shadow),
+        }
+    }
+
     // Events.
 
     pub(super) fn create_event(&self) -> RawEvent {

@@ -103,6 +103,20 @@ impl Queue {
         Ok(())
     }
 
+    /// Changes the shadow behind what is in the queue: now, if that is nothing. A queue that is not empty has whoever
+    /// runs it.
+    #[cfg(asan)]
+    pub(super) fn push_shadow(&self, shadow: super::shadow::Shadow) {
+        let mut state = self.state.lock();
+        if state.is_idle() {
+            shadow.apply();
+        } else {
+            let work = super::operation::Work::shadow(shadow);
+            state.operations.push_back(Operation::Work(work));
+            self.changed.notify_one();
+        }
+    }
+
     /// Takes the next operation, blocking while there is none; `None` once the queue is closed and empty.
     pub(super) fn take_blocking(&self) -> Option<Operation> {
         let mut state = self.state.lock();

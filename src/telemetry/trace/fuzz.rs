@@ -63,12 +63,14 @@ fn arbitrary_bytes_behind_any_head_are_answered() {
         b"\x28\xb5\x2f\xfd",
         b"\x28\xb5\x2f\xfd\x04\x58",
         b"#alloctrace v1 streams=2 name=x\n",
+        b"\xef\xbb\xbf#alloctrace v1 streams=2 name=x\n",
+        b"\xef\xbb\xbf",
     ]);
     let rest = prop::collection::vec(any::<u8>(), 0..400);
     fuzz(CASES, &(heads, rest), |(head, rest)| {
         let outcome = read([head, &rest].concat());
         // Compressed lines can be many more than the file has.
-        let is_plain = head.starts_with(b"#");
+        let is_plain = head.ends_with(b"\n");
         check(
             outcome,
             if is_plain {
@@ -97,6 +99,29 @@ fn changed_compressed_traces_are_answered() {
         let file = changed(compress(&valid(blocks)), &changes);
         check(read(file), usize::MAX - 1)
     });
+}
+
+#[test]
+fn marks_line_ends_and_empty_ends_change_nothing() {
+    let ends = prop::collection::vec(prop::sample::select(vec!["\n", "\r\n", " \t\n"]), 0..5);
+    let tail = prop::sample::select(vec!["", " ", "\t  ", "\r"]);
+    let strategy = (1..20_u64, any::<bool>(), any::<bool>(), ends, tail);
+    fuzz(
+        CASES,
+        &strategy,
+        |(blocks, has_mark, is_windows, ends, tail)| {
+            let plain = String::from_utf8(valid(blocks)).expect("text");
+            let events = read(plain.clone().into_bytes()).expect("a trace");
+            let lines = match is_windows {
+                true => plain.replace('\n', "\r\n"),
+                false => plain,
+            };
+            let mark = if has_mark { "\u{feff}" } else { "" };
+            let text = format!("{mark}{lines}{}{tail}", ends.concat());
+            prop_assert_eq!(read(text.into_bytes()).ok(), Some(events));
+            Ok(())
+        },
+    );
 }
 
 #[test]

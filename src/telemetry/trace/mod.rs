@@ -3,7 +3,8 @@
 //! # The format: `alloctrace v1`
 //! One event a line, fields separated by blanks, numbers in decimal, every line ended by a newline. The
 //! first line is `#alloctrace v1 streams=<n> name=<word> [key=value ...]`; further keys are free. Streams
-//! are `0..n`, and 0 is the default stream. Later lines that are empty or start with `#` mean nothing.
+//! are `0..n`, and 0 is the default stream. Later lines that are empty or start with `#` mean nothing. A byte-order mark
+//! in front means nothing either, nor do blanks after the last newline.
 //!
 //! | line | event |
 //! | --- | --- |

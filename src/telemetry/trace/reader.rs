@@ -6,6 +6,9 @@ use std::io::{BufRead, Read};
 use super::error::Reason;
 use super::{Event, Header, LINE_BYTES_MAX, TraceError, parse};
 
+/// What some editors put in front of text in UTF-8.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// Reads a trace event by event and refuses the first line that is wrong, by itself or after what came
 /// before: ids are live from their allocation to their free, streams are among the header's.
 ///
@@ -68,7 +71,8 @@ impl<R: BufRead> TraceReader<R> {
     fn read_header(&mut self) -> Result<Header, Reason> {
         match self.next_line() {
             Ok(true) => {
-                parse::header(std::str::from_utf8(&self.text).map_err(|_| Reason::NoHeader)?)
+                let line = std::str::from_utf8(&self.text).map_err(|_| Reason::NoHeader)?;
+                parse::header(line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line))
             }
             // What is too long, cut off or empty here may be anything.
             Ok(false) | Err(Reason::LineTooLong) => Err(Reason::NoHeader),
@@ -76,7 +80,8 @@ impl<R: BufRead> TraceReader<R> {
         }
     }
 
-    /// Takes the next line, without its newline, into `text`; `false` at the end of the input.
+    /// Takes the next line, without its newline, into `text`; `false` at the end of the input, before which there may
+    /// be blanks.
     fn next_line(&mut self) -> Result<bool, Reason> {
         self.text.clear();
         self.line += 1;
@@ -85,10 +90,12 @@ impl<R: BufRead> TraceReader<R> {
             .by_ref()
             .take(most)
             .read_until(b'\n', &mut self.text)?;
+        let is_blank = self.text.iter().all(u8::is_ascii_whitespace);
         match self.text.pop() {
             None => Ok(false),
             Some(b'\n') => Ok(true),
             Some(_) if self.text.len() == LINE_BYTES_MAX => Err(Reason::LineTooLong),
+            Some(_) if is_blank => Ok(false),
             Some(_) => Err(Reason::CutOff),
         }
     }

@@ -10,6 +10,7 @@ use super::task::{Pass, Task, seed};
 use crate::batches::Batches;
 use crate::digits::{Digits, Images, PIXELS};
 use crate::failure::Failure;
+use crate::fingerprint::Fingerprint;
 
 /// Images a batch, unless asked for otherwise.
 const BATCH_SIZE: usize = 64;
@@ -103,9 +104,13 @@ impl Task for DigitsTask {
         serde_json::to_value(&self.batches).expect("numbers are always JSON")
     }
 
-    fn go_to(&mut self, place: Value) -> Result<(), String> {
+    fn go_to(&mut self, place: Value) -> Result<bool, String> {
         let saved = serde_json::from_value(place).map_err(|error| error.to_string())?;
         self.batches.go_on_from(saved)
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.digits.fingerprint()
     }
 
     fn test(&mut self) -> kitsune::Result<f64> {

@@ -79,6 +79,8 @@ struct Trainer<'a> {
     optimizer: AmpOptimizer<AdamW>,
     /// Steps of the run that this one goes on from.
     done: u64,
+    /// Whether that one had other data, if it is known; `None` unless there is one.
+    data_changed: Option<Option<bool>>,
     /// What each of the added batches counts, an f32 on the device; `None` for one.
     share: Option<Tensor>,
     last: Option<Pass>,
@@ -101,9 +103,9 @@ impl<'a> Trainer<'a> {
         let prepared = Prepared::new(args, &context, data)?;
         let mut optimizer = new_optimizer(args, &prepared)?;
         let mut task = prepared.task;
-        let done = match &args.resume {
-            Some(path) => saving::resume(path, args, &mut *task, &mut optimizer)?,
-            None => 0,
+        let resumed = match &args.resume {
+            Some(path) => Some(saving::resume(path, args, &mut *task, &mut optimizer)?),
+            None => None,
         };
         let share = (args.accumulate > 1)
             .then(|| Tensor::full(&context, [], DType::F32, 1.0 / f64::from(args.accumulate)))
@@ -116,7 +118,8 @@ impl<'a> Trainer<'a> {
             context,
             task,
             optimizer,
-            done,
+            done: resumed.map_or(0, |resumed| resumed.steps),
+            data_changed: resumed.map(|resumed| resumed.data_changed),
             share,
             last: None,
             losses: Vec::new(),
@@ -223,6 +226,7 @@ impl<'a> Trainer<'a> {
             model: self.task.model(),
             steps: self.args.steps,
             first_step: self.done + 1,
+            data_changed: self.data_changed,
             seed: self.args.seed,
             seconds,
             final_loss,

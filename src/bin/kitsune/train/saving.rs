@@ -12,10 +12,23 @@ use serde::{Deserialize, Serialize};
 
 use super::task::Task;
 use crate::args::{Model, TrainArgs};
-use crate::failure::Failure;
+use crate::failure::{Failure, warn};
+use crate::fingerprint::Fingerprint;
 
 /// What stands for the number of steps in a file name.
 const STEP: &str = "{step}";
+
+/// Name of the data's fingerprint in a file. Files of earlier versions have none.
+const FINGERPRINT: &str = "data_fingerprint";
+
+/// What a run goes on from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Resumed {
+    /// Steps it has behind it.
+    pub(super) steps: u64,
+    /// Whether it was made with other data; `None` if the file does not tell.
+    pub(super) data_changed: Option<bool>,
+}
 
 /// The flags that make a run what it is, and how far it came. Another clip or number of steps may be meant: they
 /// can change.
@@ -89,16 +102,17 @@ pub(super) fn save(
     saved.add_amp_optimizer(optimizer)?;
     saved.add_extra("run", &Run::of(args, step))?;
     saved.add_extra("data", &task.place())?;
+    saved.add_extra(FINGERPRINT, &task.fingerprint())?;
     saved.write(numbered(path, step))
 }
 
-/// Goes on from the file at `path`. Gives the number of steps it has behind it.
+/// Goes on from the file at `path`. Warns if the data has changed since.
 pub(super) fn resume(
     path: &Path,
     args: &TrainArgs,
     task: &mut dyn Task,
     optimizer: &mut AmpOptimizer<AdamW>,
-) -> Result<u64, Failure> {
+) -> Result<Resumed, Failure> {
     let refuse = |reason: String| Failure::Input(format!("--resume {}: {reason}", path.display()));
     let refused = |error: kitsune::Error| match &error {
         kitsune::Error::File { .. } | kitsune::Error::InvalidState { .. } => {
@@ -123,14 +137,37 @@ pub(super) fn resume(
         return Err(refuse(reason));
     }
     let place = saved.extra("data").map_err(refused)?;
-    task.go_to(place)
+    let fits = task
+        .go_to(place)
         .map_err(|reason| refuse(format!("data: {reason}")))?;
+    let fingerprint = saved.extra::<Fingerprint>(FINGERPRINT).ok();
+    let data_changed = if fits {
+        fingerprint.map(|fingerprint| fingerprint != task.fingerprint())
+    } else {
+        Some(true)
+    };
     let parameters = task.parameters();
     let restore = saved.restore().model(&parameters);
     let restore = restore.and_then(|restore| restore.amp_optimizer(optimizer));
     let restored = restore.and_then(|restore| restore.finish());
-    restored.map_err(refused)?;
-    Ok(run.steps_done)
+    restored.map_err(|error| match refused(error) {
+        // A text of other characters needs another network.
+        Failure::Input(reason) if data_changed == Some(true) => {
+            Failure::Input(format!("{reason} (the data has changed since)"))
+        }
+        failure => failure,
+    })?;
+    if data_changed == Some(true) {
+        let path = path.display();
+        warn(&format!(
+            "--resume {path}: the data has changed since this was saved; going on with the new data"
+        ));
+    }
+    let steps = run.steps_done;
+    Ok(Resumed {
+        steps,
+        data_changed,
+    })
 }
 
 /// The flags in which two runs differ, with what was saved and what was given.

@@ -6,6 +6,8 @@ use kitsune::ops::Loss;
 use kitsune::optim::Parameter;
 use serde_json::Value;
 
+use crate::fingerprint::Fingerprint;
+
 /// What one batch gave.
 #[derive(Debug)]
 pub(super) struct Pass {
@@ -31,11 +33,15 @@ pub(super) trait Task {
     /// Where the training is in its data.
     fn place(&self) -> Value;
 
-    /// Goes on from a place in the data.
+    /// Goes on from a place in the data. Whether the place can be one in this data; if not, goes on as near to it as
+    /// there is.
     ///
     /// # Errors
     /// Tells what cannot be.
-    fn go_to(&mut self, place: Value) -> Result<(), String>;
+    fn go_to(&mut self, place: Value) -> Result<bool, String>;
+
+    /// The fingerprint of the data.
+    fn fingerprint(&self) -> Fingerprint;
 
     /// Share of the test set that is predicted right, in the present weights.
     fn test(&mut self) -> kitsune::Result<f64>;

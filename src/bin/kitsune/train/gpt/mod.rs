@@ -11,6 +11,7 @@ use serde_json::Value;
 use self::network::Network;
 use super::task::{Pass, Task, seed};
 use crate::failure::Failure;
+use crate::fingerprint::Fingerprint;
 use crate::random::Random;
 use crate::text::{Sequences, Text};
 
@@ -104,9 +105,14 @@ impl Task for GptTask {
         serde_json::to_value(&self.random).expect("a number is always JSON")
     }
 
-    fn go_to(&mut self, place: Value) -> Result<(), String> {
+    fn go_to(&mut self, place: Value) -> Result<bool, String> {
+        // Where a batch is cut follows from one number, in every text.
         self.random = serde_json::from_value(place).map_err(|error| error.to_string())?;
-        Ok(())
+        Ok(true)
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.text.fingerprint
     }
 
     fn test(&mut self) -> kitsune::Result<f64> {
