@@ -1,0 +1,20 @@
+//! The pool: model, orders of streams, faults, limits, captures, statistics.
+
+mod capture;
+mod conformance;
+mod contents;
+mod controls;
+mod deterministic;
+mod edges;
+mod faults;
+mod gone_streams;
+mod left;
+mod logs;
+mod model;
+mod peaks;
+mod pinned;
+mod private;
+mod private_faults;
+mod shortage;
+mod streams;
+mod wrappers;

@@ -1,0 +1,8 @@
+//! Ops and autocast.
+
+mod autocast;
+mod autocast_cache;
+mod fp8;
+mod gradients;
+mod results;
+mod transformer;

@@ -1,0 +1,5 @@
+//! Optimizers against their formulas.
+
+mod adam;
+mod adamw;
+mod sgd;
