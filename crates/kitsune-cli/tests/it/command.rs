@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The command with these arguments, in the root of the repository.
-pub fn kitsune(arguments: &[&str]) -> Command {
+pub(crate) fn kitsune(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kitsune"));
     command
         .args(arguments)
@@ -14,7 +14,7 @@ pub fn kitsune(arguments: &[&str]) -> Command {
 }
 
 /// The JSON object of a run that succeeds and says nothing else.
-pub fn json(arguments: &[&str]) -> Value {
+pub(crate) fn json(arguments: &[&str]) -> Value {
     let output = kitsune(arguments).output().expect("the command was built");
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(
@@ -25,7 +25,7 @@ pub fn json(arguments: &[&str]) -> Value {
 }
 
 /// The one line on standard error of a run that ends with exit code `code`.
-pub fn refusal(arguments: &[&str], code: i32) -> String {
+pub(crate) fn refusal(arguments: &[&str], code: i32) -> String {
     let output = kitsune(arguments).output().expect("the command was built");
     let told = String::from_utf8(output.stderr).expect("messages are UTF-8");
     assert_eq!(
