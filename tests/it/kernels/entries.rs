@@ -2,38 +2,26 @@
 
 use std::collections::BTreeSet;
 
-use kitsune_shim::PTX;
+use kitsune_kernels::MODULES;
 
 use crate::support::device::argument_bytes;
-
-fn names(ptx: &str) -> BTreeSet<&str> {
-    let entries = ptx.split(".visible .entry ").skip(1);
-    entries
-        .map(|entry| &entry[..entry.find('(').expect("a parameter list")])
-        .collect()
-}
 
 #[test]
 fn every_source_is_in_the_ptx() {
     let of_kernels = |name: &&str| !name.starts_with("probe_");
     let sources: BTreeSet<_> = kitsune_shim::entries().filter(of_kernels).collect();
     assert!(sources.len() > 100, "{}", sources.len());
-    assert_eq!(names(PTX), sources);
+    let entries = MODULES.iter().flat_map(|module| module.entries);
+    assert_eq!(entries.copied().collect::<BTreeSet<_>>(), sources);
     assert_eq!(argument_bytes().len(), sources.len());
-}
-
-#[test]
-fn ptx_is_of_the_promised_version() {
-    assert!(PTX.contains("\n.version 8.0\n"));
-    assert!(PTX.contains("\n.target sm_80\n"));
-    // A NUL would end the text early for a driver.
-    assert!(!PTX.contains('\0'));
 }
 
 /// Memory of a thread's own lies in device memory: an array that did not stay in registers.
 #[test]
 fn no_kernel_spills_an_array() {
-    assert!(!PTX.contains(".local "));
+    for module in MODULES {
+        assert!(!module.text.contains(".local "), "{}", module.name);
+    }
 }
 
 #[test]

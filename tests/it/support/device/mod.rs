@@ -168,7 +168,9 @@ impl Kernel for OverShim {
 pub fn argument_bytes() -> &'static HashMap<&'static str, usize> {
     static SIZES: OnceLock<HashMap<&'static str, usize>> = OnceLock::new();
     SIZES.get_or_init(|| {
-        let entries = kitsune_shim::PTX.split(".visible .entry ").skip(1);
+        let entries = kitsune_kernels::MODULES
+            .iter()
+            .flat_map(|module| module.text.split(".visible .entry ").skip(1));
         entries
             .map(|entry| {
                 let (name, rest) = entry.split_once('(').expect("an entry has parameters");
