@@ -32,10 +32,10 @@ def main():
     metadata = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     packages = {package["id"]: package for package in metadata["packages"]}
     nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
-    root = metadata["resolve"]["root"]
-    oldest = packages[root]["rust_version"]
+    ours = metadata["workspace_default_members"]
+    oldest = packages[metadata["resolve"]["root"]]["rust_version"]
 
-    reached = built_by_users(nodes, root)
+    reached = set().union(*(built_by_users(nodes, package) for package in ours))
     too_new = [
         f"{package['name']} {package['version']} needs Rust {package['rust_version']}"
         for package in (packages[identity] for identity in reached)

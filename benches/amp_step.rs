@@ -7,13 +7,13 @@
 //! takes turns with this program if it is given its path: `--in-turn` makes a step for each line of standard input.
 #![allow(clippy::print_stdout, reason = "figures are printed")]
 
-#[path = "../tests/device_support/mod.rs"]
-mod device_support;
+#[path = "../tests/it/support/device/mod.rs"]
+mod device;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use device_support::counted;
+use device::counted;
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor};

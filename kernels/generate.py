@@ -1,8 +1,8 @@
-"""Makes kernels/ptx/ from kernels/*.cu with a pinned NVRTC.
+"""Makes kernels/ptx/ from kernels/*.cu with a pinned NVRTC: a module for each source, and the list of them.
 
-    python3 kernels/generate.py            write the file
-    python3 kernels/generate.py --check    fail if it differs from what the sources give
-    python3 kernels/generate.py --ptxas    also assemble it for every architecture from sm_80 to sm_120
+    python3 kernels/generate.py            write the files
+    python3 kernels/generate.py --check    fail if they differ from what the sources give
+    python3 kernels/generate.py --ptxas    also assemble them for every architecture from sm_80 to sm_120
     python3 kernels/generate.py --install  install the compilers and nothing else
 
 The compilers come from packages that pip installs into target/kernels/ on first use; no CUDA toolkit, driver
@@ -16,13 +16,14 @@ import argparse
 import ctypes
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 
 KERNELS = pathlib.Path(__file__).resolve().parent
 TOOLS = KERNELS.parent / "target" / "kernels"
 ARCHITECTURE = "compute_80"
-MODULE = KERNELS / "ptx" / f"kitsune.{ARCHITECTURE}.ptx"
+MODULES = KERNELS / "ptx"
 # Contracted products and sums would differ from the twins, which round each. Lambdas carry no `__device__`.
 OPTIONS = ("--std=c++17", "--fmad=false", "-default-device")
 
@@ -79,45 +80,85 @@ class Nvrtc:
 
 
 def generate():
-    """The PTX of one module with all kernels."""
+    """The files of MODULES by name: the PTX of each source, and the list of modules."""
     sources = sorted(KERNELS.glob("*.cu"))
     headers = {path.name: path.read_text() for path in [*sources, *sorted(KERNELS.glob("*.cuh"))]}
-    module = "".join(f'#include "{path.name}"\n' for path in sources)
-    return Nvrtc().compile(module, headers)
+    nvrtc = Nvrtc()
+    files = {f"{path.stem}.ptx": nvrtc.compile(f'#include "{path.name}"\n', headers) for path in sources}
+    files["modules.rs"] = listed(files).encode()
+    return files
 
 
-def check(ptx):
-    if MODULE.read_bytes() != ptx:
-        sys.exit(f"{MODULE.name}: not what the sources give; run python3 kernels/generate.py")
+def entries(ptx):
+    return sorted(re.findall(r"\.visible \.entry (\w+)", ptx.decode()))
+
+
+def listed(files):
+    """The modules as Rust text, which kernels/src/lib.rs includes."""
+    lines = ["[\n"]
+    for name, ptx in files.items():
+        lines += ["    Module {\n", f'        name: "{name.removesuffix(".ptx")}",\n']
+        lines += [f'        text: concat!(include_str!("{name}"), "\\0"),\n', "        entries: &[\n"]
+        lines += [f'            "{entry}",\n' for entry in entries(ptx)]
+        lines += ["        ],\n", "    },\n"]
+    return "".join([*lines, "]\n"])
+
+
+def present():
+    """The files that are in MODULES, by name."""
+    return {path.name: path.read_bytes() for path in MODULES.iterdir()}
+
+
+def check(files):
+    there = present()
+    differ = sorted(name for name in files.keys() | there.keys() if files.get(name) != there.get(name))
+    if differ:
+        sys.exit(f"{', '.join(differ)}: not what the sources give; run python3 kernels/generate.py")
+
+
+def write(files):
+    MODULES.mkdir(exist_ok=True)
+    for name in present().keys() - files.keys():
+        (MODULES / name).unlink()
+    for name, text in files.items():
+        (MODULES / name).write_bytes(text)
 
 
 def assemble():
     ptxas = ptxas_program()
     ptxas.chmod(0o755)
     for target in ASSEMBLED_FOR:
-        output = TOOLS / f"kitsune.{target}.cubin"
-        subprocess.run([ptxas, f"--gpu-name={target}", MODULE, "--output-file", output], check=True)
-        print(f"assembles for {target}: {output.stat().st_size} bytes")
+        total, dearest = 0, (0.0, "")
+        for module in sorted(MODULES.glob("*.ptx")):
+            output = TOOLS / f"{module.stem}.{target}.cubin"
+            began = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([ptxas, f"--gpu-name={target}", module, "--output-file", output], check=True)
+            ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+            dearest = max(dearest, (seconds, module.stem))
+            total += output.stat().st_size
+        print(f"assembles for {target}: {total} bytes; dearest module: {dearest[1]}, {dearest[0]:.1f} s")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--ptxas", action="store_true", help="assemble the file")
+    parser.add_argument("--ptxas", action="store_true", help="assemble the modules")
     parser.add_argument("--install", action="store_true", help="install the compilers and nothing else")
     options = parser.parse_args()
     if options.install:
         nvrtc_library()
         ptxas_program()
         return
-    ptx = generate()
+    files = generate()
     if options.check:
-        check(ptx)
+        check(files)
     else:
-        MODULE.write_bytes(ptx)
-    entries = len(re.findall(rb"\.visible \.entry", ptx))
-    version = re.search(rb"\.version (\S+)", ptx)[1].decode()
-    print(f"{MODULE.name}: {entries} entries, {len(ptx)} bytes, PTX {version}")
+        write(files)
+    texts = [text for name, text in files.items() if name.endswith(".ptx")]
+    count = sum(len(entries(text)) for text in texts)
+    version = re.search(rb"\.version (\S+)", texts[0])[1].decode()
+    print(f"{len(texts)} modules: {count} entries, {sum(map(len, texts))} bytes, PTX {version}")
     if options.ptxas:
         assemble()
 

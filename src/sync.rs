@@ -1,7 +1,7 @@
 //! The locks, queues and thread locals by which threads share a pool: the one place that chooses them.
 //!
 //! A build with `--cfg loom` exchanges them for those of loom, which runs a test once for every order in
-//! which threads may reach them (`tests/loom_lanes.rs`). Both have the same interface, that of
+//! which threads may reach them (`tests/loom/main.rs`). Both have the same interface, that of
 //! `parking_lot` and `crossbeam`. Code below the pool keeps its own locks: none is held where loom may
 //! switch threads.
 

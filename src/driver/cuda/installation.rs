@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::kernels::Ptx;
+use super::kernels::target_for;
 use super::library::Library;
 use super::{CudaDriver, context};
 use crate::driver::DeviceProperties;
@@ -53,13 +53,13 @@ impl Installation {
         let library = Library::get()?;
         let devices = (0..context::count(library)?).map(|ordinal| {
             let context = CudaDriver::get(ordinal)?.context;
-            let ptx = Ptx::choose(context.properties.compute_capability);
+            let target = target_for(context.properties.compute_capability);
             Ok(CudaDevice {
                 properties: context.properties.clone(),
                 memory_pools: context.abilities.memory_pools,
                 multiprocessors: context.abilities.multiprocessors,
-                kernels_for: ptx.map(|ptx| ptx.target),
-                ptx_version: ptx.map(Ptx::version),
+                kernels_for: target,
+                ptx_version: target.map(|_| kitsune_kernels::PTX_VERSION),
             })
         });
         Ok(Self {

@@ -1,13 +1,14 @@
-//! Device code: the PTX that the crate carries, loaded at the first launch, and launches of its entry points.
+//! Device code: the PTX modules of `kitsune-kernels`, and launches of their entry points.
 //!
-//! The text is compiled by the driver for the device it runs on, and the driver keeps the result on disk. It
-//! is loaded late because a program that only wants memory should not wait for that.
+//! The driver compiles a module for the device it runs on and keeps the result on disk. A module is loaded when one of
+//! its entry points is first launched, so a program waits for what it uses, and for nothing if it only wants memory.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::null_mut;
 
 use cudarc::driver::sys::{CUfunc_st, CUfunction_attribute, CUmod_st};
+use kitsune_kernels::{Module, PTX_VERSION, TARGET, module_of};
 use parking_lot::{Mutex, RwLock};
 
 use super::context::{Context, Raw};
@@ -22,45 +23,16 @@ const CALL: &str = "launch";
 /// Shared memory that a block may have without asking for more.
 const SHARED_BYTES_PLAIN: u32 = 48 << 10;
 
-/// All entry points, for devices of one compute capability and later ones.
-#[derive(Debug)]
-pub(super) struct Ptx {
-    /// The compute capability, as (major, minor).
-    pub(super) target: (u32, u32),
-    /// Ends with a zero.
-    text: &'static str,
-}
-
-/// One text for all devices: for a newer one it would be the same instructions, which the driver compiles for the
-/// device it has.
-static PTX: Ptx = Ptx {
-    target: (8, 0),
-    text: concat!(
-        include_str!("../../../kernels/ptx/kitsune.compute_80.ptx"),
-        "\0"
-    ),
-};
-
-impl Ptx {
-    /// What a device of this compute capability can run.
-    pub(super) fn choose(capability: Option<(u32, u32)>) -> Option<&'static Self> {
-        (Some(PTX.target) <= capability).then_some(&PTX)
-    }
-
-    /// The version of the PTX language, as the text states it.
-    pub(super) fn version(&self) -> &'static str {
-        let line = self
-            .text
-            .lines()
-            .find_map(|line| line.strip_prefix(".version "));
-        line.unwrap_or("of no version").trim()
-    }
+/// The compute capability that the code is made for, if a device of this one can run it.
+pub(super) fn target_for(capability: Option<(u32, u32)>) -> Option<(u32, u32)> {
+    (Some(TARGET) <= capability).then_some(TARGET)
 }
 
 /// The code of one device, as far as it was asked for.
 #[derive(Debug, Default)]
 pub(super) struct Code {
-    module: Mutex<Option<Raw<CUmod_st>>>,
+    /// The loaded modules, by name. A second thread waits while one is being loaded.
+    modules: Mutex<HashMap<&'static str, Raw<CUmod_st>>>,
     functions: RwLock<HashMap<&'static str, Raw<CUfunc_st>>>,
 }
 
@@ -122,7 +94,8 @@ impl Code {
         if let Some(function) = self.functions.read().get(entry) {
             return Ok(*function);
         }
-        let module = self.module(context)?;
+        let module = module_of(entry).ok_or_else(|| no_code(entry))?;
+        let module = self.load(context, module)?;
         let name = CString::new(entry).map_err(|_| no_code(entry))?;
         let mut function = null_mut();
         let place = &raw mut function;
@@ -142,17 +115,17 @@ impl Code {
         Ok(Raw(function))
     }
 
-    fn module(&self, context: &Context) -> Result<Raw<CUmod_st>> {
-        let mut loaded = self.module.lock();
-        if let Some(module) = *loaded {
-            return Ok(module);
+    fn load(&self, context: &Context, module: &'static Module) -> Result<Raw<CUmod_st>> {
+        let mut modules = self.modules.lock();
+        if let Some(loaded) = modules.get(module.name) {
+            return Ok(*loaded);
         }
-        let capability = context.properties.compute_capability;
-        let too_old = || too_old(CALL, &context.properties);
-        let ptx = Ptx::choose(capability).ok_or_else(too_old)?;
-        let mut module = null_mut();
-        let (place, text) = (&raw mut module, ptx.text.as_ptr().cast::<c_void>());
-        // SAFETY: the text ends with zero, there are no options, `module` takes the answer.
+        if target_for(context.properties.compute_capability).is_none() {
+            return Err(too_old(CALL, &context.properties));
+        }
+        let mut loaded = null_mut();
+        let (place, text) = (&raw mut loaded, module.text.as_ptr().cast::<c_void>());
+        // SAFETY: the text ends with zero, there are no options, `loaded` takes the answer.
         let outcome = unsafe {
             ask!(
                 context.library,
@@ -164,14 +137,14 @@ impl Code {
             Err(error) if code_of(&error) == Some(code::UNSUPPORTED_PTX_VERSION) => {
                 let (major, minor) = context.library.version();
                 let reason = format!(
-                    "the driver supports CUDA {major}.{minor} and cannot compile PTX {}: install a newer one",
-                    ptx.version()
+                    "the driver supports CUDA {major}.{minor} and cannot compile PTX {PTX_VERSION}: install a newer one"
                 );
                 return Err(refuse(CALL, code::UNSUPPORTED_PTX_VERSION, reason));
             }
             outcome => outcome?,
         }
-        Ok(*loaded.insert(Raw(module)))
+        modules.insert(module.name, Raw(loaded));
+        Ok(Raw(loaded))
     }
 }
 
@@ -181,7 +154,7 @@ fn no_code(entry: &str) -> Error {
 
 /// Refuses a device that none of the code can run on.
 pub(crate) fn check(properties: &DeviceProperties) -> Result<()> {
-    match Ptx::choose(properties.compute_capability) {
+    match target_for(properties.compute_capability) {
         Some(_) => Ok(()),
         None => Err(too_old("open", properties)),
     }
@@ -190,8 +163,8 @@ pub(crate) fn check(properties: &DeviceProperties) -> Result<()> {
 fn too_old(call: &'static str, properties: &DeviceProperties) -> Error {
     let (major, minor) = properties.compute_capability.unwrap_or_default();
     let reason = format!(
-        "{} has compute capability {major}.{minor}, and the kernels need 8.0",
-        properties.name
+        "{} has compute capability {major}.{minor}, and the kernels need {}.{}",
+        properties.name, TARGET.0, TARGET.1
     );
     refuse(call, code::NO_BINARY_FOR_GPU, reason)
 }
@@ -202,15 +175,9 @@ mod tests {
 
     #[test]
     fn devices_from_8_0_on_have_code() {
-        let target = |major, minor| Ptx::choose(Some((major, minor))).map(|ptx| ptx.target);
-        assert_eq!(target(7, 5), None);
-        assert_eq!(target(8, 0), Some((8, 0)));
-        assert_eq!(target(12, 0), Some((8, 0)));
-        assert!(Ptx::choose(None).is_none());
-    }
-
-    #[test]
-    fn the_code_is_old_enough_for_the_oldest_driver() {
-        assert_eq!(PTX.version(), "8.0", "what drivers for CUDA 12.0 compile");
+        assert_eq!(target_for(Some((7, 5))), None);
+        assert_eq!(target_for(Some((8, 0))), Some((8, 0)));
+        assert_eq!(target_for(Some((12, 0))), Some((8, 0)));
+        assert_eq!(target_for(None), None);
     }
 }

@@ -28,10 +28,10 @@
 //! Must not know: pools, devices. A trace is a description and can be made by any program.
 
 mod error;
-#[cfg(all(test, feature = "cli"))]
+#[cfg(all(test, feature = "compressed-traces"))]
 mod fuzz;
 mod log;
-#[cfg(feature = "cli")]
+#[cfg(feature = "compressed-traces")]
 mod open;
 mod parse;
 mod reader;
@@ -41,7 +41,7 @@ mod writer;
 
 pub use error::{Reason, TraceError};
 pub use log::TraceLog;
-#[cfg(feature = "cli")]
+#[cfg(feature = "compressed-traces")]
 pub use open::open;
 pub use reader::TraceReader;
 pub use writer::TraceWriter;

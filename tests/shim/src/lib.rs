@@ -7,9 +7,6 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 /// The same code as a shared library that exports `kitsune_host_launch`.
 pub const LIBRARY: &str = env!("KITSUNE_SHIM_LIBRARY");
 
-/// What `kernels/generate.py` made, in which entry points tell the sizes of their arguments.
-pub static PTX: &str = include_str!("../../../kernels/ptx/kitsune.compute_80.ptx");
-
 unsafe extern "C" {
     fn kitsune_host_launch(
         entry: *const c_char,

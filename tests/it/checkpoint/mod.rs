@@ -1,0 +1,3 @@
+//! Checkpoints: states of other rules, orders and versions.
+
+mod state;

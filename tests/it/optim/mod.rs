@@ -1,0 +1,6 @@
+//! Optimizers against their formulas.
+
+mod adam;
+mod adamw;
+mod sgd;
+mod state;

@@ -1,0 +1,3 @@
+//! Tensors and buffers at their edges.
+
+mod edges;

@@ -1,0 +1,3 @@
+//! Metrics as Prometheus reads them.
+
+mod metrics;
