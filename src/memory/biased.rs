@@ -323,15 +323,13 @@ mod tests {
                 biased.is_slow = true;
                 biased.is_wanted = AtomicBool::new(true);
             }
-            // SAFETY: only this thread enters as the owner.
-            let entered = unsafe {
-                biased.with_owner(|_| {
-                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                        // SAFETY: as above.
-                        unsafe { biased.with_owner(|value| *value += 1) }
-                    }))
-                })
+            let enter_again = || {
+                // SAFETY: only this thread enters as the owner.
+                unsafe { biased.with_owner(|value| *value += 1) }
             };
+            let try_again = std::panic::AssertUnwindSafe(enter_again);
+            // SAFETY: as above.
+            let entered = unsafe { biased.with_owner(|_| std::panic::catch_unwind(try_again)) };
             let panic = entered.unwrap_err();
             assert_eq!(panic.downcast_ref::<&str>(), Some(&"entered twice"));
             assert_eq!(biased.with(|value| *value), 1, "nobody is inside any more");
