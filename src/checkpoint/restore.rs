@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 
 use super::optimizer::OptimizerPart;
 use super::{APPLIED, Checkpoint, EMA, MODEL, OPTIMIZER, Part, SCALER, SCHEDULE, within};
-use crate::amp::fp8::Fp8Scaler;
-use crate::amp::{AmpOptimizer, AmpOptimizerState, AppliedSteps, GradScaler, ScalerState};
+use crate::amp::fp8::{Fp8Scaler, Fp8State};
+use crate::amp::{AmpOptimizer, AmpOptimizerState, AppliedSteps, GradScaler};
 use crate::error::{Error, Result};
 use crate::optim::{
     Ema, EmaState, Optimizer, Parameter, load_optimizer, match_named, setting_names, values,
@@ -112,7 +112,7 @@ impl<'a> Restore<'a> {
     /// As [`model`](Self::model), and as [`GradScaler::load_state_dict`].
     pub fn scaler(mut self, scaler: &'a mut GradScaler) -> Result<Self> {
         let state = settings(SCALER, self.take(SCALER)?)?;
-        self.lack(SCALER, scaler_lacks(&state));
+        self.lack(SCALER, scaler.keeps_on_load(&state));
         let load = within(SCALER, scaler.load(&state))?;
         Ok(self.with(load))
     }
@@ -122,8 +122,9 @@ impl<'a> Restore<'a> {
     /// # Errors
     /// As [`model`](Self::model), and as [`Fp8Scaler::load_state_dict`].
     pub fn fp8_scaler(mut self, name: &str, scaler: &'a mut Fp8Scaler) -> Result<Self> {
-        let part = self.take(name)?;
-        let load = within(name, scaler.load(&settings(name, part)?))?;
+        let state: Fp8State = settings(name, self.take(name)?)?;
+        self.lack(name, state.lacks());
+        let load = within(name, scaler.load(&state))?;
         Ok(self.with(load))
     }
 
@@ -165,7 +166,7 @@ impl<'a> Restore<'a> {
             ema: self.if_saved(EMA, Self::ema_state)?,
         };
         self.lacks.extend(state.lacks());
-        self.lack(SCALER, scaler_lacks(&state.scaler));
+        self.lack(SCALER, optimizer.scaler().keeps_on_load(&state.scaler));
         let known = optimizer.setting_names();
         let kept = self.keep(|name| known.contains(&name));
         let load = optimizer.load(&state, &names(&kept))?;
@@ -254,11 +255,6 @@ impl<'a> Restore<'a> {
             .then(|| take(self))
             .transpose()
     }
-}
-
-/// What a scaler's state does not say.
-fn scaler_lacks(_state: &ScalerState) -> Vec<&'static str> {
-    Vec::new()
 }
 
 fn names(kept: &[String]) -> Vec<&str> {

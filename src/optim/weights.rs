@@ -53,16 +53,13 @@ pub(super) fn take(counts: &Tensor, parameters: &[Parameter]) -> Result<Vec<Weig
     }
     counts.fill(0.0)?;
     let tensors = words[FOUND_HEAD..].chunks_exact(FOUND_WORDS);
-    let lost = parameters
-        .iter()
-        .zip(tensors)
-        .filter_map(|(parameter, words)| {
-            (words[0] + words[1] > 0).then(|| WeightOverflow {
-                name: parameter.name().to_owned(),
-                inf_count: words[0],
-                nan_count: words[1],
-                first_index: !words[2],
-            })
-        });
-    Ok(lost.collect())
+    let pairs = parameters.iter().zip(tensors);
+    let lost = pairs.filter(|(_, words)| words[0] + words[1] > 0);
+    let tell = |(parameter, words): (&Parameter, &[u64])| WeightOverflow {
+        name: parameter.name().to_owned(),
+        inf_count: words[0],
+        nan_count: words[1],
+        first_index: !words[2],
+    };
+    Ok(lost.map(tell).collect())
 }

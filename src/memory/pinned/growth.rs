@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use super::cache::{Area, Segment, area_bytes, new_segment};
 use super::{Shared, State};
-use crate::memory::guard::Breakable;
 use crate::driver::DevicePtr;
 use crate::error::{Error, OutOfMemory, Result};
+use crate::memory::guard::Breakable;
 use crate::units::to_usize;
 
 /// What is pinned is at most so many times the most that was ever in use, unless blocks lie in all of it.

@@ -7,8 +7,8 @@
     reason = "the tests touch freed memory, and fail by panicking"
 )]
 
-use crate::support::process;
 use crate::support::driver::{Gate, act};
+use crate::support::process;
 use kitsune::driver::DevicePtr;
 use kitsune::{Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream};
 

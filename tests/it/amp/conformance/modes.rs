@@ -6,8 +6,8 @@ use kitsune::amp::{
 use kitsune::checkpoint::Checkpoint;
 use kitsune::{Context, Error, f16};
 
-use crate::support::amp::{context, ones, parameter, scaler_with, set_grad, sgd, tensor, value};
 use super::scale_and_tracker;
+use crate::support::amp::{context, ones, parameter, scaler_with, set_grad, sgd, tensor, value};
 
 /// Settings of this mode that are no defaults.
 fn config(mode: ScalingMode) -> AmpConfig {

@@ -12,9 +12,9 @@ use kitsune::error::ScalerMisuse;
 use kitsune::optim::{Optimizer, OptimizerId, Parameter, Sgd, StepInputs};
 use kitsune::{Context, DType, Device, Error, HostConfig, Result, Tensor, ops};
 
-use crate::support::device::device;
 use crate::support::amp::oracle::misuse;
 use crate::support::amp::{context, flag, parameter, scaler_with, set_grad, sgd, tensor, value};
+use crate::support::device::device;
 
 const INF: f32 = f32::INFINITY;
 

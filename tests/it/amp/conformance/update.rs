@@ -3,9 +3,9 @@
 use kitsune::Context;
 use kitsune::amp::{AmpConfig, ScalePolicy, ScaleState, ScalerState, next_scale};
 
+use super::{config, scale_and_tracker};
 use crate::support::amp::oracle::oracle;
 use crate::support::amp::{context, parameter, scaler_with, set_grad, sgd};
-use super::{config, scale_and_tracker};
 
 /// Scale and tracker after updates that see these flags, from `config`'s scale and this tracker on.
 fn updates(context: &Context, config: AmpConfig, tracker: u32, flags: &[f32]) -> Vec<(f64, u32)> {
