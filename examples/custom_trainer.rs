@@ -14,7 +14,7 @@ const BATCH: usize = 64;
 fn digits() -> (Vec<f32>, Vec<u32>) {
     let number = |text: &str| text.parse::<u32>().expect("the file holds whole numbers");
     let mut data = (Vec::new(), Vec::new());
-    for line in include_str!("data/digits.csv").lines() {
+    for line in include_str!("../crates/kitsune-cli/data/digits.csv").lines() {
         let (pixels, digit) = line.rsplit_once(',').expect("pixels, then the digit");
         let pixels = pixels.split(',').map(|pixel| number(pixel) as f32);
         data.0.extend(pixels.map(|pixel| pixel / 16.0));

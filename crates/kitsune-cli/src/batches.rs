@@ -116,7 +116,7 @@ mod tests {
             assert_eq!(again.advance(), batches.advance());
         }
         let before = Batches::new(10, 3, 2);
-        let spoil: [fn(&mut Batches); 4] = [
+        let spoil: [fn(&mut Batches); 5] = [
             |saved| saved.order[0] = saved.order[1],
             |saved| saved.order[3] = usize::MAX,
             |saved| saved.next = 11,

@@ -486,7 +486,9 @@ fn a_read_that_was_refused_writes_nothing_later() {
         act(&kernels, move || {
             let gate = Mutex::new(gate.lock().take().unwrap());
             // Keeps a stream with a thread busy.
-            act(&from, move || drop(gate.lock().recv()));
+            act(&from, move || {
+                let _ = gate.lock().recv();
+            });
             let mut bytes = of_kernel.lock();
             // SAFETY: the test's memory.
             let outcome = unsafe { from.driver().copy_to_host(&mut bytes, buffer, from.raw()) };

@@ -298,7 +298,9 @@ fn a_broken_pinned_pool_hands_out_nothing_and_lets_go_of_nothing() {
     // A block whose use is in flight: whether it is over is asked under the lock.
     let (sender, gate) = std::sync::mpsc::channel::<()>();
     let gate = Mutex::new(gate);
-    let held = Box::new(Act(move || drop(gate.lock().recv())));
+    let held = Box::new(Act(move || {
+        let _ = gate.lock().recv();
+    }));
     // SAFETY: the kernel uses no memory.
     unsafe { device.driver().launch(held, stream.raw()) }.unwrap();
     let mut used = pool.allocate(100_000).unwrap();

@@ -13,6 +13,9 @@ use kitsune::optim::{
 };
 use kitsune::{Context, DType, Error, Result, Tensor, bf16};
 
+/// A change of a configuration.
+type Change<'a> = &'a dyn Fn(&mut AdamWConfig);
+
 /// The key and the reason of a refusal.
 fn refused<T: std::fmt::Debug>(outcome: Result<T>) -> (String, String) {
     match outcome {
@@ -82,7 +85,7 @@ fn flags_that_differ_are_refused_with_both_values() {
         reason,
         "group 0: saved from AdamW with seed = 0; this is AdamW with seed = 7"
     );
-    let cases: [(&dyn Fn(&mut AdamWConfig), &str, [&str; 2]); 3] = [
+    let cases: [(Change<'_>, &str, [&str; 2]); 3] = [
         (
             &|config| config.amsgrad = true,
             "amsgrad",
@@ -390,7 +393,7 @@ fn a_setting_that_the_computation_takes_for_nothing_is_refused() {
         change(&mut config);
         AdamW::new(weights, config).map(|_| ())
     };
-    let cases: [(&str, &dyn Fn(&mut AdamWConfig)); 8] = [
+    let cases: [(&str, Change<'_>); 8] = [
         ("epsilon", &|config| config.epsilon = 1e-50),
         ("epsilon", &|config| config.epsilon = 1e40),
         ("learning_rate", &|config| config.learning_rate = 1e-50),

@@ -91,7 +91,7 @@ fn a_read_beside_the_writes_of_another_thread_shows_one_write_as_a_whole() {
             schedule,
             ..HostConfig::default()
         };
-        let context = Context::new(&device_support::device(config)).unwrap();
+        let context = Context::new(&support::device::device(config)).unwrap();
         for (write, read) in writes.iter().zip(reads) {
             let tensor = Tensor::zeros(&context, [64, 2048], DType::F32).unwrap();
             read_beside_writes(&tensor, *write, read);

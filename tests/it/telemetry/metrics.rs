@@ -225,7 +225,7 @@ fn a_name_that_is_used_again_goes_on_from_the_sum() {
         for uses in [10, 4, 7] {
             let pool = used(uses, "again");
             let (scaler, _optimizer) = trained(uses);
-            let fp8 = fp8(&vec![1.0; uses as usize]);
+            let fp8 = fp8(&vec![1.0; usize::try_from(uses).unwrap()]);
             // A holder counts once, however often it is published.
             for _ in 0..2 {
                 telemetry::publish_as(&pool, "again");
