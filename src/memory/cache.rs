@@ -32,8 +32,9 @@ use super::lane::{self, Kept, Lane, LaneKey, PoolId};
 use super::local::{self, LOCAL};
 use super::pool::{self, Pool, Shared};
 use super::record::Record;
-use super::state::{Counted, State, Wanted};
+use super::state::{Counted, State};
 use super::tags::TagId;
+use super::wanted::Wanted;
 use crate::driver::Stream;
 use crate::sync::thread_local;
 

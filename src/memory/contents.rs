@@ -19,8 +19,9 @@ use super::lane::{self, Blanks, Kept, Lane, LaneKey, Limits, List};
 use super::packed::Size;
 use super::pool::{Shared, new_record};
 use super::record::Record;
-use super::state::{Found, State, Wanted};
+use super::state::State;
 use super::tags::TagId;
+use super::wanted::{Found, Wanted};
 use crate::units::MIB;
 
 /// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.

@@ -146,7 +146,21 @@ impl Memories {
             let spares = backing.take_spares();
             self.ordinary.take_in(spares);
         }
+        if request.may_return && found.is_ok() {
+            self.return_surplus(fences);
+        }
         found
+    }
+
+    /// Gives idle memory back while more is held than the limit allows, as after the limit was lowered below what a
+    /// private pool held that is gone by now.
+    fn return_surplus(&mut self, fences: &mut Fences) {
+        if let Some(limit) = self.limit
+            && self.totals().reserved_bytes > limit
+        {
+            // What the driver does not take back now is offered again.
+            drop(self.release_idle(limit, fences));
+        }
     }
 
     /// Notes that a graph on a private memory was launched on a stream, which has it for as long as it runs.

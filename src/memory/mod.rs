@@ -92,6 +92,7 @@ mod stitch;
 mod tags;
 mod territory;
 mod waits;
+mod wanted;
 mod wrap;
 
 pub use block::Block;

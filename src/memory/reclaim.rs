@@ -23,8 +23,9 @@ use super::lock::StateGuard;
 use super::memories::MemoryIndex;
 use super::pool::Shared;
 use super::report::report;
-use super::state::{Found, State, Wanted};
+use super::state::State;
 use super::waits::{self, Patience};
+use super::wanted::{Found, Wanted};
 use crate::driver::Stream;
 use crate::error::{Error, OutOfMemory, Result};
 

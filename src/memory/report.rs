@@ -2,7 +2,8 @@
 
 use super::backing::Refusal;
 use super::pool::Shared;
-use super::state::{State, Wanted};
+use super::state::State;
+use super::wanted::Wanted;
 use crate::error::OutOfMemory;
 
 /// Tags that are named.

@@ -256,8 +256,10 @@ impl Backing for SegmentedMemory {
             return Ok(found);
         }
         let usual = segment_bytes(request.bytes);
-        // Of what was left, none that would stay mostly empty, unless there is nothing else.
-        let has_segment = self.inherit(&(usual..=usual.saturating_mul(2)), request);
+        // Of what was left, none that would stay mostly empty, unless there is nothing else. Above the limit, what was
+        // left is exchanged for less.
+        let is_above = self.totals.reserved_bytes > self.limit;
+        let has_segment = !is_above && self.inherit(&(usual..=usual.saturating_mul(2)), request);
         let added = if has_segment {
             Ok(())
         } else {

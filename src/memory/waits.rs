@@ -19,8 +19,9 @@ use super::config::PoolConfig;
 use super::fences::{Fence, is_free_to_wait};
 use super::lock::StateGuard;
 use super::pool::Shared;
-use super::state::{Found, State, Wanted};
+use super::state::State;
 use super::territory::Owner;
+use super::wanted::{Found, Wanted};
 use crate::driver::Stream;
 use crate::error;
 

@@ -12,14 +12,12 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::ptr;
 use std::sync::Weak;
 
 use metrics::{Label, counter, gauge};
 use parking_lot::Mutex;
 
 static LEDGER: Mutex<Ledger> = Mutex::new(Ledger {
-    recorder: None,
     names: BTreeMap::new(),
 });
 
@@ -66,9 +64,6 @@ pub(super) enum Kind {
 /// Everything that was published.
 #[derive(Debug)]
 struct Ledger {
-    /// Address of the recorder that was given values last. Only a hint that there is another one now, which knows
-    /// nothing yet.
-    recorder: Option<usize>,
     names: BTreeMap<Name, Holders>,
 }
 
@@ -78,8 +73,6 @@ struct Holders {
     living: Vec<Holder>,
     /// Sums of the counters of gone holders; gauges are 0.
     gone: Rows,
-    /// Whether the recorder lacks something.
-    is_changed: bool,
 }
 
 /// One pool or scaler, as it was last published.
@@ -89,34 +82,30 @@ struct Holder {
     rows: Rows,
 }
 
-/// Exports `rows` as the present values of the holder of `token` under `name`, then whatever [`sweep`] finds.
+/// Takes `rows` as the present values of the holder of `token` under `name`, then does what [`sweep`] does.
 pub(super) fn publish(name: Name, token: Token, rows: Rows) {
     let mut ledger = LEDGER.lock();
     ledger.names.entry(name).or_default().note(token, rows);
     ledger.sweep();
 }
 
-/// Exports that holders are gone, and everything where the recorder is another one than last time.
+/// Exports the totals of every name, after dropping holders that are gone.
 pub(super) fn sweep() {
     LEDGER.lock().sweep();
 }
 
 impl Ledger {
+    /// Exports every name each time: the facade does not tell whether the recorder is a new one, which knows nothing yet.
     fn sweep(&mut self) {
-        let now = metrics::with_recorder(|recorder| ptr::from_ref(recorder).addr());
-        let is_other = self.recorder.replace(now) != Some(now);
         for holders in self.names.values_mut() {
             holders.fold_gone();
-            if std::mem::take(&mut holders.is_changed) || is_other {
-                export(&holders.totals());
-            }
+            export(&holders.totals());
         }
     }
 }
 
 impl Holders {
     fn note(&mut self, token: Token, rows: Rows) {
-        self.is_changed = true;
         let mut living = self.living.iter_mut();
         match living.find(|holder| holder.token.ptr_eq(&token)) {
             Some(holder) => holder.update(rows),
@@ -128,7 +117,6 @@ impl Holders {
     fn fold_gone(&mut self) {
         let is_gone = |holder: &mut Holder| holder.token.strong_count() == 0;
         for holder in self.living.extract_if(.., is_gone) {
-            self.is_changed = true;
             for (labels, row) in holder.rows {
                 let sums = self.gone.entry(labels).or_insert_with(|| emptied(&row));
                 add_counters(sums, &row);

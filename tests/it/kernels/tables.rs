@@ -15,6 +15,7 @@ use crate::support::device::{on_gpu, with_kernels};
 const SIZES: [usize; 7] = [0, 1, 33, 257, 65_536, 65_537, 150_001];
 
 /// Numbers that both devices must agree on, and how far they lie apart in their type.
+#[derive(Clone)]
 pub(super) struct Seen {
     epsilon: f64,
     values: Vec<f64>,
@@ -61,6 +62,23 @@ pub(super) fn assert_same(what: &str, [twin, kernel]: &[Vec<Seen>; 2], relative:
             );
         }
     }
+}
+
+/// [`assert_same`] after steps that may have clipped. A norm is a sum, which the kernel takes in another order, and f64
+/// gradients are multiplied by its quotient in f64; in narrower types the quotient is rounded to the same number.
+#[track_caller]
+fn assert_same_steps(what: &str, both: &[Vec<Seen>; 2], ulps: f64) {
+    const ULPS_OF_CLIPPED_F64: f64 = 4.0;
+    let is_f64 = |seen: &Seen| seen.epsilon == DType::F64.epsilon();
+    let part = |wanted: bool| {
+        let of = |seen: &Vec<Seen>| {
+            let seen = seen.iter().filter(|seen| is_f64(seen) == wanted);
+            seen.cloned().collect()
+        };
+        [of(&both[0]), of(&both[1])]
+    };
+    assert_same(what, &part(false), 0.0, ulps);
+    assert_same(what, &part(true), 0.0, ulps.max(ULPS_OF_CLIPPED_F64));
 }
 
 pub(super) fn tensor(context: &Context, dtype: DType, values: &[f64]) -> Tensor {
@@ -198,7 +216,7 @@ fn sgd_steps() {
             let optimizer = Sgd::new(parameters.clone(), config).unwrap();
             steps(context, &parameters, optimizer)
         });
-        assert_same("sgd", &both, 0.0, 0.0);
+        assert_same_steps("sgd", &both, 0.0);
     }
 }
 
@@ -226,12 +244,8 @@ fn adamw_steps() {
             let optimizer = AdamW::new(parameters.clone(), config).unwrap();
             steps(context, &parameters, optimizer)
         });
-        assert_same(
-            &format!("{master_weights:?} {moments:?}"),
-            &both,
-            0.0,
-            ulps_of_adam(),
-        );
+        let what = format!("{master_weights:?} {moments:?}");
+        assert_same_steps(&what, &both, ulps_of_adam());
     }
 }
 
@@ -260,7 +274,7 @@ fn adam_steps_in_groups() {
         let optimizer = Adam::with_groups(groups.collect()).unwrap();
         steps(context, &parameters, optimizer)
     });
-    assert_same("adam in groups", &both, 0.0, ulps_of_adam());
+    assert_same_steps("adam in groups", &both, ulps_of_adam());
 }
 
 /// Averages of values and of masters, which move, are skipped, and move otherwise.

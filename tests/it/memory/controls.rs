@@ -152,7 +152,7 @@ fn limits_count_private_memory_and_leave_it_alone() {
         drop(private.prime(|| allocate(20)).unwrap());
         drop(private);
         assert!(allocate(8).is_ok(), "released memory goes back");
-        assert!(held(&pool) <= 8 * MIB);
+        assert!(held(&pool) <= 8 * MIB, "{contiguous}: {}", held(&pool));
         pool.check_invariants();
     }
 }

@@ -88,10 +88,13 @@ fn every_type_follows_the_formula() {
 fn many_small_tensors_of_all_types_are_one_step() {
     let context = context();
     let weights: Vec<_> = (0..2000)
-        .map(|index| match index % 3 {
-            0 => ones(&context, "f32", &[0.5f32; 3]),
-            1 => ones(&context, "f64", &[0.5f64]),
-            _ => ones(&context, "f16", &[f16::from_f32(0.5); 2]),
+        .map(|index| {
+            let name = format!("weight.{index}");
+            match index % 3 {
+                0 => ones(&context, &name, &[0.5f32; 3]),
+                1 => ones(&context, &name, &[0.5f64]),
+                _ => ones(&context, &name, &[f16::from_f32(0.5); 2]),
+            }
         })
         .collect();
     let mut optimizer = Sgd::new(

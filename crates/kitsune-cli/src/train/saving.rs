@@ -147,7 +147,9 @@ pub(super) fn resume(
         Some(true)
     };
     let parameters = task.parameters();
-    let restore = saved.restore().model(&parameters);
+    // More steps than were asked for before are another schedule, which goes on from the saved place.
+    let restore = saved.restore().keeping_settings(["schedule"]);
+    let restore = restore.model(&parameters);
     let restore = restore.and_then(|restore| restore.amp_optimizer(optimizer));
     let restored = restore.and_then(|restore| restore.finish());
     restored.map_err(|error| match refused(error) {
