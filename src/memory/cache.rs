@@ -372,11 +372,13 @@ impl ThreadCache {
         let Some(shared) = self.with_owner(|contents| contents.pool_of_left()) else {
             return;
         };
-        match shared.lock_if_free() {
-            Some(mut state) => {
+        match shared.try_lock_with_fuse() {
+            Some((mut state, fuse)) => {
+                shared.take_in_freed(&mut state);
                 let mut refused = None;
                 self.with_owner(|contents| contents.give_all_left(&mut state, &mut refused));
                 state.settle_frees();
+                fuse.defuse();
                 // Outside the cache, because they may hold their streams' last references.
                 lane::drop_all(refused);
             }

@@ -50,32 +50,11 @@ where
     /// Watches over books that were locked just now.
     #[inline]
     pub(super) fn new(guard: G, owner: &'a O) -> Self {
-        Self::brief(guard, owner).watched()
-    }
-
-    /// As [`new`](Self::new), for a thread in a hurry: it does not ask whether it is unwinding already. Then the guard
-    /// must be [released](Self::release) or [watched](Self::watched), so that it is dropped only by a panic that began
-    /// under the lock.
-    #[inline(always)]
-    pub(super) fn brief(guard: G, owner: &'a O) -> Self {
         Self {
             guard,
             owner,
-            is_outside: false,
+            is_outside: thread::panicking(),
         }
-    }
-
-    /// The guard, which may now be dropped by a thread that was unwinding before.
-    #[inline]
-    pub(super) fn watched(mut self) -> Self {
-        self.is_outside = thread::panicking();
-        self
-    }
-
-    /// Unlocks the books, which are whole.
-    #[inline(always)]
-    pub(super) fn release(mut self) {
-        self.is_outside = true;
     }
 }
 
@@ -125,8 +104,7 @@ where
     O: Breakable<Books = G::Target>,
     G::Target: Sized,
 {
-    // Always: where it is released, nothing of it is left.
-    #[inline(always)]
+    #[inline]
     fn drop(&mut self) {
         if !self.is_outside && thread::panicking() {
             self.owner.break_down(&mut self.guard);

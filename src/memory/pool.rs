@@ -15,6 +15,7 @@ use super::cache::{self, Caller, Close, ThreadCache};
 use super::config::PoolConfig;
 use super::contents::Miss;
 use super::fences::Fence;
+use super::guard::Locked;
 use super::hooks::Hooks;
 use super::lane::{LaneKey, PoolId};
 use super::local;
@@ -216,15 +217,17 @@ impl Pool {
         let shared = self.shared();
         let wanted = Wanted::new(requested, stream, MemoryIndex::ORDINARY);
         let key = LaneKey::new(shared.id, stream.id());
-        let mut state = shared.lock_briefly()?;
+        let (mut state, fuse) = shared.lock_with_fuse()?;
         reclaim::prepare(shared, &mut state, stream);
         let record = match cache::fetch(caller, shared, &mut state, key, &wanted) {
             Ok(record) => {
-                state.release();
+                fuse.defuse();
+                drop(state);
                 record
             }
             Err(kept) => {
-                let state = state.watched();
+                fuse.defuse();
+                let state = Locked::new(state, &**shared);
                 let found = reclaim::allocate(shared, state, Wanted { kept, ..wanted })?;
                 record_of(found, wanted, shared)
             }
@@ -386,7 +389,7 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
-    let Some(mut state) = shared.try_lock_briefly() else {
+    let Some((mut state, fuse)) = shared.try_lock_with_fuse() else {
         shared.leave(record, counted);
         shared.take_in_left();
         return None;
@@ -396,7 +399,8 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
     }
     shared.take_in_freed(&mut state);
     let blank = state.free(record, counted);
-    state.release();
+    fuse.defuse();
+    drop(state);
     let mut blank = blank?;
     blank.shared = Some(shared);
     Some(blank)

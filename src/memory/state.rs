@@ -48,7 +48,7 @@ pub(super) struct State {
     passed: Vec<Passed>,
     /// Blocks that came back from other streams so far.
     pub(super) came_back: u64,
-    /// Whether a change stopped half-way. Then nothing here but the counters may be looked at.
+    /// Whether a change stopped half-way, as whoever looks at a broken pool notes: then only the counters may be looked at.
     pub(super) is_broken: bool,
 }
 
