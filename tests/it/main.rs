@@ -14,5 +14,6 @@ mod ops;
 mod optim;
 mod storage;
 mod support;
+#[cfg(feature = "metrics")]
 mod telemetry;
 mod tidy;
