@@ -7,6 +7,7 @@
 )]
 #![cfg(target_os = "linux")]
 
+use crate::support::process;
 use std::thread::scope;
 
 use crate::support::driver::{fill, read, threads, write};
@@ -176,33 +177,38 @@ fn what_others_write_meanwhile_stays() {
 
 #[test]
 fn a_system_that_refuses_is_not_asked_forever() {
-    let _denying = DENIAL.write();
-    let deny = |is_denied: libc::c_ulong| {
-        // SAFETY: a setting of this process.
-        let outcome = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, is_denied, 0, 0, 0) };
-        assert_eq!(outcome, 0);
-    };
-    deny(1);
-    let device = threads();
-    let range = mapped(&device, 12);
-    let ask = |page: u64| {
-        device.driver().prefault(range.offset(page * PAGE), PAGE);
-        resident(range.offset(page * PAGE))
-    };
-    assert!(!makes_huge_pages(&device));
-    // The first byte of a page is touched before the system is asked.
-    assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(ask), [1; 8]);
-    assert_eq!(ask(8), 0);
-    // One call for what is left asks as little.
-    device.driver().prefault(range, 12 * PAGE);
-    assert_eq!(resident(range.offset(11 * PAGE)), 0);
-    let other = threads();
-    let fresh = mapped(&other, 12);
-    other.driver().prefault(fresh, 12 * PAGE);
-    let touched = (0..12).map(|page| resident(fresh.offset(page * PAGE)));
-    assert_eq!(touched.sum::<usize>(), 8);
-    deny(0);
-    assert_eq!(ask(9), 0);
+    process::alone(
+        process::test_name!("a_system_that_refuses_is_not_asked_forever"),
+        || {
+            let _denying = DENIAL.write();
+            let deny = |is_denied: libc::c_ulong| {
+                // SAFETY: a setting of this process.
+                let outcome = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, is_denied, 0, 0, 0) };
+                assert_eq!(outcome, 0);
+            };
+            deny(1);
+            let device = threads();
+            let range = mapped(&device, 12);
+            let ask = |page: u64| {
+                device.driver().prefault(range.offset(page * PAGE), PAGE);
+                resident(range.offset(page * PAGE))
+            };
+            assert!(!makes_huge_pages(&device));
+            // The first byte of a page is touched before the system is asked.
+            assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(ask), [1; 8]);
+            assert_eq!(ask(8), 0);
+            // One call for what is left asks as little.
+            device.driver().prefault(range, 12 * PAGE);
+            assert_eq!(resident(range.offset(11 * PAGE)), 0);
+            let other = threads();
+            let fresh = mapped(&other, 12);
+            other.driver().prefault(fresh, 12 * PAGE);
+            let touched = (0..12).map(|page| resident(fresh.offset(page * PAGE)));
+            assert_eq!(touched.sum::<usize>(), 8);
+            deny(0);
+            assert_eq!(ask(9), 0);
+        },
+    );
 }
 
 #[test]
