@@ -349,6 +349,20 @@ impl From<Box<OutOfMemory>> for Error {
     }
 }
 
+/// Most names in one error.
+pub(crate) const NAMES_TOLD: usize = 10;
+
+/// The first `most` of `names`, and how many there are beside them.
+pub(crate) fn listed<T: ToString>(names: impl ExactSizeIterator<Item = T>, most: usize) -> String {
+    let more = names.len().saturating_sub(most);
+    let told: Vec<_> = names.take(most).map(|name| name.to_string()).collect();
+    let told = told.join(", ");
+    match more {
+        0 => told,
+        more => format!("{told} and {more} more"),
+    }
+}
+
 impl Error {
     /// Shorthand for [`Error::InvalidArgument`].
     pub(crate) fn argument(op: &'static str, reason: impl Into<String>) -> Self {

@@ -41,11 +41,8 @@ use crate::storage::{Context, Tensor};
 /// ```
 #[derive(Debug)]
 pub struct GradScaler {
-    /// Optimizers keep it to know their scaler.
+    /// Goes with the scaler. Optimizers hold it weakly, to know the scaler that drives them.
     id: Arc<u64>,
-    /// Goes with the scaler. Nobody else keeps it.
-    #[cfg(feature = "metrics")]
-    alive: Arc<()>,
     pub(super) config: AmpConfig,
     /// `None` if disabled: a disabled scaler takes no memory.
     pub(super) memory: Option<ScaleMemory>,
@@ -85,8 +82,6 @@ impl GradScaler {
         Ok(Self {
             // Relaxed: the number only has to be unique.
             id: Arc::new(NEXT.fetch_add(1, Ordering::Relaxed)),
-            #[cfg(feature = "metrics")]
-            alive: Arc::new(()),
             config,
             memory,
             slots: Vec::new(),
@@ -419,8 +414,8 @@ impl GradScaler {
     /// Names this scaler among all that ever were, and tells whether it is gone.
     #[cfg(feature = "metrics")]
     pub(crate) fn token(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
-        let alive: std::sync::Weak<()> = Arc::downgrade(&self.alive);
-        alive
+        let id: std::sync::Weak<u64> = Arc::downgrade(&self.id);
+        id
     }
 
     /// Whether gradients are checked at all.

@@ -5,11 +5,8 @@ use serde_json::Value;
 
 use super::Part;
 use crate::amp::ClipState;
-use crate::error::{Error, Result};
+use crate::error::{Error, NAMES_TOLD, Result, listed};
 use crate::optim::{GroupState, NamedTensors, OptimizerState, Parameter};
-
-/// Most names in one error.
-const NAMES_TOLD: usize = 10;
 
 /// An optimizer but for its tensors. In files of version 1 a part is the list of groups.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -62,16 +59,9 @@ pub(super) fn expect_used(parameters: &[Parameter]) -> Result<()> {
     let mut reason = "has a gradient that no step has used, and a checkpoint holds no gradients; save after \
                       the step, or call zero_grad and make the gradients again after the restoration"
         .to_owned();
-    let told: Vec<_> = others
-        .iter()
-        .take(NAMES_TOLD - 1)
-        .map(|name| format!("`{name}`"))
-        .collect();
-    if !told.is_empty() {
-        reason += &format!("; so do {}", told.join(", "));
-    }
-    if others.len() > told.len() {
-        reason += &format!(" and {} more", others.len() - told.len());
+    if !others.is_empty() {
+        let others = others.iter().map(|name| format!("`{name}`"));
+        reason += &format!("; so do {}", listed(others, NAMES_TOLD - 1));
     }
     Err(Error::state(*first, reason))
 }

@@ -64,7 +64,7 @@ pub(super) enum Refusal {
 /// Memory that lies in no backing's books: held from the driver, complete, and used before more is taken. Private
 /// pools leave it when they are gone.
 #[derive(Debug, Default)]
-pub(super) struct Spares {
+pub(super) struct SpareMemory {
     /// Pages that are mapped nowhere.
     pub(super) pages: Vec<PageHandle>,
     /// Base and bytes of plain allocations.
@@ -73,7 +73,7 @@ pub(super) struct Spares {
     pub(super) unreturned: Vec<PageHandle>,
 }
 
-impl Spares {
+impl SpareMemory {
     pub(super) fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.segments.is_empty() && self.unreturned.is_empty()
     }
@@ -99,14 +99,14 @@ pub(super) struct Totals {
 
 impl Totals {
     /// Counts what another backing has taken from the driver.
-    pub(super) fn take_in(&mut self, spares: &Spares) {
+    pub(super) fn take_in(&mut self, spares: &SpareMemory) {
         let (segments, bytes) = spares.count();
         self.segments += segments;
         self.reserved_bytes += bytes;
     }
 
     /// Counts what went to another backing.
-    pub(super) fn give_out(&mut self, spares: &Spares) {
+    pub(super) fn give_out(&mut self, spares: &SpareMemory) {
         let (segments, bytes) = spares.count();
         self.segments -= segments;
         self.reserved_bytes -= bytes;
@@ -158,13 +158,13 @@ pub(super) trait Backing: Debug + Send {
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
-    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()>;
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut SpareMemory) -> Result<()>;
 
     /// Holds `spares` from now on, to be used before more is taken from the driver.
-    fn take_in(&mut self, spares: Spares);
+    fn take_in(&mut self, spares: SpareMemory);
 
     /// Gives out the spares that were not used.
-    fn take_spares(&mut self) -> Spares;
+    fn take_spares(&mut self) -> SpareMemory;
 
     /// Whether any free memory serves any request. Otherwise some does only after it went back to the
     /// driver.

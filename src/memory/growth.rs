@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::addresses::Addresses;
 use super::arena::GRANULARITY;
-use super::backing::{Refusal, Spares, Totals};
+use super::backing::{Refusal, SpareMemory, Totals};
 use super::fences::Fences;
 use super::paged::{PagedMemory, with_slack};
 use super::ranges::Range;
@@ -206,17 +206,17 @@ impl Pages {
     }
 
     /// As [`Backing::take_in`](super::backing::Backing::take_in).
-    pub(super) fn take_in(&mut self, mut spares: Spares) {
+    pub(super) fn take_in(&mut self, mut spares: SpareMemory) {
         self.totals.take_in(&spares);
         self.spare.append(&mut spares.pages);
         self.unreturned.append(&mut spares.unreturned);
     }
 
     /// As [`Backing::take_spares`](super::backing::Backing::take_spares).
-    pub(super) fn take_spares(&mut self) -> Spares {
-        let spares = Spares {
+    pub(super) fn take_spares(&mut self) -> SpareMemory {
+        let spares = SpareMemory {
             pages: std::mem::take(&mut self.spare),
-            ..Spares::default()
+            ..SpareMemory::default()
         };
         self.totals.give_out(&spares);
         spares
@@ -364,7 +364,11 @@ impl PagedMemory {
     }
 
     /// Gives up pages that are free as a whole and whose last use is complete, as far as that can be told.
-    pub(super) fn give_up_pages(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
+    pub(super) fn give_up_pages(
+        &mut self,
+        fences: &mut Fences,
+        spares: &mut SpareMemory,
+    ) -> Result<()> {
         debug_assert_eq!(
             self.ranges.pages_mapped, 0,
             "a private pool stitches nothing"
@@ -378,9 +382,9 @@ impl PagedMemory {
             match self.pages.unmap(run.start, run.len()) {
                 Ok(pages) => {
                     self.unsettle(&run);
-                    let given = Spares {
+                    let given = SpareMemory {
                         pages,
-                        ..Spares::default()
+                        ..SpareMemory::default()
                     };
                     self.pages.totals.give_out(&given);
                     spares.pages.extend(given.pages);

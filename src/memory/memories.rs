@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use super::backing::{Backing, Placed, Refusal, Request, Spares, Totals};
+use super::backing::{Backing, Placed, Refusal, Request, SpareMemory, Totals};
 use super::fences::{COMMON, Fence, Fences};
 use super::territory::Owner;
 use crate::error::Result;
@@ -195,7 +195,7 @@ impl Memories {
         if !self.has_released() {
             return Ok(());
         }
-        let mut spares = Spares::default();
+        let mut spares = SpareMemory::default();
         let mut outcome = Ok(());
         for memory in self.private.iter_mut().flatten() {
             let Some(ends) = &mut memory.released else {

@@ -37,13 +37,15 @@
 //! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
 //!
 //! # The files
-//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit, of blocks in a `slab`), `ranges` (second
-//! mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth` and `stitch` act on them; `segmented` does without page
-//! mapping; `memories` holds one of these for the pool and one for each private pool; `state` adds statistics,
-//! `spares` keeps records (`record` is where they lie, `packed` what they say in little room), `reclaim` has the ladder (with `waits`, `hooks` and `report`), `pool` the calls, `lock` and `guard` the lock, `controls` and `decay` what
-//! shrinks a pool. What needs no lock of the pool is in `cache`: `contents`, made of `lane`s, behind `biased`. Captures are in
-//! `routes` and `private`. `peaks` counts for a part of a program, `wrap` is what stands around a pool:
-//! limits, logs, the table of live blocks. `pinned` is the pool of host memory for staging.
+//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit, of blocks in a
+//! `slab`), `ranges` (second mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth`
+//! and `stitch` act on them; `segmented` does without page mapping; `memories` holds one of these for the pool and one
+//! for each private pool; `state` adds statistics, `spares` keeps records (`record` is where they lie, `packed` what
+//! they say in little room), `reclaim` has the ladder (with `wanted`, `waits`, `hooks` and `report`), `pool` the calls,
+//! `lock` and `guard` the lock, `controls` and `decay` what shrinks a pool. What needs no lock of the pool is in
+//! `cache`: `contents`, made of `lane`s, behind `biased`. Captures are in `routes` and `private`. `peaks` counts for a
+//! part of a program, `wrap` is what stands around a pool: limits, logs, the table of live blocks. `pinned` is the pool
+//! of host memory for staging.
 //!
 //! Must not know: tensors, element types, metrics.
 

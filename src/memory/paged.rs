@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::arena::GRANULARITY;
-use super::backing::{Backing, Place, Placed, Refusal, Request, Spares, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, SpareMemory, Totals};
 use super::bins::Index;
 use super::fences::{COMMON, Fence, Fences};
 use super::growth::Pages;
@@ -413,17 +413,17 @@ impl Backing for PagedMemory {
         self.release_pages(keep, fences)
     }
 
-    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut SpareMemory) -> Result<()> {
         self.return_spares();
         self.small.retain(|_, small| !small.is_empty());
         self.give_up_pages(fences, spares)
     }
 
-    fn take_in(&mut self, spares: Spares) {
+    fn take_in(&mut self, spares: SpareMemory) {
         self.pages.take_in(spares);
     }
 
-    fn take_spares(&mut self) -> Spares {
+    fn take_spares(&mut self) -> SpareMemory {
         self.pages.take_spares()
     }
 

@@ -3,9 +3,9 @@
 //! A graph has addresses written into it, so its memory must be nobody else's for as long as it may run.
 //! A [`PrivatePool`] is a part of a [`Pool`] that is set aside: allocations are routed to it during a pass
 //! before the capture and during the capture (`routes` says which), and its memory goes to nobody else until
-//! the handle and every graph captured with it are gone. Then what is idle of it is anyone's, once the streams that
-//! its graphs were launched on have passed: the next allocation that needs more memory takes it, be it ordinary or
-//! for another private pool, and trimming and decay return it. Blocks that are still held stay where they are.
+//! the handle and every graph captured with it are gone. After that, once the streams that ran its graphs have passed,
+//! the pool reuses the idle part: the next allocation that needs more memory takes it, whether ordinary or for another
+//! private pool, and trimming and decay return it to the driver. Blocks that are still held stay where they are.
 //!
 //! In a capture, no event is recorded or queried, the host waits for nothing, and nothing is unmapped. New
 //! pages may be taken: that is no work of a stream. Memory freed in the capture is reused at once by the

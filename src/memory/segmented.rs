@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::arena::{Arena, SegmentIndex};
-use super::backing::{Backing, Place, Placed, Refusal, Request, Spares, Totals};
+use super::backing::{Backing, Place, Placed, Refusal, Request, SpareMemory, Totals};
 use super::fences::{Fence, Fences};
 use super::packed::Location;
 use super::territory::Owner;
@@ -362,10 +362,10 @@ impl Backing for SegmentedMemory {
         outcome
     }
 
-    fn give_up(&mut self, fences: &mut Fences, spares: &mut Spares) -> Result<()> {
-        let mut given = Spares {
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut SpareMemory) -> Result<()> {
+        let mut given = SpareMemory {
             segments: std::mem::take(&mut self.left),
-            ..Spares::default()
+            ..SpareMemory::default()
         };
         for ((owner, _), arena) in &mut self.arenas {
             for (segment, memory) in std::mem::take(&mut arena.segments) {
@@ -386,15 +386,15 @@ impl Backing for SegmentedMemory {
         Ok(())
     }
 
-    fn take_in(&mut self, spares: Spares) {
+    fn take_in(&mut self, spares: SpareMemory) {
         self.totals.take_in(&spares);
         self.spare.extend(spares.segments);
     }
 
-    fn take_spares(&mut self) -> Spares {
-        let spares = Spares {
+    fn take_spares(&mut self) -> SpareMemory {
+        let spares = SpareMemory {
             segments: std::mem::take(&mut self.spare),
-            ..Spares::default()
+            ..SpareMemory::default()
         };
         self.totals.give_out(&spares);
         spares

@@ -5,12 +5,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, NAMES_TOLD, Result};
 use crate::optim::GroupState;
 use crate::optim::rule::Told;
-
-/// Most names in one error.
-const NAMES_TOLD: usize = 10;
 
 /// What does not fit, each with its name and the reason.
 #[derive(Debug, Default)]

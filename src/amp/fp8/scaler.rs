@@ -7,16 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Fp8Config, Fp8Scaling, Fp8State, Fp8Stats, Fp8TensorStats, Quantized};
 use crate::dtype::DType;
-use crate::error::{Error, Result, ScalerMisuse};
+use crate::error::{Error, NAMES_TOLD, Result, ScalerMisuse, listed};
 use crate::launch::fp8_update::{Fp8Operands, fp8_update};
 use crate::launch::quantize::FP8_COUNTS;
 use crate::launch::{self, QuantizeTo};
 use crate::memory;
 use crate::optim::first_repeated;
 use crate::storage::{Context, HostTensor, Load, Tensor};
-
-/// Most names in one error.
-const NAMES_TOLD: usize = 10;
 
 /// Keeps a scale for each of some tensors, and converts them to 8 bits with it. The [module](super) tells how scales
 /// come about.
@@ -285,16 +282,9 @@ impl Fp8Scaler {
 
     fn place(&self, op: &'static str, name: &str) -> Result<usize> {
         self.places.get(name).copied().ok_or_else(|| {
-            let known: Vec<_> = self
-                .tensors()
-                .take(NAMES_TOLD)
-                .map(|(name, _)| name)
-                .collect();
-            let more = match self.tensors.len() - known.len() {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
-            let reason = format!("no tensor `{name}`; known are {}{more}", known.join(", "));
+            let known = self.tensors.iter().map(|(name, _)| name);
+            let known = listed(known, NAMES_TOLD);
+            let reason = format!("no tensor `{name}`; known are {known}");
             Error::argument(op, reason)
         })
     }

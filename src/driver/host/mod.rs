@@ -8,8 +8,9 @@
 //! is enqueued. A *mark* is a point that a stream passes once; recording an event makes one.
 //!
 //! Code map, bottom up: `system` (what the operating system gives), `machine` (how much of it is left), `runs` and
-//! `pages` (virtual memory), `memory` (all memory of one device); `landing`, `mark`, `operation`, `queue` (one stream), `executor` with
-//! `threads` and `seeded` (who runs the streams), `capture`; `platform` (the tables); here, the driver.
+//! `pages` (virtual memory), `memory` (all memory of one device); `landing`, `mark`, `operation`, `queue` (one
+//! stream), `executor` with `threads` and `seeded` (who runs the streams), `capture`; `platform` (the tables);
+//! here, the driver.
 //!
 //! When the last driver goes, nothing waits: queues keep the memory their work may touch, and it is given
 //! back when the last of them has run dry.
