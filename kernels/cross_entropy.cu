@@ -76,23 +76,12 @@ struct MeanOfRowsArguments {
 
 ENTRY(mean_of_rows, MeanOfRowsArguments) {
     const MeanOfRowsArguments& g = arguments;
-    // In the order of `sum` (reduce.cu): with nothing ignored the mean has the same bits.
-    Typed<double> losses(g.losses);
-    constexpr int PACK = PackOf<Typed<double>>::value;
-    u64 head = aligned_from<PACK>(g.rows, losses);
-    double total = 0;
-    walk<PACK>(g.rows, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
-        constexpr int COUNT = decltype(count)::value;
-        double values[COUNT];
-        losses.template load<COUNT>(index, values);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) total += values[i];
-    });
+    // As in `sum` (reduce.cu): with nothing ignored the mean has the same bits.
+    double total = sum_by_block(Typed<double>(g.losses), g.rows);
     u64 counted = 0;
     for (u64 row = threadIdx.x; row < g.rows; row += blockDim.x) {
         if (pointer<const u32>(g.labels)[row] != g.ignore) counted++;
     }
-    total = reduce_block(total, 0.0, Plus{});
     counted = reduce_block(counted, u64(0), Plus{});
     if (threadIdx.x > 0) return;
     *pointer<double>(g.counted) = double(counted);

@@ -19,18 +19,7 @@ struct SumArguments {
 
 template <class C, class T>
 __device__ void sum(const SumArguments& g) {
-    Typed<T> x(g.x);
-    constexpr int PACK = PackOf<Typed<T>>::value;
-    u64 head = aligned_from<PACK>(g.len, x);
-    double total = 0;
-    walk<PACK>(g.len, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
-        constexpr int COUNT = decltype(count)::value;
-        double values[COUNT];
-        x.template load<COUNT>(index, values);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) total += values[i];
-    });
-    total = reduce_block(total, 0.0, Plus{}) / double(g.divisor);
+    double total = sum_by_block(Typed<T>(g.x), g.len) / double(g.divisor);
     if (threadIdx.x == 0) store_one(Any(g.out, g.out_type), 0, total);
 }
 

@@ -1,7 +1,7 @@
 // Reductions in a fixed order: the lanes of a warp by halves, then the warps of a block in their order. The
 // result does not depend on timing. All threads of the warp, or block, must take part.
 #pragma once
-#include "entry.cuh"
+#include "access.cuh"
 
 // `op` of the values of all lanes, in every lane. `op` must be commutative, so that all lanes agree.
 template <class T, class Op>
@@ -54,4 +54,20 @@ __device__ inline T reduce_block(T value, T nothing, Op op) {
     // The next call must not overwrite what a slower thread still reads.
     __syncthreads();
     return total;
+}
+
+// The sum of `len` numbers in double, in every thread of the block that adds them up alone.
+template <class T>
+__device__ inline double sum_by_block(const Typed<T>& x, u64 len) {
+    constexpr int PACK = PackOf<Typed<T>>::value;
+    u64 head = aligned_from<PACK>(len, x);
+    double total = 0;
+    walk<PACK>(len, head, threadIdx.x, blockDim.x, [&](u64 index, auto count) {
+        constexpr int COUNT = decltype(count)::value;
+        double values[COUNT];
+        x.template load<COUNT>(index, values);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) total += values[i];
+    });
+    return reduce_block(total, 0.0, Plus{});
 }
