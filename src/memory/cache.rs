@@ -374,7 +374,6 @@ impl ThreadCache {
         };
         match shared.try_lock_with_fuse() {
             Some((mut state, fuse)) => {
-                shared.take_in_freed(&mut state);
                 let mut refused = None;
                 self.with_owner(|contents| contents.give_all_left(&mut state, &mut refused));
                 state.settle_frees();

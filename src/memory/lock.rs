@@ -89,14 +89,19 @@ impl Shared {
         Ok((state, fuse))
     }
 
-    /// The state as it is, unless another thread has it or it cannot be trusted. The fuse must be dropped before the guard.
+    /// As [`lock_with_fuse`](Self::lock_with_fuse), unless another thread has the state or it cannot be trusted.
     #[inline(always)]
     pub(super) fn try_lock_with_fuse(&self) -> Option<(MutexGuard<'_, State>, Fuse<'_>)> {
-        let state = self.state.try_lock()?;
-        if self.routes.are_closed() {
-            return None;
+        let mut state = self.state.try_lock()?;
+        let fuse = Fuse(self);
+        if self.is_left() {
+            self.take_in_queues(&mut state);
+            if self.routes.are_closed() {
+                fuse.defuse();
+                return None;
+            }
         }
-        Some((state, Fuse(self)))
+        Some((state, fuse))
     }
 
     /// The state as it is, unless another thread has it or it cannot be trusted.

@@ -137,8 +137,10 @@ impl Memories {
             let spares = self.ordinary.take_spares();
             self.get_mut(index).take_in(spares);
         }
-        let others = self.totals().reserved_bytes - self.get(index).totals().reserved_bytes;
-        let left = self.limit.unwrap_or(u64::MAX).saturating_sub(others);
+        let left = self.limit.map_or(u64::MAX, |limit| {
+            let others = self.totals().reserved_bytes - self.get(index).totals().reserved_bytes;
+            limit.saturating_sub(others)
+        });
         let backing = self.get_mut(index);
         backing.set_limit(left);
         let found = backing.find(request, fences);

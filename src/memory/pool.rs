@@ -397,7 +397,6 @@ pub(super) fn free_in_pool(mut record: Record, counted: Counted) -> Option<Recor
     if counted == Counted::No || shared.has_threads() {
         cache::fold_of_thread(shared.id, &mut state);
     }
-    shared.take_in_freed(&mut state);
     let blank = state.free(record, counted);
     fuse.defuse();
     drop(state);

@@ -4,7 +4,7 @@ use kitsune::launch::{self, Activation, Span};
 use kitsune::{DType, F8E4M3, F8E5M2, Overflow};
 
 use super::support::{
-    LEADS, LENGTHS, Nearness, Side, compare, floats, numbers, of_library, with_specials,
+    LEADS, Nearness, Side, compare, floats, lengths, numbers, of_library, with_specials,
 };
 
 /// All pairs of float types with all lengths, and with alignments that differ between the operands.
@@ -15,7 +15,7 @@ fn for_cases(test: impl Fn(DType, DType, usize, [usize; 2])) {
 fn for_cases_of(dtypes: &[DType], test: impl Fn(DType, DType, usize, [usize; 2])) {
     for &from in dtypes {
         for &to in dtypes {
-            for (number, len) in LENGTHS.into_iter().enumerate() {
+            for (number, len) in lengths().into_iter().enumerate() {
                 let lead = LEADS[number % LEADS.len()];
                 test(from, to, len, [lead, lead]);
                 if len < 5000 {
@@ -49,7 +49,7 @@ fn casts() {
 fn saturating_casts() {
     for from in floats() {
         for to in DType::F8 {
-            for (number, len) in LENGTHS.into_iter().enumerate() {
+            for (number, len) in lengths().into_iter().enumerate() {
                 let lead = LEADS[number % LEADS.len()];
                 for overflow in [Overflow::Infinity, Overflow::Saturate] {
                     let what = format!("{overflow:?} cast {from} {to} {len}");
@@ -115,7 +115,7 @@ fn conversions_of_every_narrow_number() {
 #[test]
 fn fills() {
     for dtype in DType::ALL {
-        for len in LENGTHS {
+        for len in lengths() {
             for (number, value) in [3.3, -1.0, 1e12, f64::NAN, -0.0].into_iter().enumerate() {
                 compare(
                     &format!("fill {dtype} {len} {value}"),

@@ -6,7 +6,7 @@ use kitsune::{Context, DType, Device, F8E4M3, F8E5M2, HostConfig, Overflow, Tens
 
 use super::places::{BAD, LEN, PLACES, assert_stay, same_kind, spoiled_at};
 use super::support::{
-    LEADS, LENGTHS, Nearness, Side, compare, large, numbers, on_each, with_specials,
+    LEADS, Nearness, Side, compare, large, lengths, numbers, on_each, with_specials,
 };
 use crate::support::device::with_kernels;
 
@@ -46,7 +46,7 @@ fn quantized(dtypes: [DType; 2], len: usize, leads: [usize; 2], overflow: Overfl
 fn quantizing() {
     for from in DType::FLOATS {
         for to in DType::F8 {
-            for (number, len) in LENGTHS.into_iter().enumerate() {
+            for (number, len) in lengths().into_iter().enumerate() {
                 let lead = LEADS[number % LEADS.len()];
                 quantized([from, to], len, [lead, lead], Overflow::Saturate, 1.1);
                 quantized(
@@ -71,7 +71,7 @@ fn quantizing() {
 #[test]
 fn largest_magnitudes() {
     for dtype in DType::FLOATS {
-        for (number, len) in LENGTHS.into_iter().enumerate() {
+        for (number, len) in lengths().into_iter().enumerate() {
             let lead = LEADS[number % LEADS.len()];
             compare(&format!("amax {dtype} {len}"), Nearness::Bits, |side| {
                 let starts = [0.0, 0.5, f64::INFINITY, f64::NAN];
@@ -97,7 +97,7 @@ fn dequantizing() {
             _ => F8E5M2::from_bits(number.to_le_bytes()[0]).to_f64(),
         };
         for to in DType::FLOATS {
-            for (number, len) in LENGTHS.into_iter().enumerate() {
+            for (number, len) in lengths().into_iter().enumerate() {
                 let lead = LEADS[number % LEADS.len()];
                 compare(
                     &format!("dequantize {from} {to} {len}"),

@@ -4,7 +4,7 @@ use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{Optimizer, Parameter, Sgd, SgdConfig};
 use kitsune::{Context, DType, Device, HostConfig, Tensor};
 
-use super::support::{LEADS, LENGTHS, numbers, with_specials};
+use super::support::{LEADS, lengths, numbers, with_specials};
 use super::tables::{Seen, assert_same, on_both, tensor};
 use crate::support::device::with_kernels;
 
@@ -36,7 +36,7 @@ fn sums(context: &Context, (sum, term): (DType, DType), special: bool) -> Vec<Se
         .scale(&Tensor::full(context, [], DType::F32, 1.0).unwrap())
         .unwrap();
     let mut parameters = Vec::new();
-    for (number, len) in LENGTHS.into_iter().chain([65_537, 200_003]).enumerate() {
+    for (number, len) in lengths().into_iter().chain([65_537, 200_003]).enumerate() {
         let value = Tensor::zeros(context, [len], sum).unwrap();
         let parameter = Parameter::new(format!("{len}"), value).unwrap();
         let lead = LEADS[number % LEADS.len()];

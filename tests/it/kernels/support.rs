@@ -10,18 +10,33 @@ use kitsune::{DType, Device, Element, F8E4M3, F8E5M2, HostConfig, Stream, bf16, 
 
 use crate::support::device::{on_gpu, with_kernels};
 
-/// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks.
-pub(crate) const LENGTHS: [usize; 12] = [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, 100_003];
+/// Lengths that reach every path: none, one, around a pack and a block, odd, many blocks. `KITSUNE_TEST_LARGE=0` keeps
+/// the last one to a few blocks, for devices that are slow.
+pub(crate) fn lengths() -> [usize; 12] {
+    let many = if is_large() == Some(false) {
+        20_003
+    } else {
+        100_003
+    };
+    [0, 1, 2, 7, 8, 9, 31, 255, 257, 1023, 4099, many]
+}
 
 /// Ten million elements where they take seconds, in a release build; elsewhere enough for several blocks, warps and
 /// chunks. `KITSUNE_TEST_LARGE` decides otherwise, by 1 or 0.
 pub(crate) fn large() -> usize {
-    let is_large = match std::env::var("KITSUNE_TEST_LARGE").as_deref() {
-        Ok("1") => true,
-        Ok("0") => false,
-        _ => !cfg!(debug_assertions),
-    };
-    if is_large { 10_000_007 } else { 200_007 }
+    if is_large().unwrap_or(!cfg!(debug_assertions)) {
+        10_000_007
+    } else {
+        200_007
+    }
+}
+
+fn is_large() -> Option<bool> {
+    match std::env::var("KITSUNE_TEST_LARGE").as_deref() {
+        Ok("1") => Some(true),
+        Ok("0") => Some(false),
+        _ => None,
+    }
 }
 
 /// The types that convert into each other.
