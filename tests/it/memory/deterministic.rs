@@ -1,11 +1,12 @@
 //! Deterministic pools: the same program gets the same addresses, however far the device is at each call.
 //!
-//! Where the driver puts a new range of addresses depends on what else the process maps, so that the tests take turns.
+//! Where the driver puts a new range of addresses depends on what else the process maps. So the test that compares
+//! addresses has a process of its own.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use crate::support;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::support::process::{alone, test_name};
 
 use kitsune::{
     Block, Device, Error, HostConfig, HostSchedule, Pool, PoolConfig, ReusePolicy, Stream,
@@ -21,11 +22,6 @@ fn device(schedule: HostSchedule) -> Device {
         ..HostConfig::default()
     })
     .unwrap()
-}
-
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A program with three streams at the brink of its memory.
@@ -152,27 +148,29 @@ fn is_same_at_every_pace(seed: u64, reuse: ReusePolicy, deterministic: bool) -> 
 
 #[test]
 fn a_deterministic_pool_gives_the_same_addresses_and_peaks_at_every_pace() {
-    let _turn = turn();
-    for reuse in [ReusePolicy::Wait, ReusePolicy::Never] {
-        for seed in support::seeds::seeds(40) {
-            assert!(
-                is_same_at_every_pace(seed, reuse, true),
-                "{reuse}, seed {seed}"
-            );
-        }
-    }
+    alone(
+        test_name!("a_deterministic_pool_gives_the_same_addresses_and_peaks_at_every_pace"),
+        || {
+            for reuse in [ReusePolicy::Wait, ReusePolicy::Never] {
+                for seed in support::seeds::seeds(40) {
+                    assert!(
+                        is_same_at_every_pace(seed, reuse, true),
+                        "{reuse}, seed {seed}"
+                    );
+                }
+            }
+        },
+    );
 }
 
 #[test]
 fn other_pools_do_not() {
-    let _turn = turn();
     let differs = |seed| !is_same_at_every_pace(seed, ReusePolicy::OnlyComplete, false);
     assert!((0..40).any(differs));
 }
 
 #[test]
 fn plain_allocations_are_as_many_at_every_pace() {
-    let _turn = turn();
     // Where the driver puts them is its own affair.
     for seed in support::seeds::seeds(20) {
         let outcomes = [
