@@ -98,7 +98,7 @@ pub struct PoolConfig {
 
 impl PoolConfig {
     /// The settings as the pool works with them; refuses those that cannot work on `device`.
-    pub(super) fn checked(mut self, device: &Device) -> Result<Self> {
+    pub(crate) fn checked(mut self, device: &Device) -> Result<Self> {
         Self::check_limit(self.limit, device)?;
         if let Some(fraction) = self.fraction {
             if !(fraction > 0.0 && fraction <= 1.0) {
@@ -126,7 +126,7 @@ impl PoolConfig {
     }
 
     /// Refuses a limit that cannot work on `device`.
-    pub(super) fn check_limit(limit: Option<u64>, device: &Device) -> Result<()> {
+    pub(crate) fn check_limit(limit: Option<u64>, device: &Device) -> Result<()> {
         let Some(limit) = limit else {
             return Ok(());
         };
@@ -143,7 +143,7 @@ impl PoolConfig {
     }
 
     /// Most bytes the pool may hold at the start.
-    pub(super) fn byte_limit(&self, device: &Device) -> Option<u64> {
+    pub(crate) fn byte_limit(&self, device: &Device) -> Option<u64> {
         let of_device = self.fraction.map(|fraction| fraction_of(device, fraction));
         [self.limit, of_device].into_iter().flatten().min()
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 const SLACK: u64 = 8;
 
 #[derive(Debug)]
-pub(super) struct Decay {
+pub(crate) struct Decay {
     /// How long memory may be idle; `None` for ever.
     period: Option<Duration>,
     begun: Instant,
@@ -23,7 +23,7 @@ pub(super) struct Decay {
 }
 
 impl Decay {
-    pub(super) fn new(period: Option<Duration>, now: Instant) -> Self {
+    pub(crate) fn new(period: Option<Duration>, now: Instant) -> Self {
         Self {
             period,
             begun: now,
@@ -33,30 +33,30 @@ impl Decay {
     }
 
     #[inline]
-    pub(super) fn take(&mut self, bytes: u64) {
+    pub(crate) fn take(&mut self, bytes: u64) {
         self.in_use += bytes;
         self.peak = self.peak.max(self.in_use);
     }
 
     #[inline]
-    pub(super) fn give(&mut self, bytes: u64) {
+    pub(crate) fn give(&mut self, bytes: u64) {
         self.in_use -= bytes;
     }
 
     /// Whether there is a clock to look at.
     #[inline]
-    pub(super) fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.period.is_some()
     }
 
     /// Whether the period is over at `now`.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
         let age = now.saturating_duration_since(self.begun);
         self.period.is_some_and(|period| age >= period)
     }
 
     /// Ends the period at `now`; how many bytes should be held on to.
-    pub(super) fn end_period(&mut self, now: Instant) -> u64 {
+    pub(crate) fn end_period(&mut self, now: Instant) -> u64 {
         let keep = self.peak.saturating_add(self.peak / SLACK);
         self.begun = now;
         self.peak = self.in_use;

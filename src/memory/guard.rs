@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::sync::MutexGuard;
 
 /// What owns books and can do without them.
-pub(super) trait Breakable {
+pub(crate) trait Breakable {
     type Books;
 
     /// Notes that `books` cannot be trusted any more. Called while unwinding, under their lock: must not panic.
@@ -28,7 +28,7 @@ pub(super) trait Breakable {
 
 /// A guard of the books of `O`.
 #[derive(Debug)]
-pub(super) struct Locked<'a, G, O>
+pub(crate) struct Locked<'a, G, O>
 where
     G: DerefMut,
     O: Breakable<Books = G::Target>,
@@ -49,7 +49,7 @@ where
 {
     /// Watches over books that were locked just now.
     #[inline]
-    pub(super) fn new(guard: G, owner: &'a O) -> Self {
+    pub(crate) fn new(guard: G, owner: &'a O) -> Self {
         Self {
             guard,
             owner,
@@ -63,7 +63,7 @@ impl<T, O: Breakable<Books = T>> Locked<'_, MutexGuard<'_, T>, O> {
     ///
     /// # Errors
     /// [`Error::BrokenPool`](crate::Error::BrokenPool) if another thread has broken them meanwhile.
-    pub(super) fn unlocked<R>(&mut self, with: impl FnOnce() -> R) -> Result<R> {
+    pub(crate) fn unlocked<R>(&mut self, with: impl FnOnce() -> R) -> Result<R> {
         let before = std::mem::replace(&mut self.is_outside, true);
         let result = MutexGuard::unlocked(&mut self.guard, with);
         self.is_outside = before;

@@ -1,112 +1,107 @@
 //! The allocator: device memory, cached and reused in stream order.
 //!
 //! # Words
-//! *Requested ≤ allocated ≤ active ≤ reserved* bytes: asked for ≤ rounded and in callers' hands ≤ plus
-//! freed but waiting for other streams ≤ held from the driver. A *page* is 2 MiB of physical memory with
-//! one *home* address; the homes of all pages form the *territory*. A *block* is what a caller gets; its
-//! *home stream* is the one it was allocated for. A *hole* is a free part of the territory, owned by the
-//! stream that freed it. A *range* maps pages a second time, side by side. A *fence* (stream, epoch) is
-//! the point after which a hole may be touched by others. A *segment* is one driver allocation: a page, or
-//! where the device cannot map pages, a plain allocation.
+//! - A *block* is device memory in a caller's hands. Its *home stream* is the one it was allocated for.
+//! - A *request* is an allocation that a thread cache could not serve, and a *placement* is the memory found for it.
+//! - A *page* is 2 MiB of physical memory. A *mapping* gives pages addresses; a *reservation* is a range of addresses
+//!   that pages can be mapped to.
+//! - A *page heap* divides mapped pages into blocks and *free blocks*. The stream that freed it owns a free block.
+//! - A *backend* takes memory from the driver: pages for a page heap or, where the device cannot map pages, plain
+//!   allocations. A *segment* is one driver allocation of either kind.
+//! - A *heap* is a backend with its books. A pool has a default heap, and one for each private pool.
+//! - A *fence* is a point in a stream. Other streams may touch a free block after its fence.
+//! - A *deferred free* is a freed block that other streams may still be using.
+//! - A *thread cache* keeps blocks that its thread freed. Its *overflow* waits for the pool to take it back.
+//! - An *adaptor* is an allocator around another one: a limit, a log, a table of live blocks.
+//!
+//! Four sums of bytes, each at least the one before: *requested* (asked for), *allocated* (rounded up, in callers'
+//! hands), *active* (with deferred frees), *reserved* (held from the driver).
 //!
 //! # The protocol
-//! A block is freed in stream order: the moment its owner drops it, the next allocation on the home stream
-//! may have it, because everything that stream will do comes after everything it has been given so far. No
-//! event, no wait. This holds only if the host enqueued the last use before it dropped the block, which
-//! Rust's ownership gives, also across threads: handing a block over and freeing it through the pool's lock
-//! or its queue are both release/acquire edges.
+//! A block is freed in stream order: as soon as its owner drops it, the next allocation on the home stream may have it,
+//! because everything that stream will do comes after everything it was given so far. This needs no event and no wait.
+//! It holds only if the host enqueued the last use before it dropped the block. Rust's ownership ensures that, also
+//! across threads: handing a block over and freeing it through the pool's lock or queue are release/acquire edges.
 //!
-//! A stream other than home that touches the block must be named through
-//! [`Block::record_stream`]. The free then stamps a fence for each such stream, and the block stays
-//! *active* until the home stream has passed all of them. [`Block::record_use`] stamps the fence at the call.
+//! Name every other stream that touches the block through [`Block::record_stream`]. The free then defers until the home
+//! stream has passed a fence in each of them. [`Block::record_use`] sets the fence at the call.
 //!
-//! Another stream may take a hole once it has passed the hole's fence, as far as [`ReusePolicy`] lets it
-//! find out (an event recorded when the memory is wanted, and asked) or bring it about (a wait on the
-//! device). The host waits only when memory has run out.
+//! Another stream can take a free block once it has passed the block's fence. [`ReusePolicy`] says how the pool may find
+//! that out (record an event when the memory is wanted, and query it) or bring it about (a wait on the device). The host
+//! waits only when memory has run out.
 //!
-//! A stream that nobody but the pool holds gets no more work. Once it has run what it was given, the pool lets go
-//! of it, and its holes become anyone's: looked at whenever a new stream is met.
+//! When nobody but the pool holds a stream, the stream gets no more work. Once it has run what it was given, the pool
+//! drops it, and every stream may use its free blocks.
 //!
-//! A captured graph needs memory that is nobody else's: a [`PrivatePool`], a *memory* of its own under the same
-//! lock, to which allocations for captured streams are *routed*.
+//! A captured graph needs memory that nobody else uses: a [`PrivatePool`] has a heap of its own under the same lock, and
+//! allocations for captured streams are routed to it.
 //!
 //! # Where a block comes from
-//! In order: the lane of the calling thread and stream; a hole of the stream; a hole of another stream behind a fence; new pages, within a small slack
-//! of the most ever in use; free pages from anywhere, stitched in a range; new pages. Then, when the device
-//! or the limit refuses: room among other streams' small blocks, lent; the program's callbacks; waiting on the
-//! host, stream by stream; returning idle pages; failing with a report, told to the program's observers.
+//! `pool/allocate.rs` has the path, in this order: the thread cache; a free block of the stream; a free block of another
+//! stream, behind its fence; new pages, within a small slack of the most ever in use; free pages from anywhere, stitched
+//! in a new mapping; new pages. When the device or the limit refuses, `pool/reclaim.rs` goes on: room among other
+//! streams' small blocks; the program's callbacks; waits on the host, stream by stream; returning idle pages; failure
+//! with a report.
 //!
-//! # The files
-//! `territory` (holes in pages, with `starts` and `freed`), `arena` (small blocks), `bins` (best fit, of blocks in a
-//! `slab`), `ranges` (second mappings, at `addresses` reserved ahead) and `fences` keep the books; `paged`, `growth`
-//! and `stitch` act on them; `segmented` does without page mapping; `memories` holds one of these for the pool and one
-//! for each private pool; `state` adds statistics, `spares` keeps records (`record` is where they lie, `packed` what
-//! they say in little room), `reclaim` has the ladder (with `wanted`, `waits`, `hooks` and `report`), `pool` the calls,
-//! `lock` and `guard` the lock, `controls` and `decay` what shrinks a pool. What needs no lock of the pool is in
-//! `cache`: `contents`, made of `lane`s, behind `biased`. Captures are in `routes` and `private`. `peaks` counts for a
-//! part of a program, `wrap` is what stands around a pool: limits, logs, the table of live blocks. `pinned` is the pool
-//! of host memory for staging.
+//! # Rooms
+//! Each module below uses only modules declared before it, and nothing before `pool` knows the pool. `cargo tidy`
+//! checks both.
 //!
 //! Must not know: tensors, element types, metrics.
 
-mod addresses;
-mod arena;
-mod backing;
-mod biased;
-mod bins;
-mod block;
-mod cache;
-mod config;
-mod contents;
-mod controls;
-mod counts;
-mod decay;
-mod fences;
-mod freed;
-mod growth;
-mod guard;
-mod hooks;
-mod lane;
-mod local;
-mod lock;
-mod memories;
-mod packed;
-mod paged;
-mod peaks;
-mod pending;
-mod pinned;
-mod poison;
-mod pool;
-mod private;
-mod ranges;
-mod reclaim;
-mod record;
-mod report;
-mod routes;
-mod segmented;
-mod slab;
-mod small;
-mod spares;
-mod starts;
-mod state;
-mod stats;
-mod stitch;
-mod tags;
-mod territory;
-mod waits;
-mod wanted;
-mod wrap;
+// How a pool behaves, as the program sets it.
+pub(crate) mod config;
 
-pub use block::Block;
-pub use config::{PoolConfig, ReusePolicy};
-pub use hooks::Registration;
-pub use peaks::{PeakScope, ScopeStats, ScopedStat};
-pub use pinned::{PinnedBlock, PinnedConfig, PinnedPool, PinnedStats};
-pub use pool::Pool;
-pub use private::{CapturedGraph, PrivatePool};
-pub use stats::{PoolStats, Stat};
-pub use tags::{TagScope, TagStat, tag};
-pub use wrap::{
+// Plain data that the rooms share: sizes, identities, fences, placements, requests.
+pub(crate) mod types;
+
+// A lock that refuses its data once a panic has unwound through it.
+pub(crate) mod guard;
+
+// Which memory has been idle long enough to go back to the driver.
+pub(crate) mod decay;
+
+// What the fast path reads of the calling thread.
+pub(crate) mod thread_locals;
+
+// Counters, peaks and tags.
+pub(crate) mod statistics;
+
+// Free blocks by size, and blocks that tile a segment.
+pub(crate) mod free_list;
+
+// How far streams are, who may use whose memory, deferred frees.
+pub(crate) mod streams;
+
+// Which bytes of the mapped pages are free, and for whom.
+pub(crate) mod page_heap;
+
+// Memory from the driver: pages, mappings, segments; the heaps of a pool.
+pub(crate) mod backend;
+
+// What a thread keeps of a pool, without the pool's lock.
+pub(crate) mod thread_cache;
+
+// Which allocations go to a private pool.
+pub(crate) mod routing;
+
+// The pool: the paths of an allocation and of a free, the lock, reclaiming.
+pub(crate) mod pool;
+
+// Private pools and captured graphs.
+pub(crate) mod capture;
+
+// Allocators around allocators.
+pub(crate) mod adaptor;
+
+// Pinned host memory for staging.
+pub(crate) mod pinned;
+
+pub use adaptor::{
     Allocate, Limit, Log, LogAction, LogError, LogEvent, LogSink, Track, TrackReport, TrackedBlock,
-    Watch,
 };
+pub use capture::{CapturedGraph, PrivatePool};
+pub use config::{PoolConfig, ReusePolicy};
+pub use pinned::{PinnedBlock, PinnedConfig, PinnedPool, PinnedStats};
+pub use pool::{Block, PeakScope, Pool, Registration, Watch};
+pub use statistics::{PoolStats, ScopeStats, ScopedStat, Stat, TagScope, TagStat, tag};

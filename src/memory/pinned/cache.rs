@@ -14,15 +14,14 @@ use std::collections::{BTreeMap, VecDeque};
 use smallvec::SmallVec;
 
 use crate::driver::{DevicePtr, Event};
-use crate::memory::arena::{Arena, SegmentIndex};
-use crate::memory::backing::REQUEST_MAX;
-use crate::memory::bins::Index;
+use crate::memory::free_list::Tiling;
+use crate::memory::types::{Index, REQUEST_MAX, SegmentIndex};
 use crate::units::{KIB, MIB, StreamId, align_up};
 
 /// Requests are rounded up to this: what the system pins at least.
 pub(super) const GRANULARITY: u64 = 4 * KIB;
 /// Largest request that takes memory where small ones are.
-const SMALL_MAX: u64 = MIB;
+const SMALL_AREA_MAX: u64 = MIB;
 
 /// A part of a segment that is taken.
 #[derive(Debug)]
@@ -63,7 +62,7 @@ pub(super) fn area_bytes(bytes: u64) -> Option<u64> {
 
 /// A segment that the driver has just pinned for a request of as many bytes.
 pub(super) fn new_segment(ptr: DevicePtr, bytes: u64) -> Segment {
-    let is_small = bytes <= SMALL_MAX;
+    let is_small = bytes <= SMALL_AREA_MAX;
     Segment {
         ptr,
         bytes,
@@ -74,7 +73,7 @@ pub(super) fn new_segment(ptr: DevicePtr, bytes: u64) -> Segment {
 /// The segments of small or of large requests.
 #[derive(Debug)]
 struct Part {
-    arena: Arena,
+    tiling: Tiling,
     /// Base and bytes.
     segments: BTreeMap<SegmentIndex, (DevicePtr, u64)>,
 }
@@ -82,7 +81,7 @@ struct Part {
 impl Part {
     fn new() -> Self {
         Self {
-            arena: Arena::new(),
+            tiling: Tiling::new(),
             segments: BTreeMap::new(),
         }
     }
@@ -90,7 +89,7 @@ impl Part {
     /// Bytes and number of every segment in which no block lies.
     fn idle(&self) -> impl Iterator<Item = (u64, SegmentIndex)> {
         let all = self.segments.iter();
-        let idle = all.filter(|(segment, _)| self.arena.is_segment_free(**segment));
+        let idle = all.filter(|(segment, _)| self.tiling.is_segment_free(**segment));
         idle.map(|(segment, (_, bytes))| (*bytes, *segment))
     }
 }
@@ -126,14 +125,14 @@ impl Cache {
     /// Takes in a segment, free as a whole.
     pub(super) fn add(&mut self, segment: Segment) {
         let part = self.part(segment.is_small);
-        let index = part.arena.add_segment(segment.bytes);
+        let index = part.tiling.add_segment(segment.bytes);
         part.segments.insert(index, (segment.ptr, segment.bytes));
     }
 
     /// Takes an area back.
     pub(super) fn put(&mut self, area: Area, uses: Uses) {
         if uses.is_empty() {
-            self.part(area.is_small).arena.free(area.index);
+            self.part(area.is_small).tiling.free(area.index);
         } else {
             self.waiting.push_back((area, uses));
         }
@@ -141,7 +140,7 @@ impl Cache {
 
     /// Takes an area of `bytes` that no stream uses any more.
     pub(super) fn take(&mut self, bytes: u64) -> Option<Area> {
-        let is_small = bytes <= SMALL_MAX;
+        let is_small = bytes <= SMALL_AREA_MAX;
         let found = self.take_free(bytes, is_small);
         if found.is_some() || !self.look_at_waiting() {
             return found;
@@ -152,12 +151,12 @@ impl Cache {
     /// As [`take`](Self::take), small areas among large ones and the other way round if need be.
     pub(super) fn take_anywhere(&mut self, bytes: u64) -> Option<Area> {
         let found = self.take(bytes);
-        found.or_else(|| self.take_free(bytes, bytes > SMALL_MAX))
+        found.or_else(|| self.take_free(bytes, bytes > SMALL_AREA_MAX))
     }
 
     fn take_free(&mut self, bytes: u64, is_small: bool) -> Option<Area> {
         let part = self.part(is_small);
-        let placed = part.arena.allocate(bytes)?;
+        let placed = part.tiling.allocate(bytes)?;
         let (base, _) = part.segments[&placed.segment];
         Some(Area {
             ptr: base.offset(placed.offset),
@@ -191,7 +190,7 @@ impl Cache {
         let found = found.or_else(|| idle.iter().max_by_key(|(held, ..)| *held));
         let (_, index, is_small) = *found?;
         let part = self.part(is_small);
-        let was_free = part.arena.remove_segment_if_free(index);
+        let was_free = part.tiling.remove_segment_if_free(index);
         debug_assert!(was_free, "segment {index} is idle");
         let (ptr, bytes) = part.segments.remove(&index)?;
         Some(Segment {
@@ -214,7 +213,7 @@ impl Cache {
     /// Bytes of the largest part that is free.
     pub(super) fn largest_free(&self) -> u64 {
         let parts = [&self.small, &self.large];
-        let largest = parts.map(|part| part.arena.largest_free());
+        let largest = parts.map(|part| part.tiling.largest_free());
         largest.into_iter().max().unwrap_or(0)
     }
 
@@ -222,7 +221,7 @@ impl Cache {
     pub(super) fn check_invariants(&self) -> (u64, u64) {
         let (mut held, mut taken) = (0, 0);
         for part in [&self.small, &self.large] {
-            let (bytes, in_blocks) = part.arena.check_invariants();
+            let (bytes, in_blocks) = part.tiling.check_invariants();
             let sum: u64 = part.segments.values().map(|(_, bytes)| bytes).sum();
             assert_eq!(bytes, sum, "bytes in segments");
             held += bytes;

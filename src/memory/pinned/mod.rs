@@ -28,11 +28,11 @@ pub use block::PinnedBlock;
 pub use config::PinnedConfig;
 
 use self::cache::{Area, Cache, Uses};
-use super::decay::Decay;
-use super::guard::{Breakable, Locked};
-use super::stats::{Gauge, Stat};
 use crate::driver::Device;
 use crate::error::{Error, Result};
+use crate::memory::decay::Decay;
+use crate::memory::guard::{Breakable, Locked};
+use crate::memory::statistics::{Gauge, Stat};
 
 /// A cache of pinned host memory. Cheap to clone; all clones are the same pool. Memory goes back to the
 /// driver with the last clone and the last block.
@@ -68,7 +68,7 @@ pub struct PinnedPool {
 }
 
 /// What the clones of a pool and its blocks share.
-pub(super) struct Shared {
+struct Shared {
     device: Device,
     state: Mutex<State>,
     /// Held while segments go back to the driver, so that who needs the room finds it there afterwards. Taken before
@@ -77,7 +77,7 @@ pub(super) struct Shared {
 }
 
 #[derive(Debug)]
-pub(super) struct State {
+struct State {
     cache: Cache,
     limit: Option<u64>,
     decay: Decay,

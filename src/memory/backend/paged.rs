@@ -1,0 +1,541 @@
+//! Paged memory: physical pages in one range of addresses, stitched when no hole is large enough.
+//!
+//! A request takes, in order: a hole of its stream; another stream's hole behind a fence; new pages, while
+//! what is held stays within a small slack of the most that was ever in use; free pages from anywhere,
+//! stitched; new pages. Small requests get pages of their own.
+//!
+//! Invariant: the territory's mapped pages are exactly the pages held from the driver.
+
+use std::collections::BTreeMap;
+
+use smallvec::SmallVec;
+
+use super::device_pages::DevicePages;
+use super::mappings::Mappings;
+use super::{Backend, SpareMemory, Totals};
+use crate::error::Result;
+use crate::memory::page_heap::{FreeBlock, PageHeap, SmallHeap, SmallPage};
+use crate::memory::streams::Fences;
+use crate::memory::types::{
+    Fence, GRANULARITY, Index, Location, MappingIndex, PAGE, PAGE_UNITS, Place, Placement, Refusal,
+    SMALL_MAX, Search, StreamIndex, UNOWNED,
+};
+
+/// New pages are preferred to stitching while what is held exceeds the most ever in use by at most so many
+/// thousandths: memory traded against mapping calls.
+const SLACK: u64 = 13;
+
+/// What may be held without stitching where `most` bytes were in use at once.
+pub(super) fn with_slack(most: u64) -> u64 {
+    most.saturating_add(most / 1000 * SLACK)
+}
+
+/// Pages of one device and the blocks in them.
+#[derive(Debug)]
+pub(crate) struct PagedBackend {
+    pub(crate) pages: DevicePages,
+    pub(crate) page_heap: PageHeap,
+    pub(super) ranges: Mappings,
+    /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
+    stitches: bool,
+    small: BTreeMap<StreamIndex, SmallHeap>,
+    /// Bytes in blocks.
+    pub(crate) in_use: u64,
+    /// The most that callers ever had of them. What waits for other streams does not count: that it is there
+    /// is no reason to hold more.
+    pub(super) live_peak: u64,
+}
+
+impl PagedBackend {
+    pub(crate) fn new(pages: DevicePages) -> Self {
+        Self {
+            pages,
+            page_heap: PageHeap::new(),
+            ranges: Mappings::default(),
+            stitches: true,
+            small: BTreeMap::new(),
+            in_use: 0,
+            live_peak: 0,
+        }
+    }
+
+    /// Memory whose addresses hold for as long as its pages: it maps none a second time.
+    pub(crate) fn unstitched(pages: DevicePages) -> Self {
+        Self {
+            stitches: false,
+            ..Self::new(pages)
+        }
+    }
+
+    #[inline]
+    fn count(&mut self, bytes: u64, deferred: u64) {
+        self.in_use += bytes;
+        self.live_peak = self.live_peak.max(self.in_use.saturating_sub(deferred));
+    }
+
+    /// Takes `units` from the front of a hole for `owner`.
+    fn place_in(&mut self, free_block: &FreeBlock, units: u64, owner: StreamIndex) -> Placement {
+        let index = self.page_heap.take(free_block, free_block.start, units);
+        let ptr = self.pages.address(free_block.start * GRANULARITY);
+        Placement {
+            ptr,
+            location: Location::new(owner, Place::Large(index)),
+        }
+    }
+
+    // Always, since the compiler would not: a call costs every allocation past the lane ten instructions.
+    #[inline(always)]
+    fn place_large(&mut self, owner: StreamIndex, bytes: u64) -> Option<Placement> {
+        let (index, start) = self.page_heap.allocate(owner, bytes / GRANULARITY)?;
+        Some(Placement {
+            ptr: self.pages.address(start * GRANULARITY),
+            location: Location::new(owner, Place::Large(index)),
+        })
+    }
+
+    fn place_small(&mut self, owner: StreamIndex, bytes: u64) -> Option<Placement> {
+        let small = self.small.get_mut(&owner)?;
+        let (page, offset, index) = small.allocate(bytes)?;
+        Some(Placement {
+            ptr: self.pages.address(page as u64 * PAGE + offset),
+            location: Location::new(owner, Place::Small(index)),
+        })
+    }
+
+    // Never, as it is for what lies at hand nowhere: it would keep `place_large` from the place where it counts.
+    #[inline(never)]
+    fn place_large_cold(&mut self, search: Search) -> Option<Placement> {
+        self.place_large(search.owner, search.bytes)
+    }
+
+    /// The first hole that fits and that the request may take from another stream.
+    fn borrow_free_block(
+        &self,
+        search: Search,
+        units: u64,
+        fences: &mut Fences,
+    ) -> Option<FreeBlock> {
+        let others = self
+            .page_heap
+            .owners()
+            .filter(|owner| *owner != search.owner);
+        let fitting = others.filter_map(|owner| self.page_heap.best_fit(owner, units));
+        let mut fitting: Vec<FreeBlock> = fitting.collect();
+        fitting.sort_by_key(|free_block| free_block.units);
+        fitting
+            .into_iter()
+            .find(|free_block| fences.pass(search.owner, free_block.fence(), search.reuse))
+    }
+
+    /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
+    /// with its own; whether there were any. Pages pass one by one: those of a hole that only grew just now
+    /// are not held back by the free that it grew by.
+    fn merge_other_streams(&mut self, search: Search, fences: &mut Fences) -> bool {
+        let mut gathered = false;
+        let owners = self.page_heap.owners();
+        for owner in owners.filter(|owner| *owner != search.owner && *owner != UNOWNED) {
+            let free_blocks: Vec<FreeBlock> = self.page_heap.free_blocks_from(owner, 1).collect();
+            let Some(newest) = free_blocks.iter().map(|free_block| free_block.epoch).max() else {
+                continue;
+            };
+            let reached = fences.reach(search.owner, owner, newest, search.reuse);
+            for free_block in free_blocks {
+                gathered |= self.merge_from(free_block, reached, search, fences);
+            }
+        }
+        // As long as all that is asked for can be had, holes pass as a whole.
+        self.page_heap.tracks_page_epochs = fences.are_contended();
+        gathered
+    }
+
+    /// Makes what is anyone's the requester's, so that it merges with its own; whether there was any.
+    fn take_unowned(&mut self, search: Search) -> bool {
+        let free_blocks: Vec<FreeBlock> = self.page_heap.free_blocks_from(UNOWNED, 1).collect();
+        let (owner, epoch) = (search.owner, 0);
+        for free_block in &free_blocks {
+            let whole = (free_block.start, free_block.units);
+            self.page_heap
+                .give(free_block, whole, Fence { owner, epoch });
+        }
+        !free_blocks.is_empty()
+    }
+
+    fn merge_from(
+        &mut self,
+        mut free_block: FreeBlock,
+        reached: u64,
+        search: Search,
+        fences: &mut Fences,
+    ) -> bool {
+        let whole = (free_block.start, free_block.units);
+        let (parts, until) = if free_block.epoch <= reached
+            || fences.pass(search.owner, free_block.fence(), search.reuse)
+        {
+            (SmallVec::from_slice(&[whole]), free_block.epoch)
+        } else {
+            let parts = self
+                .page_heap
+                .parts(&free_block, |fence| fence.epoch <= reached);
+            (parts, reached)
+        };
+        // What is complete has no past to wait for, and becomes anyone's: were it all the requester's, its
+        // former owner would soon have to ask for it back. What the requester was made to wait for has the
+        // requester's own past.
+        let is_complete = fences.is_known_complete(Fence {
+            owner: free_block.owner,
+            epoch: until,
+        });
+        let past = if is_complete {
+            Fence {
+                owner: UNOWNED,
+                epoch: 0,
+            }
+        } else {
+            fences.now(search.owner)
+        };
+        // From the end, so that what is left of the hole keeps its place.
+        for (start, units) in parts.iter().rev() {
+            self.page_heap.give(&free_block, (*start, *units), past);
+            free_block.units = start - free_block.start;
+        }
+        !parts.is_empty()
+    }
+
+    /// Places a block in a hole, after merging what other streams freed with its own where there is none.
+    fn place_merged(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
+        if let Some(placement) = self.place_from_other_streams(search, fences) {
+            return Some(placement);
+        }
+        if self.merge_other_streams(search, fences)
+            && let Some(placement) = self.place_from_other_streams(search, fences)
+        {
+            return Some(placement);
+        }
+        if self.take_unowned(search) {
+            return self.place_large_cold(search);
+        }
+        None
+    }
+
+    fn find_large(&mut self, search: Search, fences: &mut Fences) -> Result<Placement, Refusal> {
+        let units = search.bytes / GRANULARITY;
+        if let Some(placement) = self.place_merged(search, fences) {
+            return Ok(placement);
+        }
+        let missing = self.missing_pages(units, search.owner) as u64;
+        // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
+        let most = self.live_peak.max(
+            self.in_use
+                .saturating_sub(search.deferred)
+                .saturating_add(search.bytes),
+        );
+        let held = missing
+            .saturating_mul(PAGE)
+            .saturating_add(self.pages.bytes_held());
+        if held <= with_slack(most) && self.grow_free_block(units, search.owner).is_ok() {
+            return Ok(self
+                .place_large_cold(search)
+                .expect("the free block was grown to fit"));
+        }
+        if self.stitches
+            && let Some(placement) = self.stitch(search, fences)
+        {
+            return Ok(placement);
+        }
+        match self.grow_free_block(units, search.owner) {
+            Ok(()) => Ok(self
+                .place_large_cold(search)
+                .expect("the free block was grown to fit")),
+            // Out of pages: room among the small blocks is better than none.
+            Err(refusal) => self
+                .place_small(search.owner, search.bytes)
+                .or_else(|| self.borrow_small_block(search, fences))
+                .ok_or(refusal),
+        }
+    }
+
+    fn find_small(&mut self, search: Search, fences: &mut Fences) -> Result<Placement, Refusal> {
+        if let Some(placement) = self.place_small(search.owner, search.bytes) {
+            return Ok(placement);
+        }
+        match self.lease_small_page(search, fences) {
+            Ok(page) => {
+                self.small
+                    .entry(search.owner)
+                    .or_insert_with(SmallHeap::new)
+                    .add(page, fences.now(search.owner).epoch);
+                Ok(self
+                    .place_small(search.owner, search.bytes)
+                    .expect("a page was borrowed that fits the request"))
+            }
+            // Out of pages: room among the large blocks is better than none.
+            Err(refusal) => self
+                .place_merged(search, fences)
+                .or_else(|| self.borrow_small_block(search, fences))
+                .ok_or(refusal),
+        }
+    }
+
+    /// Places a block among the small blocks of another stream. It is lent: freed, it goes back there, and
+    /// that stream waits for the borrower.
+    fn borrow_small_block(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
+        if !search.may_borrow {
+            return None;
+        }
+        let fits = |small: &SmallHeap| small.largest_free() >= search.bytes;
+        let others = self
+            .small
+            .iter_mut()
+            .filter(|(owner, small)| **owner != search.owner && fits(small));
+        for (owner, small) in others {
+            let (lender, epoch) = (*owner, small.epoch());
+            let fence = Fence {
+                owner: lender,
+                epoch,
+            };
+            if fences.pass(search.owner, fence, search.reuse) {
+                let (page, offset, index) = small.allocate(search.bytes)?;
+                let place = Place::Lent {
+                    index,
+                    is_small: true,
+                };
+                return Some(Placement {
+                    ptr: self.pages.address(page as u64 * PAGE + offset),
+                    location: Location::new(lender, place),
+                });
+            }
+        }
+        None
+    }
+
+    /// Places a block in a hole of its stream, or of another behind a fence.
+    fn place_from_other_streams(
+        &mut self,
+        search: Search,
+        fences: &mut Fences,
+    ) -> Option<Placement> {
+        self.place_large_cold(search).or_else(|| {
+            let units = search.bytes / GRANULARITY;
+            let free_block = self.borrow_free_block(search, units, fences)?;
+            Some(self.place_in(&free_block, units, search.owner))
+        })
+    }
+
+    /// Borrows a page for small blocks: whole, and from the smallest hole that has one.
+    fn lease_small_page(
+        &mut self,
+        search: Search,
+        fences: &mut Fences,
+    ) -> Result<SmallPage, Refusal> {
+        loop {
+            if let Some(page) = self.free_pages(1, search, fences).pop() {
+                let free_block = self
+                    .page_heap
+                    .free_block_over_page(page)
+                    .expect("the page was found free");
+                let block = self
+                    .page_heap
+                    .take(&free_block, page as u64 * PAGE_UNITS, PAGE_UNITS);
+                return Ok(SmallPage { page, block });
+            }
+            self.grow(1, search.owner)?;
+        }
+    }
+
+    /// Returns pages that are kept for small blocks although none lies in them.
+    fn return_cached_pages(&mut self) {
+        for (owner, small) in &mut self.small {
+            if let Some((page, epoch)) = small.take_cached() {
+                self.page_heap.free(page.block, *owner, epoch);
+            }
+        }
+    }
+
+    /// Takes blocks back at home.
+    fn free_large(&mut self, index: Index, fence: Fence) {
+        self.page_heap.free(index, fence.owner, fence.epoch);
+    }
+
+    // Never, nor the next: they would have large blocks saved registers for.
+    #[inline(never)]
+    fn free_small(&mut self, index: Index, fence: Fence) {
+        let small = self.small.get_mut(&fence.owner);
+        let small = small.expect("small blocks outlive their blocks");
+        if let Some(page) = small.free(index, fence.epoch) {
+            self.free_large(page.block, fence);
+        }
+    }
+
+    #[inline(never)]
+    fn free_stitched(&mut self, range: MappingIndex, fence: Fence) {
+        for index in self.ranges.release(range, fence) {
+            self.free_large(index, fence);
+        }
+    }
+}
+
+impl Backend for PagedBackend {
+    fn set_limit(&mut self, bytes: u64) {
+        self.pages.set_limit(bytes);
+    }
+
+    fn place(&mut self, owner: StreamIndex, bytes: u64, deferred: u64) -> Option<Placement> {
+        let found = if bytes <= SMALL_MAX {
+            self.place_small(owner, bytes)
+        } else {
+            self.place_large(owner, bytes)
+        }?;
+        self.count(bytes, deferred);
+        Some(found)
+    }
+
+    fn find(&mut self, search: Search, fences: &mut Fences) -> Result<Placement, Refusal> {
+        let placement = if search.bytes <= SMALL_MAX {
+            self.find_small(search, fences)
+        } else {
+            self.find_large(search, fences)
+        };
+        placement.inspect(|_| self.count(search.bytes, search.deferred))
+    }
+
+    fn free(&mut self, location: Location, bytes: u64, fence: Fence) {
+        self.in_use -= bytes;
+        match location.place() {
+            Place::Large(index) => self.free_large(index, fence),
+            Place::Small(index) | Place::Lent { index, .. } => self.free_small(index, fence),
+            Place::Stitched(range) => self.free_stitched(range, fence),
+        }
+    }
+
+    fn merge_complete(&mut self, fences: &mut Fences) {
+        self.return_cached_pages();
+        self.page_heap
+            .merge_complete(|fence| fences.is_complete(fence));
+        self.small.retain(|_, small| !small.is_empty());
+    }
+
+    fn release_stream(&mut self, owner: StreamIndex) {
+        if let Some((page, epoch)) = self.small.get_mut(&owner).and_then(SmallHeap::take_cached) {
+            self.page_heap.free(page.block, owner, epoch);
+        }
+        self.small
+            .retain(|small_owner, small| *small_owner != owner || !small.is_empty());
+        self.page_heap.merge_complete(|fence| fence.owner == owner);
+    }
+
+    fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
+        self.merge_complete(fences);
+        self.release_pages(keep, fences)
+    }
+
+    fn give_up(&mut self, fences: &mut Fences, spares: &mut SpareMemory) -> Result<()> {
+        self.return_cached_pages();
+        self.small.retain(|_, small| !small.is_empty());
+        self.give_up_pages(fences, spares)
+    }
+
+    fn take_in(&mut self, spares: SpareMemory) {
+        self.pages.take_in(spares);
+    }
+
+    fn take_spares(&mut self) -> SpareMemory {
+        self.pages.take_spares()
+    }
+
+    fn shares_free_memory(&self) -> bool {
+        true
+    }
+
+    fn bytes_behind(&self, owner: StreamIndex, fences: &Fences) -> BTreeMap<StreamIndex, u64> {
+        let mut behind = BTreeMap::new();
+        let is_behind = |fence: Fence| fence.owner != owner && !fences.is_known_complete(fence);
+        for free_block in self
+            .page_heap
+            .free_blocks()
+            .filter(|free_block| is_behind(free_block.fence()))
+        {
+            *behind.entry(free_block.owner).or_default() += free_block.units * GRANULARITY;
+        }
+        for (owner, small) in &self.small {
+            let (bytes, _) = small.free_blocks();
+            let (owner, epoch) = (*owner, small.epoch());
+            if bytes > 0 && is_behind(Fence { owner, epoch }) {
+                *behind.entry(owner).or_default() += bytes;
+            }
+        }
+        behind
+    }
+
+    fn bytes_free_for(&self, owner: StreamIndex, fences: &Fences) -> u64 {
+        let is_usable = |fence: Fence| fence.owner == owner || fences.is_known_complete(fence);
+        let usable = self
+            .page_heap
+            .free_blocks()
+            .filter(|free_block| is_usable(free_block.fence()));
+        // Whole pages can be put together from anywhere.
+        let at_home: u64 = usable
+            .map(|free_block| free_block.whole_pages().len() as u64 * PAGE)
+            .sum();
+        at_home + self.pages.bytes_spare()
+    }
+
+    fn holds_nothing_of(&self, owner: StreamIndex) -> bool {
+        self.page_heap.has_no_free_block_of(owner) && !self.small.contains_key(&owner)
+    }
+
+    fn largest_free(&self) -> u64 {
+        let small = self.small.values().map(SmallHeap::largest_free);
+        let owners = self.page_heap.owners();
+        let at_home = owners.map(|owner| self.page_heap.largest(owner) * GRANULARITY);
+        small.chain(at_home).max().unwrap_or(0)
+    }
+
+    fn inactive_split(&self) -> (u64, u64) {
+        let split = |free_block: FreeBlock| {
+            free_block.units - free_block.whole_pages().len() as u64 * PAGE_UNITS
+        };
+        let at_home = self
+            .page_heap
+            .free_blocks()
+            .map(split)
+            .filter(|units| *units > 0);
+        let at_home = at_home.fold((0, 0), |(bytes, n), units| {
+            (bytes + units * GRANULARITY, n + 1)
+        });
+        let small = self.small.values().map(SmallHeap::free_blocks);
+        small.fold(at_home, |(bytes, n), (more, blocks)| {
+            (bytes + more, n + blocks)
+        })
+    }
+
+    fn totals(&self) -> Totals {
+        self.pages.totals()
+    }
+
+    fn check_invariants(&self) -> u64 {
+        let (mapped, taken) = self.page_heap.check_invariants();
+        assert_eq!(
+            mapped * GRANULARITY,
+            self.pages.bytes_held(),
+            "mapped pages"
+        );
+        let (mut in_blocks, mut leased) = (0, 0);
+        for small in self.small.values() {
+            let (pages, in_use) = small.check_invariants();
+            leased += pages * PAGE;
+            in_blocks += in_use;
+        }
+        in_blocks += taken * GRANULARITY - leased;
+        assert_eq!(in_blocks, self.in_use, "bytes in blocks");
+        for range in self.ranges.live() {
+            for page in &range.pages {
+                assert_eq!(
+                    self.page_heap.free_block_over_page(*page),
+                    None,
+                    "a live range's page is free"
+                );
+            }
+        }
+        in_blocks
+    }
+}

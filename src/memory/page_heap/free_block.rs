@@ -1,0 +1,53 @@
+//! A hole, as those see it who look for memory.
+
+use std::ops::Range;
+
+use crate::memory::types::{Fence, Index, PAGE_UNITS, PageIndex, StreamIndex};
+use crate::units::to_usize;
+
+/// A hole as others see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FreeBlock {
+    pub(crate) index: Index,
+    pub(crate) start: u64,
+    pub(crate) units: u64,
+    pub(crate) owner: StreamIndex,
+    pub(crate) epoch: u64,
+    /// Parts were freed in earlier epochs, as [`fence_of_page`](super::Territory::fence_of_page) tells.
+    pub(super) is_mixed: bool,
+}
+
+impl FreeBlock {
+    /// After what others may touch it.
+    pub(crate) fn fence(&self) -> Fence {
+        Fence {
+            owner: self.owner,
+            epoch: self.epoch,
+        }
+    }
+
+    /// The pages that the hole touches.
+    pub(crate) fn pages(&self) -> Range<PageIndex> {
+        let end = (self.start + self.units).div_ceil(PAGE_UNITS);
+        to_usize(self.start / PAGE_UNITS)..to_usize(end)
+    }
+
+    /// The pages that lie in the hole as a whole.
+    pub(crate) fn whole_pages(&self) -> Range<PageIndex> {
+        let first = self.start.div_ceil(PAGE_UNITS);
+        let end = (self.start + self.units) / PAGE_UNITS;
+        to_usize(first)..to_usize(end.max(first))
+    }
+
+    /// Whether the first `units` of `page` lie in the hole.
+    pub(crate) fn has_front(&self, page: PageIndex, units: u64) -> bool {
+        let start = page as u64 * PAGE_UNITS;
+        self.start <= start && start + units <= self.start + self.units
+    }
+
+    /// The first page whose front of `units` lies in the hole.
+    pub(crate) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
+        let page = self.start.div_ceil(PAGE_UNITS);
+        (page * PAGE_UNITS + units <= self.start + self.units).then(|| to_usize(page))
+    }
+}

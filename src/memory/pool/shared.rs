@@ -1,0 +1,94 @@
+//! What all handles and all blocks of a pool share.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::block::Extras;
+use super::core::Core;
+use super::hooks::Hooks;
+use crate::driver::{Device, Stream};
+use crate::error::{Error, Result};
+use crate::memory::config::PoolConfig;
+use crate::memory::routing::Routing;
+use crate::memory::thread_cache::{self, Home, OwnedCache};
+use crate::memory::types::{Counted, HeapId, PoolId};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, SegQueue};
+
+/// The record of a block of a pool.
+pub(crate) type Record = thread_cache::Record<Shared>;
+/// What a [`Record`] points to.
+pub(crate) type BlockRecord = thread_cache::BlockRecord<Shared>;
+/// A list of records.
+pub(crate) type List = thread_cache::List<Shared>;
+/// What a thread keeps of a pool.
+pub(crate) type ThreadCache = thread_cache::ThreadCache<Shared>;
+
+impl Home for Shared {
+    type Extras = Extras;
+}
+
+/// Dropped with the last clone of a pool, whatever blocks are still out.
+pub(crate) struct Handle {
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What all clones of a pool and all its blocks share.
+pub(crate) struct Shared {
+    /// Unique in the process.
+    pub(super) id: PoolId,
+    pub(crate) device: Device,
+    pub(crate) config: PoolConfig,
+    pub(crate) routing: Routing,
+    pub(crate) core: Mutex<Core>,
+    /// Every thread's cache. Taken after `core` where both are needed, and before a cache's own lock.
+    pub(super) caches: Mutex<Caches>,
+    /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
+    pub(crate) freed: SegQueue<(Record, Counted)>,
+    /// Private memories whose last holder went, in the same way.
+    pub(crate) released: SegQueue<HeapId>,
+    /// Whether either queue may hold something.
+    pub(super) has_queued: AtomicBool,
+    /// Whether several threads have had a cache.
+    pub(super) has_threads: std::sync::atomic::AtomicBool,
+    pub(super) hooks: Arc<Hooks>,
+}
+
+/// The threads' caches of a pool.
+#[derive(Default)]
+pub(crate) struct Caches {
+    pub(super) all: Vec<Arc<OwnedCache<Shared>>>,
+    /// Set with the last clone of the pool: caches made later, for blocks still out, keep nothing.
+    pub(super) is_closed: bool,
+}
+
+impl Shared {
+    #[inline]
+    pub(super) fn check_device(&self, stream: &Stream) -> Result<()> {
+        if stream.device().is_same(&self.device) {
+            return Ok(());
+        }
+        Err(Error::argument(
+            "allocate",
+            "the stream belongs to another device",
+        ))
+    }
+
+    /// Whether several threads have had a cache.
+    #[inline]
+    pub(super) fn has_threads(&self) -> bool {
+        // Relaxed: it only decides how soon counters are folded.
+        self.has_threads.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(crate) fn id(&self) -> PoolId {
+        self.id
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Shared({:?})", self.device)
+    }
+}

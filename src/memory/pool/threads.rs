@@ -1,0 +1,511 @@
+//! What a thread keeps of a pool, and who may enter it.
+//!
+//! A thread reaches its caches through thread-local storage, and the one it used last through a single
+//! pointer there. It enters as the owner of a [`BiasedLock`], with no atomic read-modify-write; other threads
+//! enter only to empty a cache or to fold its counters into the pool's. Reuse is in stream order as
+//! everywhere: the thread that allocates is the one that freed, so it enqueued the block's last work before.
+//!
+//! A cache is emptied when a lane is full (that lane), when the thread turns to a stream that is new to it,
+//! when it ends, when memory runs short, and when the pool's last handle is dropped, after which it keeps
+//! nothing more.
+//!
+//! Lock order: the pool's state, then a cache. Nothing here waits for the state from inside a cache.
+//!
+//! # Nobody enters twice
+//! A thread that is inside a cache must not enter it again: there would be two `&mut ThreadCache`. What runs inside are the
+//! closures of this file. They call methods of `cache`, `lane` and `counts`, and of the pool's state those that call
+//! no driver; two push to the pool's queues. None of that enters a cache by itself, so only code of others could. It
+//! runs where a driver is called, which none of them does, and where something is dropped that others can look at: a
+//! record, with which the last handle of a stream may go, or a pool. Nothing of the kind is dropped inside: it is handed
+//! out and dropped by the caller. Debug builds assert that (`local::assert_outside`), so every test looks for a closure
+//! that breaks the rule; release builds assert on all ways in but those of the fast path ([`BiasedLock::with_owner`]).
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+
+use super::core::Core;
+use super::shared::{Handle, Record, Shared, ThreadCache};
+use crate::driver::Stream;
+use crate::memory::thread_cache::{Kept, Miss, OwnedCache, StreamCache, list};
+use crate::memory::thread_locals::LOCAL;
+use crate::memory::types::{CacheKey, Counted, GRANULARITY, PoolId, TagId};
+use crate::sync::atomic::Ordering;
+use crate::sync::thread_local;
+
+/// The cache of one thread for a pool.
+type Cache = OwnedCache<Shared>;
+
+/// Whether a cache goes on after it was emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Close {
+    Yes,
+    No,
+}
+
+thread_local! {
+    /// The caches of the calling thread.
+    static CACHES: RefCell<ThreadCaches> = const { RefCell::new(ThreadCaches { all: Vec::new() }) };
+}
+
+struct ThreadCaches {
+    all: Vec<Arc<Cache>>,
+}
+
+impl Drop for ThreadCaches {
+    fn drop(&mut self) {
+        set_current(ptr::null());
+        for cache in std::mem::take(&mut self.all) {
+            leave_streams(&cache);
+        }
+    }
+}
+
+/// The cache the calling thread used last.
+#[inline]
+#[expect(unsafe_code, reason = "the fast path does without the list's checks")]
+fn current<'a>() -> Option<&'a Cache> {
+    let cache: *const Cache = LOCAL.with(|local| local.cache.get()).cast();
+    // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back
+    // before it lets go of the cache. The list lets go of a cache in two places: in `find`, when its pool is gone, and
+    // when the thread ends, which runs no code of ours but what it drops. `find` may be reached wherever code of others
+    // runs: where a record, a lane or a stream is dropped and where a driver is called. Whoever uses the reference after
+    // such a place holds the pool across it: `take`, `fetch` and `take_anywhere` by the caller's handle, `drain_overflow`,
+    // `leave_to_queue` and `keep_in_new_stream_cache` by one of their own, the end of a thread by the list itself.
+    unsafe { cache.as_ref() }
+}
+
+fn set_current(cache: *const Cache) {
+    LOCAL.with(|local| local.cache.set(cache.cast()));
+}
+
+/// The calling thread's cache of a pool, and its tag.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller<'a> {
+    cache: &'a Cache,
+    tag: TagId,
+    /// The cache is that thread's to enter.
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'a> Caller<'a> {
+    /// The tag of what is allocated.
+    #[inline]
+    pub(super) fn tag(&self) -> TagId {
+        self.tag
+    }
+
+    /// Enters the cache. `with` neither allocates nor frees, drops nothing of others and calls no driver: see the head.
+    #[inline]
+    pub(super) fn enter<R>(&self, with: impl FnOnce(&mut ThreadCache) -> R) -> R {
+        with_owner(self.cache, with)
+    }
+
+    #[inline]
+    fn new(cache: &'a Cache, tag: TagId) -> Self {
+        Self {
+            cache,
+            tag,
+            not_send: PhantomData,
+        }
+    }
+}
+
+/// A block of the calling thread's lane in front, if that is the one named and has one.
+#[inline]
+pub(super) fn take<'a>(
+    pool: &'a Arc<Handle>,
+    stream: &Stream,
+    requested: u64,
+) -> Result<Record, Miss<Caller<'a>>> {
+    // First of all: the look-up is a call where this crate is part of a shared library.
+    let (cache, tag) = (current(), TagId::current());
+    let shared = &pool.shared;
+    let Some(cache) = cache.filter(|_| shared.routing.is_idle()) else {
+        return Err(Miss::Elsewhere);
+    };
+    // What is zero or too large to be rounded becomes zero, of which no lane has a block.
+    let bytes = requested.wrapping_add(GRANULARITY - 1) & !(GRANULARITY - 1);
+    let key = CacheKey::new(shared.id(), stream.id());
+    let taken = if_alone(cache, (), |cache, ()| {
+        cache.take(key, tag, (requested, bytes))
+    });
+    match taken {
+        Ok(Ok(record)) => Ok(record),
+        Ok(Err(Miss::Here(()))) => Err(Miss::Here(Caller::new(cache, tag))),
+        Ok(Err(Miss::Elsewhere)) | Err(()) => Err(Miss::Elsewhere),
+    }
+}
+
+/// The calling thread's part in a pool, if it has a cache of it, which was the last that it used.
+pub(super) fn caller(shared: &Shared) -> Option<Caller<'_>> {
+    let tag = TagId::current();
+    let cache = current().filter(|cache| cache.pool == shared.id())?;
+    Some(Caller::new(cache, tag))
+}
+
+/// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
+#[inline]
+pub(super) fn keep(record: Record) -> Option<Record> {
+    let Some(cache) = current() else {
+        return Some(record);
+    };
+    match if_alone(cache, record, ThreadCache::keep) {
+        Ok(Kept::Yes) => None,
+        Err(record) | Ok(Kept::Not(record)) => Some(record),
+        Ok(kept) => {
+            drain_overflow(cache, kept);
+            None
+        }
+    }
+}
+
+/// Looks again with the named lane in front, which is made if need be, for a request that [`take`] did not
+/// serve.
+pub(super) fn take_anywhere(
+    shared: &Arc<Shared>,
+    key: CacheKey,
+    sizes: (u64, u64),
+) -> Option<Record> {
+    let tag = TagId::current();
+    let cache = of_thread(shared)?;
+    let taken = with_stream_cache(cache, key, (), |cache, ()| cache.take_in_front(tag, sizes));
+    taken.ok()?.ok()
+}
+
+/// Keeps a freed block with the lane `key` in front. Gives it back when the thread is going down or the pool
+/// closed.
+pub(super) fn keep_anywhere(key: CacheKey, record: Record) -> Option<Record> {
+    let Some(cache) = of_thread(record.shared()) else {
+        return Some(record);
+    };
+    match with_front(cache, key, record, ThreadCache::keep_in_front) {
+        Ok(Kept::Yes) => None,
+        Ok(Kept::Not(record)) => Some(record),
+        Ok(kept) => {
+            drain_overflow(cache, kept);
+            None
+        }
+        Err((record, _)) => keep_in_new_stream_cache(cache, key, record),
+    }
+}
+
+/// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
+pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Counted) {
+    let tag = TagId::current();
+    let Some(cache) = current().filter(|cache| cache.pool == pool) else {
+        return (tag, Counted::No);
+    };
+    with_owner(cache, |cache| cache.count(tag, requested, allocated));
+    (tag, Counted::Yes)
+}
+
+/// Folds what the calling thread has counted.
+pub(super) fn fold_of_thread(pool: PoolId, core: &mut Core) {
+    let mut fold = |cache: &Cache| {
+        with_owner(cache, |cache| {
+            cache.fold_counts(&mut core.usage, &mut core.tags);
+        });
+    };
+    if let Some(cache) = current().filter(|cache| cache.pool == pool) {
+        return fold(cache);
+    }
+    // A thread that is going down has left its counters to whoever folds all.
+    let _ = CACHES.try_with(|caches| {
+        let caches = caches.borrow();
+        if let Some(cache) = caches.all.iter().find(|cache| cache.pool == pool) {
+            fold(cache);
+        }
+    });
+}
+
+/// The calling thread's cache of a pool, made if need be, and then the current one. `None` when the thread is
+/// going down.
+#[inline]
+fn of_thread<'a>(shared: &Arc<Shared>) -> Option<&'a Cache> {
+    match current() {
+        Some(cache) if cache.pool == shared.id() => Some(cache),
+        _ => find(shared),
+    }
+}
+
+#[cold]
+fn find<'a>(shared: &Arc<Shared>) -> Option<&'a Cache> {
+    let found = CACHES.try_with(|caches| {
+        let all = &mut caches.borrow_mut().all;
+        if let Some(cache) = all.iter().find(|cache| cache.pool == shared.id()) {
+            set_current(Arc::as_ptr(cache));
+            return;
+        }
+        set_current(ptr::null());
+        // Caches of pools that are gone have no other holder.
+        all.retain(|cache| Arc::strong_count(cache) > 1);
+        let cache = Arc::new(Cache::new(shared.id()));
+        shared.register(&cache);
+        set_current(Arc::as_ptr(&cache));
+        all.push(cache);
+    });
+    found.ok()?;
+    shared.fold_if_free();
+    current()
+}
+
+#[inline]
+#[expect(
+    unsafe_code,
+    reason = "who owns a cache is known by where it was found"
+)]
+fn with_owner<R>(cache: &Cache, with: impl FnOnce(&mut ThreadCache) -> R) -> R {
+    // SAFETY: private to this file, where it is called for caches found in the calling thread's
+    // storage only, and each is in one thread's. A `Caller` stays on its thread. `with` is one of the closures of
+    // this file and of `allocate`, none of which enters a cache: see the head.
+    unsafe { cache.with_owner(with) }
+}
+
+/// As [`with_owner`], unless another thread wants in: then `input` comes back.
+#[inline]
+#[expect(
+    unsafe_code,
+    reason = "who owns a cache is known by where it was found"
+)]
+fn if_alone<I, R>(
+    cache: &Cache,
+    input: I,
+    with: impl FnOnce(&mut ThreadCache, I) -> R,
+) -> Result<R, I> {
+    // SAFETY: as in `with_owner`. The owner is not inside: only a closure could run this, and none does.
+    unsafe { cache.if_alone(input, with) }
+}
+
+/// Enters with the lane `key` in front. Gives everything back if there is none.
+#[inline]
+fn with_front<I, R, W: FnOnce(&mut ThreadCache, I) -> R>(
+    cache: &Cache,
+    key: CacheKey,
+    input: I,
+    with: W,
+) -> Result<R, (I, W)> {
+    with_owner(cache, |cache| {
+        if !cache.bring_to_front(key) {
+            return Err((input, with));
+        }
+        Ok(with(cache, input))
+    })
+}
+
+/// Keeps a freed block in a lane that is made for it. Gives it back when the pool is closed.
+#[cold]
+#[inline(never)]
+fn keep_in_new_stream_cache(cache: &Cache, key: CacheKey, record: Record) -> Option<Record> {
+    // Lanes that are forgotten for the new one may hold the last references to the pool but for that of the record,
+    // and once that is in the cache, another thread may take it out. This one keeps the pool, and so the cache, to
+    // the end.
+    let _pool = record.shared().clone();
+    match with_stream_cache(cache, key, record, ThreadCache::keep_in_front) {
+        Ok(Kept::Yes) => None,
+        Err(record) | Ok(Kept::Not(record)) => Some(record),
+        Ok(kept) => {
+            drain_overflow(cache, kept);
+            None
+        }
+    }
+}
+
+/// Enters with the lane `key` in front, which is made if need be. Gives `input` back when the pool is
+/// closed. The caller holds the pool: code of others may run in between.
+fn with_stream_cache<I, R>(
+    cache: &Cache,
+    key: CacheKey,
+    input: I,
+    with: impl FnOnce(&mut ThreadCache, I) -> R,
+) -> Result<R, I> {
+    let attempt = with_front(cache, key, input, with);
+    attempt.or_else(|(input, with)| {
+        // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
+        // now does not stay for ever.
+        leave_streams(cache);
+        let mut gone = None;
+        let outcome = with_owner(cache, |cache| {
+            gone = cache.add(StreamCache::new(key));
+            if gone.is_none() {
+                return Err(input);
+            }
+            Ok(with(cache, input))
+        });
+        // Outside the cache, because their records may hold the pool's last references.
+        drop(gone);
+        outcome
+    })
+}
+
+/// Gives the pool what the lane in front had no room for.
+#[cold]
+#[inline(never)]
+fn drain_overflow(cache: &Cache, kept: Kept<Shared>) {
+    match kept {
+        Kept::Yes | Kept::Not(_) => return,
+        // Inside the cache: whoever empties all caches and then looks into the queue misses no block.
+        Kept::InPlaceOf(record) | Kept::Full(record) => {
+            with_owner(cache, |cache| cache.overflow_front(record));
+        }
+        Kept::OverBudget => {}
+    }
+    let Some(shared) = with_owner(cache, |cache| cache.overflow_home()) else {
+        return;
+    };
+    match shared.try_lock_with_fuse() {
+        Some((mut core, fuse)) => {
+            let mut refused = None;
+            with_owner(cache, |cache| core.take_overflow(cache, &mut refused));
+            core.record_due_events();
+            fuse.defuse();
+            // Outside the cache, because they may hold their streams' last references.
+            list::drop_all(refused);
+        }
+        None => leave_to_queue(cache, |_| {}),
+    }
+}
+
+/// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
+fn leave_streams(cache: &Cache) {
+    leave_to_queue(cache, ThreadCache::overflow_all);
+    let free_records = with_owner(cache, ThreadCache::take_free_records);
+    // Outside the cache, because they may hold the pool's last references.
+    drop(free_records);
+}
+
+/// Puts what is left into the pool's queue, and what `leave` leaves. Only for the owner.
+fn leave_to_queue(cache: &Cache, leave: impl FnOnce(&mut ThreadCache)) {
+    let mut pool = None;
+    with_owner(cache, |cache| {
+        leave(cache);
+        // From inside the cache: whoever empties all caches and then looks into the queue misses none.
+        let mut overflow = cache.take_overflow();
+        while let Some(record) = list::pop(&mut overflow) {
+            pool.clone_from(&record.shared);
+            queue(record, Counted::Yes);
+        }
+    });
+    if let Some(pool) = pool {
+        pool.take_in_if_free();
+    }
+}
+
+/// Makes a cache that is empty keep nothing.
+fn close_empty(cache: &Cache) {
+    cache.with_any(|cache| cache.is_closed = true);
+}
+
+/// Empties the cache from any thread, each block to the pool, and forgets the lanes. The caller holds the
+/// pool.
+fn empty(cache: &Cache, close: Close, core: &mut Core) {
+    let (mut overflow, stream_caches) = cache.with_any(|cache| {
+        cache.is_closed |= close == Close::Yes;
+        core.fold(cache);
+        cache.overflow_all();
+        (cache.take_overflow(), cache.forget_stream_caches())
+    });
+    while let Some(record) = list::pop(&mut overflow) {
+        core.take_back(&record);
+    }
+    core.record_due_events();
+    drop(stream_caches);
+}
+
+/// Makes the cache of a broken pool keep nothing, from any thread: the pool takes nothing back, and only the records
+/// go.
+fn abandon(cache: &Cache) {
+    let (overflow, stream_caches) = cache.with_any(|cache| {
+        cache.is_closed = true;
+        cache.overflow_all();
+        (cache.take_overflow(), cache.forget_stream_caches())
+    });
+    list::drop_all(overflow);
+    drop(stream_caches);
+}
+
+/// Folds the counters from any thread.
+fn fold(cache: &Cache, core: &mut Core) {
+    cache.with_any(|cache| core.fold(cache));
+}
+
+/// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
+fn queue(mut record: Record, counted: Counted) {
+    if let Some(shared) = record.shared.take() {
+        shared.leave(record, counted);
+    }
+}
+
+impl Shared {
+    pub(crate) fn register(&self, cache: &Arc<Cache>) {
+        let mut caches = self.caches.lock();
+        if caches.is_closed {
+            close_empty(cache);
+        }
+        caches.all.push(cache.clone());
+        if caches.all.len() > 1 {
+            // Relaxed: it only decides how soon counters are folded.
+            self.has_threads.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Folds the calling thread's counters where other threads count as well: a peak is the more exact the
+    /// sooner it is folded. Those of a thread that is alone are exact whenever that happens.
+    pub(super) fn fold_among_threads(&self, core: &mut Core) {
+        if self.has_threads() {
+            fold_of_thread(self.id, core);
+        }
+    }
+
+    /// Folds the calling thread's counters before blocks may come back from other streams, which the pool itself
+    /// counts: the peak of what is active lies before that.
+    pub(super) fn fold_before_returns(&self, core: &mut Core) {
+        if !core.deferred.is_empty() {
+            fold_of_thread(self.id, core);
+        }
+    }
+
+    /// Folds every thread's counters, unless another thread has the lock.
+    pub(super) fn fold_if_free(&self) {
+        if let Some(mut core) = self.try_lock() {
+            self.fold_caches(&mut core);
+        }
+    }
+
+    pub(super) fn fold_caches(&self, core: &mut Core) {
+        self.caches.lock().all.retain_mut(|cache| {
+            // Looked at before the fold: what nobody else holds then is folded for the last time.
+            let is_of_ended_thread = Arc::get_mut(cache).is_some();
+            fold(cache, core);
+            !is_of_ended_thread
+        });
+    }
+
+    /// Takes in every block that a cache keeps, and every block that is on its way from one.
+    pub(super) fn empty_caches(&self, core: &mut Core, close: Close) {
+        let all = {
+            let mut caches = self.caches.lock();
+            caches.is_closed |= close == Close::Yes;
+            caches.all.clone()
+        };
+        // Without that lock: taking back may call the driver, which may run work that frees a block on this thread,
+        // and that may need a cache.
+        for cache in all {
+            empty(&cache, close, core);
+        }
+        self.take_in_queued(core);
+    }
+
+    /// Lets go of what every cache of a broken pool keeps.
+    pub(super) fn abandon_caches(&self) {
+        let all = {
+            let mut caches = self.caches.lock();
+            caches.is_closed = true;
+            std::mem::take(&mut caches.all)
+        };
+        for cache in all {
+            abandon(&cache);
+        }
+    }
+}
