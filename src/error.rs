@@ -1,7 +1,7 @@
-//! What can go wrong, told so that a caller can act on it.
+//! The crate's error type: one enum, whose variants tell a caller what it can do.
 //!
-//! One enum for the whole crate. A broken invariant of our own is a panic, never an [`Error`]; that a pool has been
-//! broken by one is an error of the calls that come later.
+//! A violated internal invariant is a panic, never an [`Error`]. If such a panic leaves a pool broken, later calls on
+//! that pool return [`Error::BrokenPool`].
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use crate::dtype::DType;
 use crate::units::{Bytes, StreamId};
 
-/// Result of everything fallible in this crate.
+/// The result of every fallible function in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What a caller can act on.
+/// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -20,14 +20,14 @@ pub enum Error {
     #[error(transparent)]
     OutOfMemory(Box<OutOfMemory>),
 
-    /// The driver refused `call`. `code` is the driver's own number, `reason` its name and text.
+    /// The driver refused `call`. `code` is the driver's error number, `reason` its name and message.
     #[error("{call} failed: {reason} (code {code})")]
     Driver {
         /// The driver call that failed, by its name in [`Driver`](crate::driver::Driver).
         call: &'static str,
         /// The driver's number for the error (an errno on the host).
         code: i32,
-        /// The driver's name and text for it.
+        /// The driver's name and message for the error.
         reason: String,
     },
 
@@ -36,7 +36,7 @@ pub enum Error {
     InvalidConfig {
         /// The field, by its name in the configuration struct.
         key: &'static str,
-        /// What is wrong with the value, and what would be right.
+        /// What is wrong with the value, and what is allowed.
         reason: String,
     },
 
@@ -45,7 +45,7 @@ pub enum Error {
     InvalidArgument {
         /// The operation, by its public name.
         op: &'static str,
-        /// What does not fit, with the shapes or values that were given.
+        /// What does not fit, with the shapes or values given.
         reason: String,
     },
 
@@ -65,21 +65,21 @@ pub enum Error {
         call: &'static str,
     },
 
-    /// A call on this pool panicked while it changed the pool's books, so nobody knows any more which memory is free.
-    /// Blocks that are out stay valid; the pool hands out no others. Make a new pool.
+    /// A call on this pool panicked while it changed the pool's state, so the pool no longer knows which memory is
+    /// free. Blocks already allocated stay valid; the pool hands out no others. Make a new pool.
     #[error(
-        "the {pool} is broken: a call panicked while it held the lock, and nothing more is taken from it or returned"
+        "the {pool} is broken: a call panicked while holding its lock, so it no longer hands out or takes back memory"
     )]
     BrokenPool {
         /// Which kind of pool: `memory pool` or `pinned pool`.
         pool: &'static str,
     },
 
-    /// A gradient scaler was driven out of order: `unscale`, `step` and `update` have a sequence.
+    /// A gradient scaler's methods were called out of order: `unscale`, `step`, `update` have a fixed sequence.
     #[error("{0}")]
     Scaler(#[from] ScalerMisuse),
 
-    /// Steps go on being skipped, and a smaller scale will not help.
+    /// Steps keep being skipped, and a smaller scale will not help.
     #[error("{0}")]
     ScalerAlarm(Box<ScalerAlarm>),
 
@@ -92,56 +92,58 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file could not be read or written. One that was there before is as it was, unless the system's answer says that
-    /// the new one is in place.
+    /// A file could not be read or written. An existing file is unchanged unless the system's message says that the new
+    /// one is in place.
     #[error("cannot {action} {}: {source}", path.display())]
     File {
         /// What was tried: `read` or `write`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
 
-/// How a gradient scaler was driven out of order (the state machine of PyTorch's `GradScaler`).
+/// How a gradient scaler's methods were called out of order (the state machine of PyTorch's `GradScaler`).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScalerMisuse {
-    /// `unscale` twice for one optimizer without an `update` between.
+    /// `unscale` was called twice for one optimizer without an `update` in between.
     #[error("unscale() has already been called on this optimizer since the last update()")]
     AlreadyUnscaled,
-    /// `unscale` after `step`.
+    /// `unscale` was called after `step`.
     #[error("unscale() is being called after step()")]
     UnscaleAfterStep,
-    /// `step` twice for one optimizer without an `update` between.
+    /// `step` was called twice for one optimizer without an `update` in between.
     #[error("step() has already been called on this optimizer since the last update()")]
     AlreadyStepped,
-    /// `step` or `unscale` on an optimizer none of whose parameters has a gradient.
+    /// `step` or `unscale` was called on an optimizer none of whose parameters has a gradient.
     #[error("no parameter of this optimizer has a gradient, so nothing was checked for inf or NaN")]
     NothingChecked,
-    /// `update` although no optimizer was unscaled, clipped or stepped since the last one.
+    /// `update` was called, but no optimizer was unscaled, clipped or stepped since the last `update`.
     #[error(
-        "update() is being called although no optimizer was unscaled, clipped or stepped since the last one"
+        "update() is being called, but no optimizer was unscaled, clipped or stepped since the last update()"
     )]
     NothingToUpdate,
-    /// `unscale` or `step` before any loss was scaled.
+    /// `unscale` or `step` was called before any loss was scaled.
     #[error("{call}() is being called before scale(): no loss was scaled yet")]
     NotScaled {
         /// The call that came too early.
         call: &'static str,
     },
     /// The state was read between `step` and `update`.
-    #[error("the state of a scaler must be taken after update(), and one is due: call it first")]
+    #[error(
+        "the state of a scaler cannot be read between step() and update(): call update() first"
+    )]
     MidIteration,
-    /// Another scaler that is still there has been used with the optimizer.
+    /// The optimizer was used with another scaler, which is still alive.
     #[error("another gradient scaler drives the optimizer of {parameters}; drop that one first")]
     OtherScaler {
-        /// What the optimizer moves: the name of its first parameter, and how many more there are.
+        /// What the optimizer updates: the name of its first parameter, and how many more there are.
         parameters: String,
     },
-    /// All steps are to be skipped or none, and some were enqueued before this optimizer was checked.
+    /// Steps are skipped all together or not at all, but some were enqueued before this optimizer was checked.
     #[error(
         "{call}() is being called after another optimizer's step(); to skip all steps or none, check all \
          optimizers first, or use step_all()"
@@ -152,38 +154,38 @@ pub enum ScalerMisuse {
     },
 }
 
-/// Steps go on being skipped. What to look at, and where it was well last.
+/// Steps keep being skipped: why, and the scale at which a step was last applied.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ScalerAlarm {
-    /// What was noticed.
+    /// What triggered the alarm.
     pub kind: AlarmKind,
-    /// The scale when it was noticed.
+    /// The scale when the alarm was raised.
     pub scale: f64,
-    /// The scale of the last step that was applied, if any was since the scaler was made or its state was loaded.
+    /// The scale of the last applied step; `None` if none was applied since the scaler was made or its state loaded.
     pub last_good_scale: Option<f64>,
     /// Optimizer steps so far, skipped or not.
     pub steps: u64,
-    /// Steps skipped since the last one that was applied, or since the scaler's state was loaded.
+    /// Steps skipped since the last applied one, or since the scaler's state was loaded.
     pub skipped_in_a_row: u64,
 }
 
-/// What a [`ScalerAlarm`] is about.
+/// What triggered a [`ScalerAlarm`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AlarmKind {
     /// Gradients overflow although the scale is at its floor.
     AtFloor,
-    /// So many of the last steps were skipped.
+    /// Too many recent steps were skipped.
     SkipStorm {
-        /// Skipped steps.
+        /// Skipped steps among the last `of`.
         skipped: u32,
-        /// Among the last so many.
+        /// Length of the window, in steps.
         of: u32,
     },
-    /// Gradients of so many steps in a row had NaN.
+    /// Gradients contained NaN in several consecutive steps.
     NaN {
-        /// Steps.
+        /// The number of consecutive steps.
         in_a_row: u64,
     },
 }
@@ -202,7 +204,7 @@ impl fmt::Display for ScalerAlarm {
                 self.scale
             )?,
             AlarmKind::NaN { in_a_row } => {
-                write!(f, "gradients have NaN for {in_a_row} steps in a row")?;
+                write!(f, "gradients contained NaN in {in_a_row} steps in a row")?;
             }
         }
         match self.last_good_scale {
@@ -214,23 +216,23 @@ impl fmt::Display for ScalerAlarm {
 
 /// Why an allocation failed, and where the memory is.
 ///
-/// All byte counts were taken at the moment of failure, after every way of finding memory was tried.
+/// All byte counts were taken at the moment of failure, after everything in `tried` had been tried.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OutOfMemory {
     /// Bytes the caller asked for.
     pub requested: u64,
-    /// Whether it was pinned host memory, of which the device's figures say nothing.
+    /// Whether it was pinned host memory, which the device's figures do not cover.
     pub pinned: bool,
-    /// Bytes in callers' hands, rounded to the allocator's granularity.
+    /// Bytes in blocks that callers hold, rounded to the allocator's granularity.
     pub allocated: u64,
     /// Bytes freed by callers that other streams may still be using.
     pub pending: u64,
-    /// Those bytes by stream that they wait for, the most first; bytes that wait for several count for each.
+    /// The pending bytes by the stream they wait for, largest first; bytes that wait for several count for each.
     pub pending_by_stream: Vec<(StreamId, u64)>,
     /// Bytes held from the driver.
     pub reserved: u64,
-    /// Bytes that are free in pages or segments which are partly in use: not returnable to the driver.
+    /// Free bytes in pages or segments that are partly in use, so they cannot be returned to the driver.
     pub split: u64,
     /// Largest free block of any stream.
     pub largest_free: u64,
@@ -238,24 +240,24 @@ pub struct OutOfMemory {
     pub device_free: u64,
     /// Total device memory as the driver reports it.
     pub device_total: u64,
-    /// Device memory that neither is free nor belongs to this pool: other processes, other pools, and what the
-    /// driver keeps for itself. `None` if the driver did not tell.
+    /// Device memory that is neither free nor part of this pool: other processes, other pools, and the driver's own.
+    /// `None` if the driver did not report it.
     pub held_by_others: Option<u64>,
     /// The byte limit of the pool or of the wrapper that refused, if one is set.
     pub limit: Option<u64>,
-    /// Bytes that count against a wrapper's limit. What counts against a pool's is what it reserved.
+    /// Bytes that count against a wrapper's limit. A pool's limit applies to its reserved bytes.
     pub limit_used: Option<u64>,
-    /// Whether the limit, and not the device, refused.
+    /// Whether the limit refused the request, rather than the device.
     pub limited: bool,
-    /// What the driver said when it was asked last, if it refused.
+    /// The driver's last error, if it refused.
     pub driver_error: Option<String>,
     /// What was tried, in order.
     pub tried: Vec<&'static str>,
-    /// Components that hold most, as (tag, allocated bytes), largest first.
+    /// The components that hold the most, as (tag, allocated bytes), largest first.
     pub largest_tags: Vec<(String, u64)>,
 }
 
-/// Most bytes anyone can mean to ask for: 1 EiB.
+/// The largest plausible request, 1 EiB. A larger one is a bug in the caller.
 const REQUEST_MAX: u64 = 1 << 60;
 
 impl OutOfMemory {
@@ -269,7 +271,7 @@ impl OutOfMemory {
         }
     }
 
-    /// Whether the request is more than the device has in all, so that freeing memory cannot help.
+    /// Whether the request exceeds the device's total memory, so that freeing memory cannot help.
     #[must_use]
     pub fn exceeds_device(&self) -> bool {
         !self.pinned && self.requested > self.device_total
@@ -282,7 +284,7 @@ impl fmt::Display for OutOfMemory {
             let bytes = self.requested;
             return write!(
                 f,
-                "out of memory: {bytes} bytes are more than 1 EiB, is this size meant?"
+                "out of memory: {bytes} bytes is more than 1 EiB; is the size right?"
             );
         }
         let kind = if self.pinned {
@@ -314,7 +316,7 @@ impl fmt::Display for OutOfMemory {
             write!(f, ", held by others {}", Bytes(others))?;
         }
         if let Some(limit) = self.limit {
-            let verdict = if self.limited { ", which refused" } else { "" };
+            let verdict = if self.limited { " (exceeded)" } else { "" };
             write!(f, ", limit {}", Bytes(limit))?;
             if let Some(used) = self.limit_used {
                 write!(f, " with {} in use", Bytes(used))?;
@@ -349,10 +351,10 @@ impl From<Box<OutOfMemory>> for Error {
     }
 }
 
-/// Most names in one error.
+/// The most names listed in one error.
 pub(crate) const NAMES_TOLD: usize = 10;
 
-/// The first `most` of `names`, and how many there are beside them.
+/// Joins the first `most` of `names`, followed by the number of names left out.
 pub(crate) fn listed<T: ToString>(names: impl ExactSizeIterator<Item = T>, most: usize) -> String {
     let more = names.len().saturating_sub(most);
     let told: Vec<_> = names.take(most).map(|name| name.to_string()).collect();
@@ -380,7 +382,7 @@ impl Error {
         }
     }
 
-    /// The error with `part` before the key, if it is one of a saved state.
+    /// Prefixes the key of an [`Error::InvalidState`] with `part`.
     pub(crate) fn within(self, part: &str) -> Self {
         match self {
             Self::InvalidState { key, reason } => Self::state(format!("{part}/{key}"), reason),
@@ -388,7 +390,7 @@ impl Error {
         }
     }
 
-    /// The error with what holds all the same, if it is the driver's.
+    /// Appends `holds`, what is true despite the failure, to the reason of an [`Error::Driver`].
     pub(crate) fn although(self, holds: &str) -> Self {
         match self {
             Self::Driver { call, code, reason } => Self::Driver {

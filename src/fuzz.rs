@@ -1,26 +1,26 @@
-//! Files that nobody would write, for the tests of readers: bytes that change, from a seed.
+//! Corrupts files for the tests of readers, with byte mutations generated from a seed.
 //!
 //! Must not know: what the bytes mean.
 
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
-/// A change of bytes: what is written where, or cut off.
+/// A mutation at one position.
 #[derive(Clone, Debug)]
 pub(crate) enum Change {
     Set(u8),
     Insert(u8),
     Remove,
     Truncate,
-    /// Repeats a few bytes from there on.
+    /// Duplicates up to this many bytes from the position on.
     Repeat(u8),
 }
 
-/// A few changes, each with its place.
+/// A few changes, each with its position.
 pub(crate) fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, Change)>> {
     let change = prop_oneof![
         8 => any::<u8>().prop_map(Change::Set),
-        // What JSON and lists of numbers are made of.
+        // The characters of JSON and of lists of numbers.
         8 => prop::sample::select(&b"{}[]\",:0123456789-e. "[..]).prop_map(Change::Set),
         4 => any::<u8>().prop_map(Change::Insert),
         2 => Just(Change::Remove),
@@ -30,7 +30,7 @@ pub(crate) fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, Chang
     prop::collection::vec((any::<prop::sample::Index>(), change), 1..6)
 }
 
-/// `bytes` after `changes`.
+/// Applies `changes` to `bytes`.
 pub(crate) fn changed(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, Change)]) -> Vec<u8> {
     for (index, change) in changes {
         if bytes.is_empty() {
@@ -52,8 +52,8 @@ pub(crate) fn changed(mut bytes: Vec<u8>, changes: &[(prop::sample::Index, Chang
     bytes
 }
 
-/// Runs `test` on `cases` values of `strategy`, always the same ones, or those of the seed that `KITSUNE_SEED` names;
-/// a failure names the seed and the smallest value that fails.
+/// Runs `test` on `cases` values of `strategy`. They depend only on the seed, `KITSUNE_SEED` or 0. A failure reports
+/// the seed and the smallest failing value.
 pub(crate) fn fuzz<S: Strategy>(
     cases: u32,
     strategy: &S,

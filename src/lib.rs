@@ -1,18 +1,18 @@
-//! Memory and mixed precision for people who write trainers.
+//! A caching CUDA allocator and mixed-precision runtime for people who write trainers.
 //!
 //! The modules, in reading order; each uses only those above it:
 //!
-//! - [`error`]: what can go wrong, told so that a caller can act on it.
+//! - [`error`]: the crate's error type.
 //! - [`units`]: bytes, alignment, newtypes.
-//! - [`dtype`]: element types, their bits and roundings.
-//! - [`driver`]: everything that is asked of a device; the host device.
-//! - [`launch`]: one typed launcher a kernel, beside its host twin.
+//! - [`dtype`]: element types, their bit layouts and rounding.
+//! - [`driver`]: the interface to a device; the host device and CUDA.
+//! - [`launch`]: a typed launcher for each kernel, with its host twin.
 //! - [`memory`]: the allocator.
-//! - [`storage`]: tensors over pool memory.
-//! - [`ops`]: what a trainer computes around mixed precision, forward and backward.
+//! - [`storage`]: tensors in pool memory.
+//! - [`ops`]: the operations that mixed-precision training needs, forward and backward.
 //! - [`optim`]: parameters, optimizers, clipping.
 //! - [`amp`]: loss scaling, autocast, overflow reports.
-//! - [`checkpoint`]: trainings in files.
+//! - [`checkpoint`]: saving and resuming a training run.
 //! - [`telemetry`]: statistics for other programs.
 
 #[cfg(not(target_pointer_width = "64"))]
@@ -52,7 +52,7 @@ pub use error::{Error, OutOfMemory, Result};
 pub use memory::{Block, CapturedGraph, Pool, PoolConfig, PoolStats, PrivatePool, ReusePolicy};
 pub use storage::{Buffer, Context, HostTensor, Shape, Tensor};
 
-/// The code in README.md and in docs/, run as tests.
+/// Compiles and runs the code in README.md and docs/ as doc tests.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]

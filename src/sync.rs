@@ -1,9 +1,8 @@
-//! The locks, queues and thread locals by which threads share a pool: the one place that chooses them.
+//! The locks, queues and thread locals that threads share a pool through.
 //!
-//! A build with `--cfg loom` exchanges them for those of loom, which runs a test once for every order in
-//! which threads may reach them (`tests/loom/main.rs`). Both have the same interface, that of
-//! `parking_lot` and `crossbeam`. Code below the pool keeps its own locks: none is held where loom may
-//! switch threads.
+//! A build with `--cfg loom` replaces them with loom's, which runs a test once for every order in which threads can
+//! reach them (`tests/loom/main.rs`). Both have the same interface, that of `parking_lot` and `crossbeam`. Code below
+//! the pool uses its own locks directly: none is held at a point where loom can switch threads.
 
 #[cfg(not(loom))]
 pub(crate) use crossbeam::queue::SegQueue;
@@ -19,10 +18,10 @@ pub(crate) use checked::{Mutex, MutexGuard, PerThread, SegQueue, UnsafeCell, thr
 #[cfg(loom)]
 pub(crate) use loom::{hint, sync::atomic, thread};
 
-/// The standard library's, with loom's interface where that asks for more.
+/// The standard library's types, adapted to loom's interface where the two differ.
 #[cfg(not(loom))]
 mod plain {
-    /// A cell that hands out its address for the length of a call.
+    /// A cell that lends out its address for the duration of a call.
     #[derive(Debug)]
     pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
@@ -38,7 +37,7 @@ mod plain {
     }
 }
 
-/// The same on top of loom.
+/// The same types on top of loom.
 #[cfg(loom)]
 mod checked {
     use std::collections::VecDeque;
@@ -144,7 +143,7 @@ mod checked {
         }
     }
 
-    /// A value for each thread of the model.
+    /// A thread-local value of the model.
     #[derive(Debug)]
     pub(crate) struct PerThread<T: 'static>(pub(crate) loom::thread::LocalKey<T>);
 
@@ -156,8 +155,8 @@ mod checked {
             self.0.try_with(with)
         }
 
-        /// For values without a destructor, which the standard library keeps to the thread's end: loom takes
-        /// them away before, and one as at the beginning stands in.
+        /// For values without a destructor, which the standard library keeps until the thread ends. Loom removes
+        /// them earlier, so a fresh initial value stands in.
         pub(crate) fn with<R>(&'static self, with: impl Fn(&T) -> R) -> R {
             let outcome = self.0.try_with(&with);
             outcome.unwrap_or_else(|_| with(&(self.0.init)()))

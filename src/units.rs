@@ -1,6 +1,6 @@
 //! Byte units, alignment, and newtypes for numbers that must not be confused.
 //!
-//! Sizes are `u64` bytes everywhere. An identifier is a newtype as soon as two kinds of it can meet
+//! Sizes are `u64` bytes everywhere. An identifier gets a newtype as soon as two kinds of identifier can appear
 //! in one signature. This module knows nothing of devices or memory.
 
 use std::fmt;
@@ -30,7 +30,7 @@ pub const fn align_up(bytes: u64, alignment: u64) -> Option<u64> {
     }
 }
 
-/// A byte or element count as an index. The crate builds on 64-bit targets only, so nothing is lost.
+/// Converts a byte or element count to `usize`. The crate builds only on 64-bit targets, so this is lossless.
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -44,19 +44,19 @@ pub const fn to_usize(count: u64) -> usize {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeviceOrdinal(pub u32);
 
-/// Identity of a stream, unique in the process and never used again after the stream is gone
-/// (driver handles are). A process makes at most 2³² − 1 streams: making one more panics.
+/// Identity of a stream, unique in the process. Unlike a driver handle, it is never reused after the stream is gone.
+/// A process can make at most 2³² − 1 streams: making one more panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamId(pub u32);
 
-/// Hands out numbers of 32 bits that name things, each number once.
+/// Hands out unique 32-bit identifiers.
 ///
-/// Identities of 64 bits are drawn with `fetch_add`: no process lives to see them wrap.
+/// 64-bit identifiers need no such type: they are drawn with `fetch_add`, since no process lives to see them wrap.
 #[derive(Debug)]
 pub(crate) struct Numbers {
-    /// The next one. Stays at the last value when all others were given out, so that one names nothing.
+    /// The next number. Stops at `u32::MAX`, which is never given out.
     next: AtomicU32,
-    /// What they name, for people.
+    /// What the numbers name, for the panic message.
     what: &'static str,
 }
 
@@ -65,7 +65,7 @@ impl Numbers {
         Self::starting_at(0, what)
     }
 
-    /// As if so many numbers had been given out.
+    /// As if `next` numbers had already been given out.
     pub(crate) const fn starting_at(next: u32, what: &'static str) -> Self {
         Self {
             next: AtomicU32::new(next),
@@ -76,7 +76,7 @@ impl Numbers {
     /// A number that was not given out before.
     ///
     /// # Panics
-    /// If there is none left. Given out again, a number would name two things at once.
+    /// If all numbers are used up: a reused number would name two things at once.
     pub(crate) fn next(&self) -> u32 {
         // Relaxed: the number only has to be unique.
         let drawn = self
@@ -88,7 +88,7 @@ impl Numbers {
     }
 }
 
-/// A byte count that displays in the largest unit below it, with one decimal: `1.5 GiB`.
+/// A byte count that displays in the largest unit that does not exceed it, with one decimal: `1.5 GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 

@@ -22,14 +22,14 @@ pub trait Element:
     + Sync
     + 'static
 {
-    /// The run-time name of this type.
+    /// The element type at run time.
     const DTYPE: DType;
 
-    /// Converts with one rounding, to nearest, ties to even. What is too large becomes infinity (NaN in
-    /// [`F8E4M3`], which has none); integers truncate and saturate.
+    /// Converts with one rounding, to nearest, ties to even. Values that are too large become infinity (NaN in
+    /// [`F8E4M3`], which has no infinity); integers truncate and saturate.
     fn from_f64(value: f64) -> Self;
 
-    /// As [`from_f64`](Self::from_f64).
+    /// Like [`from_f64`](Self::from_f64), from an `f32`.
     fn from_f32(value: f32) -> Self;
 
     /// The value as `f64`; exact for every element type.

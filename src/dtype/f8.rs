@@ -8,9 +8,9 @@
 //! | infinity | none | `0x7c` |
 //! | NaN | `0x7f` | `0x7d` to `0x7f` |
 //!
-//! With the sign in the first bit. Magnitudes above 464 (61440 and up in e5m2, where the tie is infinity's) are
-//! too large; [`Overflow`] says what becomes of them. Conversions are plain arithmetic on bits without branches,
-//! so that loops over them become vectors; `kernels/dtype.cuh` has the same.
+//! The first bit is the sign. Magnitudes above 464 in e4m3, and from 61440 on in e5m2 (where the tie rounds to
+//! infinity), are too large; [`Overflow`] selects their result. Conversions are branch-free bit arithmetic, so that
+//! loops over them vectorize. `kernels/dtype.cuh` has the same code.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -19,34 +19,34 @@ use bytemuck::{Pod, Zeroable};
 
 use super::round::to_odd_f32;
 
-/// What becomes of numbers that are too large for an 8-bit type. NaN stays NaN either way.
+/// How conversions to an 8-bit type handle values that are too large. NaN stays NaN either way.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum Overflow {
-    /// Infinity, as in wider types; NaN in e4m3, which has none. What was too large can be seen afterwards.
+    /// Infinity, as in wider types, or NaN in e4m3, which has no infinity. The result shows the overflow.
     #[default]
     Infinity,
-    /// The largest number of their sign. Infinities become it, too, so that an overflow cannot be seen
-    /// afterwards: count it before.
+    /// The largest finite value of the same sign, for infinities as well. The result does not show the overflow, so
+    /// count overflows before converting.
     Saturate,
 }
 
-/// What a format has of its own.
+/// The parameters of a format.
 struct Format {
     fraction_bits: u32,
     bias: u32,
     /// Bits of the smallest f32 that is too large.
     too_large: u32,
-    /// Code of what is too large.
+    /// The code for values that are too large.
     overflow: u8,
 }
 
 const E4M3: Format = Format {
     fraction_bits: 3,
     bias: 7,
-    // 448 is even, so the tie with what would be 480 stays.
+    // The code of 448 is even, so 464, the tie with the next value (480), rounds down to it.
     too_large: 464f32.to_bits() + 1,
     overflow: NAN_CODE,
 };
@@ -54,7 +54,7 @@ const E4M3: Format = Format {
 const E5M2: Format = Format {
     fraction_bits: 2,
     bias: 15,
-    // 57344 is odd, so the tie with what would be 65536 does not.
+    // The code of 57344 is odd, so 61440, the tie with the next value (65536), rounds up.
     too_large: 61_440f32.to_bits(),
     overflow: 0x7c,
 };
@@ -71,12 +71,12 @@ impl Format {
         let bits = value.to_bits();
         let magnitude = bits & 0x7fff_ffff;
         let dropped = F32_FRACTION_BITS - self.fraction_bits;
-        // Half a unit in the last place, less one bit for an even result; a carry moves the exponent.
+        // Half a unit in the last place, minus one so that ties round to even; a carry moves into the exponent.
         let half = (1 << (dropped - 1)) - 1;
         let rounded = magnitude.wrapping_add(half + ((magnitude >> dropped) & 1));
         let normal =
             (rounded >> dropped).wrapping_sub((F32_BIAS - self.bias) << self.fraction_bits);
-        // Adding a power of two whose f32 unit is the smallest number here aligns and rounds.
+        // Adding the power of two whose f32 ulp is the smallest subnormal of this format aligns and rounds.
         let aligner = f32::from_bits(
             (F32_FRACTION_BITS - self.fraction_bits + F32_BIAS + 1 - self.bias)
                 << F32_FRACTION_BITS,
@@ -143,16 +143,16 @@ macro_rules! f8 {
         pub struct $name(u8);
 
         impl $name {
-            /// The largest number.
+            /// The largest finite value.
             pub const MAX: Self = Self($largest);
-            /// The smallest number above 0, a subnormal one.
+            /// The smallest value above 0, which is subnormal.
             pub const MIN_POSITIVE_SUBNORMAL: Self = Self(1);
             /// One.
             pub const ONE: Self = Self::from_f32(1.0);
-            /// The NaN that conversions give.
+            /// The NaN that conversions return.
             pub const NAN: Self = Self(NAN_CODE);
 
-            /// The number with these bits.
+            /// The value with these bits.
             #[inline]
             #[must_use]
             pub const fn from_bits(bits: u8) -> Self {
@@ -166,27 +166,27 @@ macro_rules! f8 {
                 self.0
             }
 
-            /// `value` rounded to nearest, ties to even. What is too large overflows to
-            /// [infinity](Overflow::Infinity).
+            /// `value` rounded to nearest, ties to even. Values that are too large
+            /// [overflow](Overflow::Infinity).
             #[inline]
             #[must_use]
             pub const fn from_f32(value: f32) -> Self {
                 Self($format.narrow(value))
             }
 
-            /// As [`from_f32`](Self::from_f32), with one rounding.
+            /// Like [`from_f32`](Self::from_f32), from an `f64` with one rounding.
             #[inline]
             #[must_use]
             pub fn from_f64(value: f64) -> Self {
                 Self::from_f32(to_odd_f32(value))
             }
 
-            /// `value` rounded to nearest, ties to even. What is too large [saturates](Overflow::Saturate).
+            /// `value` rounded to nearest, ties to even. Values that are too large [saturate](Overflow::Saturate).
             #[inline]
             #[must_use]
             pub const fn saturating_from_f32(value: f32) -> Self {
                 let largest = Self::MAX.to_f32();
-                // Neither holds for NaN.
+                // NaN fails both comparisons.
                 if value > largest {
                     return Self::MAX;
                 }
@@ -196,7 +196,7 @@ macro_rules! f8 {
                 Self::from_f32(value)
             }
 
-            /// As [`saturating_from_f32`](Self::saturating_from_f32), with one rounding.
+            /// Like [`saturating_from_f32`](Self::saturating_from_f32), from an `f64` with one rounding.
             #[inline]
             #[must_use]
             pub fn saturating_from_f64(value: f64) -> Self {
@@ -217,14 +217,14 @@ macro_rules! f8 {
                 f64::from(self.to_f32())
             }
 
-            /// Whether it is no number.
+            /// Whether the value is NaN.
             #[inline]
             #[must_use]
             pub const fn is_nan(self) -> bool {
                 self.to_f32().is_nan()
             }
 
-            /// Whether it is a number, and no infinity.
+            /// Whether the value is neither infinite nor NaN.
             #[inline]
             #[must_use]
             pub const fn is_finite(self) -> bool {
@@ -232,7 +232,7 @@ macro_rules! f8 {
             }
         }
 
-        /// As of numbers: NaN is not equal to itself, and both zeros are equal.
+        /// Compares as numbers: NaN is not equal to itself, and both zeros are equal.
         impl PartialEq for $name {
             fn eq(&self, other: &Self) -> bool {
                 self.to_f32() == other.to_f32()

@@ -1,9 +1,9 @@
-//! Element types: their bits, their sizes, and conversions with one rounding.
+//! Element types: their bit layouts, their sizes, and conversions that round once.
 //!
-//! [`DType`] names a type at run time, [`Element`] ties it to a Rust type at compile time.
-//! All narrowing conversions round once, to nearest, ties to even; overflow goes to infinity, where a type has
-//! one. The 8-bit types can also saturate, see [`Overflow`]; they store numbers, and nothing computes with them.
-//! This module allocates nothing and knows no device.
+//! [`DType`] names a type at run time; [`Element`] ties it to a Rust type at compile time.
+//! Every narrowing conversion rounds once, to nearest, ties to even. Overflow becomes infinity in types that have
+//! one; conversions to the 8-bit types can also saturate, see [`Overflow`]. The 8-bit types are storage formats: no
+//! operation computes with them. This module allocates nothing and knows nothing of devices.
 
 mod element;
 mod f8;
@@ -51,7 +51,7 @@ impl DType {
         Self::F8E4M3,
         Self::F8E5M2,
     ];
-    /// The 8-bit floating-point element types. Tensors of them can be made, filled, converted, copied and
+    /// The 8-bit floating-point element types. Tensors of these types can be made, filled, converted, copied and
     /// viewed; no operation computes with them.
     pub const F8: [Self; 2] = [Self::F8E4M3, Self::F8E5M2];
     /// The floating-point element types that operations compute with: all but the 8-bit ones.
@@ -86,7 +86,7 @@ impl DType {
         matches!(self, Self::F8E4M3 | Self::F8E5M2)
     }
 
-    /// Whether operations compute with elements of this type, as with those of [`FLOATS`](Self::FLOATS).
+    /// Whether operations compute with elements of this type, that is, whether it is in [`FLOATS`](Self::FLOATS).
     #[must_use]
     pub const fn is_computed(self) -> bool {
         self.is_float() && !self.is_f8()

@@ -1,9 +1,9 @@
 //! Narrowing from `f64` with a single rounding.
 //!
 //! Going through `f32` with its usual rounding would round twice: 1 + 2⁻¹¹ + 2⁻⁴⁰ would become the tie
-//! 1 + 2⁻¹¹ and then 1, not the nearest f16, 1 + 2⁻¹⁰. Rounding *to odd* first keeps the lost bits as a
-//! sticky last bit, so that the second rounding is right (Boldo and Melquiond, "When double rounding is
-//! odd", 2005: it suffices that the wider format has two bits more than the narrower).
+//! 1 + 2⁻¹¹ and then 1, not the nearest f16, 1 + 2⁻¹⁰. Rounding *to odd* first records the lost bits in a
+//! sticky last bit, so that the second rounding is correct. This works because the wider format has at least two bits
+//! more than the narrower (Boldo and Melquiond, "When double rounding is odd", 2005).
 
 use half::{bf16, f16};
 
@@ -19,19 +19,19 @@ pub(super) fn to_odd_f32(value: f64) -> f32 {
         return nearest;
     }
     let bits = nearest.to_bits();
-    // Undo a rounding away from zero (also one to infinity), then make the last bit sticky.
+    // Undo rounding away from zero (including to infinity), then set the sticky last bit.
     let away = f64::from(nearest).abs() > value.abs();
     let truncated = if away { bits - 1 } else { bits };
     f32::from_bits(truncated | 1)
 }
 
-/// `value` rounded to nearest f16, ties to even. Magnitudes from 65520 give infinity.
+/// `value` rounded to the nearest f16, ties to even. Magnitudes of 65520 and above become infinity.
 #[must_use]
 pub fn f16_from_f64(value: f64) -> f16 {
     f16::from_f32(to_odd_f32(value))
 }
 
-/// `value` rounded to nearest bf16, ties to even. Magnitudes past the largest give infinity.
+/// `value` rounded to the nearest bf16, ties to even. Magnitudes that round past the largest become infinity.
 #[must_use]
 pub fn bf16_from_f64(value: f64) -> bf16 {
     bf16::from_f32(to_odd_f32(value))
@@ -41,7 +41,7 @@ pub fn bf16_from_f64(value: f64) -> bf16 {
 mod tests {
     use super::*;
 
-    /// Nearest of all finite f16 by brute force, ties to the even code, 65520 and up to infinity.
+    /// The nearest f16 by brute force: ties go to the even code, 65520 and above become infinity.
     fn nearest_f16(value: f64) -> f16 {
         if value.abs() >= 65520.0 {
             return f16::from_bits(0x7c00 | (u16::from(value < 0.0) << 15));
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn f16_is_nearest_around_every_boundary() {
-        // Each midpoint of two neighbours in a spread of binades, nudged by less than f32 can see.
+        // Midpoints of adjacent values across the binades, nudged by less than f32 can represent.
         for bits in (0u16..0x7bff).step_by(97) {
             let low = f16::from_bits(bits).to_f64();
             let middle = f64::midpoint(low, f16::from_bits(bits + 1).to_f64());

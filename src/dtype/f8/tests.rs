@@ -1,14 +1,14 @@
-//! Both types against arithmetic in f64: every code, what lies around every midpoint, every f16 and bf16.
+//! Checks both types against f64 arithmetic: every code, the values around every midpoint, every f16 and bf16.
 
 use super::*;
 use crate::dtype::{bf16, f16};
 
-/// A type under test, and a table of its numbers that is made from its definition.
+/// A type under test, and a table of its values computed from the definition.
 struct Case {
     name: &'static str,
-    /// Magnitudes by code, the infinite and NaN ones left out.
+    /// Finite magnitudes by code.
     numbers: Vec<f64>,
-    /// What would follow the largest if there was one more.
+    /// The value that would follow the largest.
     next: f64,
     overflow: u8,
     from_f32: fn(f32) -> u8,
@@ -19,7 +19,7 @@ struct Case {
     to_f64: fn(u8) -> f64,
 }
 
-/// (1 + m / 2^f) · 2^(e - bias), or without the 1 where e is 0.
+/// (1 + m / 2^f) · 2^(e - bias), or m / 2^f · 2^(1 - bias) where e is 0.
 fn value(code: u8, fraction_bits: u32, bias: i32) -> f64 {
     let steps = f64::from(1 << fraction_bits);
     let fraction = f64::from(u32::from(code) % (1 << fraction_bits)) / steps;
@@ -64,7 +64,7 @@ impl Case {
         u8::try_from(self.numbers.len() - 1).unwrap()
     }
 
-    /// The code of the number nearest to `value`, ties to the even code; f64 holds every midpoint.
+    /// The code of the number nearest to `value`, ties to the even code. f64 represents every midpoint exactly.
     fn nearest(&self, value: f64, overflow: Overflow) -> u8 {
         let sign = u8::from(value.is_sign_negative()) << 7;
         if value.is_nan() {
@@ -172,7 +172,7 @@ fn every_half_and_a_spread_of_f32_and_f64() {
     }
 }
 
-/// What PyTorch 2.15 gives on the processor: it saturates e4m3 and not e5m2.
+/// Results of PyTorch 2.15 on the CPU, which saturates e4m3 but not e5m2.
 #[test]
 fn vectors_recorded_from_pytorch() {
     let tiny = 2f32.powi(-10);
@@ -197,7 +197,7 @@ fn vectors_recorded_from_pytorch() {
     assert_eq!(F8E5M2::from_f32(61_439.0), F8E5M2::MAX);
     assert_eq!(F8E5M2::from_f32(61_440.0), F8E5M2::INFINITY);
     assert_eq!(F8E5M2::from_f32(-1e30), F8E5M2::NEG_INFINITY);
-    // The other choice of each.
+    // The other overflow mode of each type.
     assert_eq!(F8E4M3::from_f32(464.0), F8E4M3::MAX);
     assert!(F8E4M3::from_f32(464f32.next_up()).is_nan());
     assert!(F8E4M3::from_f32(f32::INFINITY).is_nan());
@@ -205,7 +205,7 @@ fn vectors_recorded_from_pytorch() {
     assert_eq!(F8E5M2::saturating_from_f32(-61_440.0).to_f32(), -57_344.0);
 }
 
-/// All f16 and all bf16, in the order of their bits: sums of the codes that PyTorch 2.15 gives on the processor.
+/// Hashes of the codes that PyTorch 2.15 returns on the CPU for all f16 and all bf16, in the order of their bits.
 #[test]
 fn every_half_is_converted_as_pytorch_does() {
     fn sum(code: impl Fn(u16) -> u8) -> u64 {

@@ -193,7 +193,7 @@ fn a_limit_bounds_what_is_pinned_and_is_named() {
         said.starts_with("out of pinned memory for 4.0 MiB"),
         "{said}"
     );
-    assert!(said.contains("limit 8.0 MiB, which refused"), "{said}");
+    assert!(said.contains("limit 8.0 MiB (exceeded)"), "{said}");
     assert!(!said.contains("device"), "{said}");
     // More than it at once, for which nothing is given up.
     drop(first);

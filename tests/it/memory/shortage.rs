@@ -158,7 +158,7 @@ fn sizes_beyond_the_device_are_refused_before_anyone_is_asked() {
     );
     assert_eq!(
         message((1 << 60) + 1),
-        "out of memory: 1152921504606846977 bytes are more than 1 EiB, is this size meant?"
+        "out of memory: 1152921504606846977 bytes is more than 1 EiB; is the size right?"
     );
     assert!(message(1 << 60).ends_with("the device has 64.0 MiB in all"));
     let kept = pool.stats().reserved_bytes.current;

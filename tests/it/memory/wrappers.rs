@@ -53,7 +53,7 @@ fn a_limit_refuses_what_exceeds_it_and_counts_nothing_for_it() {
     assert_eq!(report.limit_used, Some(8 * MIB));
     assert_eq!(report.requested, 3 * MIB);
     let text = report.to_string();
-    let part = "limit 10.0 MiB with 8.0 MiB in use, which refused";
+    let part = "limit 10.0 MiB with 8.0 MiB in use (exceeded)";
     assert!(text.contains(part), "{text}");
     assert_eq!((limit.used(), pool.stats()), (8 * MIB, before));
 
