@@ -13,9 +13,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// The best device of this machine: the first CUDA device, or the host device with its default settings
-    /// where that cannot be opened or is too old for the kernels. [`why_not_cuda`](Self::why_not_cuda) tells
-    /// why that is.
+    /// The best device of this machine: the first CUDA device, or the host device with default settings if the CUDA
+    /// device cannot be opened or is too old for the kernels. [`why_not_cuda`](Self::why_not_cuda) returns the reason.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if no device can be opened.
@@ -34,12 +33,12 @@ impl Device {
         Ok(device)
     }
 
-    /// The CUDA device with this number. Opening a device again gives another handle of the same one. Memory
-    /// can be had on every device that a driver has; kernels need compute capability 8.0.
+    /// The CUDA device with this number. Opening a device again returns another handle of the same device. Memory can
+    /// be allocated on every device of the driver; kernels need compute capability 8.0.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no CUDA driver, if it is too old
-    /// (before CUDA 12.0), damaged or cannot be initialized, if it has no such device, and if the crate was
+    /// (before CUDA 12.0), damaged or cannot be initialized, if it has no such device, or if the crate was
     /// built without the feature `cuda`.
     pub fn cuda(ordinal: u32) -> Result<Self> {
         #[cfg(feature = "cuda")]
@@ -60,7 +59,7 @@ impl Device {
         refused.map(|error| error.to_string())
     }
 
-    /// A host device: the processor and its memory, with real streams, events and page mapping.
+    /// A host device: the CPU and its memory, with asynchronous streams, events and page mapping.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for settings that cannot work,
@@ -69,8 +68,8 @@ impl Device {
         Ok(Self::from_driver(Arc::new(host::HostDriver::new(config)?)))
     }
 
-    /// `count` host devices of one platform: each with the memory that `config` gives, all understanding
-    /// each other's streams and events.
+    /// `count` host devices of one platform. Each has as much memory as `config` says, and they accept each other's
+    /// streams and events.
     ///
     /// # Errors
     /// As [`host`](Self::host); also for a count of 0.
@@ -104,7 +103,7 @@ impl Device {
     /// Free and total memory now.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if the driver cannot tell.
+    /// [`Error::Driver`](crate::Error::Driver) if the driver cannot report it.
     pub fn memory_info(&self) -> Result<MemoryInfo> {
         self.driver.memory_info()
     }
@@ -112,21 +111,21 @@ impl Device {
     /// A new stream on this device.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if the driver has no more.
+    /// [`Error::Driver`](crate::Error::Driver) if the driver cannot make another stream.
     pub fn create_stream(&self) -> Result<Stream> {
         Stream::new(self)
     }
 
-    /// Refuses a device whose handles mean something else here.
+    /// Refuses a device of another platform, whose handles would mean something else here.
     pub(super) fn expect_platform(&self, op: &'static str, other: &Self) -> Result<()> {
         if self.driver().platform() == other.driver().platform() {
             return Ok(());
         }
-        let reason = format!("{self:?} and {other:?} do not understand each other's events");
+        let reason = format!("{self:?} and {other:?} are on different platforms");
         Err(Error::argument(op, reason))
     }
 
-    /// Whether both handles mean the same opened device.
+    /// Whether both are handles of the same open device.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.driver, &other.driver)

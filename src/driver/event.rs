@@ -14,7 +14,7 @@ impl Event {
     /// An event that marks nothing yet, and therefore counts as complete.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if the driver has no more.
+    /// [`Error::Driver`](crate::Error::Driver) if the driver cannot make another event.
     pub fn new(device: &Device) -> Result<Self> {
         let raw = device.driver().create_event()?;
         Ok(Self {
@@ -35,7 +35,7 @@ impl Event {
         self.raw
     }
 
-    /// Marks the present end of `stream`, replacing an earlier mark.
+    /// Marks the current end of `stream`, replacing an earlier mark.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a stream of another platform;
@@ -64,7 +64,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // A driver that refuses to destroy an event leaves nothing to be done about it.
+        // There is nothing to do if the driver refuses.
         let _ = self.device.driver().destroy_event(self.raw);
     }
 }

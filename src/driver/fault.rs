@@ -1,10 +1,11 @@
 //! A wrapper that makes driver calls fail.
 //!
-//! Code above the driver has a branch for every call that can fail; [`FaultDriver`] reaches each of them:
-//! fail the first call, then the second, and so on until no fault fires any more. It also counts calls, so that
-//! a test can say that a path makes none. A call that is made to fail never reaches the driver below.
+//! Code above the driver has an error branch for every call that can fail. With [`FaultDriver`] a test reaches all of
+//! them: it fails the first call, then the second, and so on until no fault fires any more. [`FaultDriver`] also counts
+//! calls, so that a test can assert that a path makes none. A call that is made to fail never reaches the wrapped
+//! driver.
 //!
-//! Must not know: which driver is below.
+//! Must not know: which driver is wrapped.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,31 +18,31 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-/// Which call is to fail, and how. It fails once.
+/// Which call fails, and how. A fault fires once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The method of [`Driver`] that is to fail; `None` for any fallible one.
+    /// The method of [`Driver`] that fails; `None` for any fallible method.
     pub call: Option<&'static str>,
-    /// Which of the calls from now on, counted from 1.
+    /// Which of the calls from now on fails, counted from 1.
     pub nth: u64,
     /// The error it fails with.
     pub kind: FaultKind,
 }
 
-/// The errors that drivers answer with.
+/// The errors that drivers return.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FaultKind {
-    /// There is no room.
+    /// Out of memory.
     OutOfMemory,
-    /// An argument makes no sense.
+    /// An argument is invalid.
     InvalidValue,
     /// The caller may not do this.
     NotPermitted,
     /// A capture is under way, which forbids the call.
     Capturing,
-    /// Work that was enqueued before has failed.
+    /// Work enqueued earlier has failed.
     LaunchFailure,
-    /// A driver's own error.
+    /// Any other error.
     Other {
         /// The code of the error.
         code: i32,
@@ -74,7 +75,7 @@ impl FaultKind {
     }
 }
 
-/// A driver whose calls fail on demand. Everything else is passed on to the driver below.
+/// A driver whose calls fail on demand. All other calls are forwarded to the wrapped driver.
 ///
 /// # Examples
 /// ```
@@ -99,13 +100,13 @@ pub struct FaultDriver {
 
 #[derive(Debug, Default)]
 struct Plan {
-    /// Faults to come. `nth` counts down.
+    /// Faults that have not fired. `nth` counts down.
     armed: Vec<Fault>,
     calls: BTreeMap<&'static str, u64>,
 }
 
 impl FaultDriver {
-    /// A wrapper around `inner` that lets every call pass.
+    /// A wrapper around `inner` that forwards every call.
     #[must_use]
     pub fn new(inner: Arc<dyn Driver>) -> Self {
         Self {
@@ -114,12 +115,12 @@ impl FaultDriver {
         }
     }
 
-    /// Arms `fault`, beside those that are armed already. When several are due at once, one fires and the
-    /// others fire at the next calls that they match.
+    /// Arms `fault`, in addition to those already armed. When several are due at the same call, one fires there and
+    /// the others at the next calls that they match.
     ///
     /// # Panics
-    /// If `fault.nth` is 0, or [`Driver`] has no fallible method called `fault.call`: a test with
-    /// such a fault would pass for nothing.
+    /// If `fault.nth` is 0, or [`Driver`] has no fallible method called `fault.call`: such a fault would never fire,
+    /// and its test would pass without testing anything.
     pub fn arm(&self, fault: Fault) {
         assert!(fault.nth > 0, "calls are counted from 1");
         if let Some(call) = fault.call {
@@ -143,14 +144,13 @@ impl FaultDriver {
         });
     }
 
-    /// Disarms all faults that have not fired, and says how many those were. A test that tries every `nth` is
-    /// through when its fault is still armed in the end.
+    /// Disarms all faults that have not fired and returns how many there were. A test that tries every `nth` is
+    /// finished when its fault is still armed at the end.
     pub fn disarm(&self) -> usize {
         std::mem::take(&mut self.plan.lock().armed).len()
     }
 
-    /// How often method `call` was called since the last [`reset_calls`](Self::reset_calls), failures
-    /// included.
+    /// How often method `call` was called since the last [`reset_calls`](Self::reset_calls), including failed calls.
     ///
     /// # Panics
     /// If [`Driver`] has no fallible method of that name.
@@ -166,7 +166,7 @@ impl FaultDriver {
         self.plan.lock().calls.values().sum()
     }
 
-    /// Counts calls from 0 again. Armed faults stay as they are.
+    /// Resets the call counts to 0. Armed faults stay armed.
     pub fn reset_calls(&self) {
         self.plan.lock().calls.clear();
     }
@@ -232,7 +232,7 @@ fn check_name(call: &str) {
     );
 }
 
-// SAFETY: each call is passed on or refused.
+// SAFETY: each call is forwarded or refused.
 unsafe impl Driver for FaultDriver {
     fn properties(&self) -> &DeviceProperties {
         self.inner.properties()
@@ -252,7 +252,7 @@ unsafe impl Driver for FaultDriver {
 
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()> {
         let inner = self.pass("free")?;
-        // SAFETY: the caller's promise is the same, as in every method below.
+        // SAFETY: the caller makes the same promise, here and in every method below.
         unsafe { inner.free(ptr) }
     }
 

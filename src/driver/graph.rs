@@ -1,9 +1,9 @@
-//! An owned graph: captured work that can be run again.
+//! An owned graph: captured work that can be run repeatedly.
 
 use super::{Device, RawGraph, Stream};
 use crate::error::Result;
 
-/// Work recorded by [`Stream::capture`], to be run as one unit as often as wanted.
+/// Work recorded by [`Stream::capture`], which can be launched as one unit any number of times.
 #[derive(Debug)]
 pub struct Graph {
     device: Device,
@@ -24,8 +24,8 @@ impl Graph {
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
     ///
     /// # Safety
-    /// Memory that the captured work touches is still allocated, and stays so, untouched by others, until
-    /// `stream` has passed this point.
+    /// The memory that the captured work touches is still allocated, stays so, and is not touched by anything else,
+    /// until `stream` has passed this point.
     pub unsafe fn launch(&self, stream: &Stream) -> Result<()> {
         // SAFETY: the caller promises exactly what the driver asks for.
         unsafe { self.device.driver().launch_graph(self.raw, stream.raw()) }
@@ -34,7 +34,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // A driver that refuses to destroy a graph leaves nothing to be done about it.
+        // There is nothing to do if the driver refuses.
         let _ = self.device.driver().destroy_graph(self.raw);
     }
 }

@@ -9,26 +9,25 @@ use super::DevicePtr;
 /// A kernel with its arguments: what [`Driver::launch`](super::Driver::launch) enqueues.
 ///
 /// One struct per kernel holds the arguments as plain numbers and addresses. The host driver calls
-/// [`run`](Self::run), the twin; a driver with a device of its own looks [`entry`](Self::entry) up in its
-/// code and passes what [`arguments`](Self::arguments) writes. Both therefore compute from the same
-/// numbers. A captured kernel is run once per replay, so `run` takes `&self`.
+/// [`run`](Self::run), the host twin. A driver of another device looks up [`entry`](Self::entry) in its
+/// device code and passes the struct that [`arguments`](Self::arguments) writes. Both therefore compute from the same
+/// arguments. A captured kernel runs once per replay, so `run` takes `&self`.
 pub trait Kernel: Debug + Send + Sync {
-    /// Name of the entry point, one for each body: `<op>_<dtype>`, or `<op>` where one body serves every
-    /// type.
+    /// Name of the entry point: `<op>_<dtype>`, or `<op>` if one body serves every type.
     fn entry(&self) -> &'static str;
 
     /// Elements the kernel works on, from which a device derives its launch shape.
     fn elements(&self) -> u64;
 
-    /// Writes the one struct that the entry point takes by value, field by field. A kernel that writes
-    /// nothing has no device code.
+    /// Writes the struct that the entry point takes by value, field by field. A kernel that writes nothing has no
+    /// device code.
     fn arguments(&self, into: &mut Arguments) {
         let _ = into;
     }
 
-    /// What the kernel moves between memory and processor if it does not skip itself, or `None` if it does not
-    /// tell. Elements of arrays count once for each time that they are read or written; single numbers, tables
-    /// and what blocks hand each other do not.
+    /// The bytes that the kernel moves between memory and processor unless it skips itself, or `None` if unknown.
+    /// Array elements count each time they are read or written. Scalars, tables and data that blocks exchange do not
+    /// count.
     fn traffic(&self) -> Option<Traffic> {
         None
     }
@@ -41,9 +40,8 @@ pub trait Kernel: Debug + Send + Sync {
     /// Computes the kernel on the host, on the calling thread and the workers of the rayon pool.
     ///
     /// # Safety
-    /// Every address in the arguments is valid for the element type and count that the arguments give,
-    /// memory that is written is not accessed by anything else meanwhile, and memory that is read is not
-    /// written by anything else.
+    /// Every address in the arguments is valid for the element type and count in the arguments. While the kernel runs,
+    /// nothing else accesses memory that it writes, and nothing else writes memory that it reads.
     unsafe fn run(&self);
 }
 
@@ -56,44 +54,44 @@ pub struct Traffic {
     pub written: u64,
 }
 
-/// The launch shape of device code: one-dimensional, as every body walks its elements by itself.
+/// The launch shape of device code. One-dimensional: every body iterates over its elements itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// Thread blocks, at least one.
     pub blocks: u32,
-    /// Threads of a block, a multiple of the warp size of 32.
+    /// Threads per block, a multiple of the warp size of 32.
     pub threads: u32,
-    /// Bytes of shared memory beside what the code declares itself.
+    /// Bytes of dynamic shared memory, in addition to what the code declares statically.
     pub shared_bytes: u32,
 }
 
 impl Grid {
-    /// Threads of a block unless a kernel needs another number. Device code relies on it.
+    /// Threads per block unless a kernel needs another number. Device code relies on this value.
     pub const THREADS: u32 = 256;
 
-    /// Threads of a warp.
+    /// Threads per warp.
     pub const WARP: u32 = 32;
 
-    /// Most blocks of a grid: enough to fill any device several times over. What is left is reached by
-    /// walking on in steps of the grid.
+    /// The largest number of blocks in a grid: enough to fill any device several times over. A grid-stride loop covers
+    /// the remaining elements.
     const BLOCKS_MAX: u32 = 4096;
 
-    /// Elements that are worth a thread.
+    /// Elements per thread, until the grid reaches [`BLOCKS_MAX`](Self::BLOCKS_MAX).
     const ELEMENTS_A_THREAD: u64 = 4;
 
-    /// The shape for a body that walks over `elements` in steps of the grid.
+    /// The shape for a body with a grid-stride loop over `elements`.
     #[must_use]
     pub fn over(elements: u64) -> Self {
         Self::of_blocks(elements.div_ceil(Self::ELEMENTS_A_THREAD * u64::from(Self::THREADS)))
     }
 
-    /// The shape for a body that gives each of `tasks` to one warp.
+    /// The shape for a body that assigns each of `tasks` to one warp.
     #[must_use]
     pub fn of_warps(tasks: u64) -> Self {
         Self::of_blocks(tasks.div_ceil(u64::from(Self::THREADS / Self::WARP)))
     }
 
-    /// The shape for a body that gives each of `tasks` to one block, block after block.
+    /// The shape for a body that assigns each of `tasks` to one block.
     #[must_use]
     pub fn of_blocks(tasks: u64) -> Self {
         let blocks = u32::try_from(tasks).unwrap_or(u32::MAX);
@@ -105,7 +103,7 @@ impl Grid {
     }
 }
 
-/// The argument struct of an entry point, in the layout of C: each field at the next multiple of its size.
+/// The argument struct of an entry point, in C layout: each field is at the next multiple of its size.
 ///
 /// # Examples
 /// ```
@@ -118,7 +116,7 @@ impl Grid {
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Arguments {
-    /// Whole words, so that the struct is aligned for every field and its end is padded.
+    /// Whole 8-byte words, so that the struct is aligned for every field and padded at its end.
     words: SmallVec<[u64; 16]>,
     /// Bytes written so far.
     len: usize,
@@ -182,7 +180,7 @@ mod tests {
 
     use super::*;
 
-    /// What the calls in the test below describe, laid out by the compiler.
+    /// The struct that `arguments` below describes, laid out by the compiler.
     #[repr(C)]
     struct Laid {
         a: u32,

@@ -1,21 +1,21 @@
-//! Everything that is asked of a device, and nothing more.
+//! The interface to a device: memory, streams, events, kernels and graphs.
 //!
-//! [`Driver`] is the one seam between this crate and a device: above it, the same code runs on the host
-//! device and on CUDA. A port is one implementation of this trait.
+//! [`Driver`] is the only boundary between this crate and a device: everything above it is the same code on the host
+//! device and on CUDA. Porting the crate to another device means implementing this trait.
 //!
-//! Words. A *stream* is a queue of work that runs in order; work of two streams is ordered only through
-//! *events*. An *event* marks a point in a stream: it completes when the work enqueued before its record
-//! has. *Enqueue* means that the call returns before the work ran. A *page* is physical memory without an
-//! address; *mapping* gives it one, and may be done at several addresses at once.
+//! Terms. A *stream* is a queue of work that runs in order; only *events* order the work of different streams. An
+//! *event* marks a point in a stream: it completes when the work enqueued before the point was recorded has run. A call
+//! that *enqueues* work does not wait for it to run. A *page* is physical memory without an address; *mapping* gives it
+//! an address. A page can be mapped at several addresses at once.
 //!
 //! Handles ([`RawStream`], [`RawEvent`], [`PageHandle`], [`RawGraph`]) are plain numbers that belong to the
-//! driver that made them; [`Stream`], [`Event`] and [`Graph`] own them. The layers above use the owners.
+//! driver that made them. [`Stream`], [`Event`] and [`Graph`] own handles; the layers above use these owners.
 //!
 //! Must not know: blocks, pools, tensors, element types.
 
 #![allow(
     unsafe_code,
-    reason = "device addresses are plain numbers; their users promise what they stand for"
+    reason = "device addresses are plain numbers; callers promise that they are valid"
 )]
 
 #[cfg(feature = "cuda")]
@@ -42,14 +42,14 @@ use crate::units::DeviceOrdinal;
 
 /// An address in device memory. Zero is never a valid address.
 ///
-/// Addresses are unified: pinned host memory and the memory of every device of one driver have different
-/// addresses, and a copy finds out by itself where its operands lie.
+/// Addresses are unified: pinned host memory and the memory of all devices of one driver share one address space, so a
+/// copy can tell from the addresses where its operands are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]
 pub struct DevicePtr(pub u64);
 
 impl DevicePtr {
-    /// The address `bytes` further on.
+    /// The address `bytes` bytes after this one.
     ///
     /// # Panics
     /// If the address does not fit in 64 bits.
@@ -110,45 +110,45 @@ pub struct DeviceProperties {
 /// Memory of a device at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryInfo {
-    /// Bytes that nobody holds.
+    /// Free bytes.
     pub free: u64,
-    /// Bytes the device has.
+    /// Bytes in total.
     pub total: u64,
 }
 
-/// A device, as this crate sees it. Object safe; all methods may be called from any thread.
+/// A device, as this crate sees it. The trait is object safe; all methods can be called from any thread.
 ///
 /// # Ordering
-/// Work enqueued on one stream runs in the order in which the enqueuing calls returned (for calls from
-/// different threads the callers must order them). Work of different streams is ordered only by
+/// Work enqueued on one stream runs in the order in which the enqueuing calls returned (callers on different threads
+/// must order their calls themselves). Work of different streams is ordered only by
 /// [`record`](Self::record) and [`stream_wait`](Self::stream_wait).
 ///
 /// # Errors
 /// Every fallible method returns [`Error::Driver`](crate::Error::Driver) with the name of the method when
-/// the device refuses. After a kernel failed, its stream reports that failure from every later call that
-/// waits for it. Kernels, and what is dropped with them, must not wait: calls that block are refused to them.
+/// the device refuses. After a kernel fails, every later call that waits for its stream reports that failure.
+/// Kernels, and the destructors of what they own, must not wait: blocking calls from them are refused.
 /// Calls that a capture forbids return [`Error::Capturing`](crate::Error::Capturing).
 ///
 /// # Safety
-/// Safe code in the layers above reads and writes where a driver points, and reuses memory when a driver says that
-/// its work has run. An implementation promises:
+/// Safe code in the layers above reads and writes the addresses that a driver returns, and reuses memory once the
+/// driver reports that work has run. An implementation promises:
 ///
-/// - **Memory.** The bytes that [`allocate`](Self::allocate), [`allocate_on`](Self::allocate_on) and
-///   [`allocate_pinned`](Self::allocate_pinned) return are as many as were asked for, start at a multiple of 512,
-///   overlap no other live memory, and are readable and writable by the device, pinned ones by the host too, until
-///   they are given back. A range of [`reserve`](Self::reserve) overlaps no other live range. After
+/// - **Memory.** Memory from [`allocate`](Self::allocate), [`allocate_on`](Self::allocate_on) and
+///   [`allocate_pinned`](Self::allocate_pinned) is at least as large as requested, starts at a multiple of 512,
+///   overlaps no other live memory, and stays readable and writable by the device (pinned memory by the host, too)
+///   until it is freed. A range from [`reserve`](Self::reserve) overlaps no other live range. After
 ///   [`map`](Self::map), its addresses reach the pages in the order given and nothing else, until they are
-///   unmapped. A call that takes memory away and fails has not taken it.
-/// - **Order.** Work of a stream runs once, in order, and after what the stream waits for. A query answers `true`,
-///   and a wait returns `Ok`, only when the work it asks about has run.
-/// - **The host's memory.** [`copy_from_host`](Self::copy_from_host) reads `src` only before it returns.
-///   [`copy_to_host`](Self::copy_to_host) writes `dst` only before it returns, with an error too, and has filled all
+///   unmapped. If a call that takes memory away fails, the memory is still there.
+/// - **Order.** The work of a stream runs once, in order, and after everything the stream waits for. A query returns
+///   `true`, and a wait returns `Ok`, only when the work in question has run.
+/// - **Host memory.** [`copy_from_host`](Self::copy_from_host) reads `src` only before it returns.
+///   [`copy_to_host`](Self::copy_to_host) writes `dst` only before it returns, even with an error, and has filled all
 ///   of it when it returns `Ok`.
-/// - **Identity.** A handle names one object until that is destroyed. Two drivers report one
-///   [`platform`](Self::platform) only if each understands the other's streams, events and addresses.
+/// - **Identity.** A handle names one object until that object is destroyed. Two drivers report the same
+///   [`platform`](Self::platform) only if each accepts the other's streams, events and addresses.
 ///   [`properties`](Self::properties) never change.
 ///
-/// A wrapper that passes each call on to another driver, or refuses it, keeps these promises if that driver does.
+/// A wrapper that forwards each call to another driver, or refuses it, keeps these promises if that driver does.
 pub unsafe trait Driver: Debug + Send + Sync {
     /// What the device is and can do.
     fn properties(&self) -> &DeviceProperties;
@@ -159,28 +159,29 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     fn memory_info(&self) -> Result<MemoryInfo>;
 
-    /// Identifies the group of devices that understand each other's streams, events and addresses.
+    /// Identifies the group of devices that accept each other's streams, events and addresses.
     fn platform(&self) -> u64;
 
     // Plain memory.
 
-    /// Takes `bytes` (not 0) of device memory; contents are undefined. Aligned to 512 bytes at least.
+    /// Allocates `bytes` (not 0) of device memory, aligned to at least 512 bytes. The contents are undefined.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) also when there is no room: the pool makes the report.
+    /// [`Error::Driver`](crate::Error::Driver), also when the device is out of memory: the out-of-memory report is the
+    /// pool's task.
     fn allocate(&self, bytes: u64) -> Result<DevicePtr>;
 
-    /// Gives back what [`allocate`](Self::allocate) returned.
+    /// Frees memory that [`allocate`](Self::allocate) returned.
     ///
     /// # Errors
     /// As [`Driver`] says, and for an address that `allocate` did not return.
     ///
     /// # Safety
-    /// No enqueued work may still touch the memory: whether this waits for work in flight is up to the driver.
+    /// No enqueued work may still touch the memory: the driver need not wait for work in flight.
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()>;
 
-    /// Takes `bytes` (not 0) of device memory in stream order: the address is there at once, for work enqueued
-    /// on `stream` behind this call. A driver without an allocator of its own gives plain memory.
+    /// Allocates `bytes` (not 0) of device memory in stream order: the address is returned at once, for work enqueued
+    /// on `stream` after this call. A driver without a stream-ordered allocator returns plain memory.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
@@ -189,27 +190,27 @@ pub unsafe trait Driver: Debug + Send + Sync {
         self.allocate(bytes)
     }
 
-    /// Gives back what [`allocate_on`](Self::allocate_on) returned, when `stream` has passed here. A driver
-    /// without an allocator of its own waits for the stream.
+    /// Frees memory that [`allocate_on`](Self::allocate_on) returned, once `stream` reaches this point. A driver
+    /// without a stream-ordered allocator waits for the stream.
     ///
     /// # Errors
     /// As [`free`](Self::free).
     ///
     /// # Safety
-    /// Work that touches the memory is enqueued on `stream` before this call, or is waited for by it.
+    /// All work that touches the memory was enqueued on `stream` before this call, or `stream` waits for it.
     unsafe fn free_on(&self, ptr: DevicePtr, stream: RawStream) -> Result<()> {
         self.synchronize_stream(stream)?;
         // SAFETY: all work that touches the memory has run.
         unsafe { self.free(ptr) }
     }
 
-    /// Takes `bytes` (not 0) of pinned host memory, readable by the host and by the device at one address.
+    /// Allocates `bytes` (not 0) of pinned host memory, which host and device access at the same address.
     ///
     /// # Errors
     /// As [`Driver`] says.
     fn allocate_pinned(&self, bytes: u64) -> Result<DevicePtr>;
 
-    /// Gives back what [`allocate_pinned`](Self::allocate_pinned) returned.
+    /// Frees memory that [`allocate_pinned`](Self::allocate_pinned) returned.
     ///
     /// # Errors
     /// As [`Driver`] says.
@@ -226,32 +227,32 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     fn reserve(&self, bytes: u64) -> Result<DevicePtr>;
 
-    /// Gives a reserved range back; everything in it must have been unmapped.
+    /// Releases a reserved range. Everything in it must have been unmapped.
     ///
     /// # Errors
     /// As [`Driver`] says.
     fn release(&self, ptr: DevicePtr, bytes: u64) -> Result<()>;
 
-    /// Takes `bytes` of physical memory without an address.
+    /// Allocates `bytes` of physical memory without an address.
     ///
     /// # Errors
-    /// As [`Driver`] says; also when there is no room.
+    /// As [`Driver`] says; also when the device is out of memory.
     fn create_page(&self, bytes: u64) -> Result<PageHandle>;
 
-    /// Gives physical memory back. It lives on until its last mapping is gone.
+    /// Destroys a page. Its memory is freed once its last mapping is gone.
     ///
     /// # Errors
     /// As [`Driver`] says.
     fn destroy_page(&self, page: PageHandle) -> Result<()>;
 
-    /// Maps `pages`, each as a whole, side by side from `ptr` on, readable and writable by this device. A
-    /// page may be mapped at several addresses; they then show the same bytes.
+    /// Maps all of `pages` next to each other, starting at `ptr`, readable and writable by this device. A page can be
+    /// mapped at several addresses, which then reach the same bytes.
     ///
     /// # Errors
     /// As [`Driver`] says; nothing is mapped then.
     fn map(&self, ptr: DevicePtr, pages: &[PageHandle]) -> Result<()>;
 
-    /// Removes the mappings in a range. Mapped pages must lie in the range as a whole.
+    /// Removes the mappings in a range. Pages must not be mapped across its ends.
     ///
     /// # Errors
     /// As [`Driver`] says.
@@ -260,16 +261,16 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// No enqueued work may still touch the range: unmapping does not wait.
     unsafe fn unmap(&self, ptr: DevicePtr, bytes: u64) -> Result<()>;
 
-    /// Says that the work enqueued next uses all of a range that the caller holds: memory that would come piece
-    /// by piece with the first touch may come now, all at once. Cheap where it has come. A hint, which changes
-    /// no contents; the default ignores it.
+    /// Hints that the work enqueued next uses all of a range that the caller owns, so that a driver whose memory is
+    /// faulted in on first touch can populate the range at once. Cheap if the range is already populated. Changes no
+    /// contents; the default does nothing.
     fn prefault(&self, ptr: DevicePtr, bytes: u64) {
         let _ = (ptr, bytes);
     }
 
     // Streams and events.
 
-    /// Makes a stream that is ordered with no other.
+    /// Makes a stream that is not ordered with any other.
     ///
     /// # Errors
     /// As [`Driver`] says.
@@ -305,7 +306,7 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     fn destroy_event(&self, event: RawEvent) -> Result<()>;
 
-    /// Marks the present end of `stream` with `event`, replacing an earlier mark.
+    /// Marks the current end of `stream` with `event`, replacing an earlier mark.
     ///
     /// # Errors
     /// As [`Driver`] says.
@@ -323,8 +324,8 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     fn synchronize_event(&self, event: RawEvent) -> Result<()>;
 
-    /// Makes work enqueued on `stream` from now on wait for the point that `event` marks now. Does not
-    /// block the host. The event may belong to another device of the same [`platform`](Self::platform).
+    /// Makes work enqueued on `stream` from now on wait for the point that `event` currently marks. Does not
+    /// block the host. The event can belong to another device of the same [`platform`](Self::platform).
     ///
     /// # Errors
     /// As [`Driver`] says.
@@ -332,14 +333,14 @@ pub unsafe trait Driver: Debug + Send + Sync {
 
     // Work.
 
-    /// Enqueues a copy of `bytes` bytes between any two places with an address: this device, another
-    /// device of the platform, pinned memory. The ranges must not overlap.
+    /// Enqueues a copy of `bytes` bytes. Each address can be on this device, on another device of the platform, or in
+    /// pinned memory. The ranges must not overlap.
     ///
     /// # Errors
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// Both ranges stay mapped, and nothing else writes them or reads `dst`, until `stream` has passed here.
+    /// Both ranges stay mapped, and nothing else writes them or reads `dst`, until `stream` has passed this point.
     unsafe fn copy(
         &self,
         dst: DevicePtr,
@@ -354,18 +355,18 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// `src.len()` bytes at `dst` stay mapped and untouched by others until `stream` has passed here.
+    /// `src.len()` bytes at `dst` stay mapped, and nothing else touches them, until `stream` has passed this point.
     unsafe fn copy_from_host(&self, dst: DevicePtr, src: &[u8], stream: RawStream) -> Result<()>;
 
-    /// Copies to ordinary host memory and blocks until `dst` is filled. The copy is work of `stream`: it comes before
-    /// what other threads enqueue there afterwards. With an error, `dst` has any contents.
+    /// Copies to ordinary host memory and blocks until `dst` is filled. The copy is work of `stream`: it runs before
+    /// anything that other threads enqueue there afterwards. After an error, the contents of `dst` are undefined.
     ///
     /// # Errors
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// `dst.len()` bytes at `src` stay mapped until the call returns. Until then, only work of `stream` writes them,
-    /// and work that `stream` waits for or that waits for it.
+    /// `dst.len()` bytes at `src` stay mapped until the call returns. Until then, all work that writes them is on
+    /// `stream` or ordered with it by events.
     unsafe fn copy_to_host(&self, dst: &mut [u8], src: DevicePtr, stream: RawStream) -> Result<()>;
 
     /// Enqueues writing `value` to each of `bytes` bytes at `dst`.
@@ -374,7 +375,7 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// The range stays mapped and untouched by others until `stream` has passed here.
+    /// The range stays mapped, and nothing else touches it, until `stream` has passed this point.
     unsafe fn fill(&self, dst: DevicePtr, value: u8, bytes: u64, stream: RawStream) -> Result<()>;
 
     /// Enqueues a kernel.
@@ -383,11 +384,11 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says; also when the device has no code for it.
     ///
     /// # Safety
-    /// What [`Kernel::run`] asks for must hold from now until `stream` has passed here.
+    /// The safety conditions of [`Kernel::run`] hold from now until `stream` has passed this point.
     unsafe fn launch(&self, kernel: Box<dyn Kernel>, stream: RawStream) -> Result<()>;
 
-    /// Tells AddressSanitizer, in order with `stream`, whether a range may be touched. Only in builds for it; a driver
-    /// whose memory is none of the process's does nothing.
+    /// Tells AddressSanitizer, in order with `stream`, whether a range may be touched. Exists only in AddressSanitizer
+    /// builds. Does nothing in drivers whose memory is outside the process's address space.
     #[cfg(asan)]
     fn permit(&self, ptr: DevicePtr, bytes: u64, is_permitted: bool, stream: RawStream) {
         let _ = (ptr, bytes, is_permitted, stream);
@@ -396,10 +397,10 @@ pub unsafe trait Driver: Debug + Send + Sync {
     // Capture.
 
     /// Begins to record work enqueued on `stream` instead of running it. A stream that waits for an event
-    /// recorded in the capture joins it.
+    /// recorded in the capture joins the capture.
     ///
-    /// Only what would wait for a captured stream, or for an event recorded on one, is forbidden meanwhile.
-    /// Taking and mapping memory is no work of a stream: any thread may do it.
+    /// During a capture, the only forbidden calls are those that would wait for a captured stream or for an event
+    /// recorded on one. Allocating and mapping memory is not stream work: any thread may do it.
     ///
     /// # Errors
     /// As [`Driver`] says; also when `stream` is already being captured.
@@ -408,8 +409,8 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// Ends the capture begun on `stream`.
     ///
     /// # Errors
-    /// As [`Driver`] says; also when a stream that joined was not joined back, or the capture was
-    /// invalidated by a forbidden call. The capture is over in any case.
+    /// As [`Driver`] says; also when a stream that joined the capture was not joined back, or a forbidden call
+    /// invalidated the capture. The capture is over in any case.
     fn end_capture(&self, stream: RawStream) -> Result<RawGraph>;
 
     /// Whether `stream` is part of a capture.
@@ -424,7 +425,7 @@ pub unsafe trait Driver: Debug + Send + Sync {
     /// As [`Driver`] says.
     ///
     /// # Safety
-    /// What was asked for when the work was captured must hold again until `stream` has passed here.
+    /// The safety conditions of the captured calls hold again until `stream` has passed this point.
     unsafe fn launch_graph(&self, graph: RawGraph, stream: RawStream) -> Result<()>;
 
     /// Destroys a graph. Launches already enqueued still run.

@@ -28,12 +28,12 @@ impl Stream {
     }
 
     fn numbered(device: &Device, numbers: &Numbers) -> Result<Self> {
-        // First: without a number there is to be no stream.
+        // Drawn first: if there is no number left, no stream is made.
         let id = StreamId(numbers.next());
         Ok(Self::with_id(device, device.driver().create_stream()?, id))
     }
 
-    /// The owner of a stream of the device's driver.
+    /// Takes ownership of a raw stream of the device's driver.
     #[cfg(feature = "cuda")]
     pub(super) fn from_raw(device: &Device, raw: RawStream) -> Self {
         Self::with_id(device, raw, StreamId(NUMBERS.next()))
@@ -49,7 +49,7 @@ impl Stream {
         }
     }
 
-    /// The device whose work this stream holds.
+    /// The device that the stream runs work on.
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.inner.device
@@ -73,7 +73,7 @@ impl Stream {
         self.inner.id
     }
 
-    /// Whether this is the only handle of the stream: nobody else can give it work.
+    /// Whether this is the only handle of the stream, so that nothing else can enqueue work on it.
     #[must_use]
     pub fn is_last_handle(&self) -> bool {
         Arc::strong_count(&self.inner) == 1
@@ -95,7 +95,7 @@ impl Stream {
         self.driver().query_stream(self.raw())
     }
 
-    /// Marks the present end of the stream with a new event.
+    /// Marks the current end of the stream with a new event.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses.
@@ -105,7 +105,7 @@ impl Stream {
         Ok(event)
     }
 
-    /// Makes work enqueued from now on wait for the point that `event` marks now; the host does not wait.
+    /// Makes work enqueued from now on wait for the point that `event` currently marks. The host does not wait.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an event of another platform;
@@ -130,7 +130,7 @@ impl Stream {
     /// Records the work that `enqueue` puts on this stream instead of running it.
     ///
     /// # Errors
-    /// What `enqueue` returns; [`Error::Driver`](crate::Error::Driver) if the capture was invalidated.
+    /// The error of `enqueue`; [`Error::Driver`](crate::Error::Driver) if the capture was invalidated.
     /// The capture is over in any case.
     pub fn capture(&self, enqueue: impl FnOnce() -> Result<()>) -> Result<Graph> {
         self.driver().begin_capture(self.raw())?;
@@ -141,7 +141,7 @@ impl Stream {
         match (outcome, raw) {
             (Ok(()), Ok(raw)) => Ok(Graph::from_raw(self.device(), raw)),
             (Err(error), raw) => {
-                // The graph of a failed capture is of no use; its error is the one to report.
+                // Discard the graph of a failed capture and report the error of `enqueue`.
                 if let Ok(raw) = raw {
                     drop(Graph::from_raw(self.device(), raw));
                 }
@@ -167,7 +167,7 @@ impl Drop for CaptureGuard<'_> {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // A driver that refuses to destroy a stream leaves nothing to be done about it.
+        // There is nothing to do if the driver refuses.
         let _ = self.device.driver().destroy_stream(self.raw);
     }
 }

@@ -1,10 +1,10 @@
-//! One device of the library, and its primary context made current on the thread that calls.
+//! One device of the library, and making its primary context current on the calling thread.
 //!
-//! The primary context is retained once for each device and kept until the process ends: it is the one that
-//! other CUDA code of the process uses, so its memory and streams mix with ours.
+//! The primary context is retained once per device and kept until the process ends. Other CUDA code in the process
+//! uses the same context, so its memory and streams can be combined with ours.
 //!
-//! Other code may make its own context current on any thread at any time, so that is asked before each call
-//! (the library answers from thread-local storage), and a context of theirs is put back afterwards.
+//! Other code can make its own context current on any thread at any time. So each call first queries the current
+//! context (the library reads it from thread-local storage) and restores a foreign one afterwards.
 
 use std::ffi::{CStr, c_int};
 use std::ptr::null_mut;
@@ -21,7 +21,7 @@ use crate::driver::{DeviceKind, DeviceProperties};
 use crate::error::Result;
 use crate::units::DeviceOrdinal;
 
-/// A pointer of the library's that stands for something in the device.
+/// An opaque handle of the library, such as a `CUstream`.
 #[derive(Debug)]
 pub(super) struct Raw<T>(pub(super) *mut T);
 
@@ -33,18 +33,18 @@ impl<T> Clone for Raw<T> {
 
 impl<T> Copy for Raw<T> {}
 
-// SAFETY: such pointers are opaque here, and the library allows every thread to use them.
+// SAFETY: these pointers are never dereferenced here, and the library accepts them from every thread.
 unsafe impl<T> Send for Raw<T> {}
-// SAFETY: as above; the library locks what it has to.
+// SAFETY: as above; the library does its own locking.
 unsafe impl<T> Sync for Raw<T> {}
 
-/// What a device says about itself beyond [`DeviceProperties`].
+/// Device attributes beyond [`DeviceProperties`].
 #[derive(Clone, Debug)]
 pub(super) struct Abilities {
-    /// Whether memory can be taken and given back in stream order.
+    /// Whether the driver has a stream-ordered allocator for the device.
     pub(super) memory_pools: bool,
     pub(super) multiprocessors: u32,
-    /// Whether the device can reach ordinary memory of the host.
+    /// Whether the device can access pageable host memory.
     pub(super) pageable_access: bool,
 }
 
@@ -57,22 +57,22 @@ pub(super) struct Context {
     pub(super) abilities: Abilities,
     pub(super) code: Code,
     raw: Raw<CUctx_st>,
-    /// Events that nobody uses, to be handed out again.
+    /// Unused events, for reuse.
     pub(super) idle_events: Mutex<Vec<Raw<CUevent_st>>>,
-    /// What copies from ordinary memory go through, where the device can reach that.
+    /// Stages copies from pageable memory if the device can access that.
     pub(super) uploads: Uploads,
 }
 
-/// Devices in the library.
+/// The number of devices.
 pub(super) fn count(library: &'static Library) -> Result<u32> {
     let mut count: c_int = 0;
-    // SAFETY: `count` takes the answer.
+    // SAFETY: `count` receives the result.
     unsafe { ask!(library, "open", cuDeviceGetCount(&raw mut count)) }?;
     Ok(count.unsigned_abs())
 }
 
 impl Context {
-    /// Opens the device with this number, for good.
+    /// Opens the device with this number. It is never closed.
     pub(super) fn open(ordinal: u32) -> Result<&'static Self> {
         let context = Self::retain(Library::get()?, ordinal)?;
         Ok(Box::leak(Box::new(context)))
@@ -93,11 +93,11 @@ impl Context {
             return Err(refuse("open", code::INVALID_DEVICE, reason));
         };
         let mut device = 0;
-        // SAFETY: `device` takes the answer.
+        // SAFETY: `device` receives the result.
         unsafe { ask!(library, "open", cuDeviceGet(&raw mut device, index)) }?;
         let (properties, abilities) = describe(library, device, ordinal)?;
         let mut raw = null_mut();
-        // SAFETY: `device` is the library's own; `raw` takes the answer. Never released: see the module.
+        // SAFETY: `device` came from the library; `raw` receives the result. Never released: see the module.
         unsafe {
             ask!(
                 library,
@@ -127,14 +127,14 @@ impl Context {
         self.raw.0 == other
     }
 
-    /// Makes this context current on the calling thread until the guard goes.
+    /// Makes this context current on the calling thread until the guard is dropped.
     pub(super) fn bind(&self, call: &'static str) -> Result<Bound> {
         let mut before = null_mut();
-        // SAFETY: `before` takes the answer.
+        // SAFETY: `before` receives the result.
         unsafe { ask!(self.library, call, cuCtxGetCurrent(&raw mut before)) }?;
         let mut restore = None;
         if before != self.raw.0 {
-            // SAFETY: the context is retained for good.
+            // SAFETY: the context is never released.
             unsafe { ask!(self.library, call, cuCtxSetCurrent(self.raw.0)) }?;
             restore = (!before.is_null()).then_some((self.library, before));
         }
@@ -142,17 +142,17 @@ impl Context {
     }
 }
 
-/// While it lives, a context is current on this thread.
+/// A guard: while it lives, a context is current on this thread.
 pub(super) struct Bound {
-    /// The context to put back. There is none to put back on a thread that had none.
+    /// The context to restore, if the thread had another one before.
     restore: Option<(&'static Library, CUcontext)>,
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
         if let Some((library, context)) = self.restore {
-            // SAFETY: the context was current on this thread when the guard was made. Should its owner have
-            // destroyed it meanwhile, the library says so, and there is nothing to put back.
+            // SAFETY: the context was current on this thread when the guard was made. If its owner has since
+            // destroyed it, the library reports that, and there is nothing to restore.
             let _ = unsafe { ask!(library, "restore", cuCtxSetCurrent(context)) };
         }
     }
@@ -160,7 +160,7 @@ impl Drop for Bound {
 
 fn attribute(library: &Library, device: CUdevice, attribute: CUdevice_attribute) -> Result<u32> {
     let mut value: c_int = 0;
-    // SAFETY: the device is the library's own; `value` takes the answer.
+    // SAFETY: `device` came from the library; `value` receives the result.
     unsafe {
         ask!(
             library,
@@ -186,7 +186,7 @@ fn describe(
     };
     let attribute = |wanted| attribute(library, device, wanted);
     let mut name = [0; 256];
-    // SAFETY: `name` takes at most the 256 bytes it has.
+    // SAFETY: the library writes at most the 256 bytes that `name` has.
     unsafe {
         ask!(
             library,
@@ -195,7 +195,7 @@ fn describe(
         )
     }?;
     let mut total = 0;
-    // SAFETY: `total` takes the answer.
+    // SAFETY: `total` receives the result.
     unsafe { ask!(library, "open", cuDeviceTotalMem_v2(&raw mut total, device)) }?;
     let virtual_memory = attribute(VIRTUAL_MEMORY)? != 0;
     let granularity = if virtual_memory {

@@ -1,19 +1,19 @@
 //! Error codes of the driver, and what they mean to a caller.
 //!
-//! Codes are plain numbers: a driver that is newer than this crate may return others than are known here.
+//! Codes are plain numbers, because a driver newer than this crate can return codes that are unknown here.
 
 use std::ffi::c_int;
 
 use crate::error::Error;
 
-/// The codes that are told apart, without their prefix `CUDA_ERROR_`.
+/// The codes that this crate distinguishes, without their prefix `CUDA_ERROR_`.
 pub(super) mod code {
     use std::ffi::c_int;
 
     pub(in super::super) const SUCCESS: c_int = 0;
     pub(in super::super) const INVALID_VALUE: c_int = 1;
     pub(in super::super) const STUB_LIBRARY: c_int = 34;
-    /// The runtime's code: the driver itself has none for being too old.
+    /// A code of the runtime API: the driver API has none for a driver that is too old.
     pub(in super::super) const INSUFFICIENT_DRIVER: c_int = 35;
     pub(in super::super) const NO_DEVICE: c_int = 100;
     pub(in super::super) const INVALID_DEVICE: c_int = 101;
@@ -31,8 +31,8 @@ pub(super) mod code {
     pub(in super::super) const CAPTURED_EVENT: c_int = 907;
 }
 
-/// Whether `code` says that a capture forbids the call. That a capture was invalidated before, or was not
-/// joined, are errors of their own.
+/// Whether `code` says that a capture forbids the call. An invalidated capture and an unjoined stream are errors of a
+/// different kind.
 pub(super) fn is_capture_refusal(code: c_int) -> bool {
     [
         code::STREAM_CAPTURE_UNSUPPORTED,
@@ -51,7 +51,7 @@ pub(super) fn refuse(call: &'static str, code: c_int, reason: impl Into<String>)
     }
 }
 
-/// The code in an error of a driver.
+/// The code of an [`Error::Driver`].
 pub(super) fn code_of(error: &Error) -> Option<c_int> {
     match error {
         Error::Driver { code, .. } => Some(*code),

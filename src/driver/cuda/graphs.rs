@@ -1,13 +1,12 @@
 //! Captures and graphs.
 //!
-//! Captures begin in relaxed mode. What must not be asked of a capturing stream (to wait for it, to query it)
-//! is refused in every mode, and that is all that [`Driver`](crate::driver::Driver) forbids. The stricter
-//! modes also forbid calls that have nothing to do with the capture, such as taking memory or asking for
-//! another stream's event: in global mode to every thread of the process, in thread-local mode to this one,
-//! which is where a pool grows.
+//! Captures begin in relaxed mode. Every mode refuses to wait for or query a capturing stream, which is all that
+//! [`Driver`](crate::driver::Driver) forbids. The stricter modes also forbid calls unrelated to the capture, such as
+//! allocating memory or querying another stream's event. Global mode forbids them to every thread of the process,
+//! thread-local mode to the capturing thread, where a pool may have to grow.
 //!
-//! A copy from host memory reads its source whenever the graph is launched. So captured copies read from
-//! pinned memory of the graph's own, which is given back when the graph is gone and its last launch has run.
+//! A captured copy from host memory reads its source at every launch of the graph. So the copy reads from pinned memory
+//! that the graph owns, which is freed once the graph is gone and its last launch has run.
 
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -35,31 +34,31 @@ impl Staged {
     fn of(context: &'static Context, bytes: &[u8]) -> Result<Self> {
         let ptr = memory::allocate_pinned(context, bytes.len() as u64)?;
         let place = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(ptr.0));
-        // SAFETY: `place` was allocated just now, with room for all of `bytes`.
+        // SAFETY: `place` was just allocated, with room for all of `bytes`.
         unsafe { place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(Self { context, ptr })
     }
 
     fn as_slice(&self, len: usize) -> &[u8] {
         let start = std::ptr::with_exposed_provenance::<u8>(to_usize(self.ptr.0));
-        // SAFETY: `of` wrote so many bytes, and nobody writes them again.
+        // SAFETY: `of` wrote this many bytes, and nothing writes them again.
         unsafe { std::slice::from_raw_parts(start, len) }
     }
 }
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        // SAFETY: whoever drops it knows that no work reads it any more.
+        // SAFETY: it is dropped only when no work reads it any more.
         let _ = unsafe { memory::free_pinned(self.context, self.ptr) };
     }
 }
 
-/// Staged memory of captures under way, and of graphs that are gone while a launch may still run.
+/// Staged memory of active captures, and of destroyed graphs whose last launch may still be running.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
-    /// With the capturing stream.
+    /// Each with its capturing stream.
     captured: Mutex<Vec<(Arc<StreamEntry>, Staged)>>,
-    /// With the mark behind the last launch.
+    /// By graph, with the event recorded after its last launch.
     outdated: Mutex<Vec<(EventEntry, Vec<Staged>)>>,
 }
 
@@ -76,7 +75,7 @@ impl Staging {
         src: &[u8],
     ) -> Result<()> {
         let staged = Staged::of(stream.context, src)?;
-        // SAFETY: the caller promises the destination; the source is kept as long as the graph.
+        // SAFETY: the caller promises the destination; the source lives as long as the graph.
         unsafe { memory::upload(call, &stream, dst, staged.as_slice(src.len())) }?;
         self.captured.lock().push((stream, staged));
         Ok(())
@@ -106,10 +105,10 @@ impl Staging {
         self.collect();
         let context = stream.context;
         let _bound = context.bind(CALL)?;
-        // Held over the end, so that two captures that end at once cannot take each other's staged memory.
+        // Locked across the end, so that two captures ending at once cannot take each other's staged memory.
         let mut captured = self.captured.lock();
         let mut graph = null_mut();
-        // SAFETY: the stream is alive, `graph` takes the answer.
+        // SAFETY: the stream is alive; `graph` receives the result.
         let ended = unsafe {
             ask!(
                 context.library,
@@ -117,14 +116,14 @@ impl Staging {
                 cuStreamEndCapture(stream.raw(), &raw mut graph)
             )
         };
-        // A stream that captures no more was part of this capture: streams of earlier ones are gone from here.
+        // A stream that is no longer capturing was part of this capture: those of earlier captures are already removed.
         let is_over = |stream: &StreamEntry| !stream.is_capturing(CALL).unwrap_or(false);
         let staged = captured.extract_if(.., |(stream, _)| is_over(stream));
         let staged: Vec<_> = staged.map(|(_, staged)| staged).collect();
         drop(captured);
         ended?;
         let mut exec = null_mut();
-        // SAFETY: the graph is ours; `exec` takes the answer; there are no flags to give.
+        // SAFETY: the graph is ours; `exec` receives the result; no flags are set.
         let made = unsafe {
             ask!(
                 context.library,
@@ -132,7 +131,7 @@ impl Staging {
                 cuGraphInstantiateWithFlags(&raw mut exec, graph, 0)
             )
         };
-        // SAFETY: the graph is ours, and what was instantiated does not need it.
+        // SAFETY: the graph is ours, and the instantiated graph does not need it.
         let destroyed = unsafe { ask!(context.library, CALL, cuGraphDestroy(graph)) };
         made?;
         let entry = GraphEntry {
@@ -147,7 +146,7 @@ impl Staging {
         destroyed.map(|()| entry)
     }
 
-    /// Destroys the graph; its staged memory goes once its last launch has run.
+    /// Keeps the staged memory of a graph that is being destroyed until its last launch has run.
     pub(super) fn retire(&self, graph: &GraphEntry) {
         let Parts {
             staged,
@@ -155,8 +154,7 @@ impl Staging {
             nested,
         } = std::mem::take(&mut *graph.parts.lock());
         if nested {
-            // The graph is a part of another one, which may be launched at any time. That is rare, and what
-            // was staged is small.
+            // The graph is part of another graph, which can be launched at any time. The leak is rare and small.
             std::mem::forget(staged);
         } else if let Some(event) = launched {
             self.outdated.lock().push((event, staged));
@@ -164,7 +162,7 @@ impl Staging {
         self.collect();
     }
 
-    /// Gives staged memory back that no launch reads any more.
+    /// Frees staged memory that no launch reads any more.
     fn collect(&self) {
         let passed = |event: &EventEntry| event.is_complete("destroy_graph").unwrap_or(false);
         self.outdated.lock().retain(|(event, _)| !passed(event));
@@ -183,9 +181,9 @@ pub(super) struct GraphEntry {
 struct Parts {
     staged: Vec<Staged>,
     /// Marks the end of the last launch, if the graph has staged memory. Launches of one graph run one after
-    /// the other.
+    /// the other, so one event suffices.
     launched: Option<EventEntry>,
-    /// Whether a launch of it was captured.
+    /// Whether a launch of the graph was itself captured.
     nested: bool,
 }
 
@@ -196,7 +194,7 @@ impl GraphEntry {
         const CALL: &str = "launch_graph";
         let _bound = stream.context.bind(CALL)?;
         let mut parts = self.parts.lock();
-        // SAFETY: both are alive; the caller promises what the captured work asks for.
+        // SAFETY: both are alive; the caller promises the safety conditions of the captured work.
         unsafe {
             ask!(
                 self.context.library,
@@ -224,7 +222,7 @@ impl Close for GraphEntry {
 
     fn close(&self, call: &'static str) -> Result<()> {
         let _bound = self.context.bind(call)?;
-        // SAFETY: the entry is the only one that knows the graph. Launches in flight still run.
+        // SAFETY: only this entry has the graph's handle. Launches in flight still run.
         unsafe { ask!(self.context.library, call, cuGraphExecDestroy(self.exec.0)) }
     }
 }

@@ -1,4 +1,4 @@
-//! What of CUDA is on this machine, for people and for `kitsune doctor`.
+//! Describes this machine's CUDA installation, for `kitsune doctor` and other diagnostics.
 
 use std::path::PathBuf;
 
@@ -20,15 +20,15 @@ pub struct Installation {
     pub devices: Vec<CudaDevice>,
 }
 
-/// A CUDA device, as `kitsune doctor` tells of it.
+/// A CUDA device, as `kitsune doctor` reports it.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CudaDevice {
-    /// What every device says about itself.
+    /// The properties that every device has.
     pub properties: DeviceProperties,
     /// Whether the driver has a stream-ordered allocator for it.
     pub memory_pools: bool,
-    /// Processors of the device.
+    /// The number of multiprocessors.
     pub multiprocessors: u32,
     /// The compute capability that the chosen kernels were compiled for, as (major, minor); `None` if there are
     /// none for this device.
@@ -38,7 +38,7 @@ pub struct CudaDevice {
 }
 
 impl Installation {
-    /// The file of the driver's library, whether it can be used or not; `None` if there is none.
+    /// The file of the driver's library, usable or not; `None` if there is none.
     #[must_use]
     pub fn library() -> Option<PathBuf> {
         Library::first_file()
@@ -47,8 +47,8 @@ impl Installation {
     /// Looks for the driver and opens each device.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) with call `open`: there is no driver, it is too old or damaged,
-    /// it cannot be initialized, or a device cannot be opened.
+    /// [`Error::Driver`](crate::Error::Driver) with call `open` if there is no driver, if it is too old or damaged or
+    /// cannot be initialized, or if a device cannot be opened.
     pub fn find() -> Result<Self> {
         let library = Library::get()?;
         let devices = (0..context::count(library)?).map(|ordinal| {

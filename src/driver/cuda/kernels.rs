@@ -1,7 +1,7 @@
 //! Device code: the PTX modules of `kitsune-kernels`, and launches of their entry points.
 //!
-//! The driver compiles a module for the device it runs on and keeps the result on disk. A module is loaded when one of
-//! its entry points is first launched, so a program waits for what it uses, and for nothing if it only wants memory.
+//! The driver compiles a module for its device and caches the result on disk. A module is loaded at the first launch of
+//! one of its entry points, so a program compiles only the modules it uses, and none if it only allocates memory.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -20,18 +20,18 @@ use crate::error::{Error, Result};
 
 const CALL: &str = "launch";
 
-/// Shared memory that a block may have without asking for more.
+/// Dynamic shared memory per block that needs no opt-in.
 const SHARED_BYTES_PLAIN: u32 = 48 << 10;
 
-/// The compute capability that the code is made for, if a device of this one can run it.
+/// The compute capability that the code is compiled for, if a device of `capability` can run it.
 pub(super) fn target_for(capability: Option<(u32, u32)>) -> Option<(u32, u32)> {
     (Some(TARGET) <= capability).then_some(TARGET)
 }
 
-/// The code of one device, as far as it was asked for.
+/// The device code that one device has loaded so far.
 #[derive(Debug, Default)]
 pub(super) struct Code {
-    /// The loaded modules, by name. A second thread waits while one is being loaded.
+    /// The loaded modules, by name. Locked while a module is being loaded, so that a second thread waits for it.
     modules: Mutex<HashMap<&'static str, Raw<CUmod_st>>>,
     functions: RwLock<HashMap<&'static str, Raw<CUfunc_st>>>,
 }
@@ -67,8 +67,8 @@ impl Code {
         // Every entry point takes one struct, so there is one pointer.
         let mut parameters = [arguments.as_bytes().as_ptr().cast_mut().cast::<c_void>()];
         let (blocks, threads, shared) = (grid.blocks, grid.threads, grid.shared_bytes);
-        // SAFETY: function and stream are alive; the struct is the one that the entry point takes, as the
-        // tests of the kernels compare; the caller promises the rest.
+        // SAFETY: function and stream are alive; the struct is the one that the entry point takes, as the kernel
+        // tests verify; the caller promises the rest.
         unsafe {
             ask!(
                 context.library,
@@ -99,7 +99,7 @@ impl Code {
         let name = CString::new(entry).map_err(|_| no_code(entry))?;
         let mut function = null_mut();
         let place = &raw mut function;
-        // SAFETY: the module is never unloaded, the name ends with zero, `function` takes the answer.
+        // SAFETY: the module is never unloaded; the name is NUL-terminated; `function` receives the result.
         let found = unsafe {
             ask!(
                 context.library,
@@ -125,7 +125,7 @@ impl Code {
         }
         let mut loaded = null_mut();
         let (place, text) = (&raw mut loaded, module.text.as_ptr().cast::<c_void>());
-        // SAFETY: the text ends with zero, there are no options, `loaded` takes the answer.
+        // SAFETY: the text is NUL-terminated; there are no options; `loaded` receives the result.
         let outcome = unsafe {
             ask!(
                 context.library,
@@ -137,7 +137,7 @@ impl Code {
             Err(error) if code_of(&error) == Some(code::UNSUPPORTED_PTX_VERSION) => {
                 let (major, minor) = context.library.version();
                 let reason = format!(
-                    "the driver supports CUDA {major}.{minor} and cannot compile PTX {PTX_VERSION}: install a newer one"
+                    "the driver supports CUDA {major}.{minor} and cannot compile PTX {PTX_VERSION}: update it"
                 );
                 return Err(refuse(CALL, code::UNSUPPORTED_PTX_VERSION, reason));
             }
@@ -152,7 +152,7 @@ fn no_code(entry: &str) -> Error {
     refuse(CALL, code::NOT_FOUND, format!("no code for {entry}"))
 }
 
-/// Refuses a device that none of the code can run on.
+/// Refuses a device that is too old for the kernels.
 pub(crate) fn check(properties: &DeviceProperties) -> Result<()> {
     match target_for(properties.compute_capability) {
         Some(_) => Ok(()),

@@ -1,11 +1,11 @@
-//! The driver's library: found, opened and asked for everything that is needed, before anything is called.
+//! Finds and opens the driver's library, and looks up every function before any is called.
 //!
-//! The types are those of cudarc's bindings, and the compiler compares each signature below with theirs. The
-//! calls themselves go through a table of this module, for two reasons: cudarc panics at the first call of a
-//! library or function that is missing, where a caller wants an error; and its enum of error codes cannot
-//! hold a code that is newer than the bindings, where a plain number can.
+//! The types are those of cudarc's bindings, and the compiler checks each signature below against theirs. The calls
+//! themselves go through this module's own table, for two reasons. If the library or a function is missing, cudarc
+//! panics at the first call, where callers want an error. And cudarc's enum of error codes cannot hold a code newer
+//! than the bindings; a plain number can.
 //!
-//! A library that was opened stays open, and nothing is called when the process ends.
+//! Once opened, the library stays open. No function is called when the process ends.
 
 use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -23,13 +23,13 @@ use parking_lot::Mutex;
 use super::failure::{self, code};
 use crate::error::{Error, Result};
 
-/// The oldest driver that is supported: the first of CUDA 12, in the driver's own notation.
+/// The oldest supported driver version, CUDA 12.0, in the driver's notation.
 const OLDEST: c_int = 12_000;
 
-/// Declares the table of functions, and compares each signature with that of cudarc's bindings.
+/// Declares the table of functions, and checks each signature against cudarc's bindings.
 macro_rules! functions {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
-        /// The functions of the library that are used, each under its own name.
+        /// The library functions that this crate uses, each under its own name.
         #[derive(Debug)]
         #[allow(non_snake_case, reason = "the names are the library's")]
         pub(super) struct Functions {
@@ -37,12 +37,12 @@ macro_rules! functions {
         }
 
         impl Functions {
-            /// Looks all of them up; the name of the first that is missing otherwise.
+            /// Looks up all functions. The error is the name of the first that is missing.
             fn find(library: &libloading::Library) -> Result<Self, &'static str> {
                 Ok(Self {$(
                     $name: {
                         let symbol = concat!(stringify!($name), "\0").as_bytes();
-                        // SAFETY: this is the signature in NVIDIA's header, as the comparison below shows.
+                        // SAFETY: this is the signature in NVIDIA's header, as the check below shows.
                         *unsafe { library.get(symbol) }.map_err(|_| stringify!($name))?
                     },
                 )*})
@@ -51,7 +51,7 @@ macro_rules! functions {
 
 
         $(const _: fn($($type),*) -> CUresult = |$($argument),*| {
-            // SAFETY: never called, only compiled.
+            // SAFETY: compiled for the type check, never called.
             unsafe { cudarc::driver::sys::$name($($argument),*) }
         };)*
     };
@@ -157,23 +157,23 @@ functions! {
     cuGraphDestroy(graph: CUgraph);
 }
 
-/// Text for an error code. Not compared with the bindings: their enum cannot hold every code.
+/// Describes an error code. Not checked against the bindings: their enum cannot hold every code.
 type Describe = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
 
-/// The opened library. While there is a reference to one, its functions may be called.
+/// The open library. Its functions can be called as long as a reference to it exists.
 #[derive(Debug)]
 pub(super) struct Library {
     pub(super) functions: Functions,
     name: Describe,
     text: Describe,
-    /// The name it was opened by.
+    /// The name it was opened with.
     opened_as: &'static str,
     version: c_int,
     // Never closed: `get` leaks the struct.
     _handle: libloading::Library,
 }
 
-/// Calls a function of the library for the method `$call` of the driver; an error unless it succeeds.
+/// Calls a library function on behalf of the driver method `$call`, and turns its code into a [`Result`].
 macro_rules! ask {
     ($library:expr, $call:expr, $name:ident($($argument:expr),* $(,)?)) => {{
         let library: &$crate::driver::cuda::library::Library = $library;
@@ -183,14 +183,14 @@ macro_rules! ask {
 }
 pub(super) use ask;
 
-/// Where libraries of the driver are looked for, in cudarc's order, so that both find the same one.
+/// File names of the driver's library, in cudarc's search order, so that both find the same library.
 const CANDIDATES: &[&str] = if cfg!(windows) {
     &["nvcuda.dll"]
 } else {
     &["libcuda.so", "libcuda.so.1"]
 };
 
-/// The name that NVIDIA's own libraries ask for.
+/// The file name that NVIDIA's own libraries load.
 const USUAL: &str = if cfg!(windows) {
     "nvcuda.dll"
 } else {
@@ -198,7 +198,7 @@ const USUAL: &str = if cfg!(windows) {
 };
 
 impl Library {
-    /// Whether a library that asks for the driver by its usual name gets this one.
+    /// Whether a library that loads the driver by its usual name gets this one.
     pub(super) fn is_found_by_others(&self) -> bool {
         // SAFETY: the driver's library, as in `open`.
         let Ok(usual) = (unsafe { libloading::Library::new(USUAL) }) else {
@@ -212,8 +212,8 @@ impl Library {
     /// The driver's library, initialized.
     ///
     /// # Errors
-    /// [`Error::Driver`] with call `open`: there is none, it lacks a function, it is too old, or it cannot
-    /// be initialized (which includes that there is no device). The next call tries again.
+    /// [`Error::Driver`] with call `open` if there is no library, if it lacks a function or is too old, or if it cannot
+    /// be initialized (for example because there is no device). The next call tries again.
     pub(super) fn get() -> Result<&'static Self> {
         static OPENED: Mutex<Option<&'static Library>> = Mutex::new(None);
         let mut opened = OPENED.lock();
@@ -224,8 +224,8 @@ impl Library {
         Ok(opened.insert(Box::leak(Box::new(library))))
     }
 
-    /// Tries the candidates until one is not a stub. Stubs are libraries to link against, which toolkits
-    /// install and which sometimes stand before the driver's own.
+    /// Tries the candidates until one is not a stub. Toolkits install stubs to link against, and a stub sometimes
+    /// precedes the real library on the search path.
     fn open() -> Result<Self> {
         let mut refused = None;
         let mut damaged = String::new();
@@ -254,7 +254,7 @@ impl Library {
     }
 
     fn initialize(opened_as: &'static str, handle: libloading::Library) -> Result<Self> {
-        // A driver that is too old lacks functions, too, and its version is the better news.
+        // A driver that is too old also lacks functions. The version makes the better error message, so check it first.
         let version = version_of(opened_as, &handle)?;
         if version < OLDEST {
             let reason = format!(
@@ -274,7 +274,7 @@ impl Library {
             version,
             _handle: handle,
         };
-        // SAFETY: may be called at any time; the one flag there is must be 0.
+        // SAFETY: may be called at any time; the flags must be 0.
         unsafe { ask!(&library, "open", cuInit(0)) }?;
         Ok(library)
     }
@@ -285,21 +285,21 @@ impl Library {
         (version / 1000, version % 1000 / 10)
     }
 
-    /// The file the library was loaded from, or the name it was asked for where that cannot be told.
+    /// The file the library was loaded from, or the name it was opened with if the file cannot be determined.
     pub(super) fn path(&self) -> PathBuf {
         file_of(self.functions.cuInit as usize, self.opened_as)
     }
 
-    /// The file of the first library that there is, whether it can be used or not.
+    /// The file of the first library found, usable or not.
     pub(super) fn first_file() -> Option<PathBuf> {
         let (name, library) = CANDIDATES
             .iter()
             .find_map(|name| Some((name, load(name).ok()?)))?;
-        // Either may be what a damaged library lacks.
+        // A damaged library may lack either symbol.
         let address = [&b"cuInit\0"[..], b"cuDriverGetVersion\0"]
             .into_iter()
             .find_map(|symbol| {
-                // SAFETY: its address is looked at, nothing is called.
+                // SAFETY: only the address is read, nothing is called.
                 let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol) };
                 found.ok().map(|function| *function as usize)
             })
@@ -307,7 +307,7 @@ impl Library {
         Some(file_of(address, name))
     }
 
-    /// Success, or the error that `code` of the function `name` means for the driver's method `call`.
+    /// Turns `code`, returned by the function `name`, into the result of the driver method `call`.
     pub(super) fn check(&self, call: &'static str, name: &str, code: c_int) -> Result<()> {
         if code == code::SUCCESS {
             return Ok(());
@@ -318,16 +318,16 @@ impl Library {
         Err(failure::refuse(call, code, self.describe(name, code)))
     }
 
-    /// What `code` of the function `name` means, for people.
+    /// Describes `code`, returned by the function `name`, for an error message.
     fn describe(&self, name: &str, code: c_int) -> String {
         let text = |describe: Describe| {
             let mut text = null();
-            // SAFETY: any code may be asked for; the text is written to `text`.
+            // SAFETY: any code may be passed; `text` receives the result.
             let known = unsafe { describe(code, &raw mut text) } == code::SUCCESS;
             if !known || text.is_null() {
                 return None;
             }
-            // SAFETY: the library's texts are constants of its own.
+            // SAFETY: the library's texts are static strings.
             let text = unsafe { CStr::from_ptr(text) };
             Some(text.to_string_lossy().into_owned())
         };
@@ -338,12 +338,12 @@ impl Library {
     }
 }
 
-/// Loads a library; otherwise what is wrong with it, where there is one.
+/// Loads a library. The error says what is wrong with it; `None` if the file does not exist.
 fn load(name: &str) -> Result<libloading::Library, Option<String>> {
-    // SAFETY: loading the driver's library runs its initializers, which is what it is made for.
+    // SAFETY: the driver's library is made to be loaded; loading runs its initializers.
     let loaded = unsafe { libloading::Library::new(name) };
     loaded.map_err(|error| {
-        // What the loader said is behind what libloading says.
+        // The loader's message is the source of libloading's error.
         let told = error
             .source()
             .map_or_else(|| error.to_string(), ToString::to_string);
@@ -351,7 +351,7 @@ fn load(name: &str) -> Result<libloading::Library, Option<String>> {
     })
 }
 
-/// The file that the code at an address was loaded from; `otherwise` where that cannot be told.
+/// The file that the code at an address was loaded from; `otherwise` if that cannot be determined.
 fn file_of(address: usize, otherwise: &str) -> PathBuf {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let holds = |line: &&str| {
@@ -374,12 +374,12 @@ fn missing(opened_as: &str, name: &str) -> Error {
 }
 
 fn describe(library: &libloading::Library, name: &'static str) -> Result<Describe, &'static str> {
-    // SAFETY: this is the signature in NVIDIA's header, with its enum as the number it is.
+    // SAFETY: this is the signature in NVIDIA's header, with the enum as a plain integer.
     let symbol = unsafe { library.get::<Describe>(name.as_bytes()) };
     symbol.map(|symbol| *symbol).map_err(|_| name)
 }
 
-/// The version of a library that was not looked at yet.
+/// The version of a library that is not initialized yet.
 fn version_of(opened_as: &'static str, library: &libloading::Library) -> Result<c_int> {
     const NAME: &str = "cuDriverGetVersion";
     type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
@@ -387,7 +387,7 @@ fn version_of(opened_as: &'static str, library: &libloading::Library) -> Result<
     let symbol = unsafe { library.get::<GetVersion>(NAME.as_bytes()) };
     let get = symbol.map_err(|_| missing(opened_as, NAME))?;
     let mut version = 0;
-    // SAFETY: may be called before anything else; `version` takes the answer.
+    // SAFETY: may be called before anything else; `version` receives the result.
     match unsafe { get(&raw mut version) } {
         code::SUCCESS => Ok(version),
         code => Err(failure::refuse(

@@ -1,7 +1,7 @@
-//! Plain memory, pinned memory, and moving bytes.
+//! Plain memory, pinned memory, and copies.
 //!
-//! Pinned memory is ordinary cached memory: write-combined memory would make the host's reads slow, and
-//! reading results back is what it is for here.
+//! Pinned memory is cached, not write-combined: the host reads results from it, and reads of write-combined memory are
+//! slow.
 
 use std::ffi::{c_uint, c_void};
 use std::ptr::{null_mut, with_exposed_provenance_mut};
@@ -16,14 +16,14 @@ use crate::driver::{DevicePtr, MemoryInfo};
 use crate::error::Result;
 use crate::units::to_usize;
 
-/// Pinned for all devices, not only for that of the context.
+/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for all devices, not only for the context's.
 const PORTABLE: c_uint = 1;
 
 pub(super) fn info(context: &Context) -> Result<MemoryInfo> {
     const CALL: &str = "memory_info";
     let _bound = context.bind(CALL)?;
     let (mut free, mut total) = (0, 0);
-    // SAFETY: both take an answer.
+    // SAFETY: both receive a result.
     unsafe {
         ask!(
             context.library,
@@ -41,7 +41,7 @@ pub(super) fn allocate(context: &Context, bytes: u64) -> Result<DevicePtr> {
     const CALL: &str = "allocate";
     let _bound = context.bind(CALL)?;
     let mut ptr = 0;
-    // SAFETY: `ptr` takes the answer.
+    // SAFETY: `ptr` receives the result.
     unsafe {
         ask!(
             context.library,
@@ -57,16 +57,16 @@ pub(super) fn allocate(context: &Context, bytes: u64) -> Result<DevicePtr> {
 pub(super) unsafe fn free(context: &Context, ptr: DevicePtr) -> Result<()> {
     const CALL: &str = "free";
     if ptr.0 == 0 {
-        // The library passes over it.
-        return Err(refuse(CALL, code::INVALID_VALUE, "zero is no address"));
+        // The library ignores null.
+        return Err(refuse(CALL, code::INVALID_VALUE, "zero is not an address"));
     }
     let _bound = context.bind(CALL)?;
     // SAFETY: the caller gives the memory up; the library waits for work in flight and refuses addresses it
-    // did not hand out.
+    // did not return.
     unsafe { ask!(context.library, CALL, cuMemFree_v2(ptr.0)) }
 }
 
-/// Takes memory from the driver's own pool, in stream order where there is one.
+/// Allocates from the driver's own pool in stream order, or plain memory if there is no such pool.
 pub(super) fn allocate_on(stream: &StreamEntry, bytes: u64) -> Result<DevicePtr> {
     const CALL: &str = "allocate_on";
     let context = stream.context;
@@ -76,7 +76,7 @@ pub(super) fn allocate_on(stream: &StreamEntry, bytes: u64) -> Result<DevicePtr>
     let _bound = context.bind(CALL)?;
     let mut ptr = 0;
     let place = &raw mut ptr;
-    // SAFETY: the stream is alive, `ptr` takes the answer.
+    // SAFETY: the stream is alive; `ptr` receives the result.
     unsafe {
         ask!(
             context.library,
@@ -98,7 +98,7 @@ pub(super) unsafe fn free_on(stream: &StreamEntry, ptr: DevicePtr) -> Result<()>
         return unsafe { free(context, ptr) };
     }
     let _bound = context.bind(CALL)?;
-    // SAFETY: the caller gives the memory up; the library refuses addresses it did not hand out.
+    // SAFETY: the caller gives the memory up; the library refuses addresses it did not return.
     unsafe { ask!(context.library, CALL, cuMemFreeAsync(ptr.0, stream.raw())) }
 }
 
@@ -106,7 +106,7 @@ pub(super) fn allocate_pinned(context: &Context, bytes: u64) -> Result<DevicePtr
     const CALL: &str = "allocate_pinned";
     let _bound = context.bind(CALL)?;
     let mut ptr = null_mut();
-    // SAFETY: `ptr` takes the answer.
+    // SAFETY: `ptr` receives the result.
     unsafe {
         ask!(
             context.library,
@@ -123,7 +123,7 @@ pub(super) unsafe fn free_pinned(context: &Context, ptr: DevicePtr) -> Result<()
     const CALL: &str = "free_pinned";
     let _bound = context.bind(CALL)?;
     let ptr = with_exposed_provenance_mut::<c_void>(to_usize(ptr.0));
-    // SAFETY: the caller gives the memory up; the library refuses addresses it did not hand out.
+    // SAFETY: the caller gives the memory up; the library refuses addresses it did not return.
     unsafe { ask!(context.library, CALL, cuMemFreeHost(ptr)) }
 }
 
@@ -138,7 +138,7 @@ pub(super) unsafe fn copy(
     const CALL: &str = "copy";
     let _bound = stream.context.bind(CALL)?;
     let bytes = to_usize(bytes);
-    // SAFETY: the caller promises both ranges. Where they lie, the library sees by their addresses.
+    // SAFETY: the caller promises both ranges. The library tells from the addresses where they are.
     unsafe {
         ask!(
             stream.context.library,
@@ -148,14 +148,14 @@ pub(super) unsafe fn copy(
     }
 }
 
-/// Enqueues a copy from host memory, and says whether the library still reads `src` afterwards.
+/// Enqueues a copy from host memory, and returns whether the library may still read `src` afterwards.
 ///
-/// Ordinary memory is read before the call returns, unless the device can reach it; pinned memory only when the
-/// stream gets there.
+/// The library reads pageable memory before the call returns, unless the device can access it; it reads pinned memory
+/// when the stream reaches the copy.
 ///
 /// # Safety
-/// As [`Driver::copy_from_host`](crate::driver::Driver::copy_from_host); and `src` stays as it is until the
-/// stream has passed here if the answer is yes.
+/// As [`Driver::copy_from_host`](crate::driver::Driver::copy_from_host). If this returns `true`, `src` also stays
+/// unchanged until the stream has passed this point.
 pub(super) unsafe fn upload(
     call: &'static str,
     stream: &StreamEntry,
@@ -165,7 +165,7 @@ pub(super) unsafe fn upload(
     let library = stream.context.library;
     let _bound = stream.context.bind(call)?;
     let (start, bytes) = (src.as_ptr().cast::<c_void>(), src.len());
-    // SAFETY: the caller promises the destination, the source is borrowed.
+    // SAFETY: the caller promises the destination; the source is borrowed.
     unsafe {
         ask!(
             library,
@@ -174,7 +174,7 @@ pub(super) unsafe fn upload(
         )
     }?;
     let kind = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-    // The library knows nothing of ordinary memory.
+    // The attribute query fails for pageable memory.
     Ok(attribute(
         stream.context,
         kind,
@@ -183,8 +183,7 @@ pub(super) unsafe fn upload(
     .is_some())
 }
 
-/// What the library knows about an address, where that is a number of 32 bits; `None` if it knows nothing.
-/// The context is current.
+/// A 32-bit attribute of an address; `None` if the library does not know the address. The context must be current.
 pub(super) fn attribute(
     context: &Context,
     attribute: CUpointer_attribute,
@@ -193,7 +192,7 @@ pub(super) fn attribute(
     let mut value: c_uint = 0;
     let place = (&raw mut value).cast();
     let ask = context.library.functions.cuPointerGetAttribute;
-    // SAFETY: `value` takes the answer, and any address may be asked about.
+    // SAFETY: `value` receives the result; any address may be queried.
     let known = unsafe { ask(place, attribute, ptr.0) };
     (known == code::SUCCESS).then_some(value)
 }
@@ -205,8 +204,8 @@ pub(super) unsafe fn download(stream: &StreamEntry, dst: &mut [u8], src: DeviceP
     if !dst.is_empty() {
         let _bound = stream.context.bind(CALL)?;
         let (start, bytes) = (dst.as_mut_ptr().cast::<c_void>(), dst.len());
-        // SAFETY: the caller promises the source. The destination is borrowed until the wait below is over;
-        // if that fails, the context is lost or the capture is, and nothing writes it any more.
+        // SAFETY: the caller promises the source. The destination is borrowed until the wait below is over.
+        // If the wait fails, the context or the capture is lost, and nothing writes the destination any more.
         unsafe {
             ask!(
                 stream.context.library,

@@ -1,19 +1,19 @@
 //! CUDA devices.
 //!
-//! The driver's library is loaded at run time. Without one, with one that is too old or damaged, and without
-//! a device, opening fails with an [`Error`] that says which; nothing panics, and [`Device::auto`]
-//! goes on with the host. The bindings are cudarc's; `library` says what is done differently and why.
+//! The driver's library is loaded at run time. If it is missing, too old or damaged, or has no device, opening fails
+//! with an [`Error`] that says which. Nothing panics, and [`Device::auto`] falls back to the host. The bindings are
+//! cudarc's; `library` explains what this module does differently and why.
 //!
-//! All devices are one platform: they share the tables of streams, events, pages and graphs, and understand
-//! each other's events and addresses. Handles of this driver are numbers in those tables. A device keeps its
-//! primary context until the process ends, and nothing is called then.
+//! All devices form one platform: they share the tables of streams, events, pages and graphs, and accept each other's
+//! events and addresses. Handles of this driver are numbers in those tables. A device keeps its primary context until
+//! the process ends; nothing is cleaned up at exit.
 //!
-//! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current),
-//! `table` (numbers for handles), `streams`, `memory`, `uploads`, `pages`, `peers` (copies between devices), `graphs`,
-//! `kernels`; here, the driver;
-//! `foreign` (streams shared with other code), `installation` and `toolkit` (what is there, for people).
+//! Code map, bottom up: `failure` (codes), `library` (functions), `context` (one device, made current), `table`
+//! (numbers for handles), `streams`, `memory`, `uploads`, `pages`, `peers` (copies between devices), `graphs`,
+//! `kernels`; this file (the driver); `foreign` (streams shared with other code), `installation` and `toolkit`
+//! (diagnostics).
 //!
-//! Run so far on a simulated library only (`tests/simcuda`), not on a GPU.
+//! Tested only with a simulated library so far (`tests/simcuda`), not on a GPU.
 //!
 //! [`Device::auto`]: crate::Device::auto
 
@@ -55,10 +55,10 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-/// The number of the one CUDA platform. Platforms of host devices count up from below.
+/// The number of the CUDA platform. Host platforms are numbered from 1 up.
 const PLATFORM: u64 = u64::MAX;
 
-/// What all CUDA devices share. Never dropped, so that nothing is called when the process ends.
+/// State shared by all CUDA devices. Never dropped, so that no driver call is made when the process ends.
 static TABLES: LazyLock<Tables> = LazyLock::new(|| Tables {
     streams: Table::new(),
     events: Table::new(),
@@ -111,8 +111,8 @@ impl CudaDriver {
         self.tables.events.get(call, event.0)
     }
 
-    /// The error for an event that cannot be asked because it was recorded in a capture: a capture under way
-    /// forbids it, and one that is over left nothing to ask for.
+    /// Translates the error of querying an event that was recorded in a capture: [`Error::Capturing`] while the capture
+    /// is active, the library's own error once it is over.
     fn of_captured(&self, call: &'static str, event: &EventEntry, error: Error) -> Error {
         if code_of(&error) != Some(code::CAPTURED_EVENT) {
             return error;
@@ -130,8 +130,8 @@ impl CudaDriver {
     }
 }
 
-// SAFETY: each call is one of the CUDA driver API, which makes the same promises; where it makes fewer (`uploads`,
-// `streams`), the module there makes up for it.
+// SAFETY: each call maps to the CUDA driver API, which makes the same promises. Where it promises less (`uploads`,
+// `streams`), the named module adds what is missing.
 unsafe impl Driver for CudaDriver {
     fn properties(&self) -> &DeviceProperties {
         &self.context.properties
@@ -150,7 +150,7 @@ unsafe impl Driver for CudaDriver {
     }
 
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()> {
-        // SAFETY: the caller's promise is the same, as in every method below.
+        // SAFETY: the caller makes the same promise, here and in every method below.
         unsafe { memory::free(self.context, ptr) }
     }
 
@@ -298,7 +298,7 @@ unsafe impl Driver for CudaDriver {
             // SAFETY: as in `free`.
             return unsafe { context.uploads.upload(CALL, &stream, number, (dst, src)) };
         }
-        // SAFETY: as in `free`; if the source is read later, the wait below is what keeps it.
+        // SAFETY: as in `free`; if the library still reads the source, the wait below keeps it borrowed.
         let is_read_later = unsafe { memory::upload(CALL, &stream, dst, src) }?;
         if is_read_later {
             stream.synchronize(CALL)?;

@@ -1,8 +1,8 @@
-//! Physical pages, and addresses for them.
+//! Physical pages and their mappings.
 //!
-//! The library takes back a mapping only as the whole it was made as, gives a reserved range back without
-//! looking into it, and lets nothing touch a mapping before access to it was set. So ranges and mappings are
-//! kept here as well: an unmapping goes mapping by mapping, and wrong calls are refused before they do harm.
+//! The library unmaps a mapping only as a whole, releases a reserved range without checking that it is empty, and
+//! allows access to a mapping only once access was set. So this module tracks ranges and mappings itself: it unmaps one
+//! mapping at a time, and refuses invalid calls before they do damage.
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
@@ -22,28 +22,28 @@ use crate::driver::{DevicePtr, PageHandle};
 use crate::error::{Error, Result};
 use crate::units::{MIB, to_usize};
 
-/// The granularity of every device so far; stands in the properties of devices without virtual memory.
+/// The granularity of every device so far. Reported for devices without virtual memory.
 pub(super) const USUAL_GRANULARITY: u64 = 2 * MIB;
 
 /// The device as a place for memory.
 ///
-/// Since CUDA 13.2 the number of the device lies in a union without a name, in the same place as before.
+/// Since CUDA 13.2 the device number is in an anonymous union, at the same offset as before.
 fn location(device: CUdevice) -> CUmemLocation {
     const NUMBER_AT: usize = 4;
     const _: () = assert!(size_of::<CUmemLocation>() == NUMBER_AT + size_of::<c_int>());
-    // SAFETY: numbers only, and zero is a kind of location.
+    // SAFETY: all fields are numbers, and zero is a valid location type.
     let mut location: CUmemLocation = unsafe { std::mem::zeroed() };
     location.type_ = CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
     let number = (&raw mut location)
         .wrapping_byte_add(NUMBER_AT)
         .cast::<c_int>();
-    // SAFETY: inside of `location`, where the assertion above leaves room for a number.
+    // SAFETY: inside `location`, as the assertion above checks.
     unsafe { number.write(device) };
     location
 }
 
 fn page_properties(device: CUdevice) -> CUmemAllocationProp {
-    // SAFETY: numbers and a pointer that may be null; zero is no kind of page, but is replaced below.
+    // SAFETY: numbers and a nullable pointer. Zero is not a valid allocation type, but is replaced below.
     let mut properties: CUmemAllocationProp = unsafe { std::mem::zeroed() };
     properties.type_ = CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
     properties.location = location(device);
@@ -56,7 +56,7 @@ pub(super) fn granularity(library: &Library, device: CUdevice) -> Result<u64> {
     let properties = page_properties(device);
     let option = CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
     let place = &raw mut bytes;
-    // SAFETY: `properties` is complete, `bytes` takes the answer.
+    // SAFETY: `properties` is complete, `bytes` receives the result.
     unsafe {
         ask!(
             library,
@@ -80,7 +80,7 @@ impl Close for PageEntry {
 
     fn close(&self, call: &'static str) -> Result<()> {
         let _bound = self.context.bind(call)?;
-        // SAFETY: the handle is ours. The memory stays until its last mapping is gone.
+        // SAFETY: the handle is ours. The memory stays allocated until its last mapping is gone.
         unsafe { ask!(self.context.library, call, cuMemRelease(self.handle)) }
     }
 }
@@ -91,7 +91,7 @@ impl Drop for PageEntry {
     }
 }
 
-/// All ranges, pages and mappings. Addresses of all devices are different, so one table serves them all.
+/// All ranges, pages and mappings. All devices share one address space, so one table is enough.
 #[derive(Debug)]
 pub(super) struct Pages {
     pages: Table<PageEntry>,
@@ -106,7 +106,7 @@ struct Addresses {
     mappings: BTreeMap<u64, u64>,
 }
 
-/// A range of addresses, and the device that reaches what is mapped there.
+/// A range of addresses, and the device that can access what is mapped there.
 #[derive(Debug)]
 struct ReservedRange {
     bytes: u64,
@@ -121,7 +121,7 @@ impl Pages {
         }
     }
 
-    /// The device that reaches what is mapped at `ptr`; `None` for other memory.
+    /// The device whose reserved range contains `ptr`; `None` for other memory.
     pub(super) fn device_of(&self, ptr: DevicePtr) -> Option<&'static Context> {
         let addresses = self.addresses.lock();
         let (start, range) = addresses.ranges.range(..=ptr.0).next_back()?;
@@ -135,7 +135,7 @@ impl Pages {
         let alignment = to_usize(context.properties.page_granularity);
         let mut ptr = 0;
         let place = &raw mut ptr;
-        // SAFETY: `ptr` takes the answer; no address is asked for.
+        // SAFETY: `ptr` receives the result; no address is requested.
         unsafe {
             ask!(
                 context.library,
@@ -179,7 +179,7 @@ impl Pages {
         let properties = page_properties(context.device);
         let mut handle = 0;
         let place = &raw mut handle;
-        // SAFETY: `properties` is complete, `handle` takes the answer.
+        // SAFETY: `properties` is complete, `handle` receives the result.
         unsafe {
             ask!(
                 context.library,
@@ -199,7 +199,7 @@ impl Pages {
         self.pages.remove("destroy_page", page.0)
     }
 
-    /// Maps `handles` side by side from `ptr` on, and sets access once for all of them; or maps none.
+    /// Maps `handles` next to each other from `ptr` on, and sets access once for all of them. Maps all or none.
     pub(super) fn map(
         &self,
         context: &Context,
@@ -215,7 +215,7 @@ impl Pages {
         let end = pages
             .iter()
             .try_fold(ptr.0, |end, page| end.checked_add(page.bytes));
-        let end = end.ok_or_else(|| invalid(CALL, "the addresses run out"))?;
+        let end = end.ok_or_else(|| invalid(CALL, "the range exceeds the address space"))?;
         addresses.check_reserved(CALL, ptr.0, end)?;
         if let Some((at, _)) = addresses.reaching_in(ptr.0, end).next() {
             return Err(invalid(
@@ -230,7 +230,7 @@ impl Pages {
         let mut at = ptr.0;
         let mut shown = Ok(());
         for page in &pages {
-            // SAFETY: the page is alive, and its place is reserved and empty.
+            // SAFETY: the page is alive, and the addresses are reserved and empty.
             shown = unsafe {
                 ask!(
                     context.library,
@@ -246,7 +246,7 @@ impl Pages {
         }
         let outcome = shown.and_then(|()| allow(context, ptr.0, end - ptr.0));
         if outcome.is_err() {
-            // What cannot be unmapped either stays in the table, where a later call may try again.
+            // A mapping that cannot be unmapped stays in the table, so that a later call can try again.
             let _ = addresses.clear(context, CALL, ptr.0, at);
         }
         outcome
@@ -258,7 +258,7 @@ impl Pages {
         const CALL: &str = "unmap";
         check_length(context, CALL, bytes)?;
         let end = ptr.0.checked_add(bytes);
-        let end = end.ok_or_else(|| invalid(CALL, "the addresses run out"))?;
+        let end = end.ok_or_else(|| invalid(CALL, "the range exceeds the address space"))?;
         let mut addresses = self.addresses.lock();
         addresses.check_reserved(CALL, ptr.0, end)?;
         if addresses.reaching_in(ptr.0, end).next().is_none() {
@@ -269,9 +269,8 @@ impl Pages {
             .reaching_in(ptr.0, end)
             .find(|(at, length)| *at < ptr.0 || at + length > end);
         if let Some((at, length)) = cut {
-            let reason = format!(
-                "the page of {length} bytes at {at:#x} does not lie in the range as a whole"
-            );
+            let reason =
+                format!("the page of {length} bytes at {at:#x} is only partly in the range");
             return Err(invalid(CALL, reason));
         }
         let _bound = context.bind(CALL)?;
@@ -293,19 +292,20 @@ impl Addresses {
         Err(invalid(call, reason))
     }
 
-    /// The mappings that have a byte in the range, backwards.
+    /// The mappings that overlap the range, from last to first.
     fn reaching_in(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
-        // Disjoint mappings end in the order in which they begin, so the first that ends too early is the last.
+        // Disjoint mappings end in the order in which they begin, so the first one that ends before the range ends
+        // the search.
         let below = self.mappings.range(..to).rev();
         below
             .map(|(at, bytes)| (*at, *bytes))
             .take_while(move |(at, bytes)| at + bytes > from)
     }
 
-    /// Unmaps what lies in the range, one mapping after the other.
+    /// Unmaps everything in the range, one mapping after the other.
     fn clear(&mut self, context: &Context, call: &'static str, from: u64, to: u64) -> Result<()> {
         while let Some((&at, &bytes)) = self.mappings.range(from..to).next() {
-            // SAFETY: a mapping of ours; the callers promise that no work touches it.
+            // SAFETY: the mapping is ours; the caller promises that no work touches it.
             unsafe { ask!(context.library, call, cuMemUnmap(at, to_usize(bytes))) }?;
             self.mappings.remove(&at);
         }
@@ -319,7 +319,7 @@ fn allow(context: &Context, ptr: u64, bytes: u64) -> Result<()> {
         location: location(context.device),
         flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
     };
-    // SAFETY: the whole range was mapped just now; `access` is one description.
+    // SAFETY: the whole range was just mapped; `access` is one descriptor.
     unsafe {
         ask!(
             context.library,

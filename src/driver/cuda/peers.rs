@@ -1,9 +1,8 @@
 //! Copies between devices.
 //!
-//! What is mapped can be reached by the device it was mapped for and by no other, and the plain copy takes no
-//! more than its stream's device reaches. So where several devices are open, both ends of a copy are asked for
-//! theirs, and unless that is the stream's the copy goes by the call that names both. Programs with one device
-//! pay nothing for it.
+//! Mapped memory is accessible only to the device it was mapped for, and the plain copy can access only what its
+//! stream's device can. So when several devices are open, the device of each end is looked up. If either is not the
+//! stream's device, the copy uses the call that names both devices. Programs with one device pay nothing.
 //!
 //! Must not know: what is copied.
 
@@ -21,7 +20,7 @@ use crate::driver::DevicePtr;
 use crate::error::Result;
 use crate::units::to_usize;
 
-/// Devices that were opened, in that order.
+/// The open devices, in the order in which they were opened.
 #[derive(Debug, Default)]
 pub(super) struct Peers(RwLock<Vec<&'static Context>>);
 
@@ -51,7 +50,7 @@ impl Peers {
         Ok((!is_near).then_some([dst, src]))
     }
 
-    /// The device of an address that is not of a reserved range; `None` for memory of the host.
+    /// The device of an address outside all reserved ranges; `None` for host memory.
     fn of_plain(&self, asking: &Context, ptr: DevicePtr) -> Result<Option<&'static Context>> {
         let _bound = asking.bind("copy")?;
         let kind = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
@@ -82,7 +81,7 @@ pub(super) unsafe fn copy(
 ) -> Result<()> {
     const CALL: &str = "copy";
     let _bound = stream.context.bind(CALL)?;
-    // SAFETY: the caller promises both ranges; the contexts are retained for good.
+    // SAFETY: the caller promises both ranges; the contexts are never released.
     unsafe {
         ask!(
             stream.context.library,

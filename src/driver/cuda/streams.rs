@@ -1,9 +1,8 @@
 //! Streams and events.
 //!
-//! Streams are made non-blocking: nothing orders them with the legacy default stream. Events keep no times,
-//! which makes them cheap, and go back to their context when they are destroyed instead of to the library.
-//! An event fresh from there still shows its former mark, so an event's entry remembers whether it was
-//! recorded since it was handed out.
+//! Streams are non-blocking: they are not ordered with the legacy default stream. Events record no times, which makes
+//! them cheap. A destroyed event goes back to a free list of its context, not to the library. A reused event still
+//! carries its old mark, so each entry remembers whether the event was recorded since it was handed out.
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
@@ -20,7 +19,7 @@ use super::library::ask;
 use super::table::Close;
 use crate::error::Result;
 
-/// Idle events a device keeps. More are rarely in flight at once.
+/// The most idle events that a device keeps. More are rarely in flight at once.
 const IDLE_EVENTS_MAX: usize = 256;
 
 /// A stream of the library.
@@ -36,7 +35,7 @@ pub(super) struct StreamEntry {
 enum Owner {
     /// The entry.
     Entry,
-    /// Somebody who promised to wait until the entry is gone.
+    /// Other code, which promised to wait until the entry is gone.
     Other,
     /// cudarc, once the handle kept here is gone too.
     Shared(Mutex<Option<Arc<CudaStream>>>),
@@ -48,7 +47,7 @@ impl StreamEntry {
         let _bound = context.bind(CALL)?;
         let mut raw = null_mut();
         let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `raw` takes the answer.
+        // SAFETY: `raw` receives the result.
         unsafe { ask!(context.library, CALL, cuStreamCreate(&raw mut raw, flags)) }?;
         Ok(Self {
             context,
@@ -57,7 +56,7 @@ impl StreamEntry {
         })
     }
 
-    /// A stream that somebody else made and destroys.
+    /// A stream that other code made and will destroy.
     pub(super) fn borrowed(context: &'static Context, raw: CUstream) -> Self {
         Self {
             context,
@@ -66,7 +65,7 @@ impl StreamEntry {
         }
     }
 
-    /// A stream of cudarc's, kept alive by the entry.
+    /// A cudarc stream, kept alive by the entry.
     pub(super) fn shared(context: &'static Context, stream: Arc<CudaStream>) -> Self {
         Self {
             context,
@@ -75,7 +74,7 @@ impl StreamEntry {
         }
     }
 
-    /// The library's handle, good while the entry lives.
+    /// The library's handle, valid while the entry lives.
     pub(super) fn raw(&self) -> CUstream {
         self.raw.0
     }
@@ -96,10 +95,10 @@ impl StreamEntry {
 
     pub(super) fn is_capturing(&self, call: &'static str) -> Result<bool> {
         let _bound = self.context.bind(call)?;
-        // A plain number, for a status that is newer than the bindings.
+        // A plain number: a newer library may return a status that the bindings' enum lacks.
         let mut status = 0_u32;
         let place = (&raw mut status).cast();
-        // SAFETY: the stream is alive; `status` is as large as the enum and takes the answer.
+        // SAFETY: the stream is alive; `status` is as large as the enum and receives the result.
         unsafe {
             ask!(
                 self.context.library,
@@ -118,7 +117,7 @@ impl Close for StreamEntry {
         match &self.owner {
             Owner::Entry => {
                 let _bound = self.context.bind(call)?;
-                // SAFETY: the entry is the only one that knows the stream. Enqueued work still runs.
+                // SAFETY: only this entry has the stream's handle. Enqueued work still runs.
                 unsafe { ask!(self.context.library, call, cuStreamDestroy_v2(self.raw())) }
             }
             Owner::Other => Ok(()),
@@ -141,7 +140,7 @@ impl Drop for StreamEntry {
 pub(super) struct EventEntry {
     context: &'static Context,
     raw: Raw<CUevent_st>,
-    /// The number of the stream that it was last recorded on; 0 for none.
+    /// The number of the stream it was last recorded on; 0 if it was never recorded.
     recorded_on: AtomicU64,
 }
 
@@ -155,7 +154,7 @@ impl EventEntry {
                 let _bound = context.bind(CALL)?;
                 let mut raw = null_mut();
                 let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-                // SAFETY: `raw` takes the answer.
+                // SAFETY: `raw` receives the result.
                 unsafe { ask!(context.library, CALL, cuEventCreate(&raw mut raw, flags)) }?;
                 Raw(raw)
             }
@@ -167,9 +166,9 @@ impl EventEntry {
         })
     }
 
-    /// The number of the stream that it was last recorded on.
+    /// The number of the stream it was last recorded on.
     pub(super) fn recorded_on(&self) -> Option<u64> {
-        // Relaxed: whoever asks about a mark has to be ordered after its record in any case.
+        // Relaxed: a caller that queries a mark must be ordered after its record in any case.
         Some(self.recorded_on.load(Ordering::Relaxed)).filter(|stream| *stream != 0)
     }
 
@@ -179,7 +178,7 @@ impl EventEntry {
         stream: &StreamEntry,
         number: u64,
     ) -> Result<()> {
-        // On the device of the stream: the library wants the current context to be that of both.
+        // The library requires event and stream to belong to the current context.
         let _bound = stream.context.bind(call)?;
         // SAFETY: both are alive.
         unsafe {
@@ -209,7 +208,7 @@ impl EventEntry {
 
     pub(super) fn hold(&self, call: &'static str, stream: &StreamEntry) -> Result<()> {
         let _bound = stream.context.bind(call)?;
-        // SAFETY: both are alive; there are no flags to give.
+        // SAFETY: both are alive; no flags are set.
         unsafe {
             ask!(
                 self.context.library,
@@ -223,7 +222,7 @@ impl EventEntry {
 impl Close for EventEntry {
     const NAME: &'static str = "event";
 
-    /// Waits that were enqueued on the event mean its mark of then, so it can be recorded anew at once.
+    /// Waits already enqueued on the event refer to its mark at that time, so the event can be reused at once.
     fn close(&self, call: &'static str) -> Result<()> {
         let mut idle = self.context.idle_events.lock();
         if idle.len() < IDLE_EVENTS_MAX {
@@ -232,7 +231,7 @@ impl Close for EventEntry {
         }
         drop(idle);
         let _bound = self.context.bind(call)?;
-        // SAFETY: the entry is the only one that knows the event.
+        // SAFETY: only this entry has the event's handle.
         unsafe { ask!(self.context.library, call, cuEventDestroy_v2(self.raw.0)) }
     }
 }
@@ -243,7 +242,7 @@ impl Drop for EventEntry {
     }
 }
 
-/// What a query found: "not ready" is an answer and no failure, and may be the answer many times.
+/// The result of a query. "Not ready" is a valid answer, not an error.
 fn passed(code: c_int, check: impl FnOnce() -> Result<()>) -> Result<bool> {
     if code == code::NOT_READY {
         return Ok(false);

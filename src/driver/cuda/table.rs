@@ -1,8 +1,8 @@
-//! Numbers for what the driver's library hands out as pointers.
+//! Maps unique numbers to the library's pointer handles.
 //!
-//! The library trusts the handles it is given, and a handle that is gone may mean something new. A number is
-//! given out once and looked up at each use, so that a stale or invented one is an error. What is in use stays
-//! alive until its use is over, even when it is removed meanwhile.
+//! The library trusts the handles it is given, and may reuse a destroyed handle for something new. A number is given
+//! out only once and looked up at each use, so a stale or invented number is an error. An entry in use stays alive
+//! until the use is over, even if it is removed meanwhile.
 
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
@@ -14,13 +14,12 @@ use parking_lot::RwLock;
 use super::failure::{code, refuse};
 use crate::error::Result;
 
-/// Something of the library's that has to be given back once. Its `Drop` calls `close` and passes over the
-/// outcome.
+/// A library object that must be closed exactly once. Its `Drop` calls `close` and ignores the result.
 pub(super) trait Close: Sized {
-    /// What it is called in errors.
+    /// Its name in error messages.
     const NAME: &'static str;
 
-    /// Gives it back.
+    /// Returns it to the library.
     fn close(&self, call: &'static str) -> Result<()>;
 }
 
@@ -54,11 +53,11 @@ impl<T: Close> Table<T> {
             .ok_or_else(|| unknown::<T>(call, number))
     }
 
-    /// Forgets the number and gives the entry back: now, or when its last use is over.
+    /// Forgets the number and closes the entry: now, or when its last use is over.
     pub(super) fn remove(&self, call: &'static str, number: u64) -> Result<()> {
         let entry = self.live.write().remove(&number);
         match Arc::into_inner(entry.ok_or_else(|| unknown::<T>(call, number))?) {
-            // Its `Drop`, which would close it again, is all that is left out: what entries own, `close` gives back.
+            // Skips `Drop`, which would close the entry again. `close` releases everything that an entry owns.
             Some(entry) => ManuallyDrop::new(entry).close(call),
             None => Ok(()),
         }

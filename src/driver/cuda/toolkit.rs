@@ -1,9 +1,9 @@
-//! Libraries of the CUDA toolkit. This crate needs none; cuBLASLt is used where it is found.
+//! Finds libraries of the CUDA toolkit. This crate requires none of them; it uses cuBLASLt if found.
 
 use std::fs;
 use std::path::PathBuf;
 
-/// What is looked for, with the names of its versions, newest first.
+/// The libraries to look for, each with its versioned file names, newest first.
 const LIBRARIES: [(&str, &[&str]); 4] = [
     (
         "NVRTC",
@@ -20,17 +20,17 @@ const LIBRARIES: [(&str, &[&str]); 4] = [
     ("NCCL", &["libnccl.so.2", "libnccl.so"]),
 ];
 
-/// A library of the toolkit, and the file it was loaded from; `None` if it cannot be loaded.
+/// A library of the toolkit.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ToolkitLibrary {
     /// Its name, for people.
     pub name: &'static str,
-    /// Where it is.
+    /// The file it was loaded from; `None` if it cannot be loaded.
     pub file: Option<PathBuf>,
 }
 
-/// Looks for the libraries of the toolkit that programs with CUDA commonly use, by loading them.
+/// Looks for the toolkit libraries that CUDA programs commonly use, by loading them.
 #[must_use]
 pub fn toolkit() -> Vec<ToolkitLibrary> {
     let found = |names: &[&str]| names.iter().find_map(|name| load(name));
@@ -43,9 +43,9 @@ pub fn toolkit() -> Vec<ToolkitLibrary> {
         .collect()
 }
 
-/// The file that a library of this name was loaded from.
+/// Loads the library and returns the file it came from.
 fn load(name: &str) -> Option<PathBuf> {
-    // SAFETY: NVIDIA's libraries; loading them runs their initializers, which is what they are made for.
+    // SAFETY: these are NVIDIA's libraries, which are made to be loaded; loading runs their initializers.
     let library = unsafe { libloading::Library::new(name) }.ok()?;
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     drop(library);

@@ -1,11 +1,11 @@
-//! Copies from ordinary memory of the host, where the library may read it after the call.
+//! Copies from pageable host memory on devices where the CUDA library may read the source after the call returns.
 //!
-//! Devices that cannot reach ordinary memory have it copied aside before the call returns. Those that can (with
-//! a processor that shares its page tables, or a kernel that mirrors them) are promised nothing of the kind, so
-//! there the bytes are copied aside here: into a ring of pinned memory, whose room is had again when the copy out
-//! of it has run. The host waits only where the ring is full.
+//! If the device cannot access pageable memory, the library stages the bytes before the call returns. If it can (the
+//! CPU shares its page tables, or the kernel mirrors them), the library makes no such promise. This module then stages
+//! the bytes itself, in a ring of pinned memory. A part of the ring is reused once the copy out of it has run. The host
+//! waits only when the ring is full.
 //!
-//! Invariants: bytes between `tail` and `head` belong to copies under way, each with its mark, oldest first.
+//! Invariant: the bytes between `tail` and `head` belong to copies in flight, each with its mark, oldest first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,31 +19,31 @@ use crate::driver::DevicePtr;
 use crate::error::Result;
 use crate::units::{MIB, to_usize};
 
-/// Bytes of a ring: what a link of 60 GB/s takes in a quarter of a millisecond.
+/// Size of the ring in bytes: what a 60 GB/s link transfers in a quarter of a millisecond.
 const RING: u64 = 16 * MIB;
-/// Bytes of a copy at most, so that one is made while another runs.
+/// Largest single copy, so that the host stages one part while another is transferred.
 const PART: u64 = RING / 4;
 /// Copies start at multiples of this.
 const ALIGNMENT: u64 = 64;
-/// Copies under way at most, however small.
+/// Most copies in flight, whatever their size.
 const MARKS_MAX: usize = 256;
 
 /// The ring of one device, made at the first copy and kept until the process ends.
 #[derive(Debug, Default)]
 pub(super) struct Uploads(Mutex<Option<Ring>>);
 
-/// Places count on, and lie at their remainder by the ring's length.
+/// Positions only grow; a position's offset in the ring is the position modulo [`RING`].
 #[derive(Debug)]
 struct Ring {
     start: DevicePtr,
     head: u64,
     tail: u64,
-    /// The end of each copy under way.
+    /// The end position of each copy in flight.
     marks: VecDeque<(u64, EventEntry)>,
 }
 
 impl Uploads {
-    /// Enqueues a copy of `src`, which is read before this returns.
+    /// Enqueues a copy of `src`, which is not read after this returns.
     ///
     /// # Safety
     /// As [`Driver::copy_from_host`](crate::driver::Driver::copy_from_host).
@@ -65,9 +65,9 @@ impl Uploads {
             let bytes = part.len() as u64;
             let place = ring.room(call, bytes)?;
             let staged = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(place.0));
-            // SAFETY: `room` gave so many bytes of the ring, which no copy under way reads.
+            // SAFETY: `room` reserved this many bytes of the ring, which no copy in flight reads.
             unsafe { staged.copy_from_nonoverlapping(part.as_ptr(), part.len()) };
-            // SAFETY: written just now, and left alone until the mark below is passed.
+            // SAFETY: the bytes were just written, and are not written again until the mark below is passed.
             let staged = unsafe { std::slice::from_raw_parts(staged, part.len()) };
             // SAFETY: the caller promises the destination.
             unsafe { memory::upload(call, stream, to, staged) }?;
@@ -88,11 +88,11 @@ impl Ring {
         })
     }
 
-    /// A place for `bytes` in one piece. The ring is as it was until the copy is marked.
+    /// A contiguous place for `bytes`. It counts as used only once [`mark`](Self::mark) is called.
     fn room(&mut self, call: &'static str, bytes: u64) -> Result<DevicePtr> {
         let left = RING - self.head % RING;
         if left < bytes {
-            // What is left before the end goes with the copy before it, or is free.
+            // Skip the rest of the ring: it belongs to the previous copy, or is free.
             self.head += left;
             match self.marks.back_mut() {
                 Some((end, _)) => *end = self.head,
@@ -111,7 +111,7 @@ impl Ring {
         Ok(self.start.offset(self.head % RING))
     }
 
-    /// Notes the copy out of the place that was given last.
+    /// Marks the copy from the place that `room` returned last.
     fn mark(
         &mut self,
         call: &'static str,
@@ -129,7 +129,7 @@ impl Ring {
                 self.marks.push_back((self.head, event));
                 Ok(())
             }
-            // Without a mark, the host has to see the copy through.
+            // Without a mark, the host must wait for the copy.
             Err(_) => stream.synchronize(call),
         }
     }

@@ -222,7 +222,7 @@ fn each_thread_has_a_default_stream_of_its_own() {
         .unwrap_err()
         .to_string();
     assert!(
-        refused.contains("another stream on each thread"),
+        refused.contains("a different stream on each thread"),
         "{refused}"
     );
 }

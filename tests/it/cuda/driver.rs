@@ -539,7 +539,10 @@ fn streams_of_other_code_can_be_used_and_stay_theirs() {
     // SAFETY: refused.
     let (call, _, reason) = refusal(unsafe { borrow_stream(&device, per_thread) });
     assert_eq!(call, "borrow_stream");
-    assert!(reason.contains("another stream on each thread"), "{reason}");
+    assert!(
+        reason.contains("a different stream on each thread"),
+        "{reason}"
+    );
     let host = Device::host(HostConfig::default()).unwrap();
     // SAFETY: refused.
     refusal(unsafe { borrow_stream(&host, handle) });
