@@ -6,7 +6,6 @@
 //! - [`units`]: bytes, alignment, newtypes.
 //! - [`dtype`]: element types, their bit layouts and rounding.
 //! - [`driver`]: the interface to a device; the host device and CUDA.
-//! - [`launch`]: a typed launcher for each kernel, with its host twin.
 //! - [`memory`]: the allocator.
 //! - [`storage`]: tensors in pool memory.
 //! - [`ops`]: the operations that mixed-precision training needs, forward and backward.
@@ -30,6 +29,9 @@ pub mod dtype;
 
 pub mod driver;
 
+// A typed launcher for each kernel, with its host twin. Public for the tests and benches of this repository only: a launch
+// takes addresses, and nothing but `storage` can promise that they are live.
+#[doc(hidden)]
 pub mod launch;
 
 pub mod memory;
