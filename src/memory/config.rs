@@ -84,12 +84,12 @@ pub struct PoolConfig {
     /// peak of a period of this length, so memory goes back after one to two periods; an eighth of that peak
     /// is held on to beside it. No thread watches the clock: see [`Pool::decay_now`](super::Pool::decay_now).
     pub decay: Option<Duration>,
-    /// Gives the same addresses and the same peak on every run of a program that makes the same calls from
-    /// one thread: nothing depends on how far the device is. Streams have each other's memory by waiting on
-    /// the device ([`ReusePolicy::Wait`], also in place of [`ReusePolicy::OnlyComplete`]) or not at all, and
-    /// where the pool must know that work is complete, because memory has run out or is returned, or because a
-    /// stream was dropped and a new one is met, the host waits for it. Addresses are the same up to where the driver puts the pool's ranges. Excludes
-    /// `wait_deadline` and `decay`, which go by the clock.
+    /// Gives the same addresses and the same peak on every run of a program that makes the same calls from one thread:
+    /// nothing depends on how far the device is. Streams have each other's memory by waiting on the device
+    /// ([`ReusePolicy::Wait`], also in place of [`ReusePolicy::OnlyComplete`]) or not at all, and where the pool must
+    /// know that work is complete, because memory has run out or is returned, or because a stream was dropped and a new
+    /// one is met, the host waits for it. Addresses are the same up to where the driver puts the pool's ranges.
+    /// Excludes `wait_deadline` and `decay`, which go by the clock.
     pub deterministic: bool,
     /// Overwrites blocks with `0xFF` bytes (NaN in every float type) when they become reusable, in stream
     /// order, so that a use after free is seen in the result. For tests: it costs a fill per free.

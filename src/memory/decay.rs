@@ -1,8 +1,8 @@
-//! Which memory has been idle long enough to go back to the driver.
+//! How much memory has been idle for long enough to go back to the driver.
 //!
-//! Pages are as good as each other, since any of them can be stitched. So it is amounts that grow old, not
-//! pages: what was not needed at the peak of a whole period has been idle for that period, wherever it lies.
-//! A period ends at the first slow call after its time; there is no thread that watches the clock.
+//! Pages are interchangeable, since any of them can be stitched. So amounts age, not pages: what was not needed at the
+//! peak of a whole period has been idle for that period, wherever it lies. A period ends at the first slow call after
+//! its time; no thread watches the clock.
 //!
 //! Must not know: pages, the pool's lock.
 

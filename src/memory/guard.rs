@@ -1,12 +1,12 @@
 //! A lock that fails for good when a panic unwinds through it.
 //!
-//! A panic under a pool's lock is an invariant that broke, or a driver that panicked: either way a change of the books
-//! stopped half-way. `parking_lot` hands such books to the next thread. Here the pool is *broken* from then on: calls
-//! that would use its books return [`Error::BrokenPool`](crate::Error::BrokenPool), frees leave them alone, and what the
-//! pool held stays taken until the process ends, because nobody knows any more which of it is in use. Blocks that are
-//! out keep their memory.
+//! A panic under a pool's lock means that an invariant broke or that a driver panicked: a change stopped half-way.
+//! `parking_lot` hands such data to the next thread. Here the pool is *broken* from then on: calls that would use the
+//! data return [`Error::BrokenPool`](crate::Error::BrokenPool), frees leave it alone, and what the pool held stays
+//! taken until the process ends, because nobody knows which of it is in use. Blocks in callers' hands keep their
+//! memory.
 //!
-//! Must not know: what the books say.
+//! Must not know: what the data says.
 
 use std::ops::{Deref, DerefMut};
 use std::thread;

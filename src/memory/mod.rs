@@ -26,22 +26,22 @@
 //! Name every other stream that touches the block through [`Block::record_stream`]. The free then defers until the home
 //! stream has passed a fence in each of them. [`Block::record_use`] sets the fence at the call.
 //!
-//! Another stream can take a free block once it has passed the block's fence. [`ReusePolicy`] says how the pool may find
-//! that out (record an event when the memory is wanted, and query it) or bring it about (a wait on the device). The host
-//! waits only when memory has run out.
+//! Another stream can take a free block once it has passed the block's fence. [`ReusePolicy`] says how the pool may
+//! find that out (record an event when the memory is wanted, and query it) or bring it about (a wait on the device).
+//! The host waits only when memory has run out.
 //!
 //! When nobody but the pool holds a stream, the stream gets no more work. Once it has run what it was given, the pool
 //! drops it, and every stream may use its free blocks.
 //!
-//! A captured graph needs memory that nobody else uses: a [`PrivatePool`] has a heap of its own under the same lock, and
-//! allocations for captured streams are routed to it.
+//! A captured graph needs memory that nobody else uses: a [`PrivatePool`] has a heap of its own under the same lock,
+//! and allocations for captured streams are routed to it.
 //!
 //! # Where a block comes from
-//! `pool/allocate.rs` has the path, in this order: the thread cache; a free block of the stream; a free block of another
-//! stream, behind its fence; new pages, within a small slack of the most ever in use; free pages from anywhere, stitched
-//! in a new mapping; new pages. When the device or the limit refuses, `pool/reclaim.rs` goes on: room among other
-//! streams' small blocks; the program's callbacks; waits on the host, stream by stream; returning idle pages; failure
-//! with a report.
+//! `pool/allocate.rs` has the path, in this order: the thread cache; a free block of the stream; a free block of
+//! another stream, behind its fence; new pages, within a small slack of the most ever in use; free pages from anywhere,
+//! stitched in a new mapping; new pages. When the device or the limit refuses, `pool/reclaim.rs` goes on: room among
+//! other streams' small blocks; the program's callbacks; waits on the host, stream by stream; returning idle pages;
+//! failure with a report.
 //!
 //! # Rooms
 //! Each module below uses only modules declared before it, and nothing before `pool` knows the pool. `cargo tidy`

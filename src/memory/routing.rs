@@ -1,12 +1,12 @@
-//! Which allocations go to a private memory.
+//! Which allocations go to a private heap.
 //!
-//! Two kinds of route, and the first that applies decides. A *capture* takes every allocation for a stream
-//! that it captures: for the stream it was begun on and, as the driver knows, for streams that joined it,
-//! whichever thread asks; the captured work would otherwise use memory that others may get. All other
-//! streams keep getting ordinary memory meanwhile, also from the capturing thread. A *pass* before the
-//! capture is not known to any driver: it takes every allocation of the thread that runs it.
+//! There are two kinds of route, and the first that applies decides. A *capture* takes every allocation for a stream
+//! that it captures, whichever thread asks: for the stream that it began on and, as the driver knows, for streams that
+//! joined it. Otherwise captured work would use memory that others may get. All other streams get memory of the default
+//! heap meanwhile, also from the capturing thread. No driver knows of a *warm-up* before a capture: it takes every
+//! allocation of the thread that runs it.
 //!
-//! A pool follows one capture at a time, so a captured stream says by itself where its memory is.
+//! A pool follows one capture at a time, so a captured stream determines the heap.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -52,8 +52,8 @@ impl Routing {
     /// Says that nothing is allocated any more. Counts as a route for ever, so that the fast way, which looks at these
     /// alone, is not taken again.
     pub(crate) fn close(&self) {
-        // Relaxed, here and below: a thread that does not see it yet allocates as if it had come earlier, out of what it
-        // keeps itself. The books are guarded by their lock.
+        // Relaxed, here and below: a thread that does not see it yet allocates as if it had come earlier, out of what
+        // it keeps itself. The books are guarded by their lock.
         if !self.is_closed.swap(true, Ordering::Relaxed) {
             self.under_way.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,5 +1,5 @@
-//! What the fast path reads of the calling thread, in one variable: each thread-local variable costs a call
-//! where this crate is part of a shared library.
+//! What the fast path reads of the calling thread, in one variable: each thread-local variable costs a call if this
+//! crate is part of a shared library.
 
 use std::cell::Cell;
 use std::ptr;

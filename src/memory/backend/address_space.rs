@@ -1,17 +1,17 @@
-//! Addresses for ranges, reserved ahead.
+//! Addresses for mappings, reserved in advance.
 //!
-//! A *window* is one reservation of the driver, from which the addresses of many ranges are cut; those of a range
-//! that is gone are cut again. So a new range costs the driver one call, which maps it. Windows are given
-//! back with the pool.
+//! One reservation of the driver has the addresses of many mappings; those of a removed mapping are used again. So a
+//! new mapping costs one driver call, which maps it. Reservations go back to the driver with the pool.
 //!
-//! Invariants: free parts lie in windows, and no two of one window touch. Must not know: pages, what is mapped.
+//! Invariants: free parts lie in reservations, and no two of one reservation touch. Must not know: pages, what is
+//! mapped.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::driver::{DevicePtr, Driver};
 
-/// Reserved addresses that nothing is mapped at, and the windows they lie in.
+/// Reserved addresses that nothing is mapped at, and the reservations they lie in.
 #[derive(Debug)]
 pub(crate) struct AddressSpace {
     driver: Arc<dyn Driver>,
@@ -20,7 +20,7 @@ pub(crate) struct AddressSpace {
     free: Parts,
 }
 
-/// Parts of windows.
+/// Parts of reservations.
 #[derive(Debug, Default)]
 struct Parts {
     /// Bytes by start.
@@ -58,8 +58,8 @@ impl AddressSpace {
         }
     }
 
-    /// `bytes` of addresses (not 0, a multiple of the page size), out of a new window of `window` bytes if there
-    /// are none; `None` if the driver has no range that large.
+    /// `bytes` of addresses (not 0, a multiple of the page size), out of a new reservation of `reservation` bytes if
+    /// there are none; `None` if the driver has no range that large.
     pub(crate) fn take(&mut self, bytes: u64, window: u64) -> Option<DevicePtr> {
         let (start, free) = match self.free.best_fit(bytes) {
             Some(part) => part,
@@ -72,7 +72,7 @@ impl AddressSpace {
         Some(DevicePtr(start))
     }
 
-    /// A new window: its start and its bytes.
+    /// A new reservation: its start and its bytes.
     fn reserve(&mut self, bytes: u64, window: u64) -> Option<(u64, u64)> {
         let sizes = [window.max(bytes), bytes];
         let (ptr, bytes) = sizes
@@ -85,7 +85,7 @@ impl AddressSpace {
     /// Takes back addresses that nothing is mapped at any more.
     pub(crate) fn give_back(&mut self, ptr: DevicePtr, bytes: u64) {
         let (mut start, mut bytes) = (ptr.0, bytes);
-        // Windows may touch; a range in two of them would be none to the driver.
+        // Reservations may touch; a mapping in two of them would be none to the driver.
         let end = start + bytes;
         if let Some(after) = self.free.by_start.get(&end).copied()
             && !self.windows.contains_key(&end)

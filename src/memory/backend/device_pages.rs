@@ -1,4 +1,4 @@
-//! Physical pages: taking them from the driver, mapping them at home, giving them back.
+//! Physical pages: taken from the driver, mapped at their base addresses, returned.
 
 use std::sync::Arc;
 
@@ -19,14 +19,14 @@ use crate::units::to_usize;
 const BATCH_MAX: usize = 10;
 /// A batch is at most one part in this many of what is held, so that it stays small in small programs.
 const BATCH_SHARE: usize = 128;
-/// The territory has homes for this many times the device's memory, as far as it can: homes of returned pages that
-/// lie scattered need not be found again.
+/// The page heap has base addresses for this many times the device's memory, as far as it can: base addresses of
+/// returned pages that lie scattered need not be found again.
 const HOMES: u64 = 4;
 
-/// Mapped pages of all ranges, over pages held, above which the oldest idle ranges are unmapped.
+/// Mapped pages of all mappings, over pages held, above which the oldest idle mappings are unmapped.
 pub(super) const MAPPED_PER_HELD: u64 = 8;
 
-/// The pages held from a driver, by home.
+/// The pages held from a driver, by base address.
 #[derive(Debug)]
 pub(crate) struct DevicePages {
     driver: Arc<dyn Driver>,
@@ -43,7 +43,7 @@ pub(crate) struct DevicePages {
 }
 
 impl DevicePages {
-    /// Reserves the territory's addresses.
+    /// Reserves the page heap's addresses.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver has no range that large.
@@ -52,7 +52,7 @@ impl DevicePages {
         Self::with_reservation(device, limit, (total / PAGE).max(1) * HOMES)
     }
 
-    /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one home.
+    /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one base address.
     pub(crate) fn lasting(device: &Device) -> Result<Self> {
         let total = device.properties().total_memory;
         Self::with_reservation(device, None, (total / PAGE).max(1))
@@ -77,7 +77,7 @@ impl DevicePages {
         })
     }
 
-    /// Address of the byte at `offset` in the territory.
+    /// Address of the byte at `offset` in the page heap.
     pub(crate) fn address(&self, offset: u64) -> DevicePtr {
         self.base.offset(offset)
     }
@@ -86,7 +86,7 @@ impl DevicePages {
         self.limit = bytes;
     }
 
-    /// Bytes of the pages at home.
+    /// Bytes of the pages in the page heap.
     pub(crate) fn bytes_held(&self) -> u64 {
         self.totals.reserved_bytes - self.bytes_spare()
     }
@@ -120,7 +120,7 @@ impl DevicePages {
         bytes.is_some_and(|bytes| bytes <= self.limit.saturating_sub(self.totals.reserved_bytes))
     }
 
-    /// Takes `count` pages, spare ones first, and maps them at home from `first` on. All or nothing.
+    /// Takes `count` pages, spare ones first, and maps them in the page heap from `first` on. All or nothing.
     fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
         let spare = self.spare.len().min(count);
         let new = count - spare;
@@ -166,15 +166,15 @@ impl DevicePages {
         }
     }
 
-    /// Unmaps `count` pages from home `first` on.
+    /// Unmaps `count` pages from base address `first` on.
     #[expect(
         unsafe_code,
         reason = "unmapping is a promise that nothing uses the memory"
     )]
     fn unmap(&mut self, first: PageIndex, count: usize) -> Result<Vec<PageHandle>> {
         let address = self.address(first as u64 * PAGE);
-        // SAFETY: the pages were free at home and the host knows that the work of every stream that used
-        // them is complete; idle stitched ranges over them were unmapped before.
+        // SAFETY: the pages were free in the page heap and the host knows that the work of every stream that used
+        // them is complete; idle stitched mappings over them were unmapped before.
         unsafe { self.driver.unmap(address, count as u64 * PAGE) }?;
         let held = self.held[first..first + count].iter_mut();
         Ok(held
@@ -182,7 +182,7 @@ impl DevicePages {
             .collect())
     }
 
-    /// Unmaps `count` pages from home `first` on and gives them back to the driver.
+    /// Unmaps `count` pages from base address `first` on and gives them back to the driver.
     fn give_back(&mut self, first: PageIndex, count: usize) -> Result<()> {
         for page in self.unmap(first, count)? {
             self.destroy(page);
@@ -207,14 +207,14 @@ impl DevicePages {
         Ok(())
     }
 
-    /// As [`Backend::take_in`](super::backing::Backing::take_in).
+    /// As [`Backend::take_in`](super::backend::Backing::take_in).
     pub(super) fn take_in(&mut self, mut spares: SpareMemory) {
         self.totals.take_in(&spares);
         self.spare.append(&mut spares.pages);
         self.unreturned.append(&mut spares.unreturned);
     }
 
-    /// As [`Backend::take_spares`](super::backing::Backing::take_spares).
+    /// As [`Backend::take_spares`](super::backend::Backing::take_spares).
     pub(super) fn take_spares(&mut self) -> SpareMemory {
         let spares = SpareMemory {
             pages: std::mem::take(&mut self.spare),
@@ -233,7 +233,7 @@ impl DevicePages {
         reason = "unmapping is a promise that nothing uses the memory"
     )]
     pub(super) fn unmap_range(&mut self, range: &Range) -> Result<()> {
-        // SAFETY: the range is not live, and its fence is complete.
+        // SAFETY: the mapping is not live, and its fence is complete.
         unsafe { self.driver.unmap(range.ptr, range.bytes()) }?;
         self.addresses.give_back(range.ptr, range.bytes());
         Ok(())
@@ -259,8 +259,8 @@ impl PagedBackend {
         }
     }
 
-    /// Takes as many new pages as make a hole of `units` for `owner`: those that its hole at the end of the
-    /// territory lacks, or all.
+    /// Takes as many new pages as make a free block of `units` for `owner`: those that its free block at the end of the
+    /// page heap lacks, or all.
     pub(super) fn grow_free_block(
         &mut self,
         units: u64,
@@ -273,7 +273,7 @@ impl PagedBackend {
         self.remap_pages(to_usize(units.div_ceil(PAGE_UNITS)), owner)
     }
 
-    /// Pages that the hole of `owner` at the end of the territory lacks to hold `units`.
+    /// Pages that the free block of `owner` at the end of the page heap lacks to hold `units`.
     pub(super) fn missing_pages(&self, units: u64, owner: StreamIndex) -> usize {
         let there = self.page_heap.last_free_units(owner).min(units);
         to_usize((units - there).div_ceil(PAGE_UNITS))
@@ -283,7 +283,7 @@ impl PagedBackend {
         (self.page_heap.pages() + count) as u64 <= self.pages.reserved_pages
     }
 
-    /// Takes pages at the end of the territory, where they continue its last hole: some more than asked
+    /// Takes pages at the end of the page heap, where they continue its last free block: some more than asked
     /// for, if that is possible within the slack.
     fn append(&mut self, count: usize, owner: StreamIndex) -> Result<(), Refusal> {
         let held = self.pages.bytes_held();
@@ -300,7 +300,7 @@ impl PagedBackend {
         Ok(())
     }
 
-    /// Takes pages for homes whose pages were returned.
+    /// Takes pages for base addresses whose pages were returned.
     fn remap_pages(&mut self, count: usize, owner: StreamIndex) -> Result<(), Refusal> {
         let Some(first) = self.page_heap.unmapped(count) else {
             let reason = format!("there are no addresses for {count} more pages of the device");
@@ -316,7 +316,7 @@ impl PagedBackend {
     }
 
     /// Gives pages back that are free as a whole and whose last use is known to be complete, until at most
-    /// `keep` bytes are held: those in the smallest holes first, since large ones serve without stitching.
+    /// `keep` bytes are held: those in the smallest free blocks first, since large ones serve without stitching.
     pub(super) fn release_pages(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.pages.return_again();
         let mut outcome = self.pages.release_spares(keep);

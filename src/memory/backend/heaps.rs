@@ -1,12 +1,11 @@
-//! The memories of a pool: the ordinary one, and one for each private pool.
+//! The heaps of a pool: the default one, and one for each private pool.
 //!
-//! They keep blocks, holes and pages apart and share everything else: the lock, the streams' clocks, the
-//! limit, the statistics. A private memory keeps its pages for as long as a graph may run on them. Once it
-//! is *released* nothing new is placed in it, and what falls idle in it is *collected*: not before the streams
-//! that its graphs were launched on have passed the point where they were at the release, as launched graphs
-//! outlive their handle. What was collected is spare memory of the ordinary one, which lends it to a private one
-//! that needs more. Spare memory goes before new memory is taken from the driver, and goes back to the driver
-//! first.
+//! Heaps keep blocks and pages apart and share everything else: the lock, the streams' clocks, the limit, the
+//! statistics. A private heap keeps its pages for as long as a graph may run on them. Once it is *released*, nothing
+//! new is placed in it, and its idle memory is *collected* after the streams that its graphs were launched on have
+//! passed the point where they were at the release: a launched graph outlives its handle. Collected memory is spare
+//! memory of the default heap, which lends it to a private heap that needs more. Spare memory is used before new memory
+//! is taken from the driver, and goes back to the driver first.
 //!
 //! Must not know: what is captured, and when.
 
@@ -50,7 +49,7 @@ impl Heaps {
         }
     }
 
-    /// Every memory, the ordinary one first.
+    /// Every memory, the default one first.
     fn all(&self) -> impl Iterator<Item = &dyn Backend> {
         let private = self.private.iter().flatten();
         std::iter::once(&*self.default).chain(private.map(|heap| &*heap.backend))
@@ -61,7 +60,7 @@ impl Heaps {
         std::iter::once(&mut self.default).chain(private.map(|heap| &mut heap.backend))
     }
 
-    /// Adds a private memory.
+    /// Adds a private heap.
     pub(crate) fn add(&mut self, backend: Box<dyn Backend>) -> HeapId {
         let heap = Some(Private {
             backend,
@@ -152,7 +151,7 @@ impl Heaps {
         }
     }
 
-    /// Notes that a graph on a private memory was launched on a stream, which has it for as long as it runs.
+    /// Notes that a graph on a private heap was launched on a stream, which has it for as long as it runs.
     pub(crate) fn note_launch(&mut self, index: HeapId, owner: StreamIndex) {
         let heap = self.private[index.slot()].as_mut();
         let launched = &mut heap.expect("a graph keeps its memory").launched;
@@ -161,7 +160,7 @@ impl Heaps {
         }
     }
 
-    /// Says that nothing will be placed in a private memory again and no graph on it launched.
+    /// Says that nothing will be placed in a private heap again and no graph on it launched.
     pub(crate) fn release(&mut self, index: HeapId, fences: &mut Fences) {
         let heap = self.private[index.slot()].as_mut();
         let heap = heap.expect("a memory is released once");
@@ -281,7 +280,7 @@ impl Heaps {
     }
 
     /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
-    /// what released memories left, then in the ordinary one.
+    /// what released memories left, then in the default one.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.

@@ -1,11 +1,11 @@
-//! Second addresses for pages: the ranges that large requests are stitched in.
+//! Second addresses for pages: the mappings that large blocks are stitched in.
 //!
-//! A range maps a list of pages, from anywhere in the territory, side by side. It is *live* while a block
-//! lies in it; the pages' bytes at home are then taken. When the block is freed, the pages are free at home
-//! again, but the mapping stays: a later request of as many pages gets it back without a driver call, if
-//! all its pages happen to be free. Nothing is unmapped while work may still touch it.
+//! A mapping shows a list of pages, from anywhere in the page heap, side by side. It is *live* while a block lies in
+//! it; the pages' bytes in the page heap are taken then. When the block is freed, the pages are free in the page heap
+//! again, but the mapping stays: a later search for as many pages gets it back without a driver call, if all its pages
+//! are free. Nothing is unmapped while work may still touch it.
 //!
-//! Invariant: a live range has taken its pages at home, so at most one mapping of a page is live. Must not
+//! Invariant: a live mapping has taken its pages in the page heap, so at most one mapping of a page is live. Must not
 //! know: how pages are chosen.
 
 use std::cell::Cell;
@@ -17,20 +17,20 @@ use crate::driver::DevicePtr;
 use crate::memory::free_list::NONE;
 use crate::memory::types::{Fence, Index, MappingIndex, PAGE, PageIndex};
 
-/// Pages mapped side by side, away from home.
+/// Pages mapped side by side, away from base address.
 #[derive(Debug)]
 pub(crate) struct Range {
     pub(crate) ptr: DevicePtr,
     pub(crate) pages: Vec<PageIndex>,
-    /// While live: the blocks taken at home. Empty otherwise.
+    /// While live: the blocks taken in the page heap. Empty otherwise.
     pub(crate) taken: SmallVec<[Index; 4]>,
     /// When not live: after which fence the mapping may be removed.
     fence: Fence,
-    /// When it was last freed, in frees of ranges.
+    /// When it was last freed, in frees of mappings.
     freed_at: u64,
-    /// When it was mapped, in ranges mapped.
+    /// When it was mapped, in mappings made.
     mapped_at: u64,
-    /// The place of a page that was not free when the range was looked at last, and the block that lay over it: they
+    /// The place of a page that was not free when the mapping was looked at last, and the block that lay over it: they
     /// are looked at first.
     pub(super) taken_page: Cell<(usize, Index)>,
 }
@@ -51,18 +51,18 @@ impl Range {
     }
 }
 
-/// All ranges of a pool.
+/// All mappings of a pool.
 #[derive(Debug, Default)]
 pub(crate) struct Mappings {
     table: Vec<Option<Range>>,
     vacant: Vec<MappingIndex>,
-    /// Ranges that are not live, by number of pages, in the order in which they were mapped.
+    /// Mappings that are not live, by number of pages, in the order in which they were mapped.
     idle: HashMap<usize, Vec<MappingIndex>>,
     /// The same, by when they were freed.
     by_age: BTreeMap<u64, MappingIndex>,
     frees: u64,
     mapped: u64,
-    /// Pages in all ranges, each counted as often as it is mapped.
+    /// Pages in all mappings, each counted as often as it is mapped.
     pub(super) pages_mapped: usize,
 }
 
@@ -79,13 +79,13 @@ impl Mappings {
             .expect("a range that is in use exists")
     }
 
-    /// Idle ranges of `pages` pages, the one mapped first first. The order does not depend on what was freed
-    /// when, so a program that comes to the same state again finds the same range.
+    /// Idle mappings of `pages` pages, the one mapped first first. The order does not depend on what was freed
+    /// when, so a program that comes to the same state again finds the same mapping.
     pub(super) fn idle_of(&self, pages: usize) -> impl Iterator<Item = MappingIndex> + '_ {
         self.idle.get(&pages).into_iter().flatten().copied()
     }
 
-    /// Adds a range, live at once with the blocks `taken` at home.
+    /// Adds a mapping, live at once with the blocks `taken` in the page heap.
     pub(crate) fn insert(
         &mut self,
         ptr: DevicePtr,
@@ -114,14 +114,14 @@ impl Mappings {
         index
     }
 
-    /// Makes an idle range live with the blocks `taken` at home.
+    /// Makes an idle mapping live with the blocks `taken` in the page heap.
     pub(super) fn revive(&mut self, index: MappingIndex, taken: SmallVec<[Index; 4]>) {
         debug_assert!(!taken.is_empty());
         self.remove_idle(index);
         self.get_mut(index).taken = taken;
     }
 
-    /// Makes a live range idle; returns the blocks it had taken at home.
+    /// Makes a live mapping idle; returns the blocks it had taken in the page heap.
     pub(crate) fn release(&mut self, index: MappingIndex, fence: Fence) -> SmallVec<[Index; 4]> {
         self.frees += 1;
         let frees = self.frees;
@@ -135,7 +135,7 @@ impl Mappings {
         taken
     }
 
-    /// Where an idle range is or belongs: among those of how many pages, and at what place.
+    /// Where an idle mapping is or belongs: among those of how many pages, and at what place.
     fn place_of(&self, index: MappingIndex) -> (usize, usize) {
         let Range {
             pages, mapped_at, ..
@@ -158,12 +158,12 @@ impl Mappings {
         self.by_age.remove(&freed_at);
     }
 
-    /// The idle range that was freed longest ago.
+    /// The idle mapping that was freed longest ago.
     pub(super) fn oldest_idle(&self) -> Option<MappingIndex> {
         self.by_age.values().next().copied()
     }
 
-    /// Idle ranges that map any page for which `is_leaving` holds, in a fixed order.
+    /// Idle mappings that map any page for which `is_leaving` holds, in a fixed order.
     pub(super) fn idle_over(&self, is_leaving: impl Fn(PageIndex) -> bool) -> Vec<MappingIndex> {
         let idle = self.idle.values().flatten().copied();
         let mut over: Vec<_> = idle
@@ -173,7 +173,7 @@ impl Mappings {
         over
     }
 
-    /// Forgets an idle range, whose mapping the caller has removed.
+    /// Forgets an idle mapping, whose mapping the caller has removed.
     pub(crate) fn remove(&mut self, index: MappingIndex) {
         self.remove_idle(index);
         let range = self.table[index as usize]
@@ -183,7 +183,7 @@ impl Mappings {
         self.vacant.push(index);
     }
 
-    /// Every live range.
+    /// Every live mapping.
     pub(crate) fn live(&self) -> impl Iterator<Item = &Range> {
         self.table.iter().flatten().filter(|range| range.is_live())
     }

@@ -1,4 +1,12 @@
-//! What a pool asks of the memory below it: the seam between paged and segmented memory.
+//! Memory from the driver, divided into blocks.
+//!
+//! A [`Backend`] places blocks. [`PagedBackend`] maps pages and stitches large blocks from scattered ones;
+//! [`SegmentedBackend`] carves plain allocations where the device cannot map pages. [`Heaps`] has the backends of a
+//! pool: the default one, and one for each private pool. What a private pool leaves is [`SpareMemory`].
+//!
+//! Words: a *mapping* gives pages a second address, a *reservation* is a range of addresses that mappings are cut from.
+//! Invariant: the mapped pages of a page heap are exactly the pages that its backend holds. Must not know: threads, the
+//! pool's lock.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -21,7 +29,7 @@ pub(crate) use heaps::Heaps;
 pub(crate) use paged::PagedBackend;
 pub(crate) use segments::SegmentedBackend;
 
-/// Memory that lies in no backing's books: held from the driver, complete, and used before more is taken. Private
+/// Memory that lies in no backend's books: held from the driver, complete, and used before more is taken. Private
 /// pools leave it when they are gone.
 #[derive(Debug, Default)]
 pub(crate) struct SpareMemory {
@@ -46,7 +54,7 @@ impl SpareMemory {
     }
 }
 
-/// Sums over what a backing holds.
+/// Sums over what a backend holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
     /// Driver allocations held, and their bytes.
@@ -58,14 +66,14 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    /// Counts what another backing has taken from the driver.
+    /// Counts what another backend has taken from the driver.
     fn take_in(&mut self, spares: &SpareMemory) {
         let (segments, bytes) = spares.count();
         self.segments += segments;
         self.reserved_bytes += bytes;
     }
 
-    /// Counts what went to another backing.
+    /// Counts what went to another backend.
     fn give_out(&mut self, spares: &SpareMemory) {
         let (segments, bytes) = spares.count();
         self.segments -= segments;
@@ -114,7 +122,7 @@ pub(crate) trait Backend: Debug + Send {
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
 
     /// Gives up what is idle as a whole and known to be complete, [`passed`](Fences::passed_by_now) if need be, for
-    /// another backing to take in. The driver takes nothing back.
+    /// another backend to take in. The driver takes nothing back.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.

@@ -1,10 +1,10 @@
-//! Paged memory: physical pages in one range of addresses, stitched when no hole is large enough.
+//! The paged backend: physical pages in one range of addresses, stitched when no free block is large enough.
 //!
-//! A request takes, in order: a hole of its stream; another stream's hole behind a fence; new pages, while
-//! what is held stays within a small slack of the most that was ever in use; free pages from anywhere,
-//! stitched; new pages. Small requests get pages of their own.
+//! A search tries in this order: a free block of its stream; another stream's free block behind a fence; new pages,
+//! while the backend holds little more than was ever in use; free pages from anywhere, stitched; new pages. Small
+//! blocks have pages of their own.
 //!
-//! Invariant: the territory's mapped pages are exactly the pages held from the driver.
+//! Invariant: the page heap's mapped pages are exactly the pages held from the driver.
 
 use std::collections::BTreeMap;
 
@@ -73,7 +73,7 @@ impl PagedBackend {
         self.live_peak = self.live_peak.max(self.in_use.saturating_sub(deferred));
     }
 
-    /// Takes `units` from the front of a hole for `owner`.
+    /// Takes `units` from the front of a free block for `owner`.
     fn place_in(&mut self, free_block: &FreeBlock, units: u64, owner: StreamIndex) -> Placement {
         let index = self.page_heap.take(free_block, free_block.start, units);
         let ptr = self.pages.address(free_block.start * GRANULARITY);
@@ -83,7 +83,7 @@ impl PagedBackend {
         }
     }
 
-    // Always, since the compiler would not: a call costs every allocation past the lane ten instructions.
+    // Always, since the compiler would not: a call costs every allocation past the stream cache ten instructions.
     #[inline(always)]
     fn place_large(&mut self, owner: StreamIndex, bytes: u64) -> Option<Placement> {
         let (index, start) = self.page_heap.allocate(owner, bytes / GRANULARITY)?;
@@ -108,7 +108,7 @@ impl PagedBackend {
         self.place_large(search.owner, search.bytes)
     }
 
-    /// The first hole that fits and that the request may take from another stream.
+    /// The first free block that fits and that the request may take from another stream.
     fn borrow_free_block(
         &self,
         search: Search,
@@ -127,8 +127,8 @@ impl PagedBackend {
             .find(|free_block| fences.pass(search.owner, free_block.fence(), search.reuse))
     }
 
-    /// Makes holes of other streams the requester's, where their fences can be passed, so that they merge
-    /// with its own; whether there were any. Pages pass one by one: those of a hole that only grew just now
+    /// Makes free blocks of other streams the requester's, where their fences can be passed, so that they merge
+    /// with its own; whether there were any. Pages pass one by one: those of a free block that only grew just now
     /// are not held back by the free that it grew by.
     fn merge_other_streams(&mut self, search: Search, fences: &mut Fences) -> bool {
         let mut gathered = false;
@@ -143,7 +143,7 @@ impl PagedBackend {
                 gathered |= self.merge_from(free_block, reached, search, fences);
             }
         }
-        // As long as all that is asked for can be had, holes pass as a whole.
+        // As long as all that is asked for can be had, free blocks pass as a whole.
         self.page_heap.tracks_page_epochs = fences.are_contended();
         gathered
     }
@@ -193,7 +193,7 @@ impl PagedBackend {
         } else {
             fences.now(search.owner)
         };
-        // From the end, so that what is left of the hole keeps its place.
+        // From the end, so that what is left of the free block keeps its place.
         for (start, units) in parts.iter().rev() {
             self.page_heap.give(&free_block, (*start, *units), past);
             free_block.units = start - free_block.start;
@@ -201,7 +201,7 @@ impl PagedBackend {
         !parts.is_empty()
     }
 
-    /// Places a block in a hole, after merging what other streams freed with its own where there is none.
+    /// Places a block in a free block, after merging what other streams freed with its own where there is none.
     fn place_merged(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
         if let Some(placement) = self.place_from_other_streams(search, fences) {
             return Some(placement);
@@ -308,7 +308,7 @@ impl PagedBackend {
         None
     }
 
-    /// Places a block in a hole of its stream, or of another behind a fence.
+    /// Places a block in a free block of its stream, or of another behind a fence.
     fn place_from_other_streams(
         &mut self,
         search: Search,
@@ -321,7 +321,7 @@ impl PagedBackend {
         })
     }
 
-    /// Borrows a page for small blocks: whole, and from the smallest hole that has one.
+    /// Borrows a page for small blocks: whole, and from the smallest free block that has one.
     fn lease_small_page(
         &mut self,
         search: Search,

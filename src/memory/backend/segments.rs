@@ -1,8 +1,8 @@
-//! Segmented memory: plain driver allocations, for devices without virtual memory management.
+//! The segmented backend: plain driver allocations, for devices without virtual memory management.
 //!
-//! Each stream has two tilings, for small and for large requests, so that small blocks do not pin large
-//! segments. A segment serves the stream it was allocated for until it is returned to the driver or that stream
-//! is gone; when there is no more memory, it lends blocks to others.
+//! Each stream has two tilings, for small and for large blocks, so that small blocks do not pin large segments. A
+//! segment serves the stream it was allocated for until it goes back to the driver or the stream is dropped. When
+//! memory has run out, it lends blocks to other streams.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -142,7 +142,8 @@ impl SegmentedBackend {
         is_found
     }
 
-    /// Gives spare segments back to the driver, the smallest first, until at most `keep` bytes are held or none is left.
+    /// Gives spare segments back to the driver, the smallest first, until at most `keep` bytes are held or none is
+    /// left.
     fn release_spares(&mut self, keep: u64) -> Result<()> {
         while self.totals.reserved_bytes > keep
             && let Some((ptr, bytes)) = take_smallest(&mut self.spare, &(0..=u64::MAX))

@@ -1,9 +1,8 @@
-//! Stitching: a large request served from free pages that do not lie side by side.
+//! Stitching: a large block from free pages that do not lie side by side.
 //!
-//! The pages are mapped a second time, side by side, in a range of addresses of their own. Nothing is
-//! unmapped to do so, so stream order alone makes it safe and no host wait is needed. The last page of a
-//! request is rarely needed as a whole: any page whose front is free will do, and the rest of it stays
-//! usable at home.
+//! The pages are mapped a second time, side by side, at addresses of their own. Nothing is unmapped to do so, so stream
+//! order alone makes it safe, without a wait on the host. The last page of a block is rarely needed as a whole: any
+//! page whose front is free will do, and the rest of it stays usable in the page heap.
 
 use smallvec::SmallVec;
 
@@ -18,7 +17,7 @@ use crate::memory::types::{
 };
 use crate::units::to_usize;
 
-/// Holes that are looked at for the front of a last page before a whole page is used for it.
+/// Free blocks that are looked at for the front of a last page before a whole page is used for it.
 const FRONTS_MAX: usize = 64;
 
 /// What a request needs: pages as a whole, and the front of one more.
@@ -42,7 +41,7 @@ impl Need {
         self.whole + usize::from(self.front > 0)
     }
 
-    /// Units needed of the page at place `position` of the range.
+    /// Units needed of the page at place `position` of the mapping.
     fn units_at(self, position: usize) -> u64 {
         if position < self.whole {
             PAGE_UNITS
@@ -80,7 +79,7 @@ impl PagedBackend {
         })
     }
 
-    /// An idle range of the right length all of whose pages are free.
+    /// An idle mapping of the right length all of whose pages are free.
     fn reuse_range(
         &mut self,
         search: Search,
@@ -105,7 +104,7 @@ impl PagedBackend {
         })
     }
 
-    /// The latest fence of each owner over the pages of an idle range; `None` if one is not free.
+    /// The latest fence of each owner over the pages of an idle mapping; `None` if one is not free.
     fn fences_over(&self, range: MappingIndex, need: Need) -> Option<SmallVec<[Fence; 2]>> {
         let range = self.ranges.get(range);
         let free = |position: usize| {
@@ -140,7 +139,7 @@ impl PagedBackend {
         Some(latest)
     }
 
-    /// Free pages for the request, in the order in which they are to be mapped: that of their homes, so that
+    /// Free pages for the request, in the order in which they are to be mapped: that of their base addresses, so that
     /// neighbors stay neighbors.
     fn choose_pages(
         &mut self,
@@ -170,9 +169,9 @@ impl PagedBackend {
     }
 
     /// Up to `count` pages that are free as a whole and may be used by the request: its own stream's
-    /// first, those in the largest holes first. Small requests fill the smallest holes, so the pages of an
-    /// idle range stay free longest, and the range useful, if they come from large ones. While other streams
-    /// ask in vain, pages that only the request's own stream may have go before those.
+    /// first, those in the largest free blocks first. Small requests fill the smallest free blocks, so the pages of an
+    /// idle mapping stay free longest, and the mapping useful, if they come from large ones. While other streams
+    /// ask without success, pages that only the request's own stream may have go before those.
     pub(super) fn free_pages(
         &self,
         count: usize,
@@ -253,7 +252,7 @@ impl PagedBackend {
         free_blocks.take(FRONTS_MAX).find_map(usable)
     }
 
-    /// Takes pages at home, neighbors in one block.
+    /// Takes pages in the page heap, neighbors in one block.
     fn take_pages(&mut self, pages: &[PageIndex], need: Need) -> SmallVec<[Index; 4]> {
         let mut taken = SmallVec::new();
         let mut position = 0;
@@ -279,7 +278,7 @@ impl PagedBackend {
         taken
     }
 
-    /// Unmaps the oldest idle ranges, as far as their work is complete, until `most` pages are mapped.
+    /// Unmaps the oldest idle mappings, as far as their work is complete, until `most` pages are mapped.
     fn evict_ranges(&mut self, most: u64, fences: &mut Fences) {
         while self.ranges.pages_mapped as u64 > most {
             let Some(oldest) = self.ranges.oldest_idle() else {
@@ -291,7 +290,7 @@ impl PagedBackend {
         }
     }
 
-    /// Unmaps an idle range if its last use is known to be complete; whether it was.
+    /// Unmaps an idle mapping if its last use is known to be complete; whether it was.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses; the mapping is then kept.

@@ -1,19 +1,19 @@
 //! Private pools: memory for captured graphs.
 //!
-//! A graph has addresses written into it, so its memory must be nobody else's for as long as it may run.
-//! A [`PrivatePool`] is a part of a [`Pool`] that is set aside: allocations are routed to it during a pass
-//! before the capture and during the capture (`routing` says which), and its memory goes to nobody else until
-//! the handle and every graph captured with it are gone. After that, once the streams that ran its graphs have passed,
-//! the pool reuses the idle part: the next allocation that needs more memory takes it, whether ordinary or for another
+//! A graph has addresses written into it, so nobody else may have its memory for as long as it can run. A
+//! [`PrivatePool`] is a heap of its own within a [`Pool`]: allocations are routed to it during a warm-up before the
+//! capture and during the capture (`routing` says which), and its memory goes to nobody else until the handle and every
+//! graph captured with it are dropped. After that, once the streams that ran its graphs have passed, the pool reuses
+//! the idle part: the next allocation that needs more memory takes it, whether of the default heap or of another
 //! private pool, and trimming and decay return it to the driver. Blocks that are still held stay where they are.
 //!
-//! In a capture, no event is recorded or queried, the host waits for nothing, and nothing is unmapped. New
-//! pages may be taken: that is no work of a stream. Memory freed in the capture is reused at once by the
-//! same stream, whose order is the graph's order; by other streams not before the capture is over, as which
-//! joins the graph has is not known here.
+//! In a capture, no event is recorded or queried, the host waits for nothing, and nothing is unmapped. New pages may be
+//! taken, because that is no work of a stream. The same stream reuses memory freed in the capture at once, since its
+//! order is the graph's order. Other streams cannot have it before the capture is over, because the pool does not know
+//! which of them have joined the graph.
 //!
-//! Each pass and each capture begins with a wait of the host for all streams and with all free private memory
-//! anyone's, so the same allocations get the same memory each time.
+//! Each warm-up and each capture begins with a wait of the host for all streams, which makes all free memory of the
+//! private heap unowned. So the same allocations get the same memory each time.
 
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ pub struct CapturedGraph {
     heap: Arc<PrivateMemory>,
 }
 
-/// A private memory in use. Released with its last holder.
+/// A private heap in use. Released with its last holder.
 #[derive(Debug)]
 struct PrivateMemory {
     shared: Arc<Shared>,
@@ -101,7 +101,7 @@ impl PrivatePool {
     ///
     /// Until `enqueue` returns, every allocation from the pool for `stream`, and for streams that joined the
     /// capture, comes from here, whichever thread asks. Allocate for another stream after it joined: before
-    /// that it gets ordinary memory, which a graph must not use beyond its block's life. First, the host
+    /// that it gets the default heap, which a graph must not use beyond its block's life. First, the host
     /// waits for all streams that the pool served.
     ///
     /// # Errors

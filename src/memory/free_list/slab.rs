@@ -1,7 +1,7 @@
-//! Blocks in one vector, named by index; places of blocks that are gone are taken again. The first place is that of no
-//! block: what is linked to nothing is linked to it.
+//! A slab: blocks in a vector, addressed by index, with vacated slots used again. Slot 0 is a sentinel that every null
+//! link points to, so links can be written without a check.
 //!
-//! Must not know: what blocks are, but for the link by which they are filed.
+//! Must not know: what blocks are, except for the link by which they are filed.
 
 use super::bins::{Link, Links};
 use crate::memory::types::Index;

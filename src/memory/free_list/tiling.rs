@@ -1,9 +1,8 @@
-//! Blocks of one stream: split on allocation, coalesced on free.
+//! Blocks that tile segments: split on allocation, merged on free.
 //!
-//! An arena manages *segments*, contiguous ranges it is given, as *blocks* that tile them. It works on
-//! offsets and indices only; what stands behind an offset is the pool's business. Best fit ([`Bins`]), the
-//! remainder is split off whenever it is at least one unit, and a freed block merges with its free
-//! neighbors at once.
+//! A tiling manages *segments*, contiguous ranges that it is given, as blocks that tile them. It works on offsets and
+//! indices only. [`Bins`] find the best fit, the remainder is split off if it is at least one unit, and a freed block
+//! merges with its free neighbors at once.
 //!
 //! Invariants: blocks tile their segment in address order, and each keeps its start as long as it lives; no two
 //! neighbors are free; exactly the free blocks are filed in the bins.

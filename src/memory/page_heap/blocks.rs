@@ -1,10 +1,10 @@
-//! The blocks that tile a territory, in a slab of indices.
+//! The blocks that tile a page heap, in a slab.
 
 use crate::memory::free_list::{Link, Linked, NONE, Slab};
 use crate::memory::types::{EPOCH_BITS, Fence, Index, OWNER_BITS, StreamIndex, Units};
 
-/// Who has a block; for a hole also after which epoch of its owner others may touch it, and whether parts of it were
-/// freed in other epochs, which its pages remember. Claims of one holder compare as their epochs.
+/// Who has a block; for a free block also after which epoch of its owner others may touch it, and whether parts of it
+/// were freed in other epochs, which its pages remember. Claims of one holder compare as their epochs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Claim(u64);
 
@@ -13,12 +13,12 @@ const HOLDER_SHIFT: u32 = EPOCH_BITS + 1;
 const _: () = assert!(OWNER_BITS + HOLDER_SHIFT == u64::BITS);
 
 impl Claim {
-    /// A caller's, a stitched range's or the small blocks': the block is no hole.
+    /// A caller's, a stitched range's or the small blocks': the block is no free block.
     pub(super) const TAKEN: Self = Self(u64::MAX << HOLDER_SHIFT);
     /// Nobody's: it is the home of pages that were returned to the driver.
     pub(super) const UNMAPPED: Self = Self((u64::MAX - 1) << HOLDER_SHIFT);
 
-    /// Of a hole.
+    /// Of a free block.
     #[inline]
     pub(crate) fn free_block(fence: Fence) -> Self {
         let claim = Self((fence.owner as u64) << HOLDER_SHIFT | fence.epoch << 1);
@@ -29,7 +29,7 @@ impl Claim {
         claim
     }
 
-    /// The stream for which the block is a hole.
+    /// The stream for which the block is a free block.
     #[inline]
     pub(crate) fn owner(self) -> Option<StreamIndex> {
         (self < Self::UNMAPPED).then_some(crate::units::to_usize(self.0 >> HOLDER_SHIFT))
@@ -110,7 +110,7 @@ impl Linked for HeapBlock {
 pub(crate) type HeapBlocks = Slab<HeapBlock>;
 
 impl HeapBlocks {
-    /// Whether the holder of `claim` has block `index`. It is no hole's for [`NONE`].
+    /// Whether the holder of `claim` has block `index`. It is no free block's for [`NONE`].
     #[inline]
     pub(crate) fn is_of(&self, index: Index, claim: Claim) -> bool {
         self.at(index).claim.is_of_holder(claim)

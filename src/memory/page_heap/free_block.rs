@@ -1,11 +1,11 @@
-//! A hole, as those see it who look for memory.
+//! A free block, as a search sees it.
 
 use std::ops::Range;
 
 use crate::memory::types::{Fence, Index, PAGE_UNITS, PageIndex, StreamIndex};
 use crate::units::to_usize;
 
-/// A hole as others see it.
+/// A free block as others see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FreeBlock {
     pub(crate) index: Index,
@@ -13,7 +13,7 @@ pub(crate) struct FreeBlock {
     pub(crate) units: u64,
     pub(crate) owner: StreamIndex,
     pub(crate) epoch: u64,
-    /// Parts were freed in earlier epochs, as [`fence_of_page`](super::Territory::fence_of_page) tells.
+    /// Parts were freed in earlier epochs, as [`fence_of_page`](super::PageHeap::fence_of_page) tells.
     pub(super) is_mixed: bool,
 }
 
@@ -26,26 +26,26 @@ impl FreeBlock {
         }
     }
 
-    /// The pages that the hole touches.
+    /// The pages that the free block touches.
     pub(crate) fn pages(&self) -> Range<PageIndex> {
         let end = (self.start + self.units).div_ceil(PAGE_UNITS);
         to_usize(self.start / PAGE_UNITS)..to_usize(end)
     }
 
-    /// The pages that lie in the hole as a whole.
+    /// The pages that lie in the free block as a whole.
     pub(crate) fn whole_pages(&self) -> Range<PageIndex> {
         let first = self.start.div_ceil(PAGE_UNITS);
         let end = (self.start + self.units) / PAGE_UNITS;
         to_usize(first)..to_usize(end.max(first))
     }
 
-    /// Whether the first `units` of `page` lie in the hole.
+    /// Whether the first `units` of `page` lie in the free block.
     pub(crate) fn has_front(&self, page: PageIndex, units: u64) -> bool {
         let start = page as u64 * PAGE_UNITS;
         self.start <= start && start + units <= self.start + self.units
     }
 
-    /// The first page whose front of `units` lies in the hole.
+    /// The first page whose front of `units` lies in the free block.
     pub(crate) fn page_with_front(&self, units: u64) -> Option<PageIndex> {
         let page = self.start.div_ceil(PAGE_UNITS);
         (page * PAGE_UNITS + units <= self.start + self.units).then(|| to_usize(page))

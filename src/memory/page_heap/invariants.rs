@@ -1,4 +1,4 @@
-//! The walk over a territory that shows its invariants.
+//! The walk over a page heap that shows its invariants.
 
 use std::collections::HashMap;
 

@@ -1,14 +1,15 @@
-//! Which bytes of the pages at home are free, and for whom.
+//! Which bytes of the mapped pages are free, and for whom.
 //!
-//! Every page has one *home* address, and the homes stand side by side in one reserved range: the
-//! *territory*. Blocks tile its mapped pages. A free block, a *hole*, belongs to the stream that freed it:
-//! that stream may use it at once, another one only after the hole's epoch of its owner. Holes of one owner
-//! merge when they touch; holes of different owners do not, since their fences differ.
+//! The pages of a heap stand side by side in one reserved range of addresses. Blocks tile the mapped pages. A *free
+//! block* belongs to the stream that freed it: that stream may use it at once, other streams only after its fence. Free
+//! blocks of one owner merge when they touch. Free blocks of different owners do not, because their fences differ.
 //!
-//! All positions are in units of 512 bytes from the start of the range. Invariants: blocks tile the mapped
-//! pages in address order, and each keeps its start as long as it lives; a hole is filed in the bins of its
-//! owner; no two neighbors are holes of one owner or both unmapped. Must not know: addresses, events, how a
-//! hole's epoch is waited for.
+//! All offsets are in units of 512 bytes from the start of the range. Invariants: blocks tile the mapped pages in
+//! address order, and a block keeps its start as long as it lives; a free block is filed in the bins of its owner; no
+//! two neighbors are free blocks of one owner, or both unmapped.
+//!
+//! `page_map` finds the block over a page, `page_epochs` remembers when each page was freed, and `small_pages` divides
+//! pages among small blocks. Must not know: addresses, events, how a fence is passed.
 
 mod blocks;
 mod free_block;
@@ -33,11 +34,11 @@ pub(crate) use small_pages::{SmallHeap, SmallPage};
 
 /// Units of a page, as blocks store it.
 const PAGE_LEN: Units = 1 << PAGE_UNITS.trailing_zeros();
-/// Least units of blocks that begin on a page if they are whole pages and their hole allows it, so that they leave whole
-/// pages when they are freed, which can be stitched. For smaller ones it would gain less than it costs.
+/// Least units of blocks that begin on a page if they are whole pages and their free block allows it, so that they
+/// leave whole pages when they are freed, which can be stitched. For smaller ones it would gain less than it costs.
 const ON_PAGE_MIN: Units = 6 * PAGE_LEN;
 
-/// A position or a size as blocks store it. What does not fit lies in no territory.
+/// A position or a size as blocks store it. What does not fit lies in no page heap.
 fn stored(units: u64) -> Units {
     Units::try_from(units).expect("a page heap has fewer than 2^32 units")
 }
@@ -66,11 +67,12 @@ fn pages_between(start: Units, end: Units) -> (Range<PageIndex>, Range<PageIndex
 #[derive(Debug)]
 pub(crate) struct PageHeap {
     blocks: HeapBlocks,
-    /// Holes by owner.
+    /// Free blocks by owner.
     bins: Vec<Bins>,
     page_map: PageMap,
     freed: PageEpochs,
-    /// Whether pages are to remember when they were freed. Otherwise all of a hole that grows takes the latest epoch.
+    /// Whether pages are to remember when they were freed. Otherwise all of a free block that grows takes the latest
+    /// epoch.
     pub(crate) tracks_page_epochs: bool,
 }
 
@@ -103,14 +105,14 @@ impl PageHeap {
         })
     }
 
-    /// The hole of `owner` that fits `units` best.
+    /// The free block of `owner` that fits `units` best.
     pub(crate) fn best_fit(&self, owner: StreamIndex, units: u64) -> Option<FreeBlock> {
         let units = Units::try_from(units).ok()?;
         let index = self.bins.get(owner)?.find(&self.blocks, units)?;
         self.free_block(index)
     }
 
-    /// Holes of `owner` of at least `units`, smallest bins first.
+    /// Free blocks of `owner` of at least `units`, smallest bins first.
     pub(crate) fn free_blocks_from(
         &self,
         owner: StreamIndex,
@@ -123,7 +125,7 @@ impl PageHeap {
         indices.filter_map(|(index, _)| self.free_block(index))
     }
 
-    /// Holes of `owner` of at least `units`, the largest first.
+    /// Free blocks of `owner` of at least `units`, the largest first.
     pub(crate) fn largest_free_blocks(
         &self,
         owner: StreamIndex,
@@ -136,22 +138,23 @@ impl PageHeap {
         indices.filter_map(|(index, _)| self.free_block(index))
     }
 
-    /// Streams that own or owned holes.
+    /// Streams that own or owned free blocks.
     pub(crate) fn owners(&self) -> Range<StreamIndex> {
         0..self.bins.len()
     }
 
-    /// The hole in which page `page` lies as a whole, if it does.
+    /// The free block in which page `page` lies as a whole, if it does.
     pub(crate) fn free_block_over_page(&self, page: PageIndex) -> Option<FreeBlock> {
         self.free_block_over_front(page, PAGE_UNITS)
     }
 
-    /// The hole in which the first `units` of page `page` lie, if they do.
+    /// The free block in which the first `units` of page `page` lie, if they do.
     pub(crate) fn free_block_over_front(&self, page: PageIndex, units: u64) -> Option<FreeBlock> {
         self.free_block_or_taken(page, units).ok()
     }
 
-    /// As [`free_block_over_front`](Self::hole_over_front); otherwise the block that covers the first byte of `page`.
+    /// As [`free_block_over_front`](Self::free_block_over_front); otherwise the block that covers the first byte of
+    /// `page`.
     pub(crate) fn free_block_or_taken(
         &self,
         page: PageIndex,
@@ -193,7 +196,7 @@ impl PageHeap {
         index
     }
 
-    /// After what others may touch the part of `free_block` that lies in `page`. A hole grows by frees of
+    /// After what others may touch the part of `free_block` that lies in `page`. A free block grows by frees of
     /// different times; its pages remember theirs.
     pub(crate) fn fence_of_page(&self, free_block: &FreeBlock, page: PageIndex) -> Fence {
         if !free_block.is_mixed {
@@ -207,7 +210,7 @@ impl PageHeap {
         }
     }
 
-    /// Notes in their pages when holes of `owner`, which are about to become one, were freed.
+    /// Notes in their pages when free blocks of `owner`, which are about to become one, were freed.
     #[inline(never)]
     fn mix(&mut self, free_blocks: [Index; 3], owner: StreamIndex) {
         for index in free_blocks.into_iter().filter(|index| *index != NONE) {
@@ -253,9 +256,9 @@ impl PageHeap {
         parts
     }
 
-    /// Takes `units` out of the hole of `owner` that fits them best: at its front, or large blocks of whole pages on
-    /// a page. The block and its start.
-    // Always, as `PagedBackend::large_at_hand`.
+    /// Takes `units` out of the free block of `owner` that fits them best: at its front, or large blocks of whole pages
+    /// on a page. The block and its start.
+    // Always, as `PagedBackend::place_large`.
     #[inline(always)]
     pub(crate) fn allocate(&mut self, owner: StreamIndex, units: u64) -> Option<(Index, u64)> {
         let units = Units::try_from(units).ok()?;
@@ -304,7 +307,7 @@ impl PageHeap {
         )
     }
 
-    /// Takes `units` from `start` on out of a hole that is not filed.
+    /// Takes `units` from `start` on out of a free block that is not filed.
     fn take_part(
         &mut self,
         free_block: Index,
@@ -320,8 +323,8 @@ impl PageHeap {
         taken
     }
 
-    /// Makes the front of a hole that is not filed a block of `units`.
-    // Always, as `PagedBackend::large_at_hand`.
+    /// Makes the front of a free block that is not filed a block of `units`.
+    // Always, as `PagedBackend::place_large`.
     #[inline(always)]
     fn take_front(&mut self, free_block: Index, owner: StreamIndex, units: Units) {
         let HeapBlock { link, start, .. } = *self.blocks.at(free_block);
@@ -385,7 +388,7 @@ impl PageHeap {
         }
     }
 
-    /// Units of the hole of `owner` at the very end of the territory; growth continues it.
+    /// Units of the free block of `owner` at the very end of the page heap; growth continues it.
     pub(crate) fn last_free_units(&self, owner: StreamIndex) -> u64 {
         let claim = Claim::free_block(Fence { owner, epoch: 0 });
         let last = self.blocks.at(NONE).before;
@@ -418,7 +421,7 @@ impl PageHeap {
         first
     }
 
-    /// Declares the pages of a taken block unmapped; their homes merge with unmapped neighbors.
+    /// Declares the pages of a taken block unmapped; their pages merge with unmapped neighbors.
     pub(crate) fn unmap(&mut self, index: Index) {
         let block = self.blocks.at_mut(index);
         assert_eq!(block.claim, Claim::TAKEN, "only taken pages are returned");
@@ -435,7 +438,7 @@ impl PageHeap {
         }
     }
 
-    /// The first of `count` homes side by side whose pages were returned.
+    /// The first of `count` pages side by side whose pages were returned.
     pub(crate) fn unmapped(&self, count: usize) -> Option<PageIndex> {
         let units = count as u64 * PAGE_UNITS;
         let fits = |block: &&HeapBlock| {
@@ -461,7 +464,7 @@ impl PageHeap {
         self.free(index, owner, 0);
     }
 
-    /// Gives a part of a hole to another owner, with whose holes it merges.
+    /// Gives a part of a free block to another owner, with whose free blocks it merges.
     pub(crate) fn give(
         &mut self,
         free_block: &FreeBlock,
@@ -472,7 +475,7 @@ impl PageHeap {
         self.free(index, fence.owner, fence.epoch);
     }
 
-    /// Makes holes whose past is complete anyone's, so that they merge whoever freed them.
+    /// Makes free blocks whose past is complete anyone's, so that they merge whoever freed them.
     pub(crate) fn merge_complete(&mut self, mut is_complete: impl FnMut(Fence) -> bool) {
         let free_blocks: Vec<FreeBlock> = self
             .free_blocks()
@@ -494,12 +497,12 @@ impl PageHeap {
         std::iter::successors(at(first), move |(_, block)| at(block.after))
     }
 
-    /// Whether `owner` has no hole.
+    /// Whether `owner` has no free block.
     pub(crate) fn has_no_free_block_of(&self, owner: StreamIndex) -> bool {
         self.largest(owner) == 0
     }
 
-    /// Every hole.
+    /// Every free block.
     pub(crate) fn free_blocks(&self) -> impl Iterator<Item = FreeBlock> + '_ {
         let all = self
             .bins
@@ -508,7 +511,7 @@ impl PageHeap {
         all.filter_map(|(index, _)| self.free_block(index))
     }
 
-    /// Units of the largest hole of `owner`.
+    /// Units of the largest free block of `owner`.
     pub(crate) fn largest(&self, owner: StreamIndex) -> u64 {
         let largest = self
             .bins

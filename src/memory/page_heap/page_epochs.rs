@@ -1,9 +1,9 @@
 //! When each page was freed last, and by which streams.
 //!
-//! A hole grows by frees of different times, and its one epoch is the latest. While other streams ask for memory in
-//! vain, its pages remember theirs, so that those that have been free for long can be taken. Nearly every page was
-//! last freed by one stream: that is one number a page, so that a large free writes a row of equal numbers. Pages
-//! that several streams freed parts of are listed apart.
+//! A free block grows by frees of different times, and its own epoch is the latest of them. While other streams lack
+//! memory, its pages keep their own epochs, so that those that have been free for long can be taken. Nearly every page
+//! was last freed by one stream. That takes one number a page, so a large free writes a row of equal numbers. Pages
+//! that several streams freed parts of have a list.
 //!
 //! Must not know: blocks.
 

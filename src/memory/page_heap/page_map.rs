@@ -1,8 +1,8 @@
-//! Where the search for the block over a page of a territory begins.
+//! The page map: a block that began in each page, from which a search for the block over a page starts.
 //!
-//! Blocks come and go with every allocation, and hardly anyone asks what lies over a page. So a page has a note of one
-//! block that began in it when the block was made, and nothing is done when one goes. Who asks says which notes still
-//! hold, and the others are forgotten then; and notes the blocks that are passed on the way, so that hardly a way is gone twice.
+//! Blocks come and go with every allocation, but few callers ask what lies over a page. So an entry is written when a
+//! block is made and not erased when it goes: entries are hints that may be stale. A lookup drops the stale ones it
+//! meets and enters the blocks that it walks over, so a walk is rarely repeated.
 //!
 //! Must not know: what blocks are, where they end.
 

@@ -1,15 +1,16 @@
-//! Small blocks of one stream: an arena whose segments are borrowed pages.
+//! The small blocks of one stream, on pages of their own so that they do not pin large blocks.
 //!
-//! Keeping small blocks on pages of their own keeps them from pinning large ones.
+//! A *small page* is taken from the page heap as a block and returned when no small block lies in it. One such page
+//! stays *cached*, so that a program at the edge of a page does not take and return it with every block.
 
 use crate::memory::free_list::Tiling;
 use crate::memory::types::{Index, PAGE, PageIndex};
 
-/// A page lent by the territory.
+/// A page lent by the page heap.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SmallPage {
     pub(crate) page: PageIndex,
-    /// The block that holds the page in the territory.
+    /// The block that holds the page in the page heap.
     pub(crate) block: Index,
 }
 

@@ -1,4 +1,4 @@
-//! The territory under scripted and random operations.
+//! The page heap under scripted and random operations.
 
 use super::*;
 use crate::memory::types::GRANULARITY;
@@ -169,7 +169,7 @@ fn random_operations_keep_the_invariants() {
     );
 }
 
-/// With homes that are given up and used again, and holes that change their owner in parts.
+/// With homes that are given up and used again, and free blocks that change their owner in parts.
 #[test]
 fn what_lies_over_a_page_is_found_whatever_came_and_went() {
     let mut random = fastrand::Rng::with_seed(7);
@@ -234,8 +234,8 @@ fn what_lies_over_a_page_is_found_whatever_came_and_went() {
     assert_eq!(taken.count(), live.len());
 }
 
-/// What a page says of its part of a hole is no earlier than any free there, and where frees are remembered often
-/// earlier than the latest of the whole hole: a test that saw too few of these shows nothing.
+/// What a page says of its part of a free block is no earlier than any free there, and where frees are remembered often
+/// earlier than the latest of the whole free block: a test that saw too few of these shows nothing.
 #[test]
 fn pages_remember_their_frees() {
     let mut random = fastrand::Rng::with_seed(23);

@@ -38,8 +38,8 @@ pub(super) fn allocate(pool: &Arc<Handle>, bytes: u64, stream: &Stream) -> Resul
     block
 }
 
-/// Allocates what the stream cache in front did not have. After [`Miss::Here`] the memory is ordinary and the stream of the
-/// pool's device: there was no route when the cache was looked at, and no other stream has a cache.
+/// Allocates what the stream cache in front did not have. After [`Miss::Here`] the memory is ordinary and the stream of
+/// the pool's device: there was no route when the cache was looked at, and no other stream has a cache.
 #[inline(never)]
 fn allocate_past_cache(
     shared: &Arc<Shared>,
@@ -233,8 +233,8 @@ fn new_record(
     })
 }
 
-/// The stream cache that may keep a block as it is when it is freed: none if freed memory is overwritten, or if the block
-/// is private or lent.
+/// The stream cache that may keep a block as it is when it is freed: none if freed memory is overwritten, or if the
+/// block is private or lent.
 fn key_for(shared: &Shared, stream: &Stream, is_private_or_lent: bool) -> CacheKey {
     if shared.config.poison || is_private_or_lent {
         CacheKey::NONE
@@ -244,7 +244,7 @@ fn key_for(shared: &Shared, stream: &Stream, is_private_or_lent: bool) -> CacheK
 }
 
 impl Shared {
-    /// Counts an allocation that no lane served; its tag.
+    /// Counts an allocation that no stream cache served; its tag.
     fn count(&self, requested: u64, allocated: u64) -> TagId {
         let (tag, counted) = threads::count(self.id, requested, allocated);
         if counted == Counted::No

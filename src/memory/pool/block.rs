@@ -30,7 +30,7 @@ pub(crate) struct User {
 }
 
 impl BlockRecord {
-    /// The extras, made if need be: no lane may keep the block while it has them.
+    /// The extras, made if need be: no stream cache may keep the block while it has them.
     fn extras_mut(&mut self) -> &mut Extras {
         self.key = CacheKey::NONE;
         self.extras.get_or_insert_default()
@@ -206,7 +206,7 @@ impl Block {
     /// after the last use on `stream`; a later use needs a later call, which replaces this one. The home
     /// stream needs no record.
     ///
-    /// Records an event on `stream`, under every [`ReusePolicy`](super::ReusePolicy): no other means marks a
+    /// Records an event on `stream`, under every [`ReusePolicy`](crate::ReusePolicy): no other means marks a
     /// point that the stream has not moved on from. Where none can be had (the driver refuses, or `stream` is
     /// part of a capture), and where [`record_stream`](Self::record_stream) was called for the same stream,
     /// the meaning is that of `record_stream`.

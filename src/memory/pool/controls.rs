@@ -50,9 +50,9 @@ impl Pool {
     }
 
     /// Whether a call panicked while it held the pool's lock: an invariant broke, or a driver panicked. Such a pool
-    /// hands out nothing more, and every call that would returns [`Error::BrokenPool`](crate::Error::BrokenPool). Blocks
-    /// that are out stay valid and may be dropped; their memory, and all else that the pool holds, stays taken until
-    /// the process ends. Statistics are those of the last moment, without what was freed since.
+    /// hands out nothing more, and every call that would returns [`Error::BrokenPool`](crate::Error::BrokenPool).
+    /// Blocks that are out stay valid and may be dropped; their memory, and all else that the pool holds, stays taken
+    /// until the process ends. Statistics are those of the last moment, without what was freed since.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         self.shared().routing.are_closed()
@@ -64,8 +64,9 @@ impl Pool {
     /// returned, nothing more is taken from the driver.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a limit that [`Pool::new`] would refuse, with nothing changed;
-    /// [`Error::Driver`](crate::Error::Driver) if the driver did not take memory back, with the limit set all the same.
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a limit that [`Pool::new`] would refuse, with nothing
+    /// changed; [`Error::Driver`](crate::Error::Driver) if the driver did not take memory back, with the limit set all
+    /// the same.
     pub fn set_limit(&self, limit: Option<u64>) -> Result<()> {
         let shared = self.shared();
         PoolConfig::check_limit(limit, &shared.device)?;

@@ -1,7 +1,7 @@
-//! What a pool holds, under its lock.
+//! The core of a pool: what its lock guards.
 //!
-//! Invariant: the statistics equal what a walk over the memory sums. Nothing here takes the lock or waits
-//! on the host.
+//! Invariant: the statistics equal what a walk over the heaps sums up. Nothing here takes the lock, or waits on the
+//! host unless the pool is deterministic.
 
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
@@ -42,15 +42,15 @@ pub(crate) struct Core {
     segments: Gauge,
     reserved: Gauge,
     pub(crate) free_records: FreeRecords<Shared>,
-    /// Room for blocks that come back; empty in between.
+    /// Scratch for deferred frees that are returned; empty between calls.
     passed: Vec<Returned<Record>>,
-    /// Blocks that came back from other streams so far.
+    /// Deferred frees that were returned so far.
     pub(super) returned: u64,
-    /// Whether a change stopped half-way, as whoever looks at a broken pool notes: then only the counters may be looked at.
+    /// Whether a change stopped half-way. `look` sets it on a broken pool; then only the counters may be read.
     pub(crate) is_broken: bool,
 }
 
-/// What the ladder counts.
+/// What allocations past the thread caches count.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counters {
     /// Allocations that needed the driver's memory, or a second try.
@@ -72,7 +72,7 @@ impl Core {
         Ok(Self::with(device, config, heaps))
     }
 
-    /// Takes everything out, and leaves a state of which nothing may be asked.
+    /// Moves everything out, and leaves an empty placeholder that must not be used.
     pub(crate) fn take(&mut self) -> Self {
         let no_memory = Box::new(SegmentedBackend::new(&self.device, Some(0)));
         let nothing = Self::with(&self.device, &self.config, Heaps::new(no_memory, Some(0)));
@@ -100,7 +100,7 @@ impl Core {
         }
     }
 
-    /// Adds a memory that is set aside.
+    /// Adds a private heap.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -109,26 +109,26 @@ impl Core {
         let backend: Box<dyn Backend> = if maps_pages(device, config) {
             Box::new(PagedBackend::unstitched(DevicePages::lasting(device)?))
         } else {
-            // What the limit leaves is said with each request.
+            // Each search states what the limit leaves.
             Box::new(SegmentedBackend::new(device, None))
         };
         Ok(self.heaps.add(backend))
     }
 
-    /// Notes that a graph on a private memory is about to be launched on `stream`.
+    /// Notes that a graph on a private heap is about to be launched on `stream`.
     pub(crate) fn note_launch(&mut self, heap: HeapId, stream: &Stream) {
         let owner = self.fences.owner(stream);
         self.heaps.note_launch(heap, owner);
     }
 
-    /// Lets go of a memory that was set aside.
+    /// Releases a private heap.
     pub(crate) fn release_memory(&mut self, heap: HeapId) {
         self.heaps.release(heap, &mut self.fences);
     }
 
-    /// Takes back what private pools left whose streams have passed, without waiting for any.
+    /// Collects what released private heaps left and whose streams have passed, without waiting for any.
     pub(crate) fn collect(&mut self) {
-        // To know, a deterministic pool waits: that is left for when memory is short.
+        // A deterministic pool would have to wait to know. It does so only when memory is short.
         if !self.config.deterministic {
             // What the driver does not unmap stays where it is.
             drop(self.heaps.collect(&mut self.fences));
@@ -137,7 +137,7 @@ impl Core {
 
     #[inline]
     fn search(&mut self, request: Request<'_>) -> Search {
-        // In a capture no event can be recorded; the pass before it is to need as much memory.
+        // No event can be recorded in a capture, and the warm-up before it must need as much memory.
         let is_default = request.heap == HeapId::DEFAULT;
         let reuse = if is_default {
             self.config.reuse
@@ -154,7 +154,7 @@ impl Core {
         }
     }
 
-    /// Places a block in ordinary memory that is free for its stream at once, while the thread keeps `kept` bytes for
+    /// Places a block in the default heap that is free for its stream at once, while the thread keeps `kept` bytes for
     /// the stream.
     #[inline]
     pub(crate) fn place(&mut self, request: &Request<'_>, kept: u64) -> Option<Placement> {
@@ -166,11 +166,11 @@ impl Core {
         Some(placement)
     }
 
-    /// Places a block by all means but waiting on the host.
+    /// Places a block by all means except waiting on the host.
     pub(crate) fn find(&mut self, request: Request<'_>) -> Result<Placement, Refusal> {
         let search = self.search(request);
         let found = self.heaps.find(request.heap, search, &mut self.fences);
-        // Even a request that failed may have taken memory on the way.
+        // A search that failed may have taken memory before.
         self.count_driver();
         let placement = found?;
         self.decay.take(request.bytes);
@@ -212,8 +212,8 @@ impl Core {
         cache.set_limits(self.bytes_held(), self.fences.are_contended());
     }
 
-    /// Takes back what a thread left, in the order of the frees; the cache keeps the records. Those without a place go
-    /// to `refused`, to be dropped outside: they hold streams.
+    /// Takes back the overflow of a thread, in the order of the frees. The cache keeps the records; those without a
+    /// place go to `refused`, for the caller to drop outside, because they hold streams.
     #[inline(never)]
     pub(crate) fn take_overflow(&mut self, cache: &mut ThreadCache, refused: &mut List) {
         let mut overflow = ManuallyDrop::new(list::reversed(cache.take_overflow()));
@@ -224,8 +224,8 @@ impl Core {
         }
     }
 
-    /// Takes a block back that a thread kept, which has counted its free: it is reusable at once. Calls no driver:
-    /// [`record_due_events`](Self::settle_frees) does.
+    /// Takes back a block that a thread kept and whose free it has counted: the block is reusable at once. Calls no
+    /// driver; [`record_due_events`](Self::record_due_events) does.
     #[inline]
     pub(super) fn take_back(&mut self, record: &BlockRecord) {
         debug_assert!(
@@ -242,8 +242,9 @@ impl Core {
         self.fences.record_due();
     }
 
-    /// Takes a freed block in: it is reusable at once, or when the streams recorded on it have passed the ends
-    /// of their uses, which are their present ends where none was marked. Gives the record back if it is of no more use here.
+    /// Takes back a freed block. It is reusable at once, or once the streams recorded on it have passed the ends of
+    /// their uses: the ends that were marked, otherwise where the streams are now. Returns the record if nothing here
+    /// needs it.
     pub(crate) fn free(&mut self, mut record: Record, counted: Counted) -> Option<Record> {
         if counted == Counted::No {
             self.usage
@@ -290,8 +291,7 @@ impl Core {
         None
     }
 
-    /// Makes a freed block that lies in another stream's memory one of that stream's, which waits for the
-    /// stream it was lent to.
+    /// Makes a freed block that was lent a block of its lender again, deferred until the borrower has passed.
     fn return_to_lender(&mut self, record: &mut BlockRecord) {
         let home = self.fences.stream(record.location.owner());
         let home = home.expect("a stream with memory is known").clone();
@@ -304,14 +304,14 @@ impl Core {
         });
     }
 
-    /// Makes blocks reusable whose recorded streams are done with them. They come back to their own stream
-    /// under any policy; what the policy decides is whether to wait for them on the device.
+    /// Makes deferred blocks reusable whose recorded streams have passed. They return to their own stream under any
+    /// policy; the policy decides whether to make that stream wait on the device.
     pub(super) fn poll_deferred(&mut self) {
         if self.deferred.is_empty() {
             return;
         }
         let reuse = match self.config.reuse {
-            // On the device, because when the host finds out depends on the device's pace.
+            // On the device: when the host finds out depends on how far the device is.
             _ if self.config.deterministic => ReusePolicy::Wait,
             ReusePolicy::Never => ReusePolicy::OnlyComplete,
             reuse => reuse,
@@ -327,8 +327,8 @@ impl Core {
             #[cfg(asan)]
             poison::forbid(&record, record.heap());
             self.count_inactive(record.size.allocated());
-            // Small blocks keep no epochs of their own; a poisoned one was written just now, and one is forbidden from
-            // now on.
+            // Small blocks have no epochs of their own, a poisoned block was written just now, and a forbidden one is
+            // marked from now on.
             let keeps_none = self.config.poison
                 || cfg!(asan)
                 || matches!(
@@ -354,13 +354,13 @@ impl Core {
         self.make_reusable_after(record, None);
     }
 
-    /// Gives a block's memory back, to others after `fence`; by default after what its home stream has been
-    /// given so far.
+    /// Returns a block's memory to its heap. Other streams may have it after `fence`, by default after everything that
+    /// its home stream was given so far.
     fn make_reusable_after(&mut self, record: &BlockRecord, fence: Option<Fence>) {
         let owner = record.location.owner();
         let heap = record.heap();
         let fence = fence.unwrap_or_else(|| {
-            // Captured streams can record no events, and no other stream asks for private memory.
+            // Captured streams cannot record events, and no other stream asks for memory of a private heap.
             if heap == HeapId::DEFAULT {
                 self.fences.stamp(owner)
             } else {
@@ -382,8 +382,8 @@ impl Core {
         backend.free(record.location, record.size.allocated(), fence);
     }
 
-    /// Takes in what a wait on the host has covered; whether blocks were pending that came back thereby.
-    /// Their own streams may have work on them that the wait did not cover.
+    /// Notes what a wait on the host has covered. Returns whether that returned deferred blocks; their own streams may
+    /// have work on them that the wait did not cover.
     pub(super) fn take_in_passed(&mut self, passed: &[Fence]) -> bool {
         for fence in passed {
             self.fences.passed(*fence);
@@ -393,7 +393,7 @@ impl Core {
         self.deferred.len() < deferred
     }
 
-    /// Makes memory whose past is complete anyone's, and lets go of streams that nobody else holds.
+    /// Makes free memory unowned if its last use is complete, and retires streams that nobody else holds.
     pub(crate) fn merge_complete(&mut self) {
         self.heaps.merge_complete(&mut self.fences);
         self.retire();
@@ -405,10 +405,10 @@ impl Core {
             .retire(|owner| self.heaps.needs_nothing_of(owner) && !self.deferred.is_behind(owner));
     }
 
-    /// Lets go of streams that nobody else holds and that have run all they were given: what they left free
-    /// becomes anyone's. Other streams are not touched.
+    /// Retires streams that nobody else holds and that have run all they were given: their free memory becomes unowned.
+    /// Other streams are not touched.
     pub(super) fn retire_idle_streams(&mut self) {
-        // Blocks that wait for other streams hold on to their own.
+        // Deferred blocks keep their home streams.
         self.poll_deferred();
         self.free_records.clear();
         let gone = self.fences.find_gone();
@@ -421,19 +421,19 @@ impl Core {
         self.retire();
     }
 
-    /// Gives the driver what is idle as a whole and known to be complete, until `keep` bytes are left.
+    /// Returns to the driver what is idle as a whole and known to be complete, until `keep` bytes are held.
     pub(crate) fn release_idle(&mut self, keep: u64) -> Result<()> {
         let outcome = self.heaps.release_idle(keep, &mut self.fences);
         self.count_driver();
         outcome
     }
 
-    /// Whether a request may find memory only after idle memory went back to the driver.
+    /// Whether a search can find memory only after idle memory went back to the driver.
     pub(crate) fn returning_helps(&self, heap: HeapId) -> bool {
         self.heaps.returning_helps(heap)
     }
 
-    /// Bytes that are free or pending behind the present end of each stream whose passing would help.
+    /// Bytes that are free or deferred behind the present end of each stream whose passing would help.
     pub(crate) fn bytes_behind(&mut self, request: Request<'_>) -> BTreeMap<StreamIndex, u64> {
         let owner = self.fences.owner(request.stream);
         let mut behind = self.heaps.bytes_behind(request.heap, owner, &self.fences);
@@ -441,7 +441,7 @@ impl Core {
         behind
     }
 
-    /// Closes the present epoch of every stream that idle or pending memory is behind, as
+    /// Closes the present epoch of every stream that idle or deferred memory waits for, as
     /// [`Fences::close_epoch`].
     pub(super) fn ends_behind(&mut self) -> Vec<(Fence, Stream)> {
         let default = HeapId::DEFAULT;
@@ -453,7 +453,7 @@ impl Core {
             .collect()
     }
 
-    /// Bytes that a request lacks beside what is free for it.
+    /// Bytes that a request lacks beyond what is free for it.
     pub(crate) fn missing(&mut self, request: Request<'_>) -> u64 {
         let owner = self.fences.owner(request.stream);
         let heap = self.heaps.get(request.heap);
@@ -461,7 +461,7 @@ impl Core {
         request.bytes.saturating_sub(free)
     }
 
-    /// Bytes that wait behind each stream, the most first.
+    /// Deferred bytes behind each stream, the most first.
     pub(super) fn deferred_by_stream(&self) -> Vec<(StreamId, u64)> {
         let mut behind = BTreeMap::new();
         self.deferred.add_bytes_behind(&mut behind);
@@ -473,10 +473,10 @@ impl Core {
         streams
     }
 
-    /// Why `bytes` can be held at no time, if they cannot.
+    /// Why `bytes` can never be held, if they cannot.
     pub(super) fn never_holds(&self, bytes: u64) -> Option<Refusal> {
         let total = self.device.properties().total_memory;
-        // What is held already may be more than a limit that was lowered.
+        // The pool may hold more than a limit that was lowered.
         let held = self.bytes_held();
         let limit = self.heaps.limit();
         if limit.is_some_and(|limit| bytes > limit.max(held)) {
@@ -489,17 +489,17 @@ impl Core {
         (bytes > REQUEST_MAX).then(|| Refusal::Driver(Error::argument("allocate", reason)))
     }
 
-    /// Bytes that are free, but in parts of segments.
+    /// Free bytes in segments that are partly in use.
     pub(super) fn split_bytes(&self) -> u64 {
         self.heaps.inactive_split().0
     }
 
-    /// Bytes of the largest free block of `memory`, whichever stream's.
+    /// Bytes of the largest free block of `heap`, whichever stream owns it.
     pub(crate) fn largest_free(&self, heap: HeapId) -> u64 {
         self.heaps.get(heap).largest_free()
     }
 
-    /// The statistics now. The lanes' counters must have been folded in.
+    /// The statistics now. The threads' counters must have been folded in.
     pub(crate) fn stats(&self) -> PoolStats {
         let totals = self.heaps.totals();
         let (inactive_split_bytes, inactive_split) = if self.is_broken {
@@ -538,8 +538,8 @@ impl Core {
         self.tags.reset_peaks();
     }
 
-    /// Asserts that every structure is sound and that the counters equal what a walk sums. The lanes must
-    /// be empty and their counters folded in.
+    /// Asserts that every structure is sound and that the counters equal what a walk sums up. The thread caches must be
+    /// empty and their counters folded in.
     pub(crate) fn check_invariants(&self) {
         let in_blocks = self.heaps.check_invariants();
         let stats = self.stats();
@@ -571,7 +571,7 @@ impl Core {
     }
 }
 
-/// Whether memory is to be taken as pages.
+/// Whether the pool takes memory as pages.
 fn maps_pages(device: &Device, config: &PoolConfig) -> bool {
     let properties = device.properties();
     let is_whole = PAGE.is_multiple_of(properties.page_granularity);

@@ -1,10 +1,10 @@
 //! The path of a free, from the caller's drop down to the heap.
 //!
 //! ```text
-//! whoever watches the block    told before the memory can be handed out again
-//! the thread's cache           no lock
+//! whoever watches the block    called before the memory can be handed out again
+//! the thread's cache           without a lock
 //! the pool                     if its lock is free
-//! the pool's queue             otherwise: whoever has the lock next takes the block in
+//! the pool's queue             otherwise: the next thread that has the lock takes the block back
 //! ```
 
 use super::block::{Block, Watcher};
@@ -27,7 +27,7 @@ impl Drop for Block {
     }
 }
 
-/// Takes a block back without ever blocking on another thread's allocation: the calling thread's lane keeps
+/// Takes a block back without ever blocking on another thread's allocation: the calling thread's stream cache keeps
 /// it, or the pool takes it in, or, while another thread has the pool's lock, finds it in its queue.
 #[inline]
 fn free(record: Record) {
@@ -41,7 +41,7 @@ fn free(record: Record) {
 fn free_with_extras(record: Record) {
     // Before the memory can be handed out again: nobody is told of two live blocks at one address.
     let record = tell_freed(record);
-    // A lane may keep it now.
+    // A stream cache may keep it now.
     if record.is_plain() {
         return free(record);
     }
@@ -52,7 +52,7 @@ fn free_with_extras(record: Record) {
     drop(free_in_pool(record, Counted::No));
 }
 
-/// Takes a block back that the lane in front is not for.
+/// Takes a block back that the stream cache in front is not for.
 #[inline(never)]
 fn free_anywhere(mut record: Record) {
     if !record.is_plain() {

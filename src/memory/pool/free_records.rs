@@ -1,6 +1,6 @@
-//! Records of blocks that came back from other streams, for later blocks of their own.
+//! Free records of blocks that were returned from other streams, for later blocks of their own stream.
 //!
-//! They hold their streams, not their pool. Must not know: the lock, who asks.
+//! They keep their streams alive, not their pool.
 
 use crate::memory::thread_cache::{Home, List, Record, list};
 use crate::memory::types::StreamIndex;
@@ -21,7 +21,7 @@ impl<H: Home> Default for FreeRecords<H> {
 }
 
 impl<H: Home> FreeRecords<H> {
-    /// Keeps a record of ordinary memory, or drops it.
+    /// Keeps a record of the default heap, or drops it.
     pub(crate) fn keep(&mut self, record: Record<H>) {
         let owner = record.location.owner();
         if self.lists.len() <= owner {

@@ -1,7 +1,7 @@
-//! Callbacks of the program: asked when memory is short, told when an allocation has failed.
+//! Callbacks of the program: called when memory is short, and when an allocation has failed.
 //!
-//! They run without any lock of the pool, so they may use it: free, allocate, drop its handles. While one
-//! runs, its thread calls no other, of whatever pool: a shortage inside a callback finds nobody to ask.
+//! They run without any lock of the pool, so they may use it: free, allocate, drop its handles. While one runs, its
+//! thread calls no other, of whatever pool.
 
 use std::cell::Cell;
 use std::fmt;

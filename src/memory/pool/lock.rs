@@ -1,4 +1,4 @@
-//! The lock of a pool: who may change its books, who may only look at them, and what is left for the next who has it.
+//! The lock of a pool: who may change its core, who may only read counters, and the queues of what waits for the lock.
 
 use super::core::Core;
 use super::shared::{Record, Shared};
@@ -10,7 +10,7 @@ use crate::memory::types::{Counted, Fence, HeapId};
 use crate::sync::MutexGuard;
 use crate::sync::atomic::Ordering;
 
-/// The state, locked.
+/// The core, locked.
 pub(crate) type CoreGuard<'a> = Locked<'a, MutexGuard<'a, Core>, Shared>;
 
 /// What a call on a broken pool returns.
@@ -27,7 +27,7 @@ impl Breakable for Shared {
 
     #[inline]
     fn check(&self, _: &Core) -> Result<()> {
-        // Closed under the lock, which orders this look after it.
+        // The routing is closed under the lock, which orders this load after it.
         if self.routing.are_closed() {
             return Err(BROKEN);
         }
@@ -35,13 +35,14 @@ impl Breakable for Shared {
     }
 }
 
-/// Breaks the pool when it is dropped, which only a panic does: other ways [defuse](Self::defuse) it. For the paths of
-/// most allocations and frees: unlike [`Locked`] it is one pointer and asks nothing, so it costs them no instruction.
+/// Breaks the pool when it is dropped. Only a panic drops it: every other way out [defuses](Self::defuse) it. The paths
+/// of most allocations and frees use it instead of [`Locked`]: it is one pointer and reads nothing, so it costs no
+/// instruction.
 #[derive(Debug)]
 pub(crate) struct Fuse<'a>(&'a Shared);
 
 impl Fuse<'_> {
-    /// Says that the books are whole.
+    /// Says that the core is consistent.
     #[inline(always)]
     pub(super) fn defuse(self) {
         std::mem::forget(self);
@@ -56,17 +57,17 @@ impl Drop for Fuse<'_> {
 }
 
 impl Shared {
-    /// Breaks the pool: from now on its books are not looked at.
+    /// Breaks the pool: from now on nobody uses its core.
     #[cold]
     fn stop(&self) {
         self.mark_queued();
         self.routing.close();
     }
 
-    /// The state, with every block in it that was freed to it so far.
+    /// The core, with every queued block taken back.
     ///
     /// # Errors
-    /// [`Error::BrokenPool`] if it cannot be trusted.
+    /// [`Error::BrokenPool`] if a panic has unwound through the lock.
     pub(crate) fn lock(&self) -> Result<CoreGuard<'_>> {
         let mut core = Locked::new(self.core.lock(), self);
         self.check(&core)?;
@@ -74,8 +75,8 @@ impl Shared {
         Ok(core)
     }
 
-    /// As [`lock`](Self::lock), for the path of most allocations that no lane serves. The fuse must be dropped before the
-    /// guard. The queues of a broken pool count as filled for ever, so one look is enough for both.
+    /// As [`lock`](Self::lock), for the path of most allocations that no stream cache serves. Drop the fuse before the
+    /// guard. The queues of a broken pool count as filled for ever, so one load checks for both.
     #[inline(always)]
     pub(super) fn lock_with_fuse(&self) -> Result<(MutexGuard<'_, Core>, Fuse<'_>)> {
         let mut core = self.core.lock();
@@ -90,7 +91,7 @@ impl Shared {
         Ok((core, fuse))
     }
 
-    /// As [`lock_with_fuse`](Self::lock_with_fuse), unless another thread has the state or it cannot be trusted.
+    /// As [`lock_with_fuse`](Self::lock_with_fuse), unless another thread has the lock or the pool is broken.
     #[inline(always)]
     pub(super) fn try_lock_with_fuse(&self) -> Option<(MutexGuard<'_, Core>, Fuse<'_>)> {
         let mut core = self.core.try_lock()?;
@@ -105,20 +106,20 @@ impl Shared {
         Some((core, fuse))
     }
 
-    /// The state as it is, unless another thread has it or it cannot be trusted.
+    /// The core as it is, unless another thread has the lock or the pool is broken.
     pub(super) fn try_lock(&self) -> Option<CoreGuard<'_>> {
         let core = Locked::new(self.core.try_lock()?, self);
         self.check(&core).is_ok().then_some(core)
     }
 
-    /// As [`lock`](Self::lock), unless another thread has it or it cannot be trusted.
+    /// As [`lock`](Self::lock), unless another thread has the lock or the pool is broken.
     pub(super) fn lock_if_free(&self) -> Option<CoreGuard<'_>> {
         let mut core = self.try_lock()?;
         self.take_in_queued(&mut core);
         Some(core)
     }
 
-    /// The state, for its counters alone: as [`lock`](Self::lock), or as it is if it cannot be trusted.
+    /// The core, for its counters alone: as [`lock`](Self::lock), or as it is if the pool is broken.
     pub(crate) fn look(&self) -> CoreGuard<'_> {
         self.lock().unwrap_or_else(|_| {
             let mut core = Locked::new(self.core.lock(), self);
@@ -127,7 +128,7 @@ impl Shared {
         })
     }
 
-    /// As [`look`](Self::look), with what every cache has counted.
+    /// As [`look`](Self::look), with the counters of every cache folded in.
     pub(super) fn lock_and_fold(&self) -> CoreGuard<'_> {
         let mut core = self.look();
         if !core.is_broken {
@@ -136,12 +137,12 @@ impl Shared {
         core
     }
 
-    /// Takes in what was left, unless another thread has the lock: that one, or the next, will.
+    /// Takes back what is queued, unless another thread has the lock: that thread or the next one will.
     pub(super) fn take_in_if_free(&self) {
         drop(self.lock_if_free());
     }
 
-    /// Takes in what was left while another thread had the lock. Not from inside a cache.
+    /// Takes back what was queued while another thread had the lock. Not from inside a cache.
     #[inline]
     pub(super) fn take_in_queued(&self, core: &mut Core) {
         if self.has_queued() {
@@ -152,19 +153,19 @@ impl Shared {
     /// Whether the queues may hold something.
     #[inline(always)]
     pub(super) fn has_queued(&self) -> bool {
-        // Relaxed: what is not seen yet is taken in by the next.
+        // Relaxed: the next thread takes back what this one does not see yet.
         self.has_queued.load(Ordering::Relaxed)
     }
 
-    /// Takes in what the queues hold, unless the pool is broken.
+    /// Takes back what the queues hold, unless the pool is broken.
     #[inline(never)]
     pub(super) fn take_in_queues(&self, core: &mut Core) {
         if self.routing.are_closed() {
             return;
         }
-        // Acquire: whoever marked the queues before has filled them before. Marked anew by whoever comes later.
+        // Acquire: a thread fills the queues before it marks them. Whoever comes later marks them again.
         self.has_queued.swap(false, Ordering::AcqRel);
-        // What was not counted yet is counted in order with what this thread has counted.
+        // Fold first, so that frees that are not counted yet come after what this thread has counted.
         threads::fold_of_thread(self.id(), core);
         while let Some((record, counted)) = self.freed.pop() {
             drop(core.free(record, counted));
@@ -174,7 +175,7 @@ impl Shared {
         }
     }
 
-    /// Leaves a block for the next thread that has the lock.
+    /// Queues a block for the next thread that has the lock.
     pub(super) fn leave(&self, record: Record, counted: Counted) {
         self.freed.push((record, counted));
         self.mark_queued();
@@ -189,7 +190,7 @@ impl Shared {
         self.lock().ok()?.fences.mark(stream)
     }
 
-    /// Releases a private memory. Never blocks: a graph may go while its thread has the lock, in a driver call
+    /// Releases a private heap. Never blocks: a graph may be dropped while its thread has the lock, in a driver call
     /// that runs work.
     pub(crate) fn release_memory(&self, heap: HeapId) {
         self.released.push(heap);

@@ -2,7 +2,8 @@
 //!
 //! [`shared`] is what all handles share: the heaps and the books ([`core`]) under one lock ([`lock`]), the caches of
 //! threads ([`threads`]), the queues of frees that found the lock taken. [`reclaim`] finds memory when there is none,
-//! [`wait`] waits for streams on the host, [`report`] says why an allocation failed. A [`Block`] is what a caller holds.
+//! [`wait`] waits for streams on the host, [`report`] says why an allocation failed. A [`Block`] is what a caller
+//! holds.
 
 mod allocate;
 mod block;
@@ -52,9 +53,9 @@ use threads::Close;
 /// the driver with the last clone and the last block.
 ///
 /// # Dropping
-/// A pool is kept by its clones and by what was made with it: blocks, so tensors and buffers too, private pools and their
-/// graphs, peak scopes. Dropping one of these waits for no stream while another is left. Dropping the last clone takes
-/// the pool's lock to empty the threads' caches, so it may wait for a driver call of another thread.
+/// A pool is kept by its clones and by what was made with it: blocks, so tensors and buffers too, private pools and
+/// their graphs, peak scopes. Dropping one of these waits for no stream while another is left. Dropping the last clone
+/// takes the pool's lock to empty the threads' caches, so it may wait for a driver call of another thread.
 ///
 /// The drop of the last of all *blocks the host* until every stream that the pool served has run what uses its memory,
 /// and calls the driver for each segment. A thread that must not wait keeps none of the last ones, or has the streams

@@ -1,8 +1,8 @@
-//! Poison mode: freed blocks are overwritten, so that a use after free shows in the result. In builds for
-//! AddressSanitizer they are also forbidden, in any mode, so that a use after free ends the process.
+//! Poison mode: freed blocks are overwritten, so that a use after free shows in the result. Builds for AddressSanitizer
+//! also forbid them, in any mode, so that a use after free ends the process.
 //!
-//! The fill is work of the block's home stream like any other, so in a capture it becomes part of the graph and
-//! happens again with each launch. It must then hit nothing but memory of that graph.
+//! The fill is work of the block's home stream. In a capture it becomes part of the graph and runs again with each
+//! launch, so it must touch nothing but memory of that graph.
 
 use crate::memory::streams::is_free_to_wait;
 use crate::memory::thread_cache::{BlockRecord, Home};
@@ -11,7 +11,7 @@ use crate::memory::types::HeapId;
 /// Byte that freed blocks are overwritten with in poison mode: NaN in every float type.
 const POISON: u8 = 0xff;
 
-/// Poisons a block of ordinary memory, unless that would become part of a graph, which would overwrite the
+/// Poisons a block of the default heap, unless that would become part of a graph, which would overwrite the
 /// memory again in whose ever hands it is then.
 pub(crate) fn in_default_heap<H: Home>(record: &BlockRecord<H>, heap: HeapId) {
     if heap == HeapId::DEFAULT && is_free_to_wait(&record.home) {
@@ -21,7 +21,7 @@ pub(crate) fn in_default_heap<H: Home>(record: &BlockRecord<H>, heap: HeapId) {
     forbid(record, heap);
 }
 
-/// Forbids a free block of ordinary memory from where its home stream is now. Replays may use private memory at any
+/// Forbids a free block of the default heap from where its home stream is now. Replays may use private heap at any
 /// time.
 #[cfg(asan)]
 pub(super) fn forbid<H: Home>(record: &BlockRecord<H>, heap: HeapId) {

@@ -1,18 +1,17 @@
-//! The ladder an allocation climbs: each rung finds memory in a dearer way, and the search starts anew.
+//! The steps that find memory when none lies ready, each dearer than the one before. The search starts again after
+//! each.
 //!
 //! ```text
-//! what is free for the stream       the pool's lock, no driver call
-//! other streams' memory, new pages  events, waits on the device, driver allocations; before those, what private
-//!                                   pools left when they went
+//! other streams' memory, new pages  events, waits on the device, driver allocations; before those, what private pools left
 //! the threads' caches               emptied into the pool
 //! the program's callbacks           without the lock
-//! returning idle memory             where only that makes it another's
+//! returning idle memory             where another heap needs it
 //! waiting on the host               stream by stream, while that can help
 //! everything once more              in one go, under the lock: nothing fails beside a block that fits
 //! ```
 //!
-//! A request that the device or the limit could never hold is refused before anyone is asked or waited for.
-//! In a capture nothing may wait, be unmapped or be called back: its private memory has the first two rungs.
+//! A request that the device or the limit could never hold is refused before anybody is called or waited for. Nothing
+//! may wait, be unmapped or be called back in a capture, so its private heap has the first step only.
 
 use std::thread;
 use std::time::Instant;

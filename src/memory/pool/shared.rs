@@ -43,9 +43,9 @@ pub(crate) struct Shared {
     pub(crate) core: Mutex<Core>,
     /// Every thread's cache. Taken after `core` where both are needed, and before a cache's own lock.
     pub(super) caches: Mutex<Caches>,
-    /// Blocks freed while another thread held the lock; taken in by the next thread that holds it.
+    /// Blocks freed while another thread held the lock. The next thread that holds it takes them back.
     pub(crate) freed: SegQueue<(Record, Counted)>,
-    /// Private memories whose last holder went, in the same way.
+    /// Private heaps whose last holder was dropped meanwhile.
     pub(crate) released: SegQueue<HeapId>,
     /// Whether either queue may hold something.
     pub(super) has_queued: AtomicBool,
@@ -58,7 +58,7 @@ pub(crate) struct Shared {
 #[derive(Default)]
 pub(crate) struct Caches {
     pub(super) all: Vec<Arc<OwnedCache<Shared>>>,
-    /// Set with the last clone of the pool: caches made later, for blocks still out, keep nothing.
+    /// Set when the last clone of the pool is dropped: caches made later, for blocks still out, keep nothing.
     pub(super) is_closed: bool,
 }
 

@@ -1,24 +1,23 @@
-//! What a thread keeps of a pool, and who may enter it.
+//! The caches of threads: who has which, and who may enter it.
 //!
-//! A thread reaches its caches through thread-local storage, and the one it used last through a single
-//! pointer there. It enters as the owner of a [`BiasedLock`], with no atomic read-modify-write; other threads
-//! enter only to empty a cache or to fold its counters into the pool's. Reuse is in stream order as
-//! everywhere: the thread that allocates is the one that freed, so it enqueued the block's last work before.
+//! A thread finds its caches in thread-local storage, and the one it used last through a single pointer there. It
+//! enters as the owner of a biased lock, without an atomic read-modify-write. Other threads enter only to empty a cache
+//! or to fold its counters into the pool's. Reuse is in stream order as everywhere: the thread that allocates is the
+//! one that freed, so it enqueued the block's last work before.
 //!
-//! A cache is emptied when a lane is full (that lane), when the thread turns to a stream that is new to it,
-//! when it ends, when memory runs short, and when the pool's last handle is dropped, after which it keeps
-//! nothing more.
+//! A stream cache is emptied when it is full. The whole cache is emptied when its thread turns to a stream that is new
+//! to it or ends, when memory runs short, and when the pool's last handle is dropped; after that it keeps nothing.
 //!
-//! Lock order: the pool's state, then a cache. Nothing here waits for the state from inside a cache.
+//! Lock order: the pool's lock, then a cache. Nothing here waits for the pool's lock from inside a cache.
 //!
 //! # Nobody enters twice
-//! A thread that is inside a cache must not enter it again: there would be two `&mut ThreadCache`. What runs inside are the
-//! closures of this file. They call methods of `cache`, `lane` and `counts`, and of the pool's state those that call
-//! no driver; two push to the pool's queues. None of that enters a cache by itself, so only code of others could. It
-//! runs where a driver is called, which none of them does, and where something is dropped that others can look at: a
-//! record, with which the last handle of a stream may go, or a pool. Nothing of the kind is dropped inside: it is handed
-//! out and dropped by the caller. Debug builds assert that (`local::assert_outside`), so every test looks for a closure
-//! that breaks the rule; release builds assert on all ways in but those of the fast path ([`BiasedLock::with_owner`]).
+//! A thread that is inside a cache must not enter it again: there would be two `&mut ThreadCache`. The closures of this
+//! file and of `allocate` are what runs inside. They call methods of `thread_cache`, and those of the pool's core that
+//! call no driver; two push to the pool's queues. None of these enters a cache, so only foreign code could. It runs
+//! where a driver is called, which none of them does, and where something is dropped that others can observe: a record,
+//! which may hold the last handle of a stream, or a pool. Nothing of the kind is dropped inside; it is returned, and
+//! the caller drops it. Debug builds assert that (`thread_locals::assert_outside`), so every test looks for a closure
+//! that breaks the rule. Release builds assert on every way in except those of the fast path.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -37,7 +36,7 @@ use crate::sync::thread_local;
 /// The cache of one thread for a pool.
 type Cache = OwnedCache<Shared>;
 
-/// Whether a cache goes on after it was emptied.
+/// Whether a cache stays closed after it was emptied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Close {
     Yes,
@@ -67,11 +66,11 @@ impl Drop for ThreadCaches {
 #[expect(unsafe_code, reason = "the fast path does without the list's checks")]
 fn current<'a>() -> Option<&'a Cache> {
     let cache: *const Cache = LOCAL.with(|local| local.cache.get()).cast();
-    // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back
-    // before it lets go of the cache. The list lets go of a cache in two places: in `find`, when its pool is gone, and
-    // when the thread ends, which runs no code of ours but what it drops. `find` may be reached wherever code of others
-    // runs: where a record, a lane or a stream is dropped and where a driver is called. Whoever uses the reference after
-    // such a place holds the pool across it: `take`, `fetch` and `take_anywhere` by the caller's handle, `drain_overflow`,
+    // SAFETY: the pointer is null or that of a cache in this thread's list, which takes the pointer back before it lets
+    // go of the cache. The list lets go of a cache in two places: in `find`, when its pool is gone, and when the thread
+    // ends, which runs no code of ours but what it drops. `find` may be reached wherever code of others runs: where a
+    // record, a stream cache or a stream is dropped and where a driver is called. Whoever uses the reference after such
+    // a place holds the pool across it: `take`, `fetch` and `take_anywhere` by the caller's handle, `drain_overflow`,
     // `leave_to_queue` and `keep_in_new_stream_cache` by one of their own, the end of a thread by the list itself.
     unsafe { cache.as_ref() }
 }
@@ -96,7 +95,7 @@ impl<'a> Caller<'a> {
         self.tag
     }
 
-    /// Enters the cache. `with` neither allocates nor frees, drops nothing of others and calls no driver: see the head.
+    /// Enters the cache. `with` must not allocate, free, drop foreign values or call a driver: see the head.
     #[inline]
     pub(super) fn enter<R>(&self, with: impl FnOnce(&mut ThreadCache) -> R) -> R {
         with_owner(self.cache, with)
@@ -112,20 +111,20 @@ impl<'a> Caller<'a> {
     }
 }
 
-/// A block of the calling thread's lane in front, if that is the one named and has one.
+/// A block of the stream cache in front, if that is the one for `stream` and has a block of this size.
 #[inline]
 pub(super) fn take<'a>(
     pool: &'a Arc<Handle>,
     stream: &Stream,
     requested: u64,
 ) -> Result<Record, Miss<Caller<'a>>> {
-    // First of all: the look-up is a call where this crate is part of a shared library.
+    // Before anything else: the lookup is a call if this crate is part of a shared library.
     let (cache, tag) = (current(), TagId::current());
     let shared = &pool.shared;
     let Some(cache) = cache.filter(|_| shared.routing.is_idle()) else {
         return Err(Miss::Elsewhere);
     };
-    // What is zero or too large to be rounded becomes zero, of which no lane has a block.
+    // Zero, and what is too large to round, become zero; no stream cache has a block of zero bytes.
     let bytes = requested.wrapping_add(GRANULARITY - 1) & !(GRANULARITY - 1);
     let key = CacheKey::new(shared.id(), stream.id());
     let taken = if_alone(cache, (), |cache, ()| {
@@ -138,14 +137,14 @@ pub(super) fn take<'a>(
     }
 }
 
-/// The calling thread's part in a pool, if it has a cache of it, which was the last that it used.
+/// The calling thread's cache of a pool, if that is the cache it used last.
 pub(super) fn caller(shared: &Shared) -> Option<Caller<'_>> {
     let tag = TagId::current();
     let cache = current().filter(|cache| cache.pool == shared.id())?;
     Some(Caller::new(cache, tag))
 }
 
-/// Keeps a freed block in the lane in front, if that is the block's and has room. Gives it back otherwise.
+/// Keeps a freed block in the stream cache in front, if that is the block's and has room. Returns it otherwise.
 #[inline]
 pub(super) fn keep(record: Record) -> Option<Record> {
     let Some(cache) = current() else {
@@ -161,8 +160,7 @@ pub(super) fn keep(record: Record) -> Option<Record> {
     }
 }
 
-/// Looks again with the named lane in front, which is made if need be, for a request that [`take`] did not
-/// serve.
+/// Looks again, for a request that [`take`] did not serve, with the stream cache `key` brought to the front or made.
 pub(super) fn take_anywhere(
     shared: &Arc<Shared>,
     key: CacheKey,
@@ -174,8 +172,7 @@ pub(super) fn take_anywhere(
     taken.ok()?.ok()
 }
 
-/// Keeps a freed block with the lane `key` in front. Gives it back when the thread is going down or the pool
-/// closed.
+/// Keeps a freed block with the stream cache `key` in front. Returns it if the thread is ending or the pool is closed.
 pub(super) fn keep_anywhere(key: CacheKey, record: Record) -> Option<Record> {
     let Some(cache) = of_thread(record.shared()) else {
         return Some(record);
@@ -191,7 +188,7 @@ pub(super) fn keep_anywhere(key: CacheKey, record: Record) -> Option<Record> {
     }
 }
 
-/// Counts an allocation that a lane did not serve; its tag, and whether there is a cache that counted it.
+/// Counts an allocation that no stream cache served. Returns its tag, and whether a cache has counted it.
 pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Counted) {
     let tag = TagId::current();
     let Some(cache) = current().filter(|cache| cache.pool == pool) else {
@@ -201,7 +198,7 @@ pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Cou
     (tag, Counted::Yes)
 }
 
-/// Folds what the calling thread has counted.
+/// Folds the calling thread's counters into the pool's.
 pub(super) fn fold_of_thread(pool: PoolId, core: &mut Core) {
     let mut fold = |cache: &Cache| {
         with_owner(cache, |cache| {
@@ -211,7 +208,7 @@ pub(super) fn fold_of_thread(pool: PoolId, core: &mut Core) {
     if let Some(cache) = current().filter(|cache| cache.pool == pool) {
         return fold(cache);
     }
-    // A thread that is going down has left its counters to whoever folds all.
+    // The counters of a thread that is ending are folded by whoever folds all.
     let _ = CACHES.try_with(|caches| {
         let caches = caches.borrow();
         if let Some(cache) = caches.all.iter().find(|cache| cache.pool == pool) {
@@ -220,8 +217,8 @@ pub(super) fn fold_of_thread(pool: PoolId, core: &mut Core) {
     });
 }
 
-/// The calling thread's cache of a pool, made if need be, and then the current one. `None` when the thread is
-/// going down.
+/// The calling thread's cache of a pool, made if there is none, and current from then on. `None` if the thread is
+/// ending.
 #[inline]
 fn of_thread<'a>(shared: &Arc<Shared>) -> Option<&'a Cache> {
     match current() {
@@ -239,7 +236,7 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a Cache> {
             return;
         }
         set_current(ptr::null());
-        // Caches of pools that are gone have no other holder.
+        // Caches of dropped pools have no other holder.
         all.retain(|cache| Arc::strong_count(cache) > 1);
         let cache = Arc::new(Cache::new(shared.id()));
         shared.register(&cache);
@@ -278,7 +275,7 @@ fn if_alone<I, R>(
     unsafe { cache.if_alone(input, with) }
 }
 
-/// Enters with the lane `key` in front. Gives everything back if there is none.
+/// Enters with the stream cache `key` in front. Returns the arguments if there is none.
 #[inline]
 fn with_front<I, R, W: FnOnce(&mut ThreadCache, I) -> R>(
     cache: &Cache,
@@ -294,13 +291,12 @@ fn with_front<I, R, W: FnOnce(&mut ThreadCache, I) -> R>(
     })
 }
 
-/// Keeps a freed block in a lane that is made for it. Gives it back when the pool is closed.
+/// Keeps a freed block in a stream cache that is made for it. Returns it if the pool is closed.
 #[cold]
 #[inline(never)]
 fn keep_in_new_stream_cache(cache: &Cache, key: CacheKey, record: Record) -> Option<Record> {
-    // Lanes that are forgotten for the new one may hold the last references to the pool but for that of the record,
-    // and once that is in the cache, another thread may take it out. This one keeps the pool, and so the cache, to
-    // the end.
+    // Stream caches that are dropped for the new one may hold the last references to the pool except that of the
+    // record, and another thread may take the record out of the cache. This reference keeps the pool, and so the cache.
     let _pool = record.shared().clone();
     match with_stream_cache(cache, key, record, ThreadCache::keep_in_front) {
         Ok(Kept::Yes) => None,
@@ -312,8 +308,8 @@ fn keep_in_new_stream_cache(cache: &Cache, key: CacheKey, record: Record) -> Opt
     }
 }
 
-/// Enters with the lane `key` in front, which is made if need be. Gives `input` back when the pool is
-/// closed. The caller holds the pool: code of others may run in between.
+/// Enters with the stream cache `key` in front, which is made if there is none. Returns `input` if the pool is closed.
+/// The caller holds the pool, because foreign code may run in between.
 fn with_stream_cache<I, R>(
     cache: &Cache,
     key: CacheKey,
@@ -322,8 +318,8 @@ fn with_stream_cache<I, R>(
 ) -> Result<R, I> {
     let attempt = with_front(cache, key, input, with);
     attempt.or_else(|(input, with)| {
-        // Before it turns to a stream that is new to it, so that what it kept for others that are gone by
-        // now does not stay for ever.
+        // Before the thread turns to a stream that is new to it, so that blocks of streams that are dropped by now do
+        // not stay for ever.
         leave_streams(cache);
         let mut gone = None;
         let outcome = with_owner(cache, |cache| {
@@ -333,19 +329,19 @@ fn with_stream_cache<I, R>(
             }
             Ok(with(cache, input))
         });
-        // Outside the cache, because their records may hold the pool's last references.
+        // Outside the cache, because the records may hold the pool's last references.
         drop(gone);
         outcome
     })
 }
 
-/// Gives the pool what the lane in front had no room for.
+/// Has the pool take back what the stream cache in front had no room for.
 #[cold]
 #[inline(never)]
 fn drain_overflow(cache: &Cache, kept: Kept<Shared>) {
     match kept {
         Kept::Yes | Kept::Not(_) => return,
-        // Inside the cache: whoever empties all caches and then looks into the queue misses no block.
+        // Inside the cache, so that whoever empties all caches and then looks into the queue misses no block.
         Kept::InPlaceOf(record) | Kept::Full(record) => {
             with_owner(cache, |cache| cache.overflow_front(record));
         }
@@ -360,14 +356,15 @@ fn drain_overflow(cache: &Cache, kept: Kept<Shared>) {
             with_owner(cache, |cache| core.take_overflow(cache, &mut refused));
             core.record_due_events();
             fuse.defuse();
-            // Outside the cache, because they may hold their streams' last references.
+            // Outside the cache, because records may hold their streams' last references.
             list::drop_all(refused);
         }
         None => leave_to_queue(cache, |_| {}),
     }
 }
 
-/// Empties every lane into the pool's queue, and lets go of all streams. Only for the owner.
+/// Empties every stream cache into the pool's queue, and drops the free records, which hold streams. Only for the
+/// owner.
 fn leave_streams(cache: &Cache) {
     leave_to_queue(cache, ThreadCache::overflow_all);
     let free_records = with_owner(cache, ThreadCache::take_free_records);
@@ -375,12 +372,12 @@ fn leave_streams(cache: &Cache) {
     drop(free_records);
 }
 
-/// Puts what is left into the pool's queue, and what `leave` leaves. Only for the owner.
+/// Runs `leave`, and puts the overflow into the pool's queue. Only for the owner.
 fn leave_to_queue(cache: &Cache, leave: impl FnOnce(&mut ThreadCache)) {
     let mut pool = None;
     with_owner(cache, |cache| {
         leave(cache);
-        // From inside the cache: whoever empties all caches and then looks into the queue misses none.
+        // From inside the cache, so that whoever empties all caches and then looks into the queue misses no block.
         let mut overflow = cache.take_overflow();
         while let Some(record) = list::pop(&mut overflow) {
             pool.clone_from(&record.shared);
@@ -397,8 +394,7 @@ fn close_empty(cache: &Cache) {
     cache.with_any(|cache| cache.is_closed = true);
 }
 
-/// Empties the cache from any thread, each block to the pool, and forgets the lanes. The caller holds the
-/// pool.
+/// Empties the cache from any thread into the pool, and drops the stream caches. The caller holds the pool.
 fn empty(cache: &Cache, close: Close, core: &mut Core) {
     let (mut overflow, stream_caches) = cache.with_any(|cache| {
         cache.is_closed |= close == Close::Yes;
@@ -413,8 +409,8 @@ fn empty(cache: &Cache, close: Close, core: &mut Core) {
     drop(stream_caches);
 }
 
-/// Makes the cache of a broken pool keep nothing, from any thread: the pool takes nothing back, and only the records
-/// go.
+/// Makes the cache of a broken pool keep nothing, from any thread: the pool takes nothing back, only the records are
+/// dropped.
 fn abandon(cache: &Cache) {
     let (overflow, stream_caches) = cache.with_any(|cache| {
         cache.is_closed = true;
@@ -430,7 +426,7 @@ fn fold(cache: &Cache, core: &mut Core) {
     cache.with_any(|cache| core.fold(cache));
 }
 
-/// Leaves a block for the next thread that has the pool's lock. The caller holds the pool.
+/// Queues a block for the next thread that has the pool's lock. The caller holds the pool.
 fn queue(mut record: Record, counted: Counted) {
     if let Some(shared) = record.shared.take() {
         shared.leave(record, counted);
@@ -445,21 +441,21 @@ impl Shared {
         }
         caches.all.push(cache.clone());
         if caches.all.len() > 1 {
-            // Relaxed: it only decides how soon counters are folded.
+            // Relaxed: this only decides how soon counters are folded.
             self.has_threads.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Folds the calling thread's counters where other threads count as well: a peak is the more exact the
-    /// sooner it is folded. Those of a thread that is alone are exact whenever that happens.
+    /// Folds the calling thread's counters if other threads count as well: the sooner, the more exact is the peak. The
+    /// counters of a thread that is alone are exact whenever they are folded.
     pub(super) fn fold_among_threads(&self, core: &mut Core) {
         if self.has_threads() {
             fold_of_thread(self.id, core);
         }
     }
 
-    /// Folds the calling thread's counters before blocks may come back from other streams, which the pool itself
-    /// counts: the peak of what is active lies before that.
+    /// Folds the calling thread's counters before deferred frees may be returned, which the pool itself counts: the
+    /// peak of active bytes lies before that.
     pub(super) fn fold_before_returns(&self, core: &mut Core) {
         if !core.deferred.is_empty() {
             fold_of_thread(self.id, core);
@@ -475,29 +471,29 @@ impl Shared {
 
     pub(super) fn fold_caches(&self, core: &mut Core) {
         self.caches.lock().all.retain_mut(|cache| {
-            // Looked at before the fold: what nobody else holds then is folded for the last time.
+            // Checked before the fold: a cache that nobody else holds is folded for the last time.
             let is_of_ended_thread = Arc::get_mut(cache).is_some();
             fold(cache, core);
             !is_of_ended_thread
         });
     }
 
-    /// Takes in every block that a cache keeps, and every block that is on its way from one.
+    /// Takes back every block that a cache keeps or that is queued.
     pub(super) fn empty_caches(&self, core: &mut Core, close: Close) {
         let all = {
             let mut caches = self.caches.lock();
             caches.is_closed |= close == Close::Yes;
             caches.all.clone()
         };
-        // Without that lock: taking back may call the driver, which may run work that frees a block on this thread,
-        // and that may need a cache.
+        // Without the lock of the list: taking back may call the driver, which may run work that frees a block on this
+        // thread, and that may need a cache.
         for cache in all {
             empty(&cache, close, core);
         }
         self.take_in_queued(core);
     }
 
-    /// Lets go of what every cache of a broken pool keeps.
+    /// Drops what every cache of a broken pool keeps.
     pub(super) fn abandon_caches(&self) {
         let all = {
             let mut caches = self.caches.lock();

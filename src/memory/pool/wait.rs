@@ -1,12 +1,12 @@
-//! Waiting on the host, for as little as will do.
+//! Waiting on the host, for as little as possible.
 //!
-//! Streams are waited for one after the other, and the search starts anew after each: first the stream with
-//! the least memory that suffices, else the one with most. A stream is waited for twice at most, because a
-//! block that came back from other streams may have work of its own stream behind it that the first wait did
-//! not cover; and again whenever blocks came back since. Streams that failed keep their memory pending, and so do those that are part of a capture,
-//! which waiting would end.
+//! Streams are waited for one after the other, and the search starts again after each: first the stream with the least
+//! memory that suffices, otherwise the one with the most. A stream is waited for at most twice, because a block that
+//! was returned from other streams may have work of its own stream behind it that the first wait did not cover; and
+//! again whenever blocks were returned since. The memory of streams that failed stays deferred, and so does that of
+//! streams in a capture, which a wait would end.
 //!
-//! All waits happen without the pool's lock. Where another thread breaks the pool meanwhile, the wait ends in
+//! All waits happen without the pool's lock. If another thread breaks the pool meanwhile, the wait ends in
 //! [`Error::BrokenPool`](crate::Error::BrokenPool).
 
 use std::collections::BTreeMap;

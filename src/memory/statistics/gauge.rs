@@ -105,7 +105,7 @@ impl Gauge {
 #[repr(C)]
 pub(crate) struct Usage {
     pub(crate) blocks: Gauge,
-    /// Blocks that callers hold or that wait for other streams. A lane leaves these and `active` alone: what
+    /// Blocks that callers hold or that wait for other streams. A stream cache leaves these and `active` alone: what
     /// it counts as allocated or freed is folded into them too.
     pub(crate) active_blocks: Gauge,
     pub(crate) requested: Gauge,
@@ -148,7 +148,7 @@ impl Usage {
         self.blocks.increases == 0 && self.blocks.current == 0
     }
 
-    /// Takes over what a thread's lanes have counted since they were folded last.
+    /// Takes over what a thread's stream caches have counted since they were folded last.
     pub(crate) fn fold(&mut self, part: &mut Self) {
         self.blocks.fold(&part.blocks);
         self.requested.fold(&part.requested);

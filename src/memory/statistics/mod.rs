@@ -1,8 +1,8 @@
 //! What a pool counts.
 //!
-//! A [`Gauge`] follows one quantity: its current value, its peak, and the sums of increases and decreases. [`Usage`] has
-//! the gauges of what callers hold. Threads count in [`Counts`] of their own and fold them into the pool's, so a part can
-//! have seen more frees than allocations. [`TagTable`] counts bytes by tag, [`Peaks`] has the peaks of scopes.
+//! A [`Gauge`] follows one quantity: its current value, its peak, and the sums of increases and decreases. [`Usage`]
+//! has the gauges of what callers hold. Threads count in [`Counts`] of their own and fold them into the pool's, so a
+//! part can have seen more frees than allocations. [`TagTable`] counts bytes by tag, [`Peaks`] has the peaks of scopes.
 //!
 //! The pool updates plain numbers under its lock. Exporting them is the work of `telemetry`.
 

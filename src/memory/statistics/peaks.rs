@@ -1,9 +1,9 @@
-//! Peaks of a part of a program.
+//! Peaks of a section of a program.
 //!
-//! The pool keeps one running peak for each quantity. While scopes are open it covers only the time since
-//! they were last *settled*: settling raises the peak of every open scope, and the pool's own, to the running
-//! one, and starts that anew at the present value. So allocating costs the same with a hundred scopes as
-//! with none, and an outer scope has seen all that an inner one has.
+//! The pool keeps one running peak for each quantity. While scopes are open, it covers only the time since the running
+//! peaks were last *folded*: that raises the peak of every open scope, and the pool's own, to the running one, and
+//! starts the running one again at the present value. So an allocation costs the same with a hundred scopes as with
+//! none, and an outer scope includes everything that an inner one has seen.
 
 use std::collections::BTreeMap;
 

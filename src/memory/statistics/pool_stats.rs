@@ -21,7 +21,7 @@ pub struct PoolStats {
     /// Bytes held from the driver.
     pub reserved_bytes: Stat,
     /// How many of the reserved bytes are those of private pools now. A pool counts until its handles and its graphs
-    /// are gone; what it leaves is ordinary memory.
+    /// are gone; what it leaves is the default heap.
     pub private_reserved_bytes: u64,
     /// Free blocks in segments that are partly in use.
     pub inactive_split: u64,
@@ -34,7 +34,7 @@ pub struct PoolStats {
     /// Allocations that failed.
     pub num_ooms: u64,
     /// Allocations for which the host waited for streams to find memory, in
-    /// [deterministic](super::PoolConfig::deterministic) mode too. Waits of [`Pool::trim`](super::Pool::trim) and
+    /// [deterministic](crate::PoolConfig::deterministic) mode too. Waits of [`Pool::trim`](crate::Pool::trim) and
     /// before captures do not count.
     pub num_sync_all_streams: u64,
     /// Driver allocations.

@@ -1,7 +1,7 @@
-//! What a thread has counted since it told the pool.
+//! What a thread has counted since it was last folded into the pool's counters.
 //!
-//! Most runs of allocations and frees are of one tag, so the counters are those of a *run*: they are booked
-//! under its tag when another tag comes along.
+//! Most allocations and frees in a row are of one tag, so the counters are those of a *run*. They are added to the
+//! tag's when another tag comes along.
 
 use super::gauge::Usage;
 use super::tags::TagTable;

@@ -1,4 +1,4 @@
-//! How far one stream is, as far as it was asked.
+//! The clock of one stream: its epoch, its recorded events, and how far it is known to be.
 
 use std::collections::VecDeque;
 

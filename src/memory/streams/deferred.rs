@@ -1,7 +1,7 @@
-//! Freed blocks that other streams may still be using.
+//! Deferred frees: blocks that other streams may still be using.
 //!
-//! Each waits behind one fence per stream that was recorded on it. Fences are passed in any order, so the
-//! list is searched as a whole; it is empty in programs with one stream.
+//! A block waits behind one fence for each stream that was recorded on it. Fences are passed in any order, so the whole
+//! list is searched. It is empty in programs with one stream.
 
 use std::collections::BTreeMap;
 

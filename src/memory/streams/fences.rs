@@ -1,17 +1,16 @@
 //! When a stream may touch what another stream freed.
 //!
-//! Each stream that meets the pool gets a number, its [`StreamIndex`], and an *epoch*: a counter that stands
-//! still until somebody needs to know how far the stream is. Freeing stamps (owner, epoch) and costs
-//! nothing more. When another stream wants the memory, an event is recorded at the owner's present end;
-//! it covers everything stamped so far, and the epoch moves on. A *fence* (owner, epoch) is passed once an
-//! event at or after that epoch is complete, or once the wanting stream has been made to wait for one.
-//! Programs with one stream record no event at all.
+//! Each stream that the pool meets gets a number and an *epoch*, a counter that moves only when somebody asks how far
+//! the stream is. A free stamps (stream, epoch) and costs nothing more. When another stream wants the memory, an event
+//! is recorded at the present end of the owner. It covers everything stamped so far, and the epoch moves on. A *fence*
+//! (stream, epoch) is passed once an event at or after that epoch is complete, or once the requester has been made to
+//! wait for one. A program with one stream records no event at all.
 //!
-//! A wait covers all earlier epochs too, and completeness does for every stream; both are remembered, so a
-//! *dominated* fence costs a comparison.
+//! A wait covers all earlier epochs, and completion holds for every stream. Both are remembered, so a *dominated* fence
+//! costs one comparison.
 //!
-//! In deterministic mode nothing depends on what the device has got done: whether work is complete is found
-//! out by waiting for it, never by looking.
+//! In deterministic mode nothing depends on how far the device is: the host waits to find out whether work is complete,
+//! and never queries.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +20,7 @@ use crate::memory::config::ReusePolicy;
 use crate::memory::types::{FIRST_EPOCH, Fence, OWNER_BITS, StreamIndex};
 use crate::units::StreamId;
 
-/// Frees between two events of a stream whose memory others ask for in vain; more where more come back at once.
+/// Frees between two events of a stream whose memory others ask for without success; more where more come back at once.
 const FREES_PER_EVENT: u32 = 8;
 /// Events that are recorded ahead after each time; those that so many frees at once would have had count.
 const EVENTS_AHEAD: u32 = 64;

@@ -1,8 +1,8 @@
 //! What is known of streams: how far they are, and who may use whose memory.
 //!
 //! A [`Clock`](clock::Clock) follows one stream by events. [`Fences`] has the clocks of all streams and answers whether
-//! one stream may use what another one freed. [`DeferredFrees`] holds the deferred frees: blocks that other streams may still
-//! be using. Nothing here knows where memory lies.
+//! one stream may use what another one freed. [`DeferredFrees`] holds the deferred frees: blocks that other streams may
+//! still be using. Nothing here knows where memory lies.
 
 mod clock;
 mod deferred;

@@ -1,18 +1,18 @@
-//! A lock that costs its owner no atomic read-modify-write and no fence.
+//! A lock that costs its owner neither an atomic read-modify-write nor a fence.
 //!
-//! One thread, the *owner*, enters all the time; others hardly ever. The owner marks itself busy, looks
-//! whether anyone else wants in, and goes on: two plain stores and a load. Another thread says that it wants
-//! in, makes every running thread pass a memory barrier, and waits until the owner is not busy.
+//! One thread, the *owner*, enters all the time; other threads hardly ever do. The owner marks itself busy and checks
+//! whether another thread wants to enter: two plain stores and a load. The other thread announces itself, makes every
+//! running thread pass a memory barrier, and waits until the owner is not busy.
 //!
 //! ```text
-//! owner:  busy = true;    (light fence)  if wanted: busy = false, take the slow lock
-//! other:  wanted = true;  (heavy fence)  wait until not busy
+//! owner:  busy = true;       (light fence)  if requested: busy = false, take the slow lock
+//! other:  requested = true;  (heavy fence)  wait until not busy
 //! ```
 //!
-//! This is Dekker's entry protocol: with a fence between store and load on both sides, one of the two sees
-//! the other. The *heavy* fence is the kernel's `membarrier`, which runs a fence on every processor that runs
-//! a thread of this process, so that the *light* one need only keep the compiler from reordering. Where the
-//! system has no such call, everyone takes the slow lock, the owner too.
+//! This is Dekker's protocol: with a fence between store and load on both sides, at least one of the two sees the
+//! other. The *heavy* fence is the kernel's `membarrier`, which runs a fence on every processor that runs a thread of
+//! this process. So the *light* one only has to stop the compiler from reordering. Where the system has no such call,
+//! everybody takes the slow lock, the owner included.
 //!
 //! Must not know: blocks, pools.
 

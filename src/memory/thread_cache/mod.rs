@@ -1,15 +1,15 @@
-//! What is in a thread's cache of a pool: a lane per stream, blocks on their way back, counters.
+//! What a thread keeps of a pool: a stream cache for each stream, an overflow, counters.
 //!
-//! The lane used last is in *front*; all that is fast happens there. Large blocks that a lane has no room for
-//! are *left*: the pool takes them back when the thread has its lock the next time, before it looks for memory.
-//! So freeing takes no lock, and what is found is what would have been found had they been freed at once.
+//! The stream cache that was used last is in *front*, and the fast path uses only that one. Large blocks that it has no
+//! room for go to the *overflow*. The pool takes the overflow back when the thread next holds its lock, before it looks
+//! for memory. So a free takes no lock, and an allocation finds what it would have found if blocks were freed at once.
 //!
-//! Nothing here runs code of others, which could free a block of this very cache while it is being changed. So nothing
-//! calls a driver, which may run work inside a call, and no record is dropped: with it may go the last handle of a
-//! stream or a pool. Records without a place are handed out, for the caller to drop outside. A panic leaks the records
-//! that are on their way.
+//! Records are generic over their [`Home`], so nothing here knows the pool. Nothing here runs foreign code either,
+//! because that could free a block of this very cache while it is being changed: it calls no driver, and drops no
+//! record, which may hold the last handle of a stream or a pool. Records without a place are returned, for the caller
+//! to drop outside. A panic leaks the records that are on their way.
 //!
-//! Must not know: who may enter.
+//! Must not know: who may enter (that is `owned_cache` and its caller), locks.
 
 mod biased_lock;
 pub(crate) mod list;
@@ -32,38 +32,38 @@ use crate::memory::types::{CacheKey, TagId};
 use crate::units::MIB;
 use stream_cache::{Limits, RecordStack};
 
-/// Bytes of small blocks that every lane may keep; more in proportion to what the pool holds.
+/// Bytes of small blocks that every stream cache may keep; more in proportion to what the pool holds.
 const SMALL_BYTES_MIN: u64 = MIB;
-/// A lane may keep one part in this many of what the pool holds: measured to cost nothing in peak memory.
+/// A stream cache may keep one part in this many of what the pool holds. Measured: costs no peak memory.
 const SHARE: u64 = 200;
-/// Lanes beside the one in front, before they are forgotten: streams may come and go.
+/// Stream caches behind the one in front. When there are more, all of them are dropped: streams come and go.
 const STREAM_CACHES_MAX: usize = 16;
-/// Blocks that wait for the pool to take them back. Other threads see them as they see what lanes keep.
+/// Most blocks in the overflow. Other threads cannot use them before the pool has taken them back.
 const OVERFLOW_MAX: u32 = 16;
-/// Bytes that may wait so in any case, and the part of what the pool holds: a thread that only frees is not to hold
-/// back much.
+/// Bytes that may be in the overflow in any case, and one part in so many of what the pool holds: a thread that only
+/// frees must not hold back much.
 const OVERFLOW_BYTES_MIN: u64 = 32 * MIB;
 const OVERFLOW_SHARE: u64 = 32;
 
-/// Why the fast way to a block ended without one. After the first, `T` is what was looked at.
+/// Why the fast path found no block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Miss<T = ()> {
-    /// The lane, which is in front, has none of that size.
+    /// The stream cache in front is the right one, but has no block of that size. `T` is the cache.
     Here(T),
-    /// It was not looked at.
+    /// The stream cache in front was not looked at.
     Elsewhere,
 }
 
 #[derive(Debug)]
 pub(crate) struct ThreadCache<H: Home> {
-    /// The lane used last; one without a key if there is none.
+    /// The stream cache used last; a vacant one if there is none.
     front: Box<StreamCache<H>>,
     others: Vec<Box<StreamCache<H>>>,
     overflow: List<H>,
     overflow_len: u32,
     overflow_bytes: u64,
     limits: Limits,
-    /// Nothing is kept any more.
+    /// Whether the cache keeps nothing any more.
     pub(crate) is_closed: bool,
     counts: Counts,
 }
@@ -86,7 +86,7 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Whether there is a lane of this name, which is then in front.
+    /// Brings the stream cache `key` to the front; whether there is one.
     #[inline]
     pub(crate) fn bring_to_front(&mut self, key: CacheKey) -> bool {
         if self.front.key == key {
@@ -99,8 +99,8 @@ impl<H: Home> ThreadCache<H> {
         true
     }
 
-    /// Puts a new lane in front, unless nothing is to be kept. Gives up lanes that are too many, whose blocks are
-    /// left.
+    /// Puts a new stream cache in front, unless the cache is closed. Returns the stream caches that are dropped for it;
+    /// their blocks go to the overflow.
     pub(crate) fn add(&mut self, cache: Box<StreamCache<H>>) -> Option<Vec<Box<StreamCache<H>>>> {
         if self.is_closed {
             return None;
@@ -117,7 +117,7 @@ impl<H: Home> ThreadCache<H> {
         Some(gone)
     }
 
-    /// A block of the lane in front, if that is the one named, has one, and the run of counters is of `tag`.
+    /// A block of the stream cache in front, if that is `key`, has one, and the run of counters is of `tag`.
     #[inline]
     pub(crate) fn take(
         &mut self,
@@ -134,7 +134,7 @@ impl<H: Home> ThreadCache<H> {
         Ok(record)
     }
 
-    /// As [`take`](Self::take), of the lane that is in front, whatever was counted before.
+    /// As [`take`](Self::take), for the stream cache that is in front, whatever was counted before.
     pub(crate) fn take_in_front(
         &mut self,
         tag: TagId,
@@ -144,8 +144,8 @@ impl<H: Home> ThreadCache<H> {
         self.take(self.front.key, tag, sizes)
     }
 
-    /// Counts a free and keeps the block, unless the lane in front is not for it or the run of counters is of
-    /// another tag.
+    /// Counts a free and keeps the block, unless the stream cache in front is not the block's or the run of counters is
+    /// of another tag.
     #[inline]
     pub(crate) fn keep(&mut self, record: Record<H>) -> Kept<H> {
         if self.front.key != record.key || !self.counts.is_run_of(record.size.tag()) {
@@ -154,7 +154,7 @@ impl<H: Home> ThreadCache<H> {
         self.keep_counted(record)
     }
 
-    /// As [`keep`](Self::keep), for a block that the lane in front is for, whatever was counted before.
+    /// As [`keep`](Self::keep), for a block that the stream cache in front is for, whatever was counted before.
     pub(crate) fn keep_in_front(&mut self, record: Record<H>) -> Kept<H> {
         self.counts.turn_to(record.size.tag());
         self.keep_counted(record)
@@ -171,13 +171,13 @@ impl<H: Home> ThreadCache<H> {
                 list::push(&mut self.overflow, other);
                 self.check_overflow()
             }
-            // Where other streams ask for memory, they are to see it at once.
+            // Other streams lack memory: let them see this block at once.
             Kept::Yes if self.limits.is_contended => self.check_overflow(),
             kept => kept,
         }
     }
 
-    /// Whether more may be left.
+    /// Whether the pool should take the overflow back.
     #[inline]
     fn check_overflow(&mut self) -> Kept<H> {
         if self.limits.is_contended
@@ -195,31 +195,31 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// The pool of what is left, if anything is.
+    /// The pool of the blocks in the overflow, if there are any.
     pub(crate) fn overflow_home(&self) -> Option<Arc<H>> {
         self.overflow.as_ref()?.shared.clone()
     }
 
-    /// Whether blocks wait for the pool to take them back.
+    /// Whether the overflow has blocks.
     #[inline]
     pub(crate) fn has_overflow(&self) -> bool {
         self.overflow.is_some()
     }
 
-    /// Bytes that the lane in front keeps.
+    /// Bytes that the stream cache in front keeps.
     #[inline]
     pub(crate) fn kept_bytes(&self) -> u64 {
         self.front.kept_bytes()
     }
 
-    /// A record of the lane in front whose block is gone.
+    /// A free record of the stream cache in front.
     #[inline]
     pub(crate) fn take_free_record(&mut self) -> Option<Record<H>> {
         self.front.take_free_record()
     }
 
-    /// Keeps the record of a block that is gone, in the lane of its stream. One without a place goes to `refused`, to be
-    /// dropped outside: it holds its stream.
+    /// Keeps a free record in the stream cache of its stream. One without a place goes to `refused`, for the caller to
+    /// drop outside, because it holds its stream.
     #[inline]
     pub(crate) fn keep_free_record(&mut self, record: Record<H>, refused: &mut List<H>) {
         if let Some(record) = self.front.keep_free_record(record) {
@@ -227,14 +227,14 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Counts an allocation that no lane served.
+    /// Counts an allocation that no stream cache served.
     #[inline]
     pub(crate) fn count(&mut self, tag: TagId, requested: u64, allocated: u64) {
         self.counts.turn_to(tag);
         self.counts.allocate(requested, allocated);
     }
 
-    /// What was left, the latest first.
+    /// Takes the overflow out, the latest block first.
     #[inline]
     pub(crate) fn take_overflow(&mut self) -> List<H> {
         self.overflow_len = 0;
@@ -255,7 +255,7 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Leaves the large blocks that lanes keep.
+    /// Moves the large blocks of all stream caches to the overflow.
     pub(crate) fn overflow_large(&mut self) {
         let overflow = &mut self.overflow;
         for cache in self.others.iter_mut().chain([&mut self.front]) {
@@ -263,14 +263,14 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Leaves all that the lane in front keeps, and a block that it has no room for.
+    /// Moves all blocks of the stream cache in front to the overflow, and a block that it has no room for.
     pub(crate) fn overflow_front(&mut self, record: Record<H>) {
         let overflow = &mut self.overflow;
         self.front.drain(|record| list::push(overflow, record));
         list::push(overflow, record);
     }
 
-    /// Leaves all that lanes keep.
+    /// Moves all blocks to the overflow.
     pub(crate) fn overflow_all(&mut self) {
         let overflow = &mut self.overflow;
         for cache in self.others.iter_mut().chain([&mut self.front]) {
@@ -278,13 +278,13 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Gives up the records of blocks that are gone, by lane.
+    /// Takes the free records out, by stream cache.
     pub(crate) fn take_free_records(&mut self) -> Vec<RecordStack<H>> {
         let caches = self.others.iter_mut().chain([&mut self.front]);
         caches.map(|cache| cache.take_free_records()).collect()
     }
 
-    /// Forgets all lanes, which keep no block, but for their records, which come back.
+    /// Takes all stream caches out. They keep no block any more, only free records.
     pub(crate) fn forget_stream_caches(&mut self) -> Vec<Box<StreamCache<H>>> {
         let mut caches = std::mem::take(&mut self.others);
         caches.push(std::mem::replace(
@@ -300,7 +300,7 @@ impl<H: Home> ThreadCache<H> {
         self.counts.fold_into(usage, tags);
     }
 
-    /// Sets how much may be kept, for a pool that holds `held` bytes; `is_contended` says whether other streams ask for
+    /// Sets how much may be kept, for a pool that holds `held` bytes. `is_contended` says whether other streams lack
     /// memory.
     pub(crate) fn set_limits(&mut self, held: u64, is_contended: bool) {
         self.limits = Limits {

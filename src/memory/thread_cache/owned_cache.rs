@@ -22,8 +22,8 @@ impl<H: Home> OwnedCache<H> {
     /// Enters as the owner.
     ///
     /// # Safety
-    /// The calling thread is the owner: all calls for this cache, of this and of [`if_alone`](Self::if_alone), come from
-    /// one thread. `with` does not call `if_alone` for it.
+    /// The calling thread is the owner: all calls for this cache, of this and of [`if_alone`](Self::if_alone), come
+    /// from one thread. `with` does not call `if_alone` for it.
     #[inline]
     #[expect(unsafe_code, reason = "the owner is known by where it found the cache")]
     pub(crate) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut ThreadCache<H>) -> R) -> R {

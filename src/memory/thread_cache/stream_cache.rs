@@ -1,9 +1,9 @@
-//! Lanes: freed blocks kept by the thread that freed them, for its next allocation on the same stream.
+//! Freed blocks of one stream, kept by the thread that freed them for its next allocation on that stream.
 //!
-//! A lane keeps blocks of up to [`SMALL_MAX`] in one list a size, last in, first out, and the two large
-//! blocks freed last, the *hot* ones: one large allocation in four is of the size of one of these. What it
-//! holds counts as reserved, not as allocated. It also keeps *blanks*, the records of blocks that went back
-//! to the pool, so that the next allocation touches no reference count.
+//! A stream cache keeps blocks of up to [`SMALL_MAX`] in one list for each size, last in, first out, and the two large
+//! blocks freed last: one large allocation in four has the size of one of these. What it keeps counts as reserved, not
+//! as allocated. It also keeps *free records*, whose blocks went back to the pool, so that the next allocation changes
+//! no reference count.
 //!
 //! Must not know: threads, locks.
 
@@ -14,10 +14,11 @@ use crate::units::to_usize;
 
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
-/// Most blanks a lane keeps. As many blocks were in use at once.
+/// Most free records of a stream cache.
 const FREE_RECORDS_MAX: usize = 1 << 16;
 
-/// Records of which nothing need be read to take one: they may have been here for long.
+/// Free records in a vector, not a list: taking one reads nothing of the others, which may not have been touched for
+/// long.
 pub(crate) type RecordStack<H> = Vec<Record<H>>;
 
 /// The blocks that a thread keeps for one stream.
@@ -31,14 +32,14 @@ pub(crate) struct StreamCache<H: Home> {
     free_records: RecordStack<H>,
 }
 
-/// How much a lane may keep.
+/// How much a stream cache may keep.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     /// Bytes of small blocks.
     pub(super) small_bytes: u64,
-    /// Whether other streams ask for memory: then one large block is enough.
+    /// Whether other streams lack memory: then one large block is enough.
     pub(super) is_contended: bool,
-    /// Bytes of large blocks that wait for the pool to take them back.
+    /// Bytes in the overflow.
     pub(super) overflow_bytes: u64,
 }
 
@@ -59,7 +60,7 @@ impl<H: Home> LargeSlots<H> {
             .or_else(|| self.older.take_if(fits))
     }
 
-    /// Keeps a block; gives up what has no room.
+    /// Keeps a block; returns the one that has no room.
     #[inline]
     fn keep(&mut self, record: Record<H>) -> List<H> {
         let before = self.newest.replace(record)?;
@@ -77,18 +78,18 @@ impl<H: Home> LargeSlots<H> {
     }
 }
 
-/// What became of a block that a lane was to keep. What comes back goes to the pool.
+/// What became of a block that a stream cache was asked to keep. A block that is returned goes to the pool.
 #[derive(Debug)]
 pub(crate) enum Kept<H: Home> {
-    /// The lane has it.
+    /// It is kept.
     Yes,
-    /// The lane has it, in place of another.
+    /// It is kept in place of another block.
     InPlaceOf(Record<H>),
-    /// The lane has it, and the pool should take back what is left.
+    /// It is kept, and the pool should take the overflow back.
     OverBudget,
-    /// The lane is full. It should be emptied: what it holds is not what is asked for.
+    /// The stream cache is full. It should be emptied: its blocks are not of the sizes that the program asks for.
     Full(Record<H>),
-    /// The lane is not for such blocks.
+    /// The stream cache does not keep such blocks.
     Not(Record<H>),
 }
 
@@ -106,7 +107,7 @@ impl<H: Home> StreamCache<H> {
         })
     }
 
-    /// Takes a block of exactly `bytes`, which are rounded.
+    /// Takes a block of exactly `bytes`, a rounded size.
     #[inline]
     pub(crate) fn take(&mut self, bytes: u64) -> Option<Record<H>> {
         if bytes > SMALL_MAX {
@@ -136,22 +137,22 @@ impl<H: Home> StreamCache<H> {
         Kept::Yes
     }
 
-    /// Gives up the older of the large blocks.
+    /// Takes the older of the large blocks out.
     pub(super) fn take_older(&mut self) -> List<H> {
         self.large.older.take()
     }
 
-    /// Bytes of the blocks here.
+    /// Bytes of all blocks kept.
     pub(crate) fn kept_bytes(&self) -> u64 {
         self.small_bytes + self.large.bytes()
     }
 
-    /// Gives up the large blocks, each to `give`: a request that none fits might be met by what they merge to.
+    /// Gives each large block to `give`: what they merge to might serve a request that none of them fits.
     pub(super) fn drain_large(&mut self, give: impl FnMut(Record<H>)) {
         self.large.drain(give);
     }
 
-    /// Empties the lane, each block to `give`.
+    /// Empties the stream cache, each block to `give`.
     pub(crate) fn drain(&mut self, mut give: impl FnMut(Record<H>)) {
         self.large.drain(&mut give);
         if self.small_bytes == 0 {
@@ -165,18 +166,18 @@ impl<H: Home> StreamCache<H> {
         self.small_bytes = 0;
     }
 
-    /// Gives up the records whose blocks are gone.
+    /// Takes the free records out.
     pub(crate) fn take_free_records(&mut self) -> RecordStack<H> {
         std::mem::take(&mut self.free_records)
     }
 
-    /// A record of this stream whose block is gone.
+    /// A free record of this stream.
     #[inline]
     pub(crate) fn take_free_record(&mut self) -> Option<Record<H>> {
         self.free_records.pop()
     }
 
-    /// Keeps the record of a block that is gone. Gives it back if it is another lane's or there are too many.
+    /// Keeps a free record. Returns it if it belongs to another stream or there are too many.
     #[inline]
     pub(crate) fn keep_free_record(&mut self, record: Record<H>) -> Option<Record<H>> {
         if record.key != self.key || self.free_records.len() == FREE_RECORDS_MAX {

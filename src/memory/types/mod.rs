@@ -36,7 +36,8 @@ pub(crate) const PAGES_MAX: u64 = Units::MAX as u64 / PAGE_UNITS;
 /// Most bytes of one allocation, whatever the device has: offsets within segments and page heaps are stored in 32 bits.
 pub(crate) const REQUEST_MAX: u64 = PAGES_MAX * PAGE;
 
-/// Largest small block. Thread caches keep small blocks in lists by size, and page heaps keep them on pages of their own.
+/// Largest small block. Thread caches keep small blocks in lists by size, and page heaps keep them on pages of their
+/// own.
 pub(crate) const SMALL_MAX: u64 = 256 * KIB;
 
 /// Bytes that a request takes in the pool; `None` if it cannot be rounded in 64 bits.

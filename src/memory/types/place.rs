@@ -10,7 +10,7 @@ use crate::driver::DevicePtr;
 pub(crate) enum Place {
     /// In the small blocks of its owner.
     Small(Index),
-    /// At home in the territory, or in a large segment of its owner.
+    /// At home in the page heap, or in a large segment of its owner.
     Large(Index),
     /// In the memory of its owner, but for another stream, when memory was short.
     Lent { index: Index, is_small: bool },
