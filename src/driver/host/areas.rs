@@ -1,18 +1,18 @@
-//! How many separate mappings the process may still make.
+//! How many separate mappings the process can still make.
 //!
-//! Linux allows a process a number of mapped areas (`vm.max_map_count`, 65,530 unless it was changed), and
-//! the process's own allocator needs some of them: where none is left, the next `malloc` fails and takes the
-//! program along. So all host devices together leave a share of them alone, and refuse to map beyond.
+//! Linux limits the number of a process's memory areas (`vm.max_map_count`, 65,530 by default). The process's allocator
+//! needs areas too: if none is left, the next `malloc` fails and the program with it. So all host devices together
+//! leave a share of the areas to the rest of the process, and refuse mappings beyond that.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What Linux allows where it does not tell.
+/// The limit if it cannot be read: Linux's default.
 const DEFAULT_MAX: usize = 65_530;
 /// One area in this many is left to the rest of the process.
 const LEFT_ALONE: usize = 8;
 
-/// Areas that the host devices of this process take.
+/// Areas in use by the host devices of this process.
 static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
 fn max() -> usize {
@@ -27,7 +27,7 @@ fn max() -> usize {
     })
 }
 
-/// Takes `count` areas; whether there were as many.
+/// Takes `count` areas; returns false, and takes none, if fewer are left.
 pub(super) fn take(count: usize) -> bool {
     // Relaxed: the number guards no memory.
     let taken = TAKEN.fetch_add(count, Ordering::Relaxed) + count;
@@ -37,7 +37,7 @@ pub(super) fn take(count: usize) -> bool {
     taken <= max()
 }
 
-/// Takes `count` areas, whatever there are: for what cannot be refused.
+/// Takes `count` areas even beyond the limit, for operations that cannot be refused.
 pub(super) fn take_anyway(count: usize) {
     TAKEN.fetch_add(count, Ordering::Relaxed);
 }

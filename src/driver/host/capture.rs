@@ -1,12 +1,12 @@
-//! Recording work instead of running it.
+//! Captures: recording work instead of running it.
 //!
-//! A capture begins on its *origin*; a stream that waits for an event recorded in it becomes a *member*.
-//! Work is kept in the order in which it was enqueued, which is an order that every event allows, so
-//! events and waits need not be kept. They are followed nevertheless, as *clocks*, to tell whether every
-//! member was joined back: a clock says how many steps of each stream are behind a point.
+//! A capture begins on its *origin*; a stream that waits for an event recorded in the capture becomes a *member*.
+//! Work is kept in the order in which it was enqueued. That order satisfies every wait, so events and waits are not
+//! kept. They are still tracked as *clocks*, to check that every member was joined back: a clock counts the steps of
+//! each stream that precede a point.
 //!
-//! A call that would have to wait for captured work *invalidates* the capture: what it asked for cannot be
-//! had, and a graph without it would not be what the program meant.
+//! A call that would have to wait for captured work *invalidates* the capture: the wait is impossible, and a graph
+//! without it would not be what the program meant.
 
 use std::collections::HashMap;
 
@@ -16,10 +16,10 @@ use super::errno::{ECANCELED, EINVAL, refuse};
 use super::operation::Work;
 use crate::error::{Error, Result};
 
-/// How many steps of each stream, by its number, are behind a point.
+/// How many steps of each stream, by its number, precede a point.
 pub(super) type Clock = HashMap<u64, u64>;
 
-/// A capture under way, or over.
+/// A capture, active or over.
 #[derive(Debug)]
 pub(super) struct Capture {
     origin: u64,
@@ -29,7 +29,7 @@ pub(super) struct Capture {
 #[derive(Debug, Default)]
 struct State {
     work: Vec<Work>,
-    /// The clock at the present end of each member. Its own entry counts its steps.
+    /// The clock at the current end of each member. The member's own entry counts its steps.
     members: HashMap<u64, Clock>,
     /// The call that invalidated the capture.
     invalidated: Option<&'static str>,
@@ -37,7 +37,7 @@ struct State {
 }
 
 impl State {
-    /// Refuses to go on with a capture that cannot become a graph any more.
+    /// Fails if the capture is over or can no longer become a graph.
     fn check(&self, call: &'static str) -> Result<()> {
         if self.over {
             let reason = "the event marks a point in a capture that is over";
@@ -86,18 +86,18 @@ impl Capture {
         Ok(())
     }
 
-    /// The clock at the present end of the member `stream`.
+    /// The clock at the current end of the member `stream`.
     pub(super) fn mark(&self, call: &'static str, stream: u64) -> Result<Clock> {
         let mut state = self.state.lock();
         state.check(call)?;
         Ok(state.clock(stream).clone())
     }
 
-    /// Puts everything behind `point` also behind the end of `stream`, which becomes a member if it was none.
+    /// Makes everything that precedes `point` also precede the end of `stream`, which becomes a member if needed.
     pub(super) fn join(&self, call: &'static str, stream: u64, point: &Clock) -> Result<()> {
         let mut state = self.state.lock();
         state.check(call)?;
-        // Becoming a member is a step: even a stream that did nothing has to be joined back.
+        // Becoming a member counts as a step: even a stream that did nothing has to be joined back.
         let fresh = || Clock::from([(stream, 1)]);
         let clock = state.members.entry(stream).or_insert_with(fresh);
         for (&other, &steps) in point {
@@ -107,7 +107,7 @@ impl Capture {
         Ok(())
     }
 
-    /// Makes a graph impossible, and gives the error for `call`, which is to blame.
+    /// Invalidates the capture because of `call`, and returns the error for `call`.
     pub(super) fn invalidate(&self, call: &'static str) -> Error {
         let mut state = self.state.lock();
         match state.check(call) {
@@ -119,7 +119,7 @@ impl Capture {
         }
     }
 
-    /// Ends the capture: gives its members, and its work unless it was invalidated or a member was not
+    /// Ends the capture. Returns its members, and its work unless it was invalidated or a member was not
     /// joined back to the origin.
     pub(super) fn finish(&self, call: &'static str) -> (Vec<u64>, Result<Vec<Work>>) {
         let mut state = self.state.lock();
@@ -127,7 +127,7 @@ impl Capture {
         state.over = true;
         let members = std::mem::take(&mut state.members);
         let work = std::mem::take(&mut state.work);
-        // Dropping work runs code of its kernels, which must not find the capture locked.
+        // Dropping work runs destructors of its kernels, so the capture must not be locked then.
         drop(state);
         let end = &members[&self.origin];
         let unjoined = members

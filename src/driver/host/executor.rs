@@ -1,4 +1,4 @@
-//! Who runs the operations, and when.
+//! The interface of an executor, which decides where and when operations run.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -11,19 +11,19 @@ use super::seeded::Seeded;
 use super::threads::Threads;
 use crate::error::Result;
 
-/// Runs the queues of a platform. Operations of one queue run in order, and a wait holds its queue until
-/// its mark is passed; nothing else is promised about the order.
+/// Runs the queues of a platform. Operations of one queue run in order, and a wait blocks its queue until its mark is
+/// passed. Executors make no other promise about the order.
 pub(super) trait Executor: Debug + Send + Sync {
     /// Takes charge of a new queue.
     fn open(&self, queue: &Arc<Queue>);
 
-    /// Lets go of a queue once everything in it has run. Does not wait for that.
+    /// Releases a queue once everything in it has run. Does not wait for that.
     fn close(&self, queue: &Arc<Queue>);
 
-    /// Appends `operation` to `queue`. An error leaves everything as it was.
+    /// Appends `operation` to `queue`. An error changes nothing.
     fn enqueue(&self, call: &'static str, queue: &Arc<Queue>, operation: Operation) -> Result<()>;
 
-    /// Called before the host asks how far a stream is, so that asking again and again comes to an end.
+    /// Called before the host queries a stream's progress, so that a polling loop terminates.
     fn advance(&self);
 
     /// Blocks until `mark` is passed.

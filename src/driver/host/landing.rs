@@ -1,15 +1,16 @@
-//! Where a copy to the host goes: a slice whose owner waits, for as long as it waits.
+//! The destination of a copy to the host: a slice that is lent to the copy while the slice's owner waits.
 //!
-//! The copy is work of its stream like any other, so it lies in a queue while the owner of the slice waits. A wait may
-//! end before the copy has run (the stream cannot get there, or the wait is refused); the queue then holds a copy whose
-//! destination is gone. So the slice is *withdrawn* before the wait returns, and a copy that finds none does nothing.
+//! The copy is stream work like any other, so it sits in a queue while the owner waits. The wait can end before the
+//! copy has run (because the stream cannot reach it, or the wait is refused). The copy is then still queued, but its
+//! destination is gone. So the slice is *withdrawn* before the wait returns, and a copy to a withdrawn slice does
+//! nothing.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// A slice that a copy fills, unless it was withdrawn.
+/// A slice for a copy to fill, unless it was withdrawn.
 #[derive(Clone, Debug)]
 pub(super) struct Landing(Arc<Mutex<Option<Destination>>>);
 
@@ -19,11 +20,10 @@ struct Destination {
     bytes: usize,
 }
 
-// SAFETY: the slice is borrowed mutably for as long as it is here, and bytes may be written by any thread.
+// SAFETY: the slice stays mutably borrowed as long as its address is here, and any thread may write bytes.
 unsafe impl Send for Destination {}
 
-/// The borrow of a slice that a [`Landing`] names. Withdraws the slice when it is dropped, waiting for a copy that is
-/// under way.
+/// The borrow behind a [`Landing`]. Dropping it withdraws the slice, after waiting for a copy in progress.
 #[derive(Debug)]
 pub(super) struct Lent<'a> {
     landing: Landing,
@@ -31,7 +31,7 @@ pub(super) struct Lent<'a> {
 }
 
 impl<'a> Lent<'a> {
-    /// Lends `slice` until this is dropped. It must be dropped, not forgotten.
+    /// Lends `slice` until the returned value is dropped. It must be dropped, not forgotten.
     pub(super) fn new(slice: &'a mut [u8]) -> Self {
         let destination = Destination {
             start: slice.as_mut_ptr(),
@@ -56,15 +56,15 @@ impl Drop for Lent<'_> {
 }
 
 impl Landing {
-    /// Fills the slice with as many bytes from `src`, if it was not withdrawn.
+    /// Fills the slice from `src`, unless it was withdrawn.
     ///
     /// # Safety
-    /// So many bytes can be read at `src`, and nothing writes them meanwhile.
+    /// As many bytes as the slice has can be read at `src`, and nothing writes them meanwhile.
     pub(super) unsafe fn fill_from(&self, src: *const u8) {
         let destination = self.0.lock();
         if let Some(Destination { start, bytes }) = &*destination {
-            // SAFETY: the caller promises the source. The destination is lent: it is withdrawn under the lock that is
-            // held, and until then nobody else uses it. `ptr::copy` allows overlap.
+            // SAFETY: the caller promises the source. The destination is lent: nothing else uses it until it is
+            // withdrawn, which takes the lock held here. `ptr::copy` allows overlap.
             unsafe { std::ptr::copy(src, *start, *bytes) };
         }
     }
@@ -80,12 +80,12 @@ mod tests {
         let mut slice = [0; 4];
         let lent = Lent::new(&mut slice);
         let landing = lent.landing();
-        // SAFETY: the array is there.
+        // SAFETY: the array is alive.
         unsafe { landing.fill_from(source.as_ptr()) };
         drop(lent);
         assert_eq!(slice, source);
         slice = [1; 4];
-        // SAFETY: the array is there.
+        // SAFETY: the array is alive.
         unsafe { landing.fill_from(source.as_ptr()) };
         assert_eq!(slice, [1; 4]);
     }

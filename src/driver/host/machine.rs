@@ -1,9 +1,10 @@
 //! How much of the machine's memory is left to pin.
 //!
-//! Linux hands out more memory than there is and kills a process when it touches too much. Pinned memory is touched as
-//! a whole, so the bound is looked up before: what the kernel says is available (`MemAvailable`), and what the limits
-//! of the process's control groups leave, of version 1 or 2, every group above included. A margin of each total is left
-//! alone, since both are estimates and others go on taking memory. Where none of this can be read, the system decides.
+//! Linux overcommits memory and kills a process when too much is touched. All pinned memory is touched at once, so the
+//! bound is checked before: the memory that the kernel reports as available (`MemAvailable`), and what the limits of
+//! the process's control groups (version 1 or 2, including all parent groups) leave. A margin of each total stays
+//! free, because both figures are estimates and other programs keep allocating. If none of this can be read, nothing
+//! is refused here.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,12 +13,12 @@ use super::errno::{ENOMEM, refuse};
 use crate::error::Result;
 use crate::units::{Bytes, GIB, KIB, MIB};
 
-/// One part in this many of the machine's memory, or of a group's limit, is left alone, within these bounds.
+/// The margin that stays free is the machine's memory, or a group's limit, divided by this, within the bounds below.
 const LEFT_ALONE: u64 = 16;
 const LEFT_ALONE_MIN: u64 = 64 * MIB;
 const LEFT_ALONE_MAX: u64 = 4 * GIB;
 
-/// What there is in all, and what of it is free.
+/// A bound on memory: how much there is in total, and how much of it is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Source {
     total: u64,
@@ -34,14 +35,14 @@ impl Source {
     }
 }
 
-/// Refuses `bytes` of memory to be touched if the machine has less to spare.
+/// Refuses to touch `bytes` of memory if the machine has less to spare.
 pub(super) fn check(call: &'static str, bytes: u64) -> Result<()> {
     match tightest(Path::new("/")) {
         Some(source) if bytes > source.room() => {
             let [asked, free, total, margin] =
                 [bytes, source.free, source.total, source.margin()].map(Bytes);
             let reason = format!(
-                "no room for {asked} of host memory: {free} of {total} are free, and {margin} are left alone"
+                "no room for {asked} of host memory: {free} of {total} are free, and {margin} must stay free"
             );
             Err(refuse(call, ENOMEM, reason))
         }
@@ -56,7 +57,7 @@ fn tightest(root: &Path) -> Option<Source> {
     sources.into_iter().min_by_key(|source| source.room())
 }
 
-/// What the kernel says of the whole machine.
+/// The figures of the whole machine.
 fn machine(root: &Path) -> Option<Source> {
     let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let kib = |key| labelled(&text, key)?.checked_mul(KIB);
@@ -70,7 +71,7 @@ fn machine(root: &Path) -> Option<Source> {
 struct Files {
     limit: &'static str,
     usage: &'static str,
-    /// Of `memory.stat`: files in memory that the kernel drops first.
+    /// The entry of `memory.stat` for cached file pages that the kernel drops first.
     droppable: &'static str,
 }
 
@@ -85,7 +86,7 @@ const VERSION_2: Files = Files {
     droppable: "inactive_file",
 };
 
-/// Every group with a limit that the process is in.
+/// The process's groups that have a limit, including parent groups.
 fn groups(root: &Path) -> Vec<Source> {
     let Ok(text) = fs::read_to_string(root.join("proc/self/cgroup")) else {
         return Vec::new();
@@ -103,7 +104,7 @@ fn groups(root: &Path) -> Vec<Source> {
         } else {
             continue;
         };
-        // In a container the path may be that outside of it, of which nothing but the top is to be seen.
+        // Inside a container this may be the path outside it, of which only the root is visible.
         let path = PathBuf::from(path.trim_start_matches('/'));
         let above = path.ancestors().map(|group| base.join(group));
         found.extend(above.filter_map(|group| limited(&group, &files)));
@@ -111,10 +112,10 @@ fn groups(root: &Path) -> Vec<Source> {
     found
 }
 
-/// What the limit of one group leaves, if it has one.
+/// The bound of one group, if it has a limit.
 fn limited(group: &Path, files: &Files) -> Option<Source> {
     let read = |name| fs::read_to_string(group.join(name)).ok();
-    // Without a limit it is `max`, which is no number, or more than any machine has.
+    // Without a limit the file says `max`, which does not parse, or a number larger than any machine's memory.
     let total: u64 = read(files.limit)?.trim().parse().ok()?;
     let usage: u64 = read(files.usage)?.trim().parse().ok()?;
     let stat = read("memory.stat").unwrap_or_default();
@@ -125,7 +126,7 @@ fn limited(group: &Path, files: &Files) -> Option<Source> {
     })
 }
 
-/// The number behind `key` at the beginning of a line.
+/// The number after `key`, which starts a line.
 fn labelled(text: &str, key: &str) -> Option<u64> {
     let mut lines = text.lines().map(str::split_whitespace);
     lines.find_map(|mut words| {

@@ -1,8 +1,9 @@
-//! The memory of one device: plain and pinned allocations, and who counts against the capacity.
+//! The memory of one device: plain allocations, pinned allocations and pages, and what counts against the capacity.
 //!
-//! Plain allocations and pages share the capacity. Pinned memory is the host's: it does not count there but is bounded
-//! by what the machine has left, and touched as a whole before it is handed out, so that the next request sees it as
-//! taken, whichever device or pool that comes from. What is still held when the device goes is given back then.
+//! Plain allocations and pages share the capacity. Pinned memory belongs to the host: it does not count against the
+//! capacity but is bounded by the machine's free memory. It is touched completely before it is handed out, so that the
+//! next request, from any device or pool, sees it as used. Allocations still live when the device is dropped are freed
+//! then.
 
 use std::collections::HashMap;
 
@@ -26,7 +27,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// The memory of the device that `name` names in the process's list of mappings.
+    /// The memory of a device. `name` appears in the process's list of mappings.
     pub(super) fn new(config: &HostConfig, name: &str) -> Result<Self> {
         let virtual_memory = config.virtual_memory && cfg!(target_os = "linux");
         Ok(Self {
@@ -79,14 +80,14 @@ impl Memory {
 
     pub(super) fn allocate_pinned(&self, bytes: u64) -> Result<DevicePtr> {
         const CALL: &str = "allocate_pinned";
-        /// Held from the look at what is left until it is taken.
+        /// Held from checking what is left until the memory is touched.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let bytes = counted(CALL, bytes)?;
         let _turn = ONE_AT_A_TIME.lock();
         machine::check(CALL, bytes)?;
         let ptr = self.pinned.allocate(CALL, bytes)?;
         let start = std::ptr::with_exposed_provenance_mut::<u8>(to_usize(ptr.0));
-        // SAFETY: the bytes were mapped just now, readable and writable, and nobody else knows their address.
+        // SAFETY: the bytes were just mapped, readable and writable, and nothing else has their address.
         unsafe { start.write_bytes(0, to_usize(bytes)) };
         Ok(ptr)
     }
@@ -99,16 +100,21 @@ impl Memory {
     }
 }
 
-/// What an allocation of `bytes` takes.
+/// The bytes that an allocation of `bytes` counts for.
 fn counted(call: &'static str, bytes: u64) -> Result<u64> {
     if bytes == 0 {
-        return Err(refuse(call, EINVAL, "0 bytes were asked for"));
+        return Err(refuse(call, EINVAL, "cannot allocate 0 bytes"));
     }
-    align_up(bytes, ALLOCATION_GRANULARITY)
-        .ok_or_else(|| refuse(call, ENOMEM, format!("no device has {bytes} bytes")))
+    align_up(bytes, ALLOCATION_GRANULARITY).ok_or_else(|| {
+        refuse(
+            call,
+            ENOMEM,
+            format!("{bytes} bytes exceed the address space"),
+        )
+    })
 }
 
-/// How much of the device is in somebody's hands.
+/// How much of the device's memory is in use.
 #[derive(Debug)]
 pub(super) struct Capacity {
     total: u64,
@@ -116,7 +122,7 @@ pub(super) struct Capacity {
 }
 
 impl Capacity {
-    /// Counts `bytes` as held, or refuses.
+    /// Counts `bytes` as used, or refuses.
     pub(super) fn take(&self, call: &'static str, bytes: u64) -> Result<()> {
         let mut used = self.used.lock();
         let free = self.total - *used;
@@ -144,7 +150,7 @@ impl Capacity {
     }
 }
 
-/// Live allocations of one kind, each with a mapping of its own.
+/// Live allocations of one kind, each in its own mapping.
 #[derive(Debug, Default)]
 struct Allocations {
     /// Address to bytes.
@@ -164,10 +170,10 @@ impl Allocations {
     /// # Safety
     /// Nothing touches the allocation any more.
     unsafe fn free(&self, call: &'static str, ptr: DevicePtr) -> Result<u64> {
-        // The lock is held throughout: the system may give the address out again right after the free.
+        // Locked throughout: the system may reuse the address right after the free.
         let mut live = self.live.lock();
         let Some(&bytes) = live.get(&ptr.0) else {
-            let reason = format!("{:#x} is no live allocation of this kind", ptr.0);
+            let reason = format!("{:#x} is not a live allocation of this kind", ptr.0);
             return Err(refuse(call, EINVAL, reason));
         };
         #[cfg(asan)]

@@ -1,19 +1,19 @@
-//! The host device: the processor and its memory, behind the same interface as any other device.
+//! The host device: the CPU and its memory, behind the same interface as any other device.
 //!
-//! It is a device, not a mock: streams run by themselves and out of step with each other, events are the only
-//! order between them, and physical pages can be mapped at several addresses. A program that forgets a wait
-//! fails here too, and under [`HostSchedule::Seeded`] fails the same way again.
+//! It is a device, not a mock: streams run asynchronously and independently, only events order them, and physical
+//! pages can be mapped at several addresses. A program with a missing wait fails here too, and fails reproducibly under
+//! [`HostSchedule::Seeded`].
 //!
-//! Words. A *platform* is a group of host devices that share streams and events. An *executor* runs what
-//! is enqueued. A *mark* is a point that a stream passes once; recording an event makes one.
+//! Terms. A *platform* is a group of host devices that share streams and events. An *executor* runs enqueued work. A
+//! *mark* is a point that a stream passes once; recording an event makes one.
 //!
-//! Code map, bottom up: `system` (what the operating system gives), `machine` (how much of it is left), `runs` and
-//! `pages` (virtual memory), `memory` (all memory of one device); `landing`, `mark`, `operation`, `queue` (one
-//! stream), `executor` with `threads` and `seeded` (who runs the streams), `capture`; `platform` (the tables);
-//! here, the driver.
+//! Code map, bottom up: `system` (system calls for memory), `machine` (how much host memory is left), `areas` (how many
+//! mappings are left), `runs` and `pages` (virtual memory), `memory` (all memory of one device); `landing`, `mark`,
+//! `operation`, `queue` (one stream), `executor` with its implementations `threads` and `seeded`, `capture`; `platform`
+//! (the tables); this file (the driver).
 //!
-//! When the last driver goes, nothing waits: queues keep the memory their work may touch, and it is given
-//! back when the last of them has run dry.
+//! Dropping the last driver does not wait. Queues keep the memory that their work may touch alive; it is freed when
+//! the last queue is empty.
 
 mod areas;
 mod capture;
@@ -60,7 +60,7 @@ pub(crate) struct HostDriver {
 }
 
 impl HostDriver {
-    /// A device that is a platform of its own.
+    /// The only device of a new platform.
     pub(crate) fn new(config: HostConfig) -> Result<Self> {
         config.validate()?;
         Self::open(&config, Arc::new(Platform::new(config.schedule)), 0)
@@ -70,7 +70,10 @@ impl HostDriver {
     pub(crate) fn platform(config: HostConfig, count: u32) -> Result<Vec<Self>> {
         config.validate()?;
         if count == 0 {
-            return Err(Error::config("count", "a platform has at least one device"));
+            return Err(Error::config(
+                "count",
+                "a platform needs at least one device",
+            ));
         }
         let platform = Arc::new(Platform::new(config.schedule));
         (0..count)
@@ -104,19 +107,19 @@ impl Drop for HostDriver {
     }
 }
 
-/// Refuses ranges that cannot exist, so that a forgotten address is an error here and not a fault later.
+/// Refuses ranges that cannot exist, so that a null address is an error here and not a segmentation fault later.
 fn check_range(call: &'static str, ptr: DevicePtr, bytes: u64) -> Result<()> {
-    // The upper half of the addresses belongs to the system.
+    // The upper half of the address space belongs to the kernel.
     let inside = ptr.0.checked_add(bytes).is_some_and(|end| end <= 1 << 63);
     if inside && (bytes == 0 || ptr.0 != 0) {
         return Ok(());
     }
-    let reason = format!("there cannot be {bytes} bytes at {:#x}", ptr.0);
+    let reason = format!("{bytes} bytes at {:#x} are not a valid range", ptr.0);
     Err(refuse(call, EINVAL, reason))
 }
 
-// SAFETY: `memory` gives out disjoint memory and looks up what it takes back; `queue` runs one operation at a time,
-// in order, and passes a mark behind the work before it; handles are numbers that are never used again.
+// SAFETY: `memory` hands out disjoint memory and checks what it takes back; `queue` runs one operation at a time, in
+// order, and passes a mark after the work before it; handles are numbers that are never reused.
 unsafe impl Driver for HostDriver {
     fn properties(&self) -> &DeviceProperties {
         &self.properties
@@ -177,7 +180,7 @@ unsafe impl Driver for HostDriver {
     }
 
     fn prefault(&self, ptr: DevicePtr, bytes: u64) {
-        // Plain memory is left to its faults.
+        // Plain memory is not prefaulted.
         if let Ok(pages) = self.memory.pages("prefault") {
             pages.prefault(ptr, bytes);
         }
@@ -249,9 +252,9 @@ unsafe impl Driver for HostDriver {
 
     unsafe fn copy_to_host(&self, dst: &mut [u8], src: DevicePtr, stream: RawStream) -> Result<()> {
         check_range("copy_to_host", src, dst.len() as u64)?;
-        // On the stream, as on other devices: another thread may enqueue a write to `src` behind this.
+        // On the stream, as on other devices: another thread may enqueue a write to `src` after this copy.
         let lent = Lent::new(dst);
-        // SAFETY: the caller promises the source for as long as this waits, which is as long as `dst` is lent.
+        // SAFETY: the caller promises the source until this call returns, and `dst` is lent no longer than that.
         let work = unsafe { Work::download(lent.landing(), src) };
         self.platform.finish("copy_to_host", stream, work)
     }

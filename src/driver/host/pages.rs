@@ -1,12 +1,12 @@
-//! Physical pages, and addresses for them.
+//! Physical pages and their mappings.
 //!
-//! The pages of a device are runs of one file without a name; mapping a page is mapping its run, so that one
-//! page can be seen at several addresses. A *range* is reserved addresses, a *mapping* a page in a range.
+//! The pages of a device are runs of one anonymous file. Mapping a page maps its run, so one page can be mapped at
+//! several addresses. A *range* is reserved addresses; a *mapping* is a page in a range.
 //!
-//! Invariants: mappings are disjoint and each lies in one range; a page's count of mappings is the number of
-//! mappings that name it; a page is in the table while it has its handle or a mapping, and exactly as long its
-//! bytes count against the capacity and its run is taken. A refused call changes nothing: the
-//! system is asked before the tables change.
+//! Invariants: mappings are disjoint, and each is within one range. A page's count of mappings is the number of
+//! mappings that name it. A page is in the table as long as it has its handle or a mapping; exactly that long, its
+//! bytes count against the capacity and its run is taken. A refused call changes nothing: system calls come before
+//! table updates.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -30,7 +30,7 @@ pub(super) struct Pages {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Bytes the file is long. It never shrinks: its free parts take no room.
+    /// Length of the file in bytes. It never shrinks: free parts use no memory.
     file_bytes: u64,
     runs: Runs,
     pages: HashMap<PageHandle, Page>,
@@ -47,14 +47,14 @@ struct Page {
     bytes: u64,
     mappings: u64,
     has_handle: bool,
-    /// Whether its memory was asked for in one piece, so that nobody asks again.
+    /// Whether huge pages were already requested for it.
     is_prefaulted: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Mapping {
     bytes: u64,
-    /// Where the page lies in the file.
+    /// The page's offset in the file.
     offset: u64,
     page: PageHandle,
 }
@@ -86,7 +86,7 @@ impl Pages {
             let reason = format!("a page is still mapped at {address:#x}");
             return Err(refuse(CALL, EBUSY, reason));
         }
-        // SAFETY: the range is in the table, hence ours, and no page is mapped in it.
+        // SAFETY: the range is in the table, so it is ours, and no page is mapped in it.
         unsafe { system::release(CALL, ptr.0, bytes) }?;
         state.ranges.remove(&ptr.0);
         Ok(())
@@ -112,7 +112,7 @@ impl Pages {
         Ok(handle)
     }
 
-    /// Takes a run of the file, which grows if it must.
+    /// Takes a run of the file, growing the file if needed.
     fn take_run(&self, call: &'static str, state: &mut State, bytes: u64) -> Result<u64> {
         let offset = state
             .runs
@@ -137,7 +137,7 @@ impl Pages {
         Ok(())
     }
 
-    /// Maps `handles` side by side from `ptr` on, or none of them.
+    /// Maps `handles` next to each other from `ptr` on. Maps all or none.
     pub(super) fn map(&self, ptr: DevicePtr, handles: &[PageHandle]) -> Result<()> {
         const CALL: &str = "map";
         let mut state = self.state.lock();
@@ -156,7 +156,7 @@ impl Pages {
             ));
             end = at
                 .checked_add(bytes)
-                .ok_or_else(|| refuse(CALL, EINVAL, "the addresses run out"))?;
+                .ok_or_else(|| refuse(CALL, EINVAL, "the range exceeds the address space"))?;
         }
         state.check_reserved(CALL, ptr, end - ptr.0)?;
         if let Some((at, mapping)) = state.mappings.range(..end).next_back()
@@ -168,13 +168,13 @@ impl Pages {
         let follows = |one: &(u64, Mapping), next: &(u64, Mapping)| {
             one.1.offset + one.1.bytes == next.1.offset
         };
-        // At most so many areas: those of the pages, and the empty ones before and after them.
+        // An upper bound on the areas: those of the pages, and the empty ones before and after them.
         let most = placed.chunk_by(follows).count() + 2;
         if !areas::take(most) {
             return Err(refuse(
                 CALL,
                 ENOMEM,
-                "the process has as many mappings as it may have",
+                "the process has reached its limit of memory mappings",
             ));
         }
         let before = state.areas(ptr.0, end);
@@ -190,8 +190,8 @@ impl Pages {
         Ok(())
     }
 
-    /// Asks the system for mappings that follow each other, given with their offsets in the file: once for all
-    /// that follow each other there as well. A refusal leaves the addresses empty.
+    /// Maps adjacent mappings, with one system call for each run of pages that are adjacent in the file as well. If a
+    /// call fails, the addresses are empty again.
     fn show(&self, call: &'static str, placed: &[(u64, Mapping)]) -> Result<()> {
         let follows = |one: &(u64, Mapping), next: &(u64, Mapping)| {
             one.1.offset + one.1.bytes == next.1.offset
@@ -199,13 +199,13 @@ impl Pages {
         for run in placed.chunk_by(follows) {
             let (at, first) = run[0];
             let bytes = run.iter().map(|(_, mapping)| mapping.bytes).sum();
-            // SAFETY: the range is reserved by us, and nothing is mapped in it that could be touched.
+            // SAFETY: the range is reserved by us, and no page is mapped in it.
             let shown = unsafe { self.file.map(call, at, first.offset, bytes) };
             if let Err(error) = shown {
                 let start = placed[0].0;
                 if start < at {
-                    // SAFETY: this call mapped the range just now and has told nobody. Should the system
-                    // refuse, the range shows pages that nobody looks at until it is mapped or released.
+                    // SAFETY: this call just mapped the range, and nothing uses it yet. If the system refuses, the
+                    // range keeps unused mappings until it is mapped again or released.
                     let _ = unsafe { self.file.unmap(call, start, at - start) };
                 }
                 return Err(error);
@@ -226,7 +226,7 @@ impl Pages {
         check_length(CALL, bytes)?;
         let mut state = self.state.lock();
         let end = state.check_reserved(CALL, ptr, bytes)?;
-        // Going back from the end, the first mapping that ends before the range ends the search.
+        // From the last mapping backwards: the first one that ends before the range ends the search.
         let reaching_in = state
             .mappings
             .range(..end)
@@ -237,7 +237,7 @@ impl Pages {
         let cut = |(at, mapping): &&(u64, Mapping)| *at < ptr.0 || at + mapping.bytes > end;
         if let Some((at, mapping)) = found.iter().find(cut) {
             let reason = format!(
-                "the page of {} bytes at {at:#x} does not lie in the range as a whole",
+                "the page of {} bytes at {at:#x} is only partly in the range",
                 mapping.bytes
             );
             return Err(refuse(CALL, EINVAL, reason));
@@ -246,7 +246,7 @@ impl Pages {
             let reason = format!("nothing is mapped in {bytes} bytes at {:#x}", ptr.0);
             return Err(refuse(CALL, EINVAL, reason));
         }
-        // SAFETY: the range is reserved by us, and the caller promises that no work touches it.
+        // SAFETY: the range is reserved by us; the caller promises that no work touches it.
         unsafe { self.file.unmap(CALL, ptr.0, bytes) }?;
         let before = state.areas(ptr.0, end);
         for (at, mapping) in found {
@@ -261,20 +261,20 @@ impl Pages {
         Ok(())
     }
 
-    /// Puts huge pages behind the part of a range that has no memory yet. Beyond the range, at most what is left
-    /// of a granule comes with it.
+    /// Backs the unpopulated part of a range with huge pages. This reaches beyond the range by less than one granule at
+    /// each end.
     pub(super) fn prefault(&self, ptr: DevicePtr, bytes: u64) {
         if bytes == 0 || !self.file.may_prefault() {
             return;
         }
-        // Others need not wait for the system: what the caller is about to write stays mapped.
+        // The system calls are made without the lock: the caller is about to use the memory, so it stays mapped.
         let asked = self.state.lock().ask(ptr, bytes);
         for (at, mapping) in asked {
             self.file.prefault(at, mapping.offset, mapping.bytes);
         }
     }
 
-    /// Takes the page out of the table and gives its memory back if nobody has it any more.
+    /// Removes the page from the table and frees its memory if it has neither a handle nor a mapping.
     fn collect(&self, capacity: &Capacity, state: &mut State, handle: PageHandle) {
         let page = &state.pages[&handle];
         if page.has_handle || page.mappings > 0 {
@@ -282,8 +282,8 @@ impl Pages {
         }
         let (offset, bytes) = (page.offset, page.bytes);
         state.pages.remove(&handle);
-        // If the system cannot take the memory back now, the run keeps it until the next page that lies
-        // there is destroyed. Contents of a new page are undefined, so nothing else changes.
+        // If the system cannot take the memory back now, the run keeps it until the next page in that place is
+        // destroyed. Contents of a new page are undefined, so nothing else changes.
         let _ = self.file.discard("destroy_page", offset, bytes);
         state.runs.give(offset, bytes);
         capacity.give(bytes);
@@ -291,8 +291,9 @@ impl Pages {
 }
 
 impl State {
-    /// Areas that begin with a mapping in `from..=to`: one where it does not continue the mapping before it
-    /// in the file, and one more, empty, where it does not follow on it in memory.
+    /// Counts the areas due to mappings in `from..=to`. A mapping starts an area unless it continues the previous
+    /// mapping both in memory and in the file. If it is not adjacent to the previous one in memory, the empty area
+    /// between them counts as well.
     fn areas(&self, from: u64, to: u64) -> usize {
         let mut before = self
             .mappings
@@ -310,18 +311,18 @@ impl State {
         areas
     }
 
-    /// Corrects what is taken for the mappings in `from..=to`, where it was `taken` before they changed.
+    /// Corrects the count of areas taken for the mappings in `from..=to`, which was `taken` so far.
     fn settle_areas(&self, taken: usize, from: u64, to: u64) {
         let now = self.areas(from, to);
         if now < taken {
             areas::give(taken - now);
         } else {
-            // Removing a mapping may split an area in two: that is counted, and never refused.
+            // Removing a mapping can split an area in two. That counts, but is never refused.
             areas::take_anyway(now - taken);
         }
     }
 
-    /// Mappings of a range whose memory nobody asked for before in one piece; it counts as asked for.
+    /// The mappings of a range for which huge pages were not requested yet; marks them as requested.
     fn ask(&mut self, ptr: DevicePtr, bytes: u64) -> Vec<(u64, Mapping)> {
         let end = ptr.0.saturating_add(bytes);
         let mut asked = Vec::new();
@@ -346,7 +347,7 @@ impl State {
             .ok_or_else(|| refuse(call, EINVAL, format!("there is no page {}", handle.0)))
     }
 
-    /// The end of `bytes` bytes at `ptr`, refused unless they lie in one reserved range.
+    /// The end of `bytes` bytes at `ptr`. Refused unless the bytes are within one reserved range.
     fn check_reserved(&self, call: &'static str, ptr: DevicePtr, bytes: u64) -> Result<u64> {
         let end = ptr.0.checked_add(bytes).filter(|end| {
             let before = self.ranges.range(..=ptr.0).next_back();
@@ -377,7 +378,7 @@ impl Drop for Pages {
             super::shadow::permit(address, mapping.bytes);
         }
         for (&address, &bytes) in &self.state.get_mut().ranges {
-            // SAFETY: the range is in the table, hence ours. Queues keep the memory alive until their work
+            // SAFETY: the range is in the table, so it is ours. Queues keep the memory alive until their work
             // has run, so nothing touches it any more.
             let outcome = unsafe { system::release("release", address, bytes) };
             debug_assert!(outcome.is_ok(), "{outcome:?}");

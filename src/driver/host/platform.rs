@@ -1,8 +1,8 @@
 //! Streams, events and graphs of a group of devices.
 //!
-//! The devices of a platform share one table of each and one executor, so any of them understands every
-//! handle. A handle is a number that is never given out twice. No lock is held while an executor is
-//! called, because an executor may run work, and dropping work may call the driver.
+//! The devices of a platform share one executor and one table each of streams, events and graphs, so every device
+//! accepts every handle. A handle is a number that is never reused. No lock is held while an executor is called,
+//! because an executor may run work, and dropping work may call the driver.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use super::queue::Queue;
 use crate::driver::{RawEvent, RawGraph, RawStream};
 use crate::error::{Error, Result};
 
-/// What the devices of a group have in common.
+/// The state that the devices of a group share.
 #[derive(Debug)]
 pub(super) struct Platform {
     id: u64,
@@ -35,7 +35,7 @@ pub(super) struct Platform {
 #[derive(Debug)]
 struct StreamEntry {
     queue: Arc<Queue>,
-    /// Which device made it.
+    /// The device that made it.
     ordinal: u32,
     capture: Mutex<Option<Arc<Capture>>>,
 }
@@ -69,7 +69,7 @@ impl Platform {
     pub(super) fn new(schedule: HostSchedule) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         Self {
-            // Relaxed, here and below: a number only has to be unique.
+            // Relaxed, here and below: the number only has to be unique.
             id: LAST.fetch_add(1, Ordering::Relaxed) + 1,
             executor: executor(schedule),
             last_handle: AtomicU64::new(0),
@@ -99,7 +99,7 @@ impl Platform {
 
     // Streams.
 
-    /// A stream that keeps `memory`, that of device `ordinal`, until its work has run.
+    /// A stream of device `ordinal`, which keeps that device's `memory` alive until its work has run.
     pub(super) fn create_stream(&self, ordinal: u32, memory: Arc<Memory>) -> RawStream {
         let stream = RawStream(self.next_handle());
         let queue = Arc::new(Queue::new(stream.0, memory));
@@ -121,7 +121,7 @@ impl Platform {
         if let Some(capture) = entry.capture()
             && capture.origin() == stream.0
         {
-            // Nobody can end the capture any more. Its members are free, its work is dropped.
+            // The capture can no longer be ended by its caller. Release its members and drop its work.
             let (members, _) = capture.finish(CALL);
             self.dismiss(CALL, &members);
         }
@@ -129,7 +129,7 @@ impl Platform {
         Ok(())
     }
 
-    /// Destroys the streams that device `ordinal` made and nobody destroyed.
+    /// Destroys the remaining streams of device `ordinal`.
     pub(super) fn destroy_streams_of(&self, ordinal: u32) {
         let left: Vec<RawStream> = {
             let streams = self.streams.read();
@@ -137,7 +137,7 @@ impl Platform {
             of_device.map(|(stream, _)| *stream).collect()
         };
         for stream in left {
-            // Only an unknown stream is refused: somebody was faster.
+            // Fails only if another thread has just destroyed the stream.
             let _ = self.destroy_stream(stream);
         }
     }
@@ -157,7 +157,7 @@ impl Platform {
         self.executor.wait(call, &mark)
     }
 
-    /// Appends work to `stream` and blocks until it has run. An error may leave it in the queue.
+    /// Appends work to `stream` and blocks until it has run. After an error the work may still be in the queue.
     pub(super) fn finish(&self, call: &'static str, stream: RawStream, work: Work) -> Result<()> {
         let entry = self.stream(call, stream)?;
         entry.refuse_capturing(call)?;
@@ -187,8 +187,8 @@ impl Platform {
         }
     }
 
-    /// Changes the shadow in order with `stream`. Where the stream is captured, a permission becomes part of the graph,
-    /// and what would be forbidden stays permitted: the graph may use it.
+    /// Changes the shadow in order with `stream`. If the stream is capturing, unpoisoning becomes part of the graph,
+    /// and poisoning is skipped because the graph may use the memory.
     #[cfg(asan)]
     pub(super) fn change_shadow(&self, shadow: super::shadow::Shadow, stream: RawStream) {
         const CALL: &str = "permit";
@@ -197,7 +197,7 @@ impl Platform {
         };
         match entry.capture() {
             Some(capture) if shadow.is_permitted => {
-                // A capture that takes no work becomes no graph.
+                // An error means that the capture is invalid and will not become a graph.
                 let _ = capture.push(CALL, stream.0, Work::shadow(shadow));
             }
             Some(_) => {}
@@ -240,7 +240,7 @@ impl Platform {
             Some(present) => std::mem::replace(present, point),
             None => return Err(no_event(CALL, event)),
         };
-        // Outside the lock: with the last event of a capture goes work that was never made a graph.
+        // Outside the lock: dropping the last event of a capture drops its work.
         drop(replaced);
         Ok(())
     }
@@ -276,7 +276,7 @@ impl Platform {
                 self.executor
                     .enqueue(CALL, &entry.queue, Operation::Wait(mark))
             }
-            // What is outside of a capture is not there when its graph runs, and the reverse.
+            // Work inside a capture cannot wait for work outside it.
             (Some(capture), Point::Mark(_)) => Err(capture.invalidate(CALL)),
             (None, Point::Captured(capture, clock)) => {
                 capture.join(CALL, stream.0, &clock)?;
@@ -348,7 +348,7 @@ impl Platform {
         const CALL: &str = "launch_graph";
         let parts = self.graphs.lock().get(&graph).cloned();
         let parts = parts.ok_or_else(|| no_graph(CALL, graph))?;
-        // SAFETY: the caller promises again what was promised when the parts were captured.
+        // SAFETY: the caller repeats the promises made when the parts were captured.
         let work = unsafe { Work::graph(parts) };
         self.enqueue(CALL, stream, work)
     }

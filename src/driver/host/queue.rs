@@ -1,9 +1,8 @@
-//! The queue of one stream, whoever executes it.
+//! The queue of one stream, used by every executor.
 //!
-//! Invariants: at most one operation of a queue is under way, and operations are taken in the order in
-//! which they were pushed. A failure stays for the life of the stream: work behind it is dropped unrun,
-//! marks behind it carry it, and so do the streams that wait for those marks, because what they were
-//! waiting for never came to be.
+//! Invariants: at most one operation of a queue runs at a time, and operations are taken in the order in which they
+//! were pushed. A failure is permanent for the stream: work after it is dropped without running, and marks after it
+//! carry the failure. Streams that wait for those marks fail as well, because the work they waited for never ran.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,14 +13,14 @@ use super::mark::Failure;
 use super::memory::Memory;
 use super::operation::{Operation, Work};
 
-/// A stream's operations. Lives until the last of them has run, longer than the stream's handle if need be.
+/// A stream's operations. Lives until the last of them has run, even after the stream's handle is gone.
 #[derive(Debug)]
 pub(super) struct Queue {
     id: u64,
     /// Keeps the device's memory mapped while there is work that may touch it.
     _memory: Arc<Memory>,
     state: Mutex<State>,
-    /// Signals the thread of the queue, if it has one: an operation, or the close.
+    /// Wakes the queue's thread, if it has one: an operation was pushed, or the queue was closed.
     changed: Condvar,
 }
 
@@ -40,7 +39,7 @@ impl State {
         self.operations.is_empty() && !self.busy
     }
 
-    /// Takes the next operation, unless one is under way.
+    /// Takes the next operation, unless one is running.
     fn take(&mut self) -> Option<Operation> {
         if self.busy {
             return None;
@@ -70,16 +69,16 @@ impl Queue {
         self.state.lock().operations.push_back(operation);
     }
 
-    /// Appends an operation and wakes the queue's thread, which `start` makes if there is none yet.
-    /// An error of `start` leaves the queue as it was.
+    /// Appends an operation and wakes the queue's thread, which `start` creates if there is none yet.
+    /// If `start` fails, the queue is unchanged.
     pub(super) fn push_waking<E>(
         &self,
         operation: Operation,
         start: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         let mut state = self.state.lock();
-        // With nothing before it, a record is passed where it stands, and work whose caller would wait for it is
-        // done by the caller: no thread has to wake for it.
+        // On an idle queue, pass a mark at once, and run work whose caller would wait for it on the calling thread.
+        // Neither needs to wake the queue's thread.
         if state.is_idle() {
             if let Operation::Record(mark) = &operation {
                 mark.pass(state.failure.clone());
@@ -89,7 +88,7 @@ impl Queue {
                 state.busy = true;
                 drop(state);
                 self.execute(operation);
-                // For what was appended meanwhile.
+                // Operations may have been appended meanwhile.
                 self.changed.notify_one();
                 return Ok(());
             }
@@ -103,8 +102,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Changes the shadow behind what is in the queue: now, if that is nothing. A queue that is not empty has whoever
-    /// runs it.
+    /// Changes the shadow after everything in the queue, or now if the queue is idle. A queue that is not idle has a
+    /// thread that runs it.
     #[cfg(asan)]
     pub(super) fn push_shadow(&self, shadow: super::shadow::Shadow) {
         let mut state = self.state.lock();
@@ -141,7 +140,7 @@ impl Queue {
         }
     }
 
-    /// Whether [`take_ready`](Self::take_ready) would give an operation.
+    /// Whether [`take_ready`](Self::take_ready) would return an operation.
     pub(super) fn is_ready(&self) -> bool {
         self.state
             .lock()
@@ -150,7 +149,7 @@ impl Queue {
             .is_some_and(Operation::is_ready)
     }
 
-    /// Carries out an operation that was taken from this queue.
+    /// Runs an operation that was taken from this queue.
     pub(super) fn execute(&self, operation: Operation) {
         let (outcome, mark) = match operation {
             Operation::Record(mark) => (Ok(()), Some(mark)),
@@ -158,7 +157,7 @@ impl Queue {
             Operation::Work(work) => (self.run(work), None),
             Operation::Awaited(work, mark) => (self.run(work), Some(mark)),
         };
-        // In one step, so that a host that saw the mark finds the stream idle.
+        // Under one lock, so that a host thread that sees the mark passed also finds the stream idle.
         let mut state = self.state.lock();
         state.busy = false;
         state.failure = state.failure.take().or(outcome.err());
@@ -167,7 +166,7 @@ impl Queue {
         }
     }
 
-    /// Does work, or drops it if the stream has failed.
+    /// Runs work, or drops it if the stream has failed.
     fn run(&self, work: Work) -> Result<(), Failure> {
         let failed = self.state.lock().failure.is_some();
         if failed {
@@ -177,7 +176,7 @@ impl Queue {
         }
     }
 
-    /// Says that nothing more will be pushed. What was pushed still runs.
+    /// Closes the queue: nothing more will be pushed. Operations already pushed still run.
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
         self.changed.notify_one();
@@ -189,7 +188,7 @@ impl Queue {
         state.closed && state.is_idle()
     }
 
-    /// Whether everything pushed so far has run, or the failure of what has.
+    /// Whether everything pushed so far has run, or the stream's failure.
     pub(super) fn progress(&self) -> Result<bool, Failure> {
         let state = self.state.lock();
         match &state.failure {

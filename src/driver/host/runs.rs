@@ -1,7 +1,7 @@
 //! Which parts of the page file are free.
 //!
-//! Offsets only: no file, no memory. Runs are disjoint and never adjacent (they would have been joined),
-//! and none reaches the end of the file in use, beyond which everything is free.
+//! Works on offsets only: no file, no memory. Invariants: free runs are disjoint and never adjacent (adjacent runs are
+//! joined), and none reaches the end of the used part of the file, beyond which everything is free.
 
 use std::collections::BTreeMap;
 
@@ -10,15 +10,15 @@ use std::collections::BTreeMap;
 pub(super) struct Runs {
     /// Free runs below `end`, as offset and bytes.
     free: BTreeMap<u64, u64>,
-    /// First offset from which on nothing is used.
+    /// The end of the used part of the file.
     end: u64,
-    /// End of the run taken last.
+    /// The end of the run taken last.
     cursor: u64,
 }
 
 impl Runs {
-    /// Takes `bytes` bytes. Prefers what follows the run taken last: pages mapped one after the other are then
-    /// one mapping for the system, which limits their number. `None` if offsets run out.
+    /// Takes `bytes` bytes; `None` if the offsets overflow. Prefers the run after the one taken last: pages mapped one
+    /// after the other are then a single mapping for the system, which limits the number of mappings.
     pub(super) fn take(&mut self, bytes: u64) -> Option<u64> {
         let fits = |(_, free): &(&u64, &u64)| **free >= bytes;
         let found = self
@@ -44,15 +44,15 @@ impl Runs {
         Some(offset)
     }
 
-    /// First offset from which on nothing is used.
+    /// The end of the used part of the file.
     pub(super) fn end(&self) -> u64 {
         self.end
     }
 
-    /// Gives a run back, joining it with its neighbors.
+    /// Returns a run and joins it with adjacent free runs.
     pub(super) fn give(&mut self, offset: u64, bytes: u64) {
         let (mut start, mut stop) = (offset, offset + bytes);
-        assert!(stop <= self.end, "a run lies in the used part of the file");
+        assert!(stop <= self.end, "a run is in the used part of the file");
         if let Some((&before, &free)) = self.free.range(..offset).next_back() {
             assert!(before + free <= offset, "a run is given back once");
             if before + free == offset {

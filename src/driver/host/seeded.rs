@@ -1,13 +1,12 @@
-//! An executor without threads, whose order is decided by a seed.
+//! An executor without threads, whose order depends on a seed.
 //!
-//! Operations run inside the calls of the driver, one at a time in the whole platform. After every enqueue
-//! and before every query the generator decides how many operations to run, often none; a host that waits
-//! runs operations until it has what it waits for. Which stream is next is a draw among those that can go
-//! on, with a liking for the one that ran last: without it one stream would hardly ever get far ahead
-//! of another, and that is where missing waits show.
+//! Operations run inside driver calls, one at a time in the whole platform. After every enqueue and before every query,
+//! a random generator decides how many operations to run, often none. A host thread that waits runs operations until
+//! the wait is satisfied. The next stream is drawn from those that can proceed, with a preference for the one that ran
+//! last. Without this preference one stream would rarely get far ahead of another, which is when missing waits show.
 //!
-//! Since nothing runs by itself, a kernel that owns a handle of its device keeps the device alive until
-//! somebody waits for it.
+//! Operations run only inside driver calls, so a kernel that owns a handle of its device keeps the device alive until
+//! something waits for the kernel.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,22 +21,22 @@ use super::operation::Operation;
 use super::queue::Queue;
 use crate::error::Result;
 
-/// All streams on the calling thread, in the order of a seed.
+/// Runs all streams on the calling threads, in an order that the seed determines.
 #[derive(Debug)]
 pub(super) struct Seeded {
     state: Mutex<State>,
-    /// Signals that the operation under way has finished.
+    /// Signals that the running operation has finished.
     finished: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
     generator: Generator,
-    /// By number, so that a draw means the same queue every time.
+    /// Ordered by number, so that a draw picks the same queue every time.
     queues: BTreeMap<u64, Arc<Queue>>,
     /// The queue that ran last.
     favorite: u64,
-    /// The thread inside an operation. Only that thread may clear it.
+    /// The thread that runs an operation. Only that thread may clear it.
     runner: Option<ThreadId>,
 }
 
@@ -54,7 +53,7 @@ impl Seeded {
         }
     }
 
-    /// Runs one operation, without the lock; false if none can go on. Nothing may be under way.
+    /// Runs one operation with the lock released; returns false if none is ready. No other operation may be running.
     fn step(&self, state: &mut MutexGuard<'_, State>) -> bool {
         assert!(state.runner.is_none(), "one operation at a time");
         let Some((queue, operation)) = state.choose() else {
@@ -72,7 +71,7 @@ impl Seeded {
 }
 
 impl State {
-    /// Takes an operation from a queue that the generator picks.
+    /// Takes a ready operation from a queue that the generator picks.
     fn choose(&mut self) -> Option<(Arc<Queue>, Operation)> {
         let ready: Vec<_> = self
             .queues
@@ -131,13 +130,13 @@ impl Executor for Seeded {
         while !mark.is_passed() {
             match state.runner {
                 Some(thread) if thread == thread::current().id() => {
-                    let reason = "a kernel waits for a stream and thereby for itself";
+                    let reason = "a kernel waits for a stream, and so for itself";
                     return Err(refuse(call, EDEADLK, reason));
                 }
                 Some(_) => self.finished.wait(&mut state),
                 None => {
                     if !self.step(&mut state) {
-                        let reason = "nothing that is enqueued can lead there";
+                        let reason = "no enqueued work can reach the awaited point";
                         return Err(refuse(call, EDEADLK, reason));
                     }
                 }
@@ -149,15 +148,15 @@ impl Executor for Seeded {
 }
 
 impl Drop for Seeded {
-    /// Runs what is left: work that was enqueued runs, on this executor as on every other.
+    /// Runs the remaining operations: enqueued work always runs, as on every executor.
     fn drop(&mut self) {
         let mut state = self.state.lock();
         while self.step(&mut state) {}
     }
 }
 
-/// A small generator of random numbers: a counter that is scrambled (the finalizer of MurmurHash3). The
-/// scramble makes neighboring seeds give unrelated sequences.
+/// A small random number generator: a counter passed through a hash (MurmurHash3's finalizer), so that neighboring
+/// seeds produce unrelated sequences.
 #[derive(Debug)]
 struct Generator(u64);
 
@@ -170,12 +169,12 @@ impl Generator {
         value ^ (value >> 33)
     }
 
-    /// A number below `bound`, which is small enough that the bias does not matter.
+    /// A number below `bound`. For small bounds the modulo bias does not matter.
     fn below(&mut self, bound: usize) -> usize {
         crate::units::to_usize(self.next() % bound as u64)
     }
 
-    /// True one time in `count`.
+    /// True with probability 1 / `count`.
     fn one_in(&mut self, count: usize) -> bool {
         self.below(count) == 0
     }

@@ -1,17 +1,17 @@
-//! Which memory AddressSanitizer lets this process touch. Only in builds for it (`.ci/run asan`).
+//! Which memory AddressSanitizer lets this process touch. Compiled only in AddressSanitizer builds (`.ci/run asan`).
 //!
-//! The sanitizer keeps a shadow of every address: of an address, not of the page behind it, so that a page that is
-//! mapped twice has two shadows. A freed block is forbidden in stream order, by an operation of its stream, because
-//! work that was enqueued before the free may still use it; a block that is handed out is permitted in the same way.
+//! The sanitizer keeps a shadow per address, not per page, so a page that is mapped twice has two shadows. A freed
+//! block is poisoned in stream order, by an operation of its stream, because work enqueued before the free may still
+//! use it. A block that is handed out is unpoisoned in the same way.
 //!
-//! Invariants: addresses that the system takes back, or that get other pages, are permitted.
+//! Invariant: addresses that are returned to the system, or that get other pages, are not poisoned.
 
 use std::ffi::c_void;
 
 use crate::driver::DevicePtr;
 use crate::units::to_usize;
 
-/// Most bytes of one range whose shadow changes: it takes an eighth of them in memory, which stays.
+/// The most bytes of one range whose shadow is changed. The shadow takes an eighth of them in memory, permanently.
 const BYTES_MAX: u64 = 1 << 30;
 
 unsafe extern "C" {
@@ -32,7 +32,7 @@ impl Shadow {
         let bytes = to_usize(self.bytes.min(BYTES_MAX));
         let address = std::ptr::with_exposed_provenance(to_usize(self.ptr.0));
         if self.is_permitted {
-            // SAFETY: only shadow is written; that of every address of the process is mapped.
+            // SAFETY: this writes only shadow memory, which is mapped for every address of the process.
             unsafe { __asan_unpoison_memory_region(address, bytes) }
         } else {
             // SAFETY: as above.
@@ -41,7 +41,7 @@ impl Shadow {
     }
 }
 
-/// Permits a range that is given back, or that gets pages.
+/// Unpoisons a range that is returned to the system, or that gets pages.
 pub(super) fn permit(address: u64, bytes: u64) {
     let shadow = Shadow {
         ptr: DevicePtr(address),

@@ -1,7 +1,7 @@
-//! Memory as the operating system gives it: the only place that calls it.
+//! The system calls for memory. No other module makes them.
 //!
-//! Lengths are multiples of the granularity of what is asked for; callers see to that. Nothing is recorded
-//! here. Untouched bytes cost nothing on Unix, neither of anonymous memory nor of a file.
+//! Callers pass lengths that are multiples of the granularity in question. This module keeps no records of allocations
+//! and mappings. On Unix, untouched bytes cost nothing, whether of anonymous memory or of a file.
 
 use super::errno::refuse;
 use crate::error::Result;
@@ -37,7 +37,7 @@ mod unix {
         map_anywhere(call, bytes, ProtFlags::READ.union(ProtFlags::WRITE))
     }
 
-    /// Gives back what [`allocate`] returned.
+    /// Frees memory that [`allocate`] returned.
     ///
     /// # Safety
     /// `bytes` bytes at `address` came from [`allocate`] and nothing touches them any more.
@@ -46,7 +46,7 @@ mod unix {
         address: u64,
         bytes: u64,
     ) -> Result<()> {
-        // SAFETY: the caller gives up a mapping of its own.
+        // SAFETY: the caller gives up its mapping.
         unsafe { unmap(call, address, bytes) }
     }
 
@@ -56,7 +56,7 @@ mod unix {
         bytes: u64,
         protection: ProtFlags,
     ) -> Result<u64> {
-        // SAFETY: without a fixed address the system picks one that nobody uses.
+        // SAFETY: without a fixed address the system picks an unused one.
         let mapped =
             unsafe { mmap_anonymous(null_mut(), to_usize(bytes), protection, UNCOMMITTED) };
         mapped
@@ -67,9 +67,9 @@ mod unix {
     /// Removes a mapping.
     ///
     /// # Safety
-    /// `bytes` bytes at `address` are a mapping of the caller's, and nothing touches them any more.
+    /// `bytes` bytes at `address` are a mapping of the caller, and nothing touches them any more.
     pub(super) unsafe fn unmap(call: &'static str, address: u64, bytes: u64) -> Result<()> {
-        // SAFETY: the caller gives up a mapping of its own.
+        // SAFETY: the caller gives up its mapping.
         let outcome = unsafe { munmap(pointer(address), to_usize(bytes)) };
         outcome.map_err(|errno| error(call, errno))
     }
@@ -105,17 +105,17 @@ mod linux {
     pub(in super::super) fn reserve(call: &'static str, bytes: u64, alignment: u64) -> Result<u64> {
         let span = bytes
             .checked_add(alignment)
-            .ok_or_else(|| refuse(call, ENOMEM, "more than there are addresses"))?;
+            .ok_or_else(|| refuse(call, ENOMEM, "the request exceeds the address space"))?;
         let start = map_anywhere(call, span, ProtFlags::empty())?;
         let aligned = align_up(start, alignment).expect("the aligned range lies in the mapping");
         let mut kept = start;
         for (from, to) in [(start, aligned), (aligned + bytes, start + span)] {
             if from < to {
-                // SAFETY: this end of the mapping just made is in nobody's hands.
+                // SAFETY: nothing uses this end of the mapping just made.
                 let trimmed = unsafe { unmap(call, from, to - from) };
                 if trimmed.is_err() {
-                    // SAFETY: neither is what is left of it. If this is refused, too, addresses are lost, but
-                    // no memory.
+                    // SAFETY: nothing uses the rest of it either. If this fails too, addresses are leaked, but no
+                    // memory.
                     let _ = unsafe { unmap(call, kept, start + span - kept) };
                     return trimmed.map(|()| aligned);
                 }
@@ -125,7 +125,7 @@ mod linux {
         Ok(aligned)
     }
 
-    /// Gives back what [`reserve`] returned, with whatever is mapped in it.
+    /// Releases a range that [`reserve`] returned, with whatever is mapped in it.
     ///
     /// # Safety
     /// `bytes` bytes at `address` came from [`reserve`] and nothing touches them any more.
@@ -134,39 +134,38 @@ mod linux {
         address: u64,
         bytes: u64,
     ) -> Result<()> {
-        // SAFETY: the caller gives up a range of its own.
+        // SAFETY: the caller gives up its range.
         unsafe { unmap(call, address, bytes) }
     }
 
-    /// Mappings kept in hand. At the system's limit of mappings (`vm.max_map_count`), taking mappings
-    /// *away* is refused too, because empty reserved addresses are a mapping and cutting one in two makes
-    /// three. Giving these up makes room for that.
+    /// Spare mappings. At the system's limit of mappings (`vm.max_map_count`), even *removing* a mapping can fail:
+    /// reserved addresses are a mapping themselves, so removing one from the middle of another makes two more. Giving
+    /// up the spare mappings makes room for these.
     const SPARE_MAPPINGS: usize = 4;
 
-    /// Not in every libc.
+    /// Defined here because not every libc has it.
     const MADV_COLLAPSE: libc::c_int = 25;
 
-    /// Refusals of huge pages in a row after which the system is not asked again. One alone may come of a page
-    /// that others use just then. A system that knows none refuses at once, but one short of memory that hangs
-    /// together looks for it each time.
+    /// After this many consecutive refusals of huge pages, the system is not asked again. A single refusal may be due
+    /// to a page that is in use at that moment. A system without huge pages refuses quickly, but one that is short of
+    /// contiguous memory searches for it each time.
     const REFUSALS_MAX: u32 = 8;
 
-    /// Length of a spare mapping: rounded up to the system's page.
+    /// Length of a spare mapping. The system rounds it up to a page.
     const SPARE_BYTES: u64 = 1;
 
-    /// The physical memory of a device: a file that is nowhere in the file system and takes room only
-    /// where it was written.
+    /// The physical memory of a device: an anonymous file (memfd) that uses memory only where it was written.
     #[derive(Debug)]
     pub(in super::super) struct PageFile {
         file: OwnedFd,
         /// Addresses of the spare mappings.
         spare: Mutex<Vec<u64>>,
-        /// How often in a row the system refused a huge page.
+        /// Consecutive refusals of huge pages.
         refusals: AtomicU32,
     }
 
     impl PageFile {
-        /// An empty file; `name` shows in the process's list of mappings.
+        /// An empty file. `name` appears in the process's list of mappings.
         pub(in super::super) fn new(call: &'static str, name: &str) -> Result<Self> {
             let file =
                 memfd_create(name, MemfdFlags::CLOEXEC).map_err(|errno| error(call, errno))?;
@@ -179,13 +178,13 @@ mod linux {
             Ok(file)
         }
 
-        /// Makes spare mappings as far as the system allows it. All show the same part of the file, so that
-        /// the system cannot merge them.
+        /// Makes as many spare mappings as are missing and the system allows. All map the same part of the file, so
+        /// that the system cannot merge them.
         fn keep_spare(&self) {
             let mut spare = self.spare.lock();
             while spare.len() < SPARE_MAPPINGS {
                 let (len, protection) = (to_usize(SPARE_BYTES), ProtFlags::empty());
-                // SAFETY: without a fixed address the system picks one that nobody uses.
+                // SAFETY: without a fixed address the system picks an unused one.
                 let mapped =
                     unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, &self.file, 0) };
                 let Ok(address) = mapped else { return };
@@ -195,7 +194,7 @@ mod linux {
 
         fn give_spare_up(&self) {
             for address in self.spare.lock().drain(..) {
-                // SAFETY: the mapping is ours and nobody knows its address.
+                // SAFETY: the mapping is ours, and nothing else has its address.
                 let outcome = unsafe { unmap("unmap", address, SPARE_BYTES) };
                 debug_assert!(outcome.is_ok(), "{outcome:?}");
             }
@@ -206,7 +205,7 @@ mod linux {
             ftruncate(&self.file, bytes).map_err(|errno| error(call, errno))
         }
 
-        /// Gives the memory behind a part of the file back to the system; the part reads as zeros.
+        /// Returns the memory behind a part of the file to the system. The part then reads as zeros.
         pub(in super::super) fn discard(
             &self,
             call: &'static str,
@@ -217,21 +216,21 @@ mod linux {
             fallocate(&self.file, flags, offset, bytes).map_err(|errno| error(call, errno))
         }
 
-        /// Puts huge pages behind a part of the file that is shown at `address`, if it has no memory yet and
-        /// the system can (Linux from 6.1 on, unless shared memory is denied huge pages). One fault for 2 MiB
-        /// instead of 512 makes the first touch ten times cheaper, and fewer addresses to translate make
-        /// every pass over the memory faster. Contents stay. A refusal leaves the part to its faults, and some
-        /// end [the asking](Self::may_prefault).
+        /// Backs a part of the file, mapped at `address`, with huge pages, if it has no memory yet and the system
+        /// supports it (Linux 6.1 or later, unless huge pages are disabled for shared memory). One page fault per 2 MiB
+        /// instead of 512 makes the first touch ten times cheaper, and fewer TLB misses make every pass over the memory
+        /// faster. Contents do not change. After a refusal, the part is faulted in on first touch; after several, the
+        /// system is [no longer asked](Self::may_prefault).
         pub(in super::super) fn prefault(&self, address: u64, offset: u64, bytes: u64) {
             if !self.may_prefault() {
                 return;
             }
             let next = seek(&self.file, SeekFrom::Data(offset));
             if next.is_ok_and(|next| next < offset + bytes) {
-                // Putting together what is in pieces copies it, which takes longer than it saves.
+                // Collapsing existing small pages copies them, which takes longer than it saves.
                 return;
             }
-            // Relaxed: a count that decides nothing but whether to try.
+            // Relaxed: the count only decides whether to try.
             if collapse(address, bytes) {
                 self.refusals.store(0, Ordering::Relaxed);
             } else {
@@ -239,12 +238,12 @@ mod linux {
             }
         }
 
-        /// Whether huge pages are still asked for.
+        /// Whether the system is still asked for huge pages.
         pub(in super::super) fn may_prefault(&self) -> bool {
             self.refusals.load(Ordering::Relaxed) < REFUSALS_MAX
         }
 
-        /// Shows a part of the file at `address`.
+        /// Maps a part of the file at `address`.
         ///
         /// # Safety
         /// `bytes` bytes at `address` are reserved by the caller and nothing touches them.
@@ -258,12 +257,12 @@ mod linux {
             let protection = ProtFlags::READ | ProtFlags::WRITE;
             let flags = MapFlags::SHARED | MapFlags::FIXED;
             let (at, len) = (pointer(address), to_usize(bytes));
-            // SAFETY: the range that is replaced is the caller's own reservation.
+            // SAFETY: the mapping replaces the caller's own reservation.
             let outcome = unsafe { mmap(at, len, protection, flags, &self.file, offset) };
             outcome.map(drop).map_err(|errno| error(call, errno))
         }
 
-        /// Makes a range of addresses empty again, still reserved.
+        /// Removes the mappings in a range of addresses, which stay reserved.
         ///
         /// # Safety
         /// `bytes` bytes at `address` are reserved by the caller and nothing touches them any more.
@@ -276,7 +275,7 @@ mod linux {
             let empty = || {
                 let (at, len) = (pointer(address), to_usize(bytes));
                 let flags = UNCOMMITTED | MapFlags::FIXED;
-                // SAFETY: the range that is replaced is the caller's own reservation.
+                // SAFETY: the mapping replaces the caller's own reservation.
                 unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags) }
             };
             let outcome = empty().or_else(|_| {
@@ -288,12 +287,12 @@ mod linux {
         }
     }
 
-    /// Whether a mapping without memory now has huge pages throughout.
+    /// Backs an unpopulated mapping with huge pages; returns whether all of it now has them.
     fn collapse(address: u64, bytes: u64) -> bool {
-        // The system makes a huge page of what has at least one page, of the size of a huge page.
+        // The system collapses a range into a huge page only if at least one of its pages is populated.
         let touched = (address..address + bytes)
             .step_by(to_usize(PAGE_GRANULARITY))
-            // SAFETY: the advice changes no contents, whatever is mapped there.
+            // SAFETY: the advice does not change contents.
             .all(|piece| unsafe { madvise(pointer(piece), 1, Advice::LinuxPopulateRead) }.is_ok());
         // SAFETY: as above.
         touched && unsafe { libc::madvise(pointer(address), to_usize(bytes), MADV_COLLAPSE) } == 0
@@ -317,7 +316,7 @@ mod other_memory {
 
     fn layout(call: &'static str, bytes: u64) -> Result<Layout> {
         Layout::from_size_align(to_usize(bytes), to_usize(ALLOCATION_GRANULARITY))
-            .map_err(|_| refuse(call, ENOMEM, "more than there are addresses"))
+            .map_err(|_| refuse(call, ENOMEM, "the request exceeds the address space"))
     }
 
     /// Zeroed memory, aligned to 4 KiB.
@@ -326,12 +325,12 @@ mod other_memory {
         // SAFETY: callers never ask for 0 bytes.
         let ptr = unsafe { alloc_zeroed(layout) };
         if ptr.is_null() {
-            return Err(refuse(call, ENOMEM, "the system has no more memory"));
+            return Err(refuse(call, ENOMEM, "the system is out of memory"));
         }
         Ok(ptr.expose_provenance() as u64)
     }
 
-    /// Gives back what [`allocate`] returned.
+    /// Frees memory that [`allocate`] returned.
     ///
     /// # Safety
     /// `bytes` bytes at `address` came from [`allocate`] and nothing touches them any more.
@@ -357,7 +356,7 @@ mod other_file {
     use super::{Result, refuse};
     use crate::driver::host::errno::ENOTSUP;
 
-    /// Cannot be made here: one page at two addresses needs Linux.
+    /// Cannot exist on this system: mapping one page at two addresses needs Linux.
     #[derive(Debug)]
     pub(in super::super) enum PageFile {}
 

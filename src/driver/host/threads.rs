@@ -1,10 +1,10 @@
-//! An executor with one thread a stream.
+//! An executor with one thread per stream.
 //!
-//! A thread starts with the first operation that needs one, and ends when its queue is closed and empty. It
-//! holds its queue and, through it, the memory of the device, but not the platform: dropping the last
-//! driver from any thread, a stream's own included, blocks nobody. Threads cannot wait for each other in a
-//! circle, because a wait names a mark that was enqueued before it; a kernel, which could ask for one enqueued
-//! behind itself, must not wait at all.
+//! A thread starts with the first operation that needs one, and ends when its queue is closed and empty. It keeps its
+//! queue alive and, through it, the device's memory, but not the platform. So the last driver can be dropped on any
+//! thread, including a stream's own, without blocking. Threads cannot deadlock on each other, because a wait names a
+//! mark that was enqueued before it. A kernel could wait for a mark enqueued after itself, so kernels must not wait at
+//! all.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ thread_local! {
     static IS_STREAM: Cell<bool> = const { Cell::new(false) };
 }
 
-/// One thread a stream. All state is in the queues.
+/// Runs one thread per stream. All state is in the queues.
 #[derive(Debug)]
 pub(super) struct Threads;
 
@@ -41,7 +41,7 @@ impl Executor for Threads {
 
     fn wait(&self, call: &'static str, mark: &Mark) -> Result<()> {
         if IS_STREAM.get() && !mark.is_passed() {
-            let reason = "a kernel waits for a stream, which may be its own";
+            let reason = "a kernel waits for a stream, possibly its own";
             return Err(refuse(call, EDEADLK, reason));
         }
         mark.wait().map_err(|failure| refuse(call, EIO, &*failure))
@@ -56,13 +56,17 @@ fn start(call: &'static str, queue: Arc<Queue>) -> Result<()> {
             queue.execute(operation);
         }
     };
-    // Nobody joins the thread: it ends by itself, and what it needs it owns.
+    // The thread is not joined: it ends by itself and owns everything it needs.
     thread::Builder::new()
         .name("kitsune-stream".to_owned())
         .spawn(drain)
         .map(drop)
         .map_err(|error| {
             let code = error.raw_os_error().unwrap_or(EIO);
-            refuse(call, code, format!("no thread for the stream: {error}"))
+            refuse(
+                call,
+                code,
+                format!("cannot start a thread for the stream: {error}"),
+            )
         })
 }

@@ -357,7 +357,7 @@ fn a_machine_that_has_not_as_much_refuses_before_it_is_touched() {
     }
     let refused = report(pool.allocate(total));
     let said = refused.driver_error.unwrap();
-    assert!(said.contains("are left alone"), "{said}");
+    assert!(said.contains("must stay free"), "{said}");
     assert!(pool.allocate(0).is_ok());
     let touched = kilobytes("/proc/self/status", "VmHWM:") - before;
     assert!(touched < 64 << 10, "{touched} KiB");
