@@ -1,11 +1,10 @@
-//! Untyped device memory with an owner and a stream.
+//! Untyped device memory on one stream, with an owner.
 //!
-//! The one place of this layer that hands addresses to the driver: what it promises there follows from
-//! owning the block.
+//! The only file of this layer that passes addresses to the driver. Its safety promises follow from owning the block.
 
 #![allow(
     unsafe_code,
-    reason = "owning the block is what the driver's safety contracts ask for"
+    reason = "owning the block satisfies the driver's safety contracts"
 )]
 
 use std::fmt;
@@ -21,11 +20,11 @@ use crate::launch::Span;
 use crate::memory::{Block, PinnedBlock};
 use crate::units::{MIB, to_usize};
 
-/// Uses of so many bytes are announced to the driver: half of a huge page.
+/// Uses of at least this many bytes are announced to the driver: half of a huge page.
 const PREFAULT_MIN: u64 = MIB;
 
-/// A block of pool memory for use on one stream. Dropping it frees the memory in stream order, from any
-/// thread. The drop waits for no stream, unless it is the last thing that keeps its [pool](crate::Pool#dropping).
+/// A block of pool memory for use on one stream. Dropping it, on any thread, frees the memory in stream order. The drop
+/// does not wait for any stream, unless it drops the last reference to its [pool](crate::Pool#dropping).
 pub struct Buffer {
     context: Context,
     ptr: DevicePtr,
@@ -47,7 +46,7 @@ impl Buffer {
         check_block(&block, bytes, context.stream())?;
         Ok(Self {
             context: context.clone(),
-            // A block for no bytes may hold memory all the same, which nothing uses.
+            // The block may have memory even for 0 bytes, but nothing uses it.
             ptr: if bytes == 0 {
                 DevicePtr(0)
             } else {
@@ -76,13 +75,13 @@ impl Buffer {
         self.ptr
     }
 
-    /// Bytes asked for.
+    /// Bytes requested.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Bytes that the block takes from the pool: those asked for, rounded to the pool's granularity.
+    /// Bytes that the block takes from the pool: the bytes requested, rounded up to the pool's granularity.
     pub(crate) fn allocated(&self) -> u64 {
         self.block.lock().allocated()
     }
@@ -93,26 +92,25 @@ impl Buffer {
         &self.context
     }
 
-    /// Holds the memory back, when this buffer is dropped, until `stream` has passed what it was given by
-    /// then. For work that other code enqueued on `stream`; [`copy_to`](super::Tensor::copy_to) sees to
-    /// itself.
+    /// When this buffer is dropped, keeps the memory from being reused until `stream` has run all work enqueued on it
+    /// by then. For work that other code enqueued on `stream`; [`copy_to`](super::Tensor::copy_to) does not need it.
     pub fn record_stream(&self, stream: &Stream) {
         self.block.lock().record_stream(stream);
     }
 
-    /// As [`record_stream`](Self::record_stream), but what `stream` is given from now on does not hold the
-    /// memory back. Records an event.
+    /// Like [`record_stream`](Self::record_stream), but only work already enqueued on `stream` delays the reuse.
+    /// Records an event.
     pub fn record_use(&self, stream: &Stream) {
         self.block.lock().record_use(stream);
     }
 
-    /// Changes with every write, if it is kept.
+    /// The versions of this buffer's memory.
     pub(super) fn version(&self) -> &Version {
         &self.version
     }
 
-    /// Tells the driver that the next work uses all of `bytes` bytes from byte `start` on. Not said where the
-    /// memory is allocated: what nobody uses is to cost nothing.
+    /// Tells the driver that the next work uses all of `bytes` bytes from byte `start` on. Called at the first use
+    /// rather than at the allocation, so that unused memory costs nothing.
     pub(super) fn announce(&self, start: u64, bytes: u64) {
         if bytes >= PREFAULT_MIN {
             let driver = self.context.stream().driver();
@@ -128,8 +126,8 @@ impl Buffer {
         }
         self.announce(0, self.bytes);
         let stream = self.context.stream();
-        // SAFETY: `uninit` checked that the block is at least `bytes` long and has this stream as its home, in order
-        // with which it is freed.
+        // SAFETY: `uninit` checked that the block is at least `bytes` long and that its home, in whose order it is
+        // freed, is this stream.
         unsafe {
             stream
                 .driver()
@@ -140,7 +138,7 @@ impl Buffer {
     /// `len` elements of `dtype` from element `start`, as a kernel argument.
     ///
     /// # Panics
-    /// If that reaches past the end: layouts are checked when they are made.
+    /// If the range reaches past the end. Layouts are checked when they are made, so that would be a bug.
     pub(super) fn span(&self, start: usize, len: usize, dtype: DType) -> Span {
         let element = dtype.bits() / 8;
         let (start, len_bytes) = (start as u64 * element, len as u64 * element);
@@ -148,8 +146,8 @@ impl Buffer {
             start + len_bytes <= self.bytes,
             "a span past the end of its buffer"
         );
-        // SAFETY: the range lies in this buffer's block, which starts at a multiple of 512, and which is
-        // freed in order with the stream named here.
+        // SAFETY: the range is in this buffer's block, which starts at a multiple of 512 and is freed in order with the
+        // stream named here.
         unsafe {
             Span::new(
                 self.ptr.offset(start),
@@ -172,7 +170,7 @@ impl Buffer {
         }
         self.announce(start, bytes.len() as u64);
         let stream = self.context.stream();
-        // SAFETY: the range lies in the block, which is freed in order with this very stream.
+        // SAFETY: the range is in the block, which is freed in order with this same stream.
         unsafe {
             stream
                 .driver()
@@ -191,8 +189,8 @@ impl Buffer {
         self.announce(0, bytes);
         let stream = self.context.stream();
         source.order(stream)?;
-        // SAFETY: both are at least as long. The buffer is freed in order with this very stream; `source`
-        // cannot be written, freed or given other work before the use below is recorded.
+        // SAFETY: both are long enough. The buffer is freed in order with this same stream; `source` cannot be written,
+        // freed or given other work before the use below is recorded.
         unsafe {
             stream
                 .driver()
@@ -221,7 +219,7 @@ impl Buffer {
         }
         let stream = self.context.stream();
         destination.order(stream)?;
-        // SAFETY: both ranges lie in their memory; otherwise as in `write_pinned`.
+        // SAFETY: both ranges are in bounds; otherwise as in `write_pinned`.
         unsafe {
             let (to, from) = (destination.ptr(), self.ptr.offset(start));
             stream.driver().copy(to, from, bytes, stream.raw())
@@ -239,7 +237,7 @@ impl Buffer {
             return Ok(());
         }
         let stream = self.context.stream();
-        // SAFETY: the range lies in the block, and all writes to it are on this very stream or ordered with it.
+        // SAFETY: the range is in the block, and all writes to it are on this same stream or ordered with it.
         unsafe {
             stream
                 .driver()
@@ -262,20 +260,20 @@ impl Buffer {
         self.announce(0, bytes);
         let (to, from) = (self.context.stream(), source.context.stream());
         to.wait_for(from)?;
-        // SAFETY: both ranges lie in their blocks; the wait above orders the copy behind all writes of
-        // the source, the waits below order later work on the source, its free included, behind the copy.
+        // SAFETY: both ranges are in their blocks. The wait above orders the copy after all writes of the source; the
+        // waits below order later work on the source, including its free, after the copy.
         unsafe {
             to.driver()
                 .copy(self.ptr, source.ptr.offset(start), bytes, to.raw())
         }?;
-        // The copy is under way: where the device cannot be made to wait for it, the host has to.
+        // The copy is already enqueued: if the other stream cannot be made to wait for it, the host must.
         from.wait_for(to).or_else(|_| to.synchronize())
     }
 }
 
-/// Refuses a block that is not what was asked of an allocator. Allocators are written in safe code, and what this
-/// file promises the driver follows from the block: its length, and a home that is the stream which gets the work.
-/// Its device follows from its home.
+/// Refuses a block that an allocator should not have returned. Allocators are safe code, but the promises that this
+/// file makes to the driver depend on the block: on its length, and on its home being the stream that runs the work.
+/// The home implies the device.
 fn check_block(block: &Block, bytes: u64, stream: &Stream) -> Result<()> {
     const OP: &str = "Allocate::allocate";
     if bytes == 0 {

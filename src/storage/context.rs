@@ -1,4 +1,4 @@
-//! Where work goes.
+//! Contexts: a stream, and where its memory comes from.
 
 use std::sync::Arc;
 
@@ -11,13 +11,13 @@ use crate::memory::{Allocate, Pool, PoolConfig};
 pub struct Context {
     allocator: Arc<dyn Allocate>,
     stream: Stream,
-    /// The same stream as cudarc has it, if it is shared with cudarc.
+    /// cudarc's handle of the stream, if it is shared with cudarc.
     #[cfg(feature = "cuda")]
     pub(super) shared: Option<Arc<super::device_buffer::Shared>>,
 }
 
 impl Context {
-    /// A context on a new stream of `device`, with a pool of its own in default settings.
+    /// A context on a new stream of `device`, with a new pool in default settings.
     ///
     /// # Errors
     /// [`Error::Driver`] if the device refuses a stream.
@@ -50,7 +50,7 @@ impl Context {
         if !pool.device().is_same(stream.device()) {
             return Err(Error::argument(
                 "Context::on_stream",
-                "pool and stream differ in device",
+                "the pool and the stream belong to different devices",
             ));
         }
         Ok(Self::of(Arc::new(pool.clone()), stream.clone()))
@@ -65,25 +65,25 @@ impl Context {
         }
     }
 
-    /// Where memory comes from.
+    /// The allocator that memory comes from.
     #[must_use]
     pub fn allocator(&self) -> &Arc<dyn Allocate> {
         &self.allocator
     }
 
-    /// The pool that memory comes from in the end.
+    /// The pool below the allocator.
     #[must_use]
     pub fn pool(&self) -> &Pool {
         self.allocator.pool()
     }
 
-    /// Where work is enqueued.
+    /// The stream that work is enqueued on.
     #[must_use]
     pub fn stream(&self) -> &Stream {
         &self.stream
     }
 
-    /// The device of both.
+    /// The device of the stream and the allocator.
     #[must_use]
     pub fn device(&self) -> &Device {
         self.stream.device()

@@ -27,7 +27,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the shapes differ, the streams differ, or the two overlap without
-    /// being the same; [`Error::UnsupportedDtype`] for a conversion between float and integer.
+    /// being the same view; [`Error::UnsupportedDtype`] for a conversion between float and integer.
     pub fn copy_from(&self, source: &Self) -> Result<()> {
         if self.shape() != source.shape() {
             let reason = format!("{} does not fit {}", source.shape(), self.shape());
@@ -52,8 +52,8 @@ impl Tensor {
         launch::copy_strided(stream, &copy)
     }
 
-    /// The same values in another element type, rounded once; what is too large becomes infinity (NaN in e4m3,
-    /// which has none). The tensor itself, sharing its memory, if it has that type already.
+    /// The same values in another element type, rounded once. Values that are too large become infinity (NaN in e4m3,
+    /// which has no infinity). If the tensor already has that type, returns a clone that shares its memory.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; [`Error::UnsupportedDtype`] for a conversion between float and integer.
@@ -66,8 +66,9 @@ impl Tensor {
         Ok(converted)
     }
 
-    /// The same values in an 8-bit type, rounded once; what is too large for it becomes what `overflow` says, where
-    /// [`cast`](Self::cast) gives infinity. The tensor itself, sharing its memory, if it has that type already.
+    /// The same values in an 8-bit type, rounded once. `overflow` selects the result for values that are too large,
+    /// where [`cast`](Self::cast) uses infinity. If the tensor already has that type, returns a clone that shares its
+    /// memory.
     ///
     /// # Errors
     /// As [`cast`](Self::cast); [`Error::UnsupportedDtype`] if `dtype` has more than 8 bits.
@@ -100,8 +101,8 @@ impl Tensor {
         Ok(converted)
     }
 
-    /// The same values one after another in index order. The tensor itself, sharing its memory, if they
-    /// stand so already.
+    /// The same values, contiguous in index order. If the tensor already is contiguous, returns a clone that shares
+    /// its memory.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`]; [`Error::Driver`] if the copy cannot be enqueued.
@@ -112,7 +113,7 @@ impl Tensor {
         self.duplicate()
     }
 
-    /// A copy with memory of its own, on the same stream.
+    /// A copy in new memory, on the same stream.
     ///
     /// # Errors
     /// As [`contiguous`](Self::contiguous).

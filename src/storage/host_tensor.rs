@@ -1,6 +1,6 @@
-//! Elements in host memory, with their type and shape: what a tensor is saved as and loaded from.
+//! Tensors in host memory, for saving and loading.
 //!
-//! The bytes are those of the device, so a round trip keeps every bit, payloads of NaN included.
+//! The bytes are those of the device, so a round trip keeps every bit, including NaN payloads.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ impl HostTensor {
     /// Elements whose bytes are `bytes`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a shape that cannot be, or other than its number of bytes.
+    /// [`Error::InvalidArgument`] for an invalid shape, or if the number of bytes does not match it.
     pub fn new(dtype: DType, shape: impl Into<Shape>, bytes: Vec<u8>) -> Result<Self> {
         let shape = shape.into();
         let elements = Layout::dense(shape.clone())?.elements() as u64;
@@ -88,7 +88,7 @@ impl Tensor {
     /// The elements on the host, in index order. Blocks until the stream has computed them.
     ///
     /// # Errors
-    /// [`Error::Driver`] if work before failed; [`Error::OutOfMemory`] for a view with gaps.
+    /// [`Error::Driver`] if earlier work failed; [`Error::OutOfMemory`] for a view with gaps.
     pub fn to_host(&self) -> Result<HostTensor> {
         let dense = self.contiguous()?;
         let bytes = self.len() as u64 * (self.dtype().bits() / 8);

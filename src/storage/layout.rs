@@ -1,7 +1,7 @@
-//! Which element of a buffer belongs to which index: shapes, strides and views, without memory.
+//! Maps indices to elements of a buffer: shapes, strides and views. Touches no memory.
 //!
-//! All counts are in elements. Invariant: every index inside the shape stays below
-//! [`extent`](Layout::extent), and every operation keeps that extent inside the one it started from.
+//! All counts are in elements. Invariants: every index inside the shape maps to an element within
+//! [`extent`](Layout::extent), and a view's elements stay within the extent of the layout it was made from.
 
 use std::fmt;
 use std::ops::Deref;
@@ -10,18 +10,18 @@ use smallvec::SmallVec;
 
 use crate::error::{Error, Result};
 
-/// Lengths of a tensor's dimensions, outermost first; no dimensions for a single number.
+/// Lengths of a tensor's dimensions, outermost first; a scalar has no dimensions.
 #[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub struct Shape(SmallVec<[usize; 4]>);
 
 impl Shape {
-    /// Most dimensions a tensor may have.
+    /// The most dimensions a tensor can have.
     pub const RANK_MAX: usize = 8;
 
     /// Number of elements; `None` if that does not fit in `usize`.
     #[must_use]
     pub fn elements(&self) -> Option<usize> {
-        // A zero anywhere makes the tensor empty, even beside lengths whose product overflows.
+        // A zero anywhere makes the tensor empty, even if the product of the other lengths overflows.
         if self.contains(&0) {
             return Some(0);
         }
@@ -29,7 +29,7 @@ impl Shape {
             .try_fold(1usize, |product, length| product.checked_mul(*length))
     }
 
-    /// Strides of this shape when the last dimension is dense.
+    /// Strides of the dense layout of this shape.
     fn dense_strides(&self) -> SmallVec<[usize; 4]> {
         let mut strides: SmallVec<[usize; 4]> = SmallVec::from_elem(1, self.len());
         for dim in (1..self.len()).rev() {
@@ -114,7 +114,7 @@ impl Layout {
         &self.shape
     }
 
-    /// Distance between neighbors in each dimension.
+    /// Distance between adjacent elements in each dimension.
     #[must_use]
     pub fn strides(&self) -> &[usize] {
         &self.strides
@@ -137,7 +137,7 @@ impl Layout {
             .expect("checked when the layout was made")
     }
 
-    /// Elements from the first to the last, gaps included; 0 for an empty layout.
+    /// Elements from the first to the last, including gaps; 0 for an empty layout.
     #[must_use]
     pub fn extent(&self) -> usize {
         if self.elements() == 0 {
@@ -151,7 +151,7 @@ impl Layout {
             + 1
     }
 
-    /// Whether the elements stand one after another in index order.
+    /// Whether the elements are contiguous in index order.
     #[must_use]
     pub fn is_contiguous(&self) -> bool {
         let dense = self.shape.dense_strides();
@@ -164,7 +164,7 @@ impl Layout {
     /// The same elements under another shape.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the counts differ or the elements do not stand in index order.
+    /// [`Error::InvalidArgument`] if the counts differ or the elements are not contiguous in index order.
     pub fn reshape(&self, shape: Shape) -> Result<Self> {
         let reshaped = Self {
             offset: self.offset,
@@ -172,7 +172,7 @@ impl Layout {
         };
         if reshaped.elements() != self.elements() {
             let reason = format!(
-                "{} has not as many elements as {}",
+                "{} does not have as many elements as {}",
                 reshaped.shape, self.shape
             );
             return Err(Error::argument("reshape", reason));
@@ -216,8 +216,8 @@ impl Layout {
         }
         let mut view = self.clone();
         view.shape.0[dim] = len;
-        // An empty view stays where it is: its first element may lie past the buffer's end, and strides
-        // of an empty layout are not bounded by any buffer.
+        // An empty view keeps its offset: the new offset could be past the buffer's end, and the strides of an empty
+        // layout are not bounded by any buffer.
         if view.elements() > 0 {
             view.offset += start * self.strides[dim];
         }

@@ -1,7 +1,7 @@
-//! Tensors whose memory is counted for one user.
+//! Tensors whose memory is counted per owner.
 //!
-//! A pool counts bytes by tag, for everybody who allocates under that tag. A [`Meter`] counts those of one user: a
-//! [`Metered`] tensor adds the bytes of its block when it is made and takes them off when it is dropped.
+//! A pool counts bytes by tag, over everything allocated under that tag. A [`Meter`] counts the bytes of one owner: a
+//! [`Metered`] tensor adds the bytes of its block when it is made and subtracts them when it is dropped.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Tensor;
 
-/// Bytes that one user holds, and the most it has held.
+/// Bytes that one owner holds, and their peak.
 ///
 /// All accesses are relaxed: the numbers are for statistics, and nothing is published through them.
 #[derive(Debug, Default)]
@@ -39,7 +39,7 @@ impl Meter {
     }
 }
 
-/// A tensor with a block of its own, counted by a [`Meter`] until this is dropped.
+/// A tensor with its own block, which a [`Meter`] counts until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Metered {
     tensor: Tensor,
@@ -48,7 +48,7 @@ pub(crate) struct Metered {
 }
 
 impl Metered {
-    /// Counts the block below `tensor`. Make one for each block: views of it are not told apart.
+    /// Counts the block of `tensor`. Make only one for each block: two views of a block would count it twice.
     pub(crate) fn new(tensor: Tensor, meter: &Arc<Meter>) -> Self {
         let bytes = tensor.buffer().allocated();
         meter.add(bytes);
@@ -59,7 +59,7 @@ impl Metered {
         }
     }
 
-    /// Counts the block for the user of `meter` from now on.
+    /// Counts the block on `meter` from now on.
     pub(crate) fn move_to(&mut self, meter: &Arc<Meter>) {
         if Arc::ptr_eq(&self.meter, meter) {
             return;
@@ -110,7 +110,7 @@ mod tests {
         large.move_to(&two);
         large.move_to(&two);
         assert_eq!(counts(), [(0, few + many), (many, many)]);
-        // A clone of the tensor is not this one's.
+        // A clone of the tensor does not count.
         let clone = Tensor::clone(&large);
         drop(large);
         assert_eq!(counts(), [(0, few + many), (0, many)]);

@@ -1,16 +1,16 @@
 //! Tensors over pool memory.
 //!
-//! A [`Context`] says where work goes: one stream, and the pool its memory comes from. A [`Buffer`] owns
-//! one block. A [`Tensor`] is a typed, shaped view of a buffer; clones and views share it.
+//! A [`Context`] pairs a stream with the pool that its memory comes from. A [`Buffer`] owns one block. A [`Tensor`] is
+//! a typed, shaped view of a buffer; clones and views share the buffer.
 //!
 //! # Ordering
-//! A tensor belongs to its context's stream, and everything done to it through this module is enqueued
-//! there, in the order of the calls. Dropping the last tensor of a buffer frees the memory in stream order:
-//! work already enqueued still has it. To use data on another stream or device, copy it there with
-//! [`Tensor::copy_to`], which orders the two streams.
+//! A tensor belongs to its context's stream, and everything done to it through this module is enqueued there, in the
+//! order of the calls. Dropping the last tensor of a buffer frees the memory in stream order: work already enqueued can
+//! still use it. To use data on another stream or device, copy it there with [`Tensor::copy_to`], which orders the two
+//! streams.
 //!
-//! With the feature `cuda`, a [`DeviceBuffer`] is memory for code written against cudarc: its kernels,
-//! cuBLAS, NCCL.
+//! With the feature `cuda`, [`DeviceBuffer`] provides memory for code written against cudarc: its kernels, cuBLAS,
+//! NCCL.
 //!
 //! Must not know: what the numbers mean.
 

@@ -1,17 +1,15 @@
-//! Writing several tensors from the host: all of them, or none.
+//! Overwrites several tensors from the host, all or none.
 //!
-//! The tensors keep their memory, and so their addresses, which captured graphs and tables of kernels hold.
-//! What makes the change whole is a copy of the old elements on the host: should the driver refuse a write
-//! half way, the old elements are written back.
+//! The tensors keep their memory and therefore their addresses, which captured graphs and kernel tables refer to. The
+//! old elements are first copied to the host: if the driver refuses a write half way, they are written back.
 
 use std::fmt;
 
 use super::{HostTensor, Tensor, moment};
 use crate::error::{Error, Result};
 
-/// A change that is checked and ready: settings that can be taken back, then what is written to tensors, then
-/// what follows on the host once all that is done, which cannot fail. Nothing has changed before
-/// [`carry_out`](Self::carry_out).
+/// A prepared change in three parts: attempts on the host that can fail and be rolled back, then writes to tensors,
+/// then commits on the host that cannot fail. Nothing changes before [`carry_out`](Self::carry_out).
 #[derive(Default)]
 pub(crate) struct Load<'a> {
     attempts: Vec<Box<dyn Attempt + 'a>>,
@@ -19,17 +17,17 @@ pub(crate) struct Load<'a> {
     commits: Vec<Box<dyn FnOnce() + 'a>>,
 }
 
-/// A change on the host that may be refused.
+/// A change on the host that can fail.
 pub(crate) trait Attempt {
     /// Makes the change, all of it or nothing.
     fn make(&mut self) -> Result<()>;
 
-    /// Takes it back.
+    /// Rolls it back.
     fn take_back(&mut self) -> Result<()>;
 }
 
 impl<'a> Load<'a> {
-    /// Nothing yet but elements to write.
+    /// A change that only writes elements.
     pub(crate) fn writing(writes: Vec<(Tensor, HostTensor)>) -> Self {
         Self {
             writes,
@@ -43,13 +41,13 @@ impl<'a> Load<'a> {
         self
     }
 
-    /// Calls `commit` when all is done.
+    /// Calls `commit` after everything else has succeeded.
     pub(crate) fn then(mut self, commit: impl FnOnce() + 'a) -> Self {
         self.commits.push(Box::new(commit));
         self
     }
 
-    /// Both changes as one.
+    /// Combines both changes into one.
     pub(crate) fn and(mut self, other: Self) -> Self {
         self.attempts.extend(other.attempts);
         self.writes.extend(other.writes);
@@ -57,10 +55,10 @@ impl<'a> Load<'a> {
         self
     }
 
-    /// Makes the change, all of it or nothing, and waits until it is made.
+    /// Makes the change, all of it or nothing, and waits until it is done.
     ///
     /// # Errors
-    /// As [`overwrite`], or that of an attempt.
+    /// As [`overwrite`], or the error of an attempt.
     pub(crate) fn carry_out(mut self) -> Result<()> {
         let mut attempted = self.attempts.iter_mut().enumerate();
         let refused = attempted.find_map(|(index, attempt)| Some((index, attempt.make().err()?)));
@@ -75,7 +73,7 @@ impl<'a> Load<'a> {
             },
         };
         let back = self.attempts[..made].iter_mut().rev();
-        // Each is tried: one that fails must not keep the others.
+        // Roll back all of them, even if one fails.
         let back: Vec<_> = back.map(|attempt| attempt.take_back()).collect();
         Err(told_with(error, back.into_iter().collect()))
     }
@@ -87,28 +85,28 @@ impl fmt::Debug for Load<'_> {
     }
 }
 
-/// `error`, and that the state before is lost if `back` is an error.
+/// `error`, extended with a note that the previous state is lost if `back` is an error.
 fn told_with(error: Error, back: Result<()>) -> Error {
     match (error, back) {
         (Error::Driver { call, code, reason }, Err(second)) => Error::Driver {
             call,
             code,
-            reason: format!("{reason}; the state before could not be put back: {second}"),
+            reason: format!("{reason}; the previous state could not be restored: {second}"),
         },
         (error, _) => error,
     }
 }
 
-/// Overwrites the elements of each tensor by those beside it, in stream order, and waits until they are
-/// there. No device memory is taken.
+/// Overwrites each tensor with the elements paired with it, in stream order, and waits until they are written.
+/// Allocates no device memory.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for another shape or type, or a tensor that is not contiguous;
-/// [`Error::Driver`] if the driver refuses. All tensors are then as before; if writing the old elements back
-/// fails as well, the error says so.
+/// [`Error::InvalidArgument`] for a different shape or type, or a tensor that is not contiguous;
+/// [`Error::Driver`] if the driver refuses. All tensors are then unchanged; if writing the old elements back fails as
+/// well, the error says so.
 ///
-/// Tensors that keep a [version](Tensor::version) have one and the same afterwards: so it shows that their elements
-/// belong together. Where the old elements were written back, they have the versions from before.
+/// Afterwards, all tensors that keep a [version](Tensor::version) have the same one, which shows that their elements
+/// belong together. If the old elements were written back, the tensors have their old versions.
 fn overwrite(writes: &[(Tensor, HostTensor)]) -> Result<()> {
     for (tensor, elements) in writes {
         if !tensor.is_contiguous() {

@@ -22,7 +22,7 @@ impl Tensor {
     /// A tensor with undefined contents.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a shape that cannot be; [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] for an invalid shape; [`Error::OutOfMemory`].
     pub fn uninit(context: &Context, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
         let layout = Layout::dense(shape.into())?;
         let Some(bytes) = dtype.bytes_for(layout.elements() as u64) else {
@@ -38,7 +38,7 @@ impl Tensor {
         })
     }
 
-    /// All elements of `buffer`, in the given shape and type, which it has room for.
+    /// A tensor over the start of `buffer`, which must be large enough for `layout`.
     #[cfg(feature = "cuda")]
     pub(super) fn over(buffer: Buffer, layout: Layout, dtype: DType) -> Self {
         Self {
@@ -48,7 +48,7 @@ impl Tensor {
         }
     }
 
-    /// The memory below; `None` if another tensor shares it.
+    /// The tensor's buffer; `None` if another tensor shares it.
     #[cfg(feature = "cuda")]
     pub(super) fn into_buffer(self) -> Option<Buffer> {
         Arc::into_inner(self.buffer)
@@ -86,7 +86,7 @@ impl Tensor {
         self.layout.shape()
     }
 
-    /// Distance between neighbors in each dimension, in elements.
+    /// Distance between adjacent elements in each dimension, in elements.
     #[must_use]
     pub fn strides(&self) -> &[usize] {
         self.layout.strides()
@@ -122,7 +122,7 @@ impl Tensor {
         self.buffer.context()
     }
 
-    /// The memory below, shared with clones and views.
+    /// The tensor's buffer, shared with clones and views.
     #[must_use]
     pub fn buffer(&self) -> &Arc<Buffer> {
         &self.buffer
@@ -134,18 +134,18 @@ impl Tensor {
         self.buffer.ptr().offset(self.start_byte())
     }
 
-    /// Place of the first element in the buffer.
+    /// Byte offset of the first element in the buffer.
     pub(super) fn start_byte(&self) -> u64 {
         self.layout.offset() as u64 * (self.dtype.bits() / 8)
     }
 
-    /// Whether the elements stand one after another in index order.
+    /// Whether the elements are contiguous in index order.
     #[must_use]
     pub fn is_contiguous(&self) -> bool {
         self.layout.is_contiguous()
     }
 
-    /// Whether both tensors show the same memory in the same way.
+    /// Whether both tensors are the same view of the same memory.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.buffer, &other.buffer)
@@ -156,7 +156,7 @@ impl Tensor {
     /// The same elements under another shape; shares the memory.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the counts differ or this is a view out of order.
+    /// [`Error::InvalidArgument`] if the counts differ or the tensor is not contiguous.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
         Ok(self.view(self.layout.reshape(shape.into())?))
     }
@@ -188,7 +188,7 @@ impl Tensor {
     /// The elements as a kernel argument.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if they do not stand one after another.
+    /// [`Error::InvalidArgument`] if the tensor is not contiguous.
     pub(crate) fn span(&self) -> Result<Span> {
         if !self.is_contiguous() {
             let reason = format!("a view of strides {:?} is not contiguous", self.strides());
@@ -197,11 +197,12 @@ impl Tensor {
         Ok(self.storage_span())
     }
 
-    /// Everything from the first element to the last, gaps included, as a kernel argument.
+    /// Everything from the first element to the last, including gaps, as a kernel argument.
     #[must_use]
     pub(crate) fn storage_span(&self) -> Span {
         if self.is_contiguous() {
-            // Kernels use their arguments throughout; of gaps there may be more than of elements.
+            // Kernels use all of a contiguous argument. A view with gaps may have more gaps than elements, so it is
+            // not announced.
             let element = self.dtype.bits() / 8;
             let [start, bytes] =
                 [self.layout.offset(), self.layout.extent()].map(|count| count as u64 * element);
@@ -210,8 +211,8 @@ impl Tensor {
         self.place()
     }
 
-    /// [`storage_span`](Self::storage_span) to compare with others, or for a kernel that picks a few of the
-    /// elements: what it does not use is to cost nothing.
+    /// [`storage_span`](Self::storage_span) without announcing it to the driver: for comparisons, or for a kernel that
+    /// uses only a few of the elements.
     #[must_use]
     pub(crate) fn place(&self) -> Span {
         self.buffer

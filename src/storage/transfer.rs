@@ -9,7 +9,7 @@ impl Tensor {
     /// A tensor with the elements of `values`, which may be reused as soon as this returns.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `values` has not as many elements as `shape`;
+    /// [`Error::InvalidArgument`] if `values` does not have as many elements as `shape`;
     /// [`Error::OutOfMemory`]; [`Error::Driver`] if the copy cannot be enqueued.
     pub fn from_slice<T: Element>(
         context: &Context,
@@ -26,10 +26,10 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Overwrites the elements with `values`, in stream order. Values may be reused when this returns.
+    /// Overwrites the elements with `values`, in stream order. `values` may be reused as soon as this returns.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if type or count differ; otherwise as [`copy_from`](Self::copy_from).
+    /// [`Error::InvalidArgument`] if the type or the count differs; otherwise as [`copy_from`](Self::copy_from).
     pub fn copy_from_slice<T: Element>(&self, values: &[T]) -> Result<()> {
         self.expect_dtype("copy_from_slice", T::DTYPE)?;
         if self.is_contiguous() && self.len() == values.len() {
@@ -41,11 +41,10 @@ impl Tensor {
     }
 
     /// Overwrites the elements with the first bytes of `source`, in stream order, in index order and the
-    /// host's byte order. The host goes on at once; `source` may be dropped, and looking at its bytes waits
-    /// for the copy.
+    /// host's byte order. Does not wait for the copy. `source` may be dropped; accessing its bytes waits for the copy.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `source` is shorter than the elements or cannot be reached;
+    /// [`Error::InvalidArgument`] if `source` is shorter than the elements or is on another platform;
     /// [`Error::Capturing`] during a capture, with nothing enqueued; [`Error::OutOfMemory`] for a tensor
     /// that is not contiguous; [`Error::Driver`] if the copy cannot be enqueued.
     pub fn copy_from_pinned(&self, source: &mut PinnedBlock) -> Result<()> {
@@ -59,7 +58,7 @@ impl Tensor {
     }
 
     /// Copies the elements to the start of `destination`, in stream order, in index order and the host's
-    /// byte order. The host goes on at once; looking at the bytes of `destination` waits for the copy.
+    /// byte order. Does not wait for the copy; accessing the bytes of `destination` does.
     ///
     /// # Errors
     /// As [`copy_from_pinned`](Self::copy_from_pinned).
@@ -74,7 +73,7 @@ impl Tensor {
     /// The elements in index order. Blocks until the stream has computed them.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `T` is not the element type; [`Error::Driver`] if work before failed.
+    /// [`Error::InvalidArgument`] if `T` is not the element type; [`Error::Driver`] if earlier work failed.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         self.expect_dtype("to_vec", T::DTYPE)?;
         let dense = self.contiguous()?;
@@ -88,7 +87,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if there is not exactly one element, or `T` is not its type;
-    /// [`Error::Driver`] if work before failed.
+    /// [`Error::Driver`] if earlier work failed.
     pub fn item<T: Element>(&self) -> Result<T> {
         if self.len() != 1 {
             return Err(Error::argument(
@@ -99,11 +98,11 @@ impl Tensor {
         Ok(self.to_vec()?[0])
     }
 
-    /// A copy on another stream, or on another device of the same driver. It is made in order with both
-    /// streams: after everything enqueued for this tensor so far, before anything enqueued later.
+    /// A copy on another stream, or on another device of the same platform. The copy is ordered with both streams: it
+    /// runs after everything enqueued for this tensor so far, and before anything enqueued later.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the devices do not understand each other; [`Error::OutOfMemory`];
+    /// [`Error::InvalidArgument`] if the devices are on different platforms; [`Error::OutOfMemory`];
     /// [`Error::Driver`] if the copy cannot be enqueued.
     pub fn copy_to(&self, context: &Context) -> Result<Self> {
         let (to, from) = (context.device(), self.context().device());
@@ -120,7 +119,7 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// Bytes of all elements, for which `pinned` must have room.
+    /// The size of all elements in bytes; an error if `pinned` is smaller.
     fn expect_room(&self, op: &'static str, pinned: &PinnedBlock) -> Result<u64> {
         let bytes = self.len() as u64 * (self.dtype().bits() / 8);
         if bytes <= pinned.bytes() {

@@ -1,9 +1,9 @@
-//! A number that changes when memory is written: how a copy made earlier is known to be stale.
+//! Versions: numbers that change when memory is written, so that stale copies can be detected.
 //!
-//! Memory has no version until someone asks for one to be kept, as parameters do. A version is kept for the range of
-//! bytes of the tensor that asked: weights that are views of one flat buffer have one each, and writing one leaves those
-//! of the others alone. Versions are moments of one clock, so no two writes in a process leave the same one, whatever
-//! the address, and of two the larger was written later.
+//! Memory has a version only on request, which parameters make. A version covers the byte range of the tensor that
+//! requested it. So weights that are views of one flat buffer have a version each, and writing one does not change the
+//! versions of the others. All versions come from one process-wide clock: every write gets a new version, whatever its
+//! address, and the larger of two versions is the later write.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,38 +13,38 @@ use parking_lot::Mutex;
 
 use super::Tensor;
 
-/// A moment later than all before, in the order of this process's calls.
+/// The next tick of the version clock, larger than all before.
 pub(crate) fn moment() -> u64 {
     static CLOCK: AtomicU64 = AtomicU64::new(1);
-    // Relaxed: who hands a tensor or a parameter to another thread orders what was done to it before.
+    // Relaxed: handing a tensor or parameter to another thread already orders earlier operations on it.
     CLOCK.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The versions kept of a buffer.
+/// The versions kept for a buffer.
 #[derive(Debug, Default)]
 pub(super) struct Version {
-    /// Whether there are any. Most buffers have none, and a write of them costs one load.
+    /// Whether there are any. Most buffers have none; a write to those costs one load.
     is_kept: AtomicBool,
     kept: Mutex<Kept>,
 }
 
 #[derive(Debug, Default)]
 struct Kept {
-    /// Of the whole buffer, for views that none is kept for.
+    /// The version of the whole buffer, for views without a version of their own.
     whole: u64,
-    /// By where they begin and end.
+    /// The versions of byte ranges.
     parts: BTreeMap<Bytes, u64>,
     /// Whether two of the parts share bytes.
     overlap: bool,
 }
 
-/// Where a range of bytes begins and ends.
+/// Start and end of a range of bytes.
 type Bytes = (u64, u64);
 
 impl Kept {
     fn add(&mut self, bytes: Bytes) {
         if self.parts.contains_key(&bytes) {
-            // A version that is kept already stays: nothing was written.
+            // Keep the existing version: nothing was written.
             return;
         }
         let version = moment();
@@ -61,14 +61,14 @@ impl Kept {
     fn advance(&mut self, bytes: Bytes) {
         let version = moment();
         self.whole = version;
-        // Also a part without elements, which shares no bytes with any other.
+        // Includes an empty part, which the search for overlaps below would miss.
         if let Some(part) = self.parts.get_mut(&bytes) {
             *part = version;
         }
         if bytes.0 == bytes.1 {
             return;
         }
-        // Of parts that share no bytes, only the last that begins before can reach into these.
+        // If the parts are disjoint, only the last one that starts before `bytes` can reach into it.
         let before = self.parts.range(..(bytes.0, 0)).next_back();
         let first = match before {
             _ if self.overlap => (0, 0),
@@ -83,7 +83,7 @@ impl Kept {
 }
 
 impl Version {
-    /// Called for every write that goes through this crate, with the bytes that may be written.
+    /// Called for every write through this crate, with the range that may be written.
     pub(super) fn advance(&self, bytes: &Range<u64>) {
         // Relaxed: see `moment`.
         if self.is_kept.load(Ordering::Relaxed) {
@@ -114,28 +114,28 @@ impl Version {
 }
 
 impl Tensor {
-    /// A number that differs after each write to the memory below this tensor, or `None` if none is kept:
-    /// only parameters and what optimizers keep beside them have one. Writes by optimizers and through tensors are seen
-    /// when they are enqueued.
+    /// The version of this tensor's memory: a number that changes with each write, or `None` if no version is kept.
+    /// Only parameters and optimizer state have one. Writes by optimizers and through tensors count when they are
+    /// enqueued.
     #[must_use]
     pub fn version(&self) -> Option<u64> {
         self.buffer().version().get(&self.reach())
     }
 
-    /// Says that the memory below this tensor is written by work enqueued since, in a way that this crate
-    /// does not see: a kernel or a captured graph of the caller's. Copies kept of a weight, as autocast scopes and
-    /// optimizers with master weights do, are then made anew.
+    /// Tells this crate that the caller's own work, a kernel or a captured graph, has written this tensor's memory.
+    /// Cached copies of a weight, such as those of autocast scopes and of optimizers with master weights, are then
+    /// refreshed.
     pub fn mark_written(&self) {
         self.buffer().version().advance(&self.reach());
     }
 
-    /// Begins to keep a version.
+    /// Starts keeping a version for this tensor.
     pub(crate) fn keep_version(&self) {
         self.buffer().version().keep(&self.reach());
     }
 
-    /// Gives the elements the version `version`, if one is kept for just these: they are what they were, or belong
-    /// to what else has this version.
+    /// Sets the version, if one is kept for exactly these bytes: to restore the earlier version with the earlier
+    /// elements, or to give the same version to tensors that belong together.
     pub(crate) fn set_version(&self, version: u64) {
         self.buffer().version().set(&self.reach(), version);
     }
@@ -183,12 +183,12 @@ mod tests {
             let touched: Vec<_> = pairs.map(|(before, after)| *before != after).collect();
             assert_eq!(touched, expected, "{written:?}");
         }
-        // A view that none is kept for goes by the whole buffer.
+        // A view without a version of its own uses that of the whole buffer.
         let other = flat.narrow(0, 1, 1).expect("inside");
         let before = other.version();
         views[2].mark_written();
         assert_ne!(other.version(), before);
-        // Kept for overlapping views as well.
+        // Overlapping views have versions, too.
         other.keep_version();
         let (before, whole) = (other.version(), versions());
         other.mark_written();

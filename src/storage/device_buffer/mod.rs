@@ -1,6 +1,6 @@
 //! Pool memory for code written against cudarc: kernel launches, copies, cuBLAS, cuBLASLt, NCCL.
 //!
-//! Three lines take a program there: a context over a stream of cudarc's, a buffer, a use.
+//! A program needs three lines: a context over a cudarc stream, a buffer, and a use.
 //!
 //! ```no_run
 //! # fn program(
@@ -21,27 +21,25 @@
 //! ```
 //!
 //! # Ordering
-//! A buffer may be used on every stream of cudarc's, and is freed in order with its context's stream, its
-//! *home*. A use on another stream begins behind what home was given so far, and its end is marked with an
-//! event when the guard that stands for it (cudarc's `SyncOnDrop`, or [`InUse`]) is dropped. What waits for
-//! that mark: later uses on any stream, unless both only read; and the memory, when the buffer is dropped. Home
-//! itself is not held up by the drop.
+//! A buffer can be used on every cudarc stream, and is freed in order with its context's stream, its *home*. A use on
+//! another stream starts after everything enqueued on home so far. Its end is marked with an event when its guard
+//! (cudarc's `SyncOnDrop`, or [`InUse`]) is dropped. Later uses on any stream wait for that mark, unless both uses only
+//! read. After the buffer is dropped, the memory waits for it, too; the drop does not delay home itself.
 //!
-//! Every stream of use has an event of its own, so that several streams may read at once and none is
-//! forgotten. With the event goes the part that the stream has used since the buffer was made: uses of parts
-//! that share nothing, [views](DeviceView) of one buffer, do not wait for each other. While cudarc tracks no events (`disable_event_tracking`, as captures need), nothing is ordered or
-//! marked here either: that is what its caller promised to do.
+//! Every stream of use has its own event, so that several streams can read at once and every use is tracked. Along with
+//! the event, the range of elements that the stream has used so far is recorded: uses of disjoint parts,
+//! [views](DeviceView) of one buffer, do not wait for each other. While cudarc's event tracking is off
+//! (`disable_event_tracking`, which captures need), this module neither orders nor marks uses: ordering is then the
+//! caller's duty.
 //!
-//! A kernel launch does not tell its arguments the stream, so a buffer is no argument by itself:
-//! [`on`](DeviceBuffer::on) and [`on_mut`](DeviceBuffer::on_mut) name it. Errors of a guard come out of the
-//! next call of cudarc's on its context, as its own do.
+//! A kernel launch does not tell its arguments which stream it runs on, so a buffer cannot be an argument itself:
+//! [`on`](DeviceBuffer::on) and [`on_mut`](DeviceBuffer::on_mut) name the stream. The next cudarc call on the context
+//! reports a guard's errors, as it does for cudarc's own guards.
 //!
-//! Code map: here, the buffer and its way from and to tensors; `uses`, who used which part; `view`, parts.
+//! Code map: this file (the buffer, and conversions from and to tensors); `uses` (which streams used which parts);
+//! `view` (views of parts).
 
-#![allow(
-    unsafe_code,
-    reason = "passing a kernel argument is an unsafe trait of cudarc's"
-)]
+#![allow(unsafe_code, reason = "cudarc's trait for kernel arguments is unsafe")]
 
 mod uses;
 mod view;
@@ -71,19 +69,19 @@ use crate::memory::Pool;
 #[derive(Debug)]
 pub(super) struct Shared {
     home: Arc<CudaStream>,
-    /// A stream that is given nothing but waits: for the ends of uses, when a buffer is dropped before them.
-    /// The memory then waits for this stream, and home does not.
+    /// A stream for waits only. When a buffer is dropped before its uses end, this stream waits for their ends, and the
+    /// memory waits for this stream. Home does not wait.
     relay: Arc<CudaStream>,
     relay_stream: Stream,
 }
 
 impl Context {
-    /// A context on a stream of cudarc's, with memory from `pool`: the one [`DeviceBuffer`] needs. It keeps the
-    /// stream alive, and makes one more for waits.
+    /// A context on a cudarc stream, with memory from `pool`, as [`DeviceBuffer`] requires. It keeps the stream alive,
+    /// and creates a second stream for waits.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the pool is not of the stream's CUDA device, for the per-thread default stream, and
-    /// if the device refuses a stream.
+    /// [`Error::Driver`] if the pool is not on the stream's CUDA device, for the per-thread default stream, or if the
+    /// device refuses to create a stream.
     pub fn on_cuda_stream(pool: &Pool, stream: &Arc<CudaStream>) -> Result<Self> {
         let home = share_stream(pool.device(), stream)?;
         let refused = |error: DriverError| Error::Driver {
@@ -105,12 +103,13 @@ impl Context {
 
 /// cudarc's side of `context`, if it has one.
 fn shared_of(op: &'static str, context: &Context) -> Result<Arc<Shared>> {
-    let reason = "the context's stream is not cudarc's: make it by Context::on_cuda_stream";
+    let reason =
+        "the context's stream is not cudarc's: make the context with Context::on_cuda_stream";
     let shared = context.shared.clone();
     shared.ok_or_else(|| Error::argument(op, reason))
 }
 
-/// `len` elements of pool memory, for use through cudarc. See the [module](super) for what orders its uses.
+/// `len` elements of pool memory, for use through cudarc. The [module](super) says how uses are ordered.
 pub struct DeviceBuffer<T> {
     shared: Arc<Shared>,
     buffer: Buffer,
@@ -123,8 +122,8 @@ impl<T: Pod> DeviceBuffer<T> {
     /// `len` elements with undefined contents. An empty buffer has the address 0.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `context` was not made by [`Context::on_cuda_stream`], and for more bytes
-    /// than can be counted; [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] if `context` was not made by [`Context::on_cuda_stream`], or if the size in bytes
+    /// overflows; [`Error::OutOfMemory`].
     pub fn uninit(context: &Context, len: usize) -> Result<Self> {
         Self::with(context, len, Buffer::uninit)
     }
@@ -157,7 +156,7 @@ impl<T: Pod> DeviceBuffer<T> {
 }
 
 impl<T> DeviceBuffer<T> {
-    /// The memory below. What is enqueued for it by other ways than this type's is not ordered with its uses.
+    /// The underlying memory. Work enqueued on it other than through this type is not ordered with its uses.
     #[must_use]
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
@@ -188,12 +187,12 @@ impl<T> DeviceBuffer<T> {
         }
     }
 
-    /// Where an element is.
+    /// The address of an element.
     fn address(&self, index: usize) -> CUdeviceptr {
         self.buffer.ptr().0 + index as u64 * size_of::<T>() as u64
     }
 
-    /// Orders a use of a part on `stream` behind what it must follow, and gives the guard that marks its end.
+    /// Orders a use of a part on `stream` after everything it must follow, and returns the guard that marks its end.
     fn begin<'a>(
         &'a self,
         part: Range<usize>,
@@ -215,7 +214,7 @@ impl<T> DeviceBuffer<T> {
         }
         context.record_err(stream.join(home));
         match self.uses.on(stream) {
-            // Before cudarc knows of a second stream, it passes over marks.
+            // cudarc ignores marks until it knows of a second stream.
             Ok(usage) if context.is_managing_stream_synchronization() => {
                 usage.add(&part, access);
                 SyncOnDrop::Record(Some((usage.end(), stream)))
@@ -230,12 +229,12 @@ impl<T> DeviceBuffer<T> {
 }
 
 impl<T: Element> DeviceBuffer<T> {
-    /// The elements of a tensor, without a copy; its context's stream is home. What was enqueued for the tensor
-    /// comes before what the buffer is used for.
+    /// Converts a tensor without a copy; its context's stream becomes home. Work enqueued for the tensor runs before
+    /// the buffer's uses.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the tensor's context was not made by [`Context::on_cuda_stream`], for
-    /// another element type, for a view of a part or out of order, and if a clone or view shares the memory.
+    /// [`Error::InvalidArgument`] if the tensor's context was not made by [`Context::on_cuda_stream`], if its element
+    /// type differs, if it is a partial or non-contiguous view, or if a clone or view shares the memory.
     /// The tensor is dropped then.
     pub fn from_tensor(tensor: Tensor) -> Result<Self> {
         const OP: &str = "from_tensor";
@@ -245,7 +244,7 @@ impl<T: Element> DeviceBuffer<T> {
             return Err(Error::argument(OP, reason));
         }
         if !tensor.is_contiguous() || tensor.layout().offset() != 0 {
-            let reason = "a view that is not the first elements of its memory, one after another";
+            let reason = "the tensor is a view that is not contiguous or does not start at the first element";
             return Err(Error::argument(OP, reason));
         }
         let len = tensor.len();
@@ -261,10 +260,11 @@ impl<T: Element> DeviceBuffer<T> {
         })
     }
 
-    /// The elements as a tensor of this shape, without a copy: its work goes to home, behind every use so far.
+    /// Converts the buffer to a tensor of this shape without a copy. The tensor's work runs on home, after every use so
+    /// far.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the shape has another number of elements; [`Error::Driver`] if home cannot
+    /// [`Error::InvalidArgument`] if the shape has a different number of elements; [`Error::Driver`] if home cannot
     /// be made to wait. The buffer is dropped then.
     pub fn into_tensor(mut self, shape: impl Into<Shape>) -> Result<Tensor> {
         const OP: &str = "into_tensor";
@@ -305,8 +305,8 @@ impl<T> Drop for DeviceBuffer<T> {
             }
             match relay.wait(usage.end()) {
                 Ok(()) => is_held = true,
-                // The memory must not be had before the use is over: where the device cannot be made to wait,
-                // the host has to.
+                // The memory must not be reused before the use is over: if the device cannot be made to wait, the
+                // host must.
                 Err(_) => context.record_err(usage.end().synchronize()),
             }
         }
@@ -351,8 +351,8 @@ impl<T> fmt::Debug for DeviceBuffer<T> {
     }
 }
 
-/// A use of a [`DeviceBuffer`], or of a part of one, on one stream. Its end is marked when this is dropped, so keep it until the
-/// launch that it is an argument of.
+/// A use of a [`DeviceBuffer`], or of a part of one, on one stream. Dropping it marks the end of the use, so keep it
+/// until the launch that takes it as an argument.
 #[derive(Debug)]
 pub struct InUse<'a, T> {
     ptr: CUdeviceptr,
@@ -360,8 +360,8 @@ pub struct InUse<'a, T> {
     marker: PhantomData<fn() -> T>,
 }
 
-// SAFETY: what is pushed is the address of the first element of the part, as for cudarc's own slices, at a place that
-// outlives the launch.
+// SAFETY: pushes the address of the part's first element, as cudarc's own slices do, from a place that outlives the
+// launch.
 unsafe impl<'a, 'b: 'a, 'c: 'b, T> PushKernelArg<&'b InUse<'c, T>> for LaunchArgs<'a> {
     #[inline(always)]
     fn arg(&mut self, arg: &'b InUse<'c, T>) -> &mut Self {

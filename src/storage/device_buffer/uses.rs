@@ -1,6 +1,6 @@
-//! Which streams used a buffer, which part of it, and where each use ends.
+//! Records which streams used a buffer, which parts they used, and the end of each stream's last use.
 //!
-//! Home is not among them: its order is the buffer's own.
+//! The home stream is not recorded, because the buffer itself is ordered with it.
 //!
 //! Must not know: what memory is used, who waits.
 
@@ -11,14 +11,14 @@ use std::thread::{self, ThreadId};
 
 use cudarc::driver::{CudaEvent, CudaStream, DriverError};
 
-/// What a use does.
+/// Whether a use reads or writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
     Read,
     Write,
 }
 
-/// A stream, as cudarc names it: context, handle, and for the per-thread default stream the thread.
+/// Identifies a cudarc stream: context, handle, and, for the per-thread default stream, the thread.
 type Name = (usize, usize, Option<ThreadId>);
 
 fn name(stream: &CudaStream) -> Name {
@@ -27,7 +27,7 @@ fn name(stream: &CudaStream) -> Name {
     (stream.context().cu_ctx().addr(), handle, per_thread)
 }
 
-/// Streams other than home that used a buffer: a list that only grows, so that events can be lent from it.
+/// The streams other than home that used a buffer: a list that only grows, so that it can lend out its events.
 #[derive(Default)]
 pub(super) struct Uses(OnceLock<Box<Use>>);
 
@@ -35,10 +35,10 @@ pub(super) struct Uses(OnceLock<Box<Use>>);
 pub(super) struct Use {
     stream: Name,
     has_written: AtomicBool,
-    /// The elements from the first to the last that it used.
+    /// The range of elements from the first to the last used.
     first: AtomicUsize,
     end_of_last: AtomicUsize,
-    /// The end of the last use. Marks nothing before the first one ends.
+    /// The end of the last use. Marks nothing until the first use ends.
     end: CudaEvent,
     next: Uses,
 }
@@ -49,16 +49,16 @@ impl Use {
         &self.end
     }
 
-    /// Whether a use of `part` has to come behind this one: they share elements, and one of them writes.
+    /// Whether a use of `part` has to wait for this stream's uses: they share elements, and one of them writes.
     pub(super) fn is_before(&self, part: &Range<usize>, access: Access) -> bool {
-        // Acquire, here and below: pairs with the Release in `add`. A use that another thread adds at the same
-        // time is of a part that the borrow of this one excludes, or both read.
+        // Acquire, here and below: pairs with the Release in `add`. If another thread adds a use at the same time,
+        // the borrow rules guarantee that it is of another part, or that both only read.
         let first = self.first.load(Ordering::Acquire);
         let is_shared = first < part.end && part.start < self.end_of_last.load(Ordering::Acquire);
         is_shared && (access == Access::Write || self.has_written.load(Ordering::Acquire))
     }
 
-    /// Notes a use.
+    /// Records a use.
     pub(super) fn add(&self, part: &Range<usize>, access: Access) {
         if access == Access::Write {
             self.has_written.store(true, Ordering::Release);
@@ -74,7 +74,7 @@ impl Uses {
         std::iter::successors(first, |usage| usage.next.0.get()).map(|usage| &**usage)
     }
 
-    /// The entry of `stream`, made if there is none.
+    /// The entry of `stream`, created if there is none.
     pub(super) fn on(&self, stream: &CudaStream) -> Result<&Use, DriverError> {
         let wanted = name(stream);
         let mut place = self;
@@ -90,12 +90,12 @@ impl Uses {
                         end: stream.context().new_event(None)?,
                         next: Self::default(),
                     });
-                    // Another thread may have been faster: then its entry counts, and the walk goes on.
+                    // Another thread may have been faster: then its entry stays, and the loop continues.
                     place.0.get_or_init(|| new)
                 }
             };
             if usage.stream == wanted {
-                // A stream that is gone may have left its handle to this one.
+                // A destroyed stream may have had the same handle, so wait for its last use.
                 stream.wait(&usage.end)?;
                 return Ok(usage);
             }

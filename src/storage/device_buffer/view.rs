@@ -1,7 +1,7 @@
-//! Parts of a buffer, for use through cudarc as the whole: launches, copies, library calls.
+//! Views of part of a buffer, which cudarc's launches, copies and library calls accept like the whole buffer.
 //!
-//! A view borrows its buffer, and its uses are the buffer's, noted with the part they are of. Views that do not
-//! overlap, as of [`split_at_mut`](DeviceBuffer::split_at_mut), may be used on two streams at once.
+//! A view borrows its buffer. A use of a view is recorded on the buffer, together with the part used. Views that do not
+//! overlap, such as those of [`split_at_mut`](DeviceBuffer::split_at_mut), can be used on two streams at once.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,20 +14,20 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDro
 use super::uses::Access;
 use super::{DeviceBuffer, InUse};
 
-/// Elements of a [`DeviceBuffer`], to read.
+/// A read-only view of part of a [`DeviceBuffer`].
 pub struct DeviceView<'b, T> {
     buffer: &'b DeviceBuffer<T>,
     part: Range<usize>,
 }
 
-/// Elements of a [`DeviceBuffer`] that nobody else can name meanwhile.
+/// An exclusive view of part of a [`DeviceBuffer`].
 pub struct DeviceViewMut<'b, T> {
     buffer: &'b DeviceBuffer<T>,
     part: Range<usize>,
     marker: PhantomData<&'b mut T>,
 }
 
-/// The part of `whole` that `range` names, counted from its start; `None` if it is not in there.
+/// The part of `whole` that `range`, relative to the start of `whole`, selects; `None` if it is out of bounds.
 fn part_of(whole: &Range<usize>, range: impl RangeBounds<usize>) -> Option<Range<usize>> {
     let from = match range.start_bound() {
         Bound::Included(&from) => from,
@@ -43,21 +43,21 @@ fn part_of(whole: &Range<usize>, range: impl RangeBounds<usize>) -> Option<Range
 }
 
 impl<T> DeviceBuffer<T> {
-    /// The elements of `range`, to read; `None` if they are not all there.
+    /// A read-only view of the elements in `range`; `None` if it is out of bounds.
     #[must_use]
     pub fn slice(&self, range: impl RangeBounds<usize>) -> Option<DeviceView<'_, T>> {
         let part = part_of(&(0..self.len), range)?;
         Some(DeviceView { buffer: self, part })
     }
 
-    /// The elements of `range`; `None` if they are not all there.
+    /// An exclusive view of the elements in `range`; `None` if it is out of bounds.
     #[must_use]
     pub fn slice_mut(&mut self, range: impl RangeBounds<usize>) -> Option<DeviceViewMut<'_, T>> {
         let part = part_of(&(0..self.len), range)?;
         Some(DeviceViewMut::new(self, part))
     }
 
-    /// The elements before `middle` and the others; `None` if there are fewer.
+    /// Splits the buffer at index `middle`; `None` if it is out of bounds.
     #[must_use]
     pub fn split_at_mut(
         &mut self,
@@ -73,7 +73,7 @@ impl<T> DeviceBuffer<T> {
 }
 
 impl<'b, T> DeviceView<'b, T> {
-    /// The elements of `range` among these; `None` if they are not all there.
+    /// A view of the elements in `range` of this view; `None` if it is out of bounds.
     #[must_use]
     pub fn slice(&self, range: impl RangeBounds<usize>) -> Option<DeviceView<'b, T>> {
         let part = part_of(&self.part, range)?;
@@ -98,7 +98,7 @@ impl<'b, T> DeviceViewMut<'b, T> {
         }
     }
 
-    /// The elements of `range` among these, to read; `None` if they are not all there.
+    /// A read-only view of the elements in `range` of this view; `None` if it is out of bounds.
     #[must_use]
     pub fn slice(&self, range: impl RangeBounds<usize>) -> Option<DeviceView<'_, T>> {
         let part = part_of(&self.part, range)?;
@@ -106,7 +106,7 @@ impl<'b, T> DeviceViewMut<'b, T> {
         Some(DeviceView { buffer, part })
     }
 
-    /// The elements of `range` among these; `None` if they are not all there.
+    /// An exclusive view of the elements in `range` of this view; `None` if it is out of bounds.
     #[must_use]
     pub fn slice_mut(&mut self, range: impl RangeBounds<usize>) -> Option<DeviceViewMut<'_, T>> {
         let part = part_of(&self.part, range)?;
@@ -128,7 +128,7 @@ impl<'b, T> DeviceViewMut<'b, T> {
     }
 }
 
-/// What both kinds of views are for reading.
+/// Implements cudarc's traits for reading, for both kinds of views.
 macro_rules! readable {
     ($view:ident) => {
         impl<T> DeviceSlice<T> for $view<'_, T> {
