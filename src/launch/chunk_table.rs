@@ -1,19 +1,19 @@
-//! Tables of chunks: any number of tensors, of any element types, as one launch.
+//! Tables of chunks, which let one launch process any number of tensors of any element types.
 //!
-//! A *row* names the same elements of one tensor in up to [`MAX_COLUMNS`] places: a gradient alone, or a
-//! weight with its gradient and its optimizer state. A *chunk* is at most [`CHUNK_ELEMENTS`] of a row, the
-//! share of one thread block or rayon task. [`ChunkList`] is built on the host from spans and checked there;
-//! [`ChunkList::upload`] writes it to device memory as a [`ChunkTable`], which kernels read. Uploading takes
-//! one copy, so callers keep a table as long as its tensors stay where they are.
+//! A *row* names the same elements of one tensor in up to [`MAX_COLUMNS`] columns: a gradient alone, or a weight with
+//! its gradient and its optimizer state. A *chunk* is a piece of a row, at most [`CHUNK_ELEMENTS`] long: the work of
+//! one thread block or rayon task. [`ChunkList`] is built from spans and checked on the host. [`ChunkList::upload`]
+//! writes it to device memory as a [`ChunkTable`], which kernels read. Uploading takes one copy, so callers keep a
+//! table as long as its tensors stay at their addresses.
 //!
-//! Layout, in 64-bit words: length; offset of the chunk in its tensor, in elements; tensor index in the
-//! upper half and one 4-bit type code a column in the lower; then one address a column, 0 where the row
-//! has none. Behind the chunks, for each tensor the number of its first chunk, and the number of chunks.
-//! Behind that scratch, in which the blocks of a device meet: a word that is 0 between kernels, then four
-//! words a chunk.
+//! Layout of a chunk, in 64-bit words: its length; its offset in its tensor, in elements; the tensor index in the upper
+//! half and a 4-bit type code per column in the lower; then one address per column, 0 if the row has no entry there.
+//! After the chunks: for each tensor the number of its first chunk, then the number of chunks. After that, scratch
+//! through which the blocks of a device combine their results: a word that is 0 between kernels, then four words per
+//! chunk.
 //!
-//! Invariants: the chunks of a list share no bytes (a kernel may write any of them), all lie on one stream,
-//! none is empty, and those of a tensor follow each other, tensors in their order.
+//! Invariants: the chunks of a list share no bytes (a kernel may write any of them), all are on one stream, none is
+//! empty, the chunks of a tensor are consecutive, and tensors are in order.
 
 use crate::driver::{Arguments, DevicePtr, Stream};
 use crate::dtype::DType;
@@ -22,11 +22,11 @@ use crate::launch::Span;
 use crate::launch::device::{push_sizes, push_spans, type_code};
 use crate::units::{StreamId, to_usize};
 
-/// Most places in which one row can name its elements.
+/// The most columns of a row.
 pub(crate) const MAX_COLUMNS: usize = 6;
 
-/// Most elements of one chunk: enough that its bookkeeping does not show, few enough that one large tensor
-/// still feeds every core.
+/// The most elements of a chunk: enough to make its bookkeeping negligible, few enough that one large tensor still
+/// keeps every core busy.
 pub(crate) const CHUNK_ELEMENTS: usize = 64 * 1024;
 
 const HEAD_WORDS: usize = 3;
@@ -44,7 +44,7 @@ pub(crate) struct ChunkList {
     elements: u64,
     moved: RowBytes,
     words: Vec<u64>,
-    /// First chunk of every tensor up to the last that has a row.
+    /// First chunk of each tensor, up to the last tensor that has a row.
     firsts: Vec<u64>,
     spans: Vec<Span>,
 }
@@ -65,7 +65,7 @@ impl ChunkList {
         }
     }
 
-    /// Removes all rows and keeps the memory. Rows pushed from now on belong to tensors `0..tensors`.
+    /// Removes all rows but keeps their memory for reuse. Rows pushed from now on belong to tensors `0..tensors`.
     pub(crate) fn restart(&mut self, tensors: usize) {
         self.tensors = tensors;
         self.elements = 0;
@@ -85,7 +85,7 @@ impl ChunkList {
         self.words.len() / (HEAD_WORDS + self.columns)
     }
 
-    /// Adds all elements of tensor `tensor`, which lie in one run in each column. Tensors come in their order.
+    /// Adds all elements of tensor `tensor`, contiguous in each column. Tensors must be added in order.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the columns differ in length.
@@ -93,9 +93,9 @@ impl ChunkList {
         self.push_run(tensor, 0, row)
     }
 
-    /// Adds the elements of a strided tensor, of which `span` reaches from the first to the last: one run
-    /// if they fill it in any order, else one for each piece without gaps. For kernels that treat all
-    /// elements alike, so that their order does not matter.
+    /// Adds the elements of a strided tensor. `span` reaches from the first to the last of them. If they fill it, in
+    /// any order, they are one run; otherwise each piece without gaps is a run. For kernels that treat all elements
+    /// alike, so that their order does not matter.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if several indices name one element.
@@ -114,14 +114,14 @@ impl ChunkList {
             Some((&(size, 1), outer)) => (size, outer),
             _ => (1, &dims[..]),
         };
-        // Each dimension must step over everything inside it; with strides in descending order, this is
-        // what keeps two indices from naming one element.
+        // Each dimension must step over everything inside it. With strides in descending order, this ensures that no
+        // two indices name one element.
         let mut inside = run;
         for &(size, stride) in outer.iter().rev() {
             if stride < inside {
                 return Err(Error::argument(
                     self.op,
-                    "a tensor names one element several times",
+                    "several indices of a tensor name the same element",
                 ));
             }
             inside += stride * (size - 1);
@@ -180,13 +180,12 @@ impl ChunkList {
         Ok(())
     }
 
-    /// Writes the list to `words`, device memory of at least [`device_words`](Self::device_words) elements
-    /// of type f64 (the
-    /// 64-bit type that tensors have; only the bits count), in order with `stream`. The table holds for kernels enqueued until `words` is next
-    /// written, which only this method may do.
+    /// Writes the list to `words`, in order with `stream`. `words` is device memory of at least
+    /// [`device_words`](Self::device_words) elements of type f64, the 64-bit type that tensors have; only the bits
+    /// matter. The table is valid for kernels enqueued before `words` is next written, which only this method may do.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if a row lives on another stream, or two rows share bytes.
+    /// [`Error::InvalidArgument`] if a row is on another stream, or two rows share bytes.
     pub(crate) fn upload(&mut self, stream: &Stream, words: &Span) -> Result<ChunkTable> {
         words.check_stream(self.op, stream)?;
         words.check_dtype(self.op, DType::F64)?;
@@ -196,7 +195,7 @@ impl ChunkList {
         self.check_disjoint()?;
         let (rows, chunks) = (self.words.len(), self.chunks() as u64);
         self.words.extend(&self.firsts);
-        // Tensors after the last with a row have none; then the word that is 0 between kernels.
+        // Tensors after the last one with a row have no chunks. Then comes the word that is 0 between kernels.
         self.words.resize(rows + self.tensors + 1, chunks);
         self.words.push(0);
         let destination = words.sub(0, self.words.len());
@@ -245,8 +244,8 @@ impl ChunkList {
     }
 }
 
-/// Dimensions as (size, stride), largest stride first, without those of size 1, and with neighbours joined
-/// that step as one.
+/// Dimensions as (size, stride), largest stride first. Drops those of size 1 and merges adjacent ones that form a
+/// single run of steps.
 fn merged_dims(shape: &[usize], strides: &[usize]) -> Vec<(usize, usize)> {
     let pairs = shape.iter().copied().zip(strides.iter().copied());
     let mut dims: Vec<_> = pairs.filter(|(size, _)| *size > 1).collect();
@@ -261,11 +260,11 @@ fn merged_dims(shape: &[usize], strides: &[usize]) -> Vec<(usize, usize)> {
     merged
 }
 
-/// Bytes of all rows of a table: what kernels over it move.
+/// Bytes of all rows of a table, to compute what kernels over it move.
 #[derive(Clone, Copy, Debug, Default)]
 struct RowBytes {
     columns: [u64; MAX_COLUMNS],
-    /// In the first column, of rows whose elements in the other column are wider.
+    /// For each column, the bytes in the first column of rows whose elements in this column are wider.
     beside: [u64; MAX_COLUMNS],
 }
 
@@ -298,7 +297,7 @@ impl ChunkTable {
         self.columns
     }
 
-    /// Tensors that rows may belong to; some may have no row.
+    /// The number of tensors; some may have no row.
     pub(crate) fn tensors(&self) -> usize {
         self.tensors
     }
@@ -313,7 +312,7 @@ impl ChunkTable {
         self.moved.columns[column]
     }
 
-    /// Bytes in the first column, of rows that have wider elements in column `column`.
+    /// Bytes in the first column of those rows that have wider elements in column `column`.
     pub(crate) fn bytes_beside_wider(&self, column: usize) -> u64 {
         self.moved.beside[column]
     }
@@ -323,7 +322,7 @@ impl ChunkTable {
         self.words.len() / (HEAD_WORDS + self.columns)
     }
 
-    /// Adds the struct by which device code finds the table.
+    /// Adds the struct through which device code finds the table.
     pub(crate) fn push_to(&self, into: &mut Arguments) {
         push_spans(into, &[&self.words]);
         push_sizes(into, &[self.columns, self.chunks_len(), self.tensors]);
@@ -373,12 +372,12 @@ impl Chunk<'_> {
     /// The elements in one column, or `None` if the row has none there.
     ///
     /// # Safety
-    /// The table's rows are live: called from a kernel's `run`, in order of the table's stream.
+    /// The table's rows are live: call this only from a kernel's `run`, in order of the table's stream.
     pub(crate) unsafe fn column(&self, column: usize) -> Option<Span> {
         let ptr = DevicePtr(self.words[HEAD_WORDS + column]);
         let code = (self.words[2] >> (column * TYPE_BITS)) & ((1 << TYPE_BITS) - 1);
         let dtype = DType::ALL[to_usize(code)];
-        // SAFETY: address, length and type are those of a span that `ChunkList` was given, cut down.
+        // SAFETY: address, length and type are those of a part of a span that `ChunkList` was given.
         (ptr.0 != 0).then(|| unsafe { Span::new(ptr, self.len(), dtype, self.stream) })
     }
 }

@@ -1,13 +1,13 @@
-//! Working through spans a chunk at a time, in a type wide enough to compute in.
+//! Processes spans chunk by chunk, in a type wide enough to compute in.
 //!
-//! A twin reads a chunk of each operand into a small buffer of its *compute type* (f32, or f64 as soon as
-//! an operand is f64), works there in plain loops that the compiler vectorizes, and writes the result with
-//! one rounding. The element type is looked at once a chunk, so a twin is compiled for two types, not for
-//! every combination of sixteen. A chunk is read to its end before any of it is written: an output may
-//! therefore be one of the inputs.
+//! A twin reads a chunk of each operand into a small buffer of its *compute type* (f32, or f64 if any operand is f64),
+//! computes there in plain loops that the compiler vectorizes, and writes the result with one rounding. The element
+//! types are matched once per chunk, so a twin is compiled for the two compute types, not for every combination of
+//! element types. A chunk is read completely before any of it is written, so an output may be one of the inputs.
 //!
-//! Chunks start at multiples of [`CHUNK`] whatever the number of threads, so that results do not depend
-//! on it. Must not know: which operation is computed.
+//! Chunks start at multiples of [`CHUNK`] for any number of threads, so results do not depend on that number.
+//!
+//! Must not know: which operation is computed.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
@@ -20,13 +20,13 @@ use crate::driver::Stream;
 use crate::dtype::{DType, Element, bf16, f16};
 use crate::error::{Error, Result};
 
-/// Elements of a chunk: with three f64 buffers 24 KiB, which leaves room in a 32 KiB first-level cache.
+/// Elements of a chunk: three f64 buffers take 24 KiB, which leaves room in a 32 KiB L1 cache.
 pub(super) const CHUNK: usize = 1024;
 
 /// Runs `$body` with `$type` standing for the element type that `$dtype` names.
 ///
-/// In `$body` the type is a concrete one, whose own methods come before those of [`Element`]: `half` has a
-/// `from_f64` that rounds twice. Write `<$type as Element>::from_f64`, or call a generic function.
+/// In `$body` the type is concrete, so its inherent methods take precedence over those of [`Element`], and `half` has
+/// an inherent `from_f64` that rounds twice. Write `<$type as Element>::from_f64`, or call a generic function.
 macro_rules! with_element {
     ($dtype:expr, $type:ident => $body:expr) => {
         match $dtype {
@@ -123,7 +123,7 @@ impl Compute for f64 {
 /// `dst[i] = src[i]`, rounded once, to nearest, ties to even.
 pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
     use DType::{Bf16, F8E4M3, F8E5M2, F16, F32, F64};
-    // The casts of slices only give the compiler names for types that the match has already fixed.
+    // The slice casts are identities: the match has already fixed the types.
     match (S::DTYPE, D::DTYPE) {
         (from, to) if from == to => dst.copy_from_slice(bytemuck::cast_slice(src)),
         (F16, F32) => {
@@ -135,7 +135,7 @@ pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
         }
         (F8E4M3 | F8E5M2, F32) => widen_f8::<f32, S>(bytemuck::cast_slice_mut(dst), src),
         (F32, F8E4M3 | F8E5M2) => narrow_f8::<f32, D>(bytemuck::cast_slice(src), dst),
-        // Through f32, which holds every narrower number, in vectors.
+        // Through f32, which represents every narrower number, so that the loops vectorize.
         (F16 | Bf16 | F8E4M3 | F8E5M2, F64 | F8E4M3 | F8E5M2) | (F8E4M3 | F8E5M2, F16 | Bf16) => {
             let mut single = [0.0f32; 256];
             for (src, dst) in src.chunks(single.len()).zip(dst.chunks_mut(single.len())) {
@@ -164,7 +164,7 @@ pub(super) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
 }
 
 vectorized! {
-    /// Shifts are exact, NaN included.
+    /// A shift is exact, including for NaN.
     fn widen_bf16<C: Compute>(src: &[bf16], dst: &mut [C]) {
         for (to, from) in dst.iter_mut().zip(src) {
             *to = C::from_f32(f32::from_bits(u32::from(from.to_bits()) << 16));
@@ -196,13 +196,13 @@ vectorized! {
     }
 }
 
-/// `value` rounded to nearest, ties to even, without a branch: `half`'s own has one and stays scalar.
+/// `value` rounded to nearest, ties to even, without a branch. `half`'s version has a branch and does not vectorize.
 #[inline]
 fn bf16_nearest(value: f32) -> bf16 {
     let bits = value.to_bits();
-    // Half a unit in the last place, less one bit for an even result, carries into the upper half.
+    // Half a unit in the last place, minus one so that ties round to even, carries into the upper half.
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    // Rounding could carry a NaN into infinity: keep its upper half and make it quiet.
+    // Rounding could turn a NaN into infinity: keep its upper half and make it quiet.
     let quiet = (bits >> 16) | 0x40;
     let kept = if value.is_nan() { quiet } else { rounded };
     #[expect(clippy::cast_possible_truncation, reason = "both have 16 bits left")]
@@ -216,13 +216,13 @@ fn bf16_nearest(value: f32) -> bf16 {
 pub(super) unsafe fn load<C: Compute>(span: &Span, start: usize, into: &mut [C]) {
     let part = span.sub(start, into.len());
     with_element!(part.dtype(), T => {
-        // SAFETY: the caller promises what `slice` asks for; the slice dies with this call.
+        // SAFETY: the caller promises what `slice` requires; the slice does not outlive this call.
         let src = unsafe { part.slice::<T>() };
         convert(src, into);
     });
 }
 
-/// As [`load`], without a copy where the elements are of the compute type: `buffer` is used only for others.
+/// Like [`load`], but without a copy if the elements are of the compute type; `buffer` is used only for other types.
 ///
 /// # Safety
 /// As [`Span::slice`], for these elements, as long as the result lives.
@@ -247,13 +247,13 @@ pub(super) unsafe fn view<'a, C: Compute>(
 pub(super) unsafe fn store<C: Compute>(span: &Span, start: usize, values: &[C]) {
     let part = span.sub(start, values.len());
     with_element!(part.dtype(), T => {
-        // SAFETY: the caller promises what `slice_mut` asks for; the slice dies with this call.
+        // SAFETY: the caller promises what `slice_mut` requires; the slice does not outlive this call.
         let dst = unsafe { part.slice_mut::<T>() };
         convert(values, dst);
     });
 }
 
-/// Calls `body(start, len)` for every chunk of `0..len`, on several threads if there is enough to do.
+/// Calls `body(start, len)` for every chunk of `0..len`, on several threads if there are enough elements.
 pub(super) fn for_chunks(len: usize, body: impl Fn(usize, usize) + Sync) {
     let chunk = |idx: usize| body(idx * CHUNK, CHUNK.min(len - idx * CHUNK));
     let chunks = 0..len.div_ceil(CHUNK);
@@ -275,11 +275,11 @@ pub(super) unsafe fn map<C: Compute>(x: &Span, out: &Span, f: impl Fn(C) -> C + 
     for_chunks(out.len(), |start, len| {
         let mut buffer = [C::default(); CHUNK];
         let values = &mut buffer[..len];
-        // SAFETY: nobody writes these elements of `x` now: the caller keeps others away, and of `out` only
-        // this chunk, which is the same elements, is written by this thread.
+        // SAFETY: nothing writes these elements of `x` now: the caller keeps others away, and if `out` is `x`, only
+        // this thread writes this chunk.
         unsafe { load(x, start, values) };
         apply(values, &f);
-        // SAFETY: chunks are disjoint, so this thread alone touches these elements of `out`.
+        // SAFETY: chunks are disjoint, so only this thread touches these elements of `out`.
         unsafe { store(out, start, values) };
     });
 }
@@ -348,7 +348,7 @@ vectorized! {
 /// As [`Span::slice`], while the call lasts.
 pub(super) unsafe fn load_scalar<C: Compute>(span: &Span) -> C {
     let mut value = [C::default()];
-    // SAFETY: the caller promises what `load` asks for.
+    // SAFETY: the caller promises what `load` requires.
     unsafe { load(span, 0, &mut value) };
     value[0]
 }
@@ -360,12 +360,12 @@ pub(super) fn check_streams(op: &'static str, stream: &Stream, spans: &[&Span]) 
         .try_for_each(|span| span.check_stream(op, stream))
 }
 
-/// Refuses operands that are no floating-point numbers to compute with: integers, and the 8-bit types.
+/// Refuses operands of types that ops do not compute with: integers, and the 8-bit types.
 pub(super) fn check_floats(op: &'static str, spans: &[&Span]) -> Result<()> {
     check_all(op, spans, DType::is_computed)
 }
 
-/// Refuses operands that are no floating-point numbers of any width.
+/// Refuses operands that are not of a floating-point type, of any width.
 pub(super) fn check_convertible(op: &'static str, spans: &[&Span]) -> Result<()> {
     check_all(op, spans, DType::is_float)
 }
@@ -380,7 +380,7 @@ fn check_all(op: &'static str, spans: &[&Span], is_taken: fn(DType) -> bool) -> 
     }
 }
 
-/// The type that sums over elements of `dtype` are given in: f64 for f64, f32 for the narrower.
+/// The type of sums over elements of `dtype`: f64 for f64, f32 for narrower types.
 #[must_use]
 pub const fn sum_dtype(dtype: DType) -> DType {
     match dtype {

@@ -1,11 +1,11 @@
-//! Rows of a table picked by number, and the gradient of the table.
+//! Embedding lookup, and the gradient of the table.
 //!
 //! - `embedding`: `out[r, c] = table[ids[r], c]`, in the type of the table;
-//! - `embedding_backward`: `grad_table[i, c] = Σ grad_out[r, c]` over the rows with `ids[r] = i`, in their
-//!   order, in f64, rounded once. A table row that nobody picked gets 0.
+//! - `embedding_backward`: `grad_table[i, c] = Σ grad_out[r, c]` over the rows with `ids[r] = i`, in order, in f64,
+//!   rounded once. A table row that no id selects gets 0.
 //!
-//! A number that is no row cannot be refused without waiting for the device: it picks a row of NaN, and adds
-//! to no row.
+//! An id out of range cannot be refused without waiting for the device. It selects a row of NaN, and its gradient is
+//! added to no row.
 
 use rayon::prelude::*;
 
@@ -20,9 +20,9 @@ use crate::units::to_usize;
 /// Enqueues `out[r, ·] = table[ids[r], ·]`, for a table of `columns` columns.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for a table or `out` that is not whole rows, one for each of `ids` (u32) in
-/// `out`, for different types, operands of another stream, or that overlap; [`Error::UnsupportedDtype`] for
-/// a table of u32 and 8-bit types.
+/// [`Error::InvalidArgument`] if the table is not whole rows, if `out` does not have one row for each of `ids` (u32),
+/// for different types, operands of another stream, or that overlap; [`Error::UnsupportedDtype`] for a table of u32 or
+/// an 8-bit type.
 pub fn embedding(
     stream: &Stream,
     table: &Span,
@@ -48,7 +48,7 @@ pub fn embedding(
     super::enqueue(stream, kernel)
 }
 
-/// Enqueues the gradient of a table of `columns` columns, given the one by the rows that `ids` picked.
+/// Enqueues the gradient of a table of `columns` columns, given the gradient of the rows that `ids` selected.
 ///
 /// # Errors
 /// As [`embedding`]; types may differ.
@@ -93,7 +93,7 @@ fn check(
     Err(Error::argument(
         op,
         format!(
-            "{} elements picked by {} numbers from {} in {columns} columns do not fit",
+            "{} output elements do not fit {} ids into a table of {} elements in {columns} columns",
             rows.len(),
             ids.len(),
             table.len()
@@ -113,7 +113,7 @@ impl Embedding {
     /// # Safety
     /// As [`Kernel::run`].
     unsafe fn run_as<T: Element>(&self) {
-        // SAFETY: the caller promises that nothing writes the numbers.
+        // SAFETY: the caller promises that nothing writes the ids.
         let ids = unsafe { self.ids.slice::<u32>() };
         // SAFETY: the caller promises that nothing writes the table.
         let table = unsafe { self.table.slice::<T>() };
@@ -183,9 +183,9 @@ impl Kernel for Backward {
 
     unsafe fn run(&self) {
         let columns = self.columns;
-        // SAFETY: the caller promises that nothing writes the numbers.
+        // SAFETY: the caller promises that nothing writes the ids.
         let ids = unsafe { self.ids.slice::<u32>() };
-        // The rows that picked each table row, in their order.
+        // The rows that selected each table row, in order.
         let mut picked = vec![Vec::new(); self.grad_table.len() / columns];
         for (row, id) in ids.iter().enumerate() {
             if let Some(rows) = picked.get_mut(to_usize(u64::from(*id))) {

@@ -1,4 +1,4 @@
-//! One value for every element.
+//! Fills a tensor with one value.
 //!
 //! `dst[i] = value`, any element type; `value` is rounded once (u32 truncates and saturates).
 
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn values_out_of_range() {
         let cases = [
-            // The nearest bf16, not the one that rounding to f32 on the way gives.
+            // The nearest bf16, not the result of rounding to f32 first.
             (
                 DType::Bf16,
                 1.0 + 2f64.powi(-8) + 2f64.powi(-40),

@@ -1,15 +1,15 @@
-//! Gradients that are checked where they are made: a sum, or a conversion, with what a check would find.
+//! Produces gradients, by a sum or a conversion, and checks them in the same pass.
 //!
 //! ```text
 //! sum[i]   = term[i], or sum[i] + term[i], rounded once into its type
-//! partials = what [`gradient_check`](super::gradient_check) finds about sum · inv_scale, chunk by chunk
+//! partials = the findings of [`gradient_check`](super::gradient_check) for sum · inv_scale, chunk by chunk
 //! ```
 //!
-//! [`produce`] is the pass that writes a gradient anyway; [`gather`] adds the partials of all tensors up, which takes
-//! a few words a chunk where a check takes every element. Both go through elements and chunks in the order of a check,
-//! so that norms, counts and flags are the same bits as if the gradients were read once more.
+//! [`produce`] is the pass that has to write the gradient anyway. [`gather`] adds up the partials of all tensors; it
+//! reads a few words per chunk, where a check reads every element. Both process elements and chunks in the order of a
+//! check, so norms, counts and flags are bit-identical to those of a check that reads the gradients again.
 //!
-//! Partials are of squares: a check for another norm must read the gradients.
+//! Partials are sums of squares: a check for another norm must read the gradients.
 //!
 //! Twins: [`Produce`], [`Gather`].
 
@@ -24,7 +24,7 @@ use crate::launch::device::{push_optional, push_sizes, push_spans, push_types};
 use crate::launch::gradient_check::{GradientStats, Partial, check_operand, summarize};
 use crate::launch::{NormKind, PARALLEL_MIN, Span, enqueue};
 
-/// Whether [`produce`] takes a term of this type for a gradient of that: of the same, or of 16 bits for f32.
+/// Whether [`produce`] accepts a term of type `term` for a gradient of type `sum`: the same type, or 16 bits for f32.
 pub(crate) fn can_produce(term: DType, sum: DType) -> bool {
     term == sum && term.is_float() || term.is_half() && sum == DType::F32
 }
@@ -37,17 +37,17 @@ pub(crate) fn partial_words(len: usize) -> usize {
 /// Operands of [`produce`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProduceOperands {
-    /// What is added, or converted: of a type of which [`can_produce`] tells.
+    /// The addend, or the value to convert, of a type that [`can_produce`] accepts.
     pub(crate) term: Span,
     /// The gradient.
     pub(crate) sum: Span,
-    /// f32: what the check multiplies by; 1 if absent.
+    /// f32: the factor that the check multiplies by; 1 if absent.
     pub(crate) inv_scale: Option<Span>,
-    /// f64, [`partial_words`] of them, of which only the bits count.
+    /// f64, [`partial_words`] of them; only the bits matter.
     pub(crate) partials: Span,
 }
 
-/// Enqueues `sum = sum + term`, or `sum = term` unless `add`, and what there is to be found about the result.
+/// Enqueues `sum = sum + term`, or `sum = term` unless `add`, and the check of the result.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the operands do not fit each other, or overlap.
@@ -90,8 +90,8 @@ pub(crate) fn produce(
     )
 }
 
-/// Adds the partials of each tensor up, which are the one column of `table`: writes `stats` of these tensors (of the
-/// others too, as of tensors without elements, unless `keep`), and sets `found_inf` if one is not finite.
+/// Adds up the partials of each tensor, which are the only column of `table`. Writes `stats` of these tensors and sets
+/// `found_inf` if one is not finite. Unless `keep`, writes the stats of all other tensors as if they had no elements.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the operands do not fit each other.
@@ -125,7 +125,7 @@ struct Produce {
 }
 
 impl Produce {
-    /// Makes chunk `index` of the sum, and says what was found.
+    /// Computes chunk `index` of the sum, and returns what the check found.
     fn chunk<C: Compute>(&self, index: usize, inv: C) -> Partial {
         let ProduceOperands { term, sum, .. } = &self.operands;
         let start = index * CHUNK_ELEMENTS;
@@ -144,7 +144,7 @@ impl Produce {
             }
             // SAFETY: as above.
             unsafe { store(sum, start, terms) };
-            // SAFETY: as above, and no slice is alive. What was rounded is what counts.
+            // SAFETY: as above, and no slice is alive. The check must see the rounded values.
             let values = unsafe { view(sum, start, sums) };
             total.add(
                 summarize(values, inv, start as u64, NormKind::L2),

@@ -1,16 +1,15 @@
-//! The scaler's journal: what happened, written by the device and read by the host when someone asks.
+//! The scaler's journal, which the device writes and the host reads on request.
 //!
-//! A step must not wait for the device, so its outcome is not known when it returns. [`record_step`] runs
-//! after it on the device and counts it; if it was skipped, it also copies which gradients were to blame
-//! into a ring, before the next check overwrites them. If it was applied and made weights infinite or NaN, which the
-//! optimizer's kernel counted, it moves those counts into another ring. The scale update counts itself in the same
-//! place.
+//! A step must not wait for the device, so its outcome is not known when it returns. [`record_step`] runs after the
+//! step on the device and counts it. If the step was skipped, it also copies the offending gradients into a ring,
+//! before the next check overwrites them. If the step was applied and made weights infinite or NaN, which the
+//! optimizer's kernel counts, it moves those counts into another ring. The scale update records itself in the journal,
+//! too.
 //!
-//! The journal is one run of f64, which hold counts exactly up to 2⁵³: a head of counters, a ring of the
-//! last [`SCALE_CHANGES`] scale changes, a ring of the last [`OVERFLOWS`] skipped steps, and one of as many steps
-//! that lost weights. Entry k (from 0) of
-//! a ring lies at place k modulo its size, so the counters tell where the newest is, and which were
-//! overwritten. Totals never are.
+//! The journal is an array of f64, which hold counts exactly up to 2⁵³: counters, a ring of the last [`SCALE_CHANGES`]
+//! scale changes, a ring of the last [`OVERFLOWS`] skipped steps, and a ring of as many steps that lost weights. Entry
+//! k (from 0) of a ring is at position k modulo its size, so the counters tell which entry is newest and which were
+//! overwritten. Counters are never overwritten.
 //!
 //! Twin: [`StepRecord`].
 
@@ -30,21 +29,21 @@ pub(crate) const SKIPPED: usize = 1;
 pub(crate) const SKIPPED_IN_A_ROW: usize = 2;
 /// Scale updates.
 pub(crate) const UPDATES: usize = 3;
-/// Updates that made the scale larger because the interval was over.
+/// Updates that raised the scale because the interval was over.
 pub(crate) const GROWTHS: usize = 4;
-/// Updates that saw an overflow, also those that found the scale at its floor.
+/// Updates that saw an overflow, including those that found the scale at its floor.
 pub(crate) const BACKOFFS: usize = 5;
-/// Updates after which the scale was another.
+/// Updates that changed the scale.
 pub(crate) const CHANGES: usize = 6;
 /// Steps skipped with a NaN among the gradients.
 pub(crate) const NAN_STEPS: usize = 7;
 /// Steps skipped with a NaN since the last step without.
 pub(crate) const NAN_IN_A_ROW: usize = 8;
-/// 1 from the first applied step on; 0 again when the scale is set.
+/// 1 from the first applied step on; reset to 0 when the scale is set.
 pub(crate) const CALIBRATED: usize = 9;
-/// The last [`RECENT_STEPS`] steps since then as bits, the newest lowest; 1 for skipped.
+/// The last [`RECENT_STEPS`] steps since then as bits, newest in the lowest bit; 1 means skipped.
 pub(crate) const RECENT_SKIPS: usize = 10;
-/// The scale of the last applied step, 0 before.
+/// The scale of the last applied step; 0 before the first.
 pub(crate) const LAST_GOOD: usize = 11;
 /// Overflows in a row that found the scale at its floor.
 pub(crate) const FLOOR_HITS: usize = 12;
@@ -58,7 +57,7 @@ pub(crate) const CHECK_TIME: usize = 15;
 pub(crate) const CLIP_TIME: usize = 16;
 /// Nanoseconds in optimizer steps.
 pub(crate) const STEP_TIME: usize = 17;
-/// The running clock.
+/// The start time of the running stopwatch.
 pub(crate) const CLOCK: usize = 18;
 /// Applied steps that made weights infinite or NaN.
 pub(crate) const LOSSES: usize = 19;
@@ -66,22 +65,22 @@ pub(crate) const LOSSES: usize = 19;
 pub(crate) const LOST_WEIGHTS: usize = 20;
 const HEAD_WORDS: usize = 24;
 
-/// Steps that [`RECENT_SKIPS`] tells of.
+/// Steps that [`RECENT_SKIPS`] covers.
 pub(crate) const RECENT_STEPS: u32 = 32;
 
 /// Scale changes that the journal remembers.
 pub(crate) const SCALE_CHANGES: usize = 32;
-/// One change: the update's number from 1, the new scale.
+/// One change: the update's number (from 1) and the new scale.
 pub(crate) const CHANGE_WORDS: usize = 2;
 
 /// Skipped steps that the journal remembers, and steps that lost weights.
 pub(crate) const OVERFLOWS: usize = 16;
-/// Offending gradients that one of them names; the rest is only counted.
+/// Offending gradients that an entry names; the rest are only counted.
 pub(crate) const NAMED: usize = 8;
-/// One offending gradient: index, infinite, NaN, place of the first.
+/// One offending gradient: its index, infinite elements, NaN elements, position of the first.
 pub(crate) const NAMED_WORDS: usize = 4;
-/// One skipped step: the step's number from 1, the optimizer's number, the scale, the total norm (NaN if
-/// none was taken), how many gradients offended, then [`NAMED`] of them. A step that lost weights has the same, of
+/// One skipped step: the step's number (from 1), the optimizer's number, the scale, the total norm (NaN if none was
+/// computed), how many gradients offended, then [`NAMED`] of them. A step that lost weights has the same entry for
 /// weights, without a norm.
 pub(crate) const OVERFLOW_WORDS: usize = OVERFLOW_HEAD + NAMED * NAMED_WORDS;
 /// Words of a skipped step before the gradients.
@@ -105,7 +104,7 @@ pub(crate) fn overflow_words(number: usize) -> std::ops::Range<usize> {
     start..start + OVERFLOW_WORDS
 }
 
-/// The words of step `number`, from 0, among those that lost weights.
+/// The words of step `number`, from 0, among the steps that lost weights.
 pub(crate) fn loss_words(number: usize) -> std::ops::Range<usize> {
     let start = LOSSES_START + number % OVERFLOWS * OVERFLOW_WORDS;
     start..start + OVERFLOW_WORDS
@@ -126,24 +125,24 @@ pub(crate) fn counter(journal: &[f64], which: usize) -> usize {
 pub(crate) struct RecordOperands {
     /// f64, [`JOURNAL_WORDS`] long.
     pub(crate) journal: Span,
-    /// f32: the flag by which the step was decided.
+    /// f32: the flag that decided whether the step was applied.
     pub(crate) found_inf: Span,
     /// f32: the scale that the gradients had.
     pub(crate) scale: Span,
-    /// u32, what the check of the gradients counted.
+    /// u32: the counts of the gradient check.
     pub(crate) counts: Span,
-    /// f64: the total norm, if one was taken.
+    /// f64: the total norm, if one was computed.
     pub(crate) total_norm: Option<Span>,
-    /// 64-bit words: what the optimizer's kernel counted of weights, if it does; cleared.
+    /// 64-bit words: the counts of lost weights, if the optimizer's kernel takes them; cleared.
     pub(crate) found: Option<Span>,
     /// Which optimizer stepped.
     pub(crate) optimizer: u64,
-    /// The step's number from 1, given by the host: the device counts replays of a captured step, the host
-    /// does not, and it is the host that asks.
+    /// The step's number (from 1), as the host counts. The device also counts replays of a captured step, but it is the
+    /// host that queries steps.
     pub(crate) step: u64,
 }
 
-/// Counts one step, and remembers why if it was skipped.
+/// Counts one step and, if it was skipped, records why.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -187,7 +186,7 @@ pub(crate) fn record_step(stream: &Stream, operands: &RecordOperands) -> Result<
     )
 }
 
-/// Tensors of which words of `found` tell.
+/// The number of tensors that `found` has words for.
 fn found_tensors(found: &Span) -> usize {
     found.len().saturating_sub(FOUND_HEAD) / FOUND_WORDS
 }
@@ -238,7 +237,7 @@ impl Kernel for StepRecord {
         // SAFETY: as above.
         let scale = unsafe { operands.scale.slice::<f32>() }[0];
         journal[STEPS] += 1.0;
-        // NaN is not equal to 0 either.
+        // NaN counts as skipped: it is not equal to 0.
         let skipped = found_inf != 0.0;
         if journal[CALIBRATED] != 0.0 {
             journal[RECENT_SKIPS] = shifted(journal[RECENT_SKIPS], skipped);
@@ -275,7 +274,7 @@ impl Kernel for StepRecord {
         } else {
             journal[NAN_IN_A_ROW] = 0.0;
         }
-        // Without an offender of its own a step was skipped for another's sake, and says nothing.
+        // A step without offenders of its own was skipped because of another optimizer, so it counts for neither.
         if inf || !nan && norm == f64::INFINITY {
             journal[INF_STEPS_SINCE_UPDATE] += 1.0;
         } else if nan {
@@ -285,7 +284,7 @@ impl Kernel for StepRecord {
 }
 
 impl StepRecord {
-    /// Moves what the step found out about weights into the journal.
+    /// Moves the counts of lost weights into the journal.
     fn record_lost(&self, journal: &mut [f64], found: &mut [u64], scale: f64) {
         if found[0] == 0 {
             return;
@@ -314,7 +313,7 @@ impl StepRecord {
     }
 }
 
-/// `bits` with one more step, the oldest gone.
+/// `bits` with one more step and without the oldest.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -325,7 +324,8 @@ fn shifted(bits: f64, skipped: bool) -> f64 {
     to_f64(bits | u64::from(skipped))
 }
 
-/// Copies the first offending gradients out of `counts`. Tells whether there are infinities, and NaN.
+/// Copies the first offending gradients out of `counts`. Returns whether there are infinities, and whether there is
+/// NaN.
 fn write_overflow(entry: &mut [f64], counts: &[u32]) -> (bool, bool) {
     let (head, named) = entry.split_at_mut(OVERFLOW_HEAD);
     let mut places = named.chunks_exact_mut(NAMED_WORDS);
@@ -379,7 +379,7 @@ mod tests {
     fn skipped_steps_are_counted_and_the_first_offenders_named() {
         let journal = vec![0f64; JOURNAL_WORDS];
         let scale = vec![512f32];
-        // Ten tensors: all but the first offend, tensor i at place i with i infinities.
+        // Ten tensors: all but the first offend, tensor i at position i with i infinities.
         let counts: Vec<u32> = (0..10)
             .flat_map(|i| if i == 0 { [0, 0, !0, !0] } else { [i, 0, i, 0] })
             .collect();
@@ -424,7 +424,7 @@ mod tests {
             (journal[SKIPPED_IN_A_ROW], journal[RECENT_SKIPS]),
             (0.0, 14.0)
         );
-        // The ring forgets the oldest, the counters nothing.
+        // The ring drops the oldest entry; the counters keep everything.
         for _ in 0..OVERFLOWS {
             record(2.0);
         }

@@ -6,8 +6,8 @@
 //!   `grad_in = r · (h − mean(h) − x̂ · mean(h · x̂))`, and `grad_x̂ = grad_out · x̂`, whose sum over the rows is
 //!   the gradient of the weight (that of the bias is the sum of `grad_out`).
 //!
-//! Any float types, computed in f32 (f64 as soon as an operand is f64), sums in f64 in the order of the
-//! columns; each result is rounded once.
+//! Any float types, computed in f32 (f64 if any operand is f64), with sums in f64 in column order; each result is
+//! rounded once.
 
 use rayon::prelude::*;
 
@@ -22,15 +22,15 @@ use crate::error::{Error, Result};
 pub struct LayerNorm<'a> {
     /// The rows.
     pub x: &'a Span,
-    /// What each column is multiplied by.
+    /// The factor of each column.
     pub weight: &'a Span,
-    /// What is added to each column.
+    /// The addend of each column.
     pub bias: &'a Span,
     /// As long as `x`.
     pub out: &'a Span,
-    /// Two numbers a row, of the type that [`sum_dtype`] gives for `x`.
+    /// Two numbers per row, of type [`sum_dtype`] of `x`.
     pub stats: &'a Span,
-    /// Keeps the root from being 0.
+    /// Keeps the square root from being 0.
     pub epsilon: f64,
 }
 
@@ -86,19 +86,19 @@ pub fn layer_norm(stream: &Stream, operands: &LayerNorm<'_>) -> Result<()> {
 pub struct LayerNormBackward<'a> {
     /// The rows.
     pub x: &'a Span,
-    /// What each column was multiplied by.
+    /// The factor of each column.
     pub weight: &'a Span,
-    /// What [`layer_norm`] wrote.
+    /// The statistics that [`layer_norm`] wrote.
     pub stats: &'a Span,
-    /// The gradient by the output.
+    /// The gradient with respect to the output.
     pub grad_out: &'a Span,
-    /// Receives the gradient by `x`.
+    /// Receives the gradient with respect to `x`.
     pub grad_in: &'a Span,
-    /// Receives the gradient by the weight, row by row.
+    /// Receives the gradient with respect to the weight, row by row.
     pub grad_normalized: &'a Span,
 }
 
-/// Enqueues the gradient by the rows, and the terms of the one by the weight.
+/// Enqueues the gradient with respect to the rows, and the terms of the gradient with respect to the weight.
 ///
 /// # Errors
 /// As [`layer_norm`].
@@ -164,7 +164,7 @@ struct Forward {
     epsilon: f64,
 }
 
-/// The mean of `term` of the elements of a row, in f64.
+/// The mean over a row of `term` of each element, in f64.
 fn mean<C: Compute>(row: &[C], term: impl Fn(usize, f64) -> f64) -> f64 {
     let terms = row.iter().enumerate();
     #[expect(clippy::cast_precision_loss, reason = "no row has 2^53 columns")]

@@ -1,13 +1,12 @@
-//! Kernels: one file each, with the typed launcher beside its host twin.
+//! Kernels: each file has a typed launcher and its host twin.
 //!
-//! A launcher is a safe function `op(stream, arguments…)`. It checks that the arguments fit each other,
-//! packs them into a struct that implements [`Kernel`], and enqueues it. On the host
-//! device the struct's `run`, the *twin*, does the work; a device with kernels of its own finds them by
-//! name. The twin is not a reference implementation only: where there is no GPU it is the product, so it
-//! is vectorised and parallel.
+//! A launcher is a safe function `op(stream, arguments…)`. It checks that the arguments fit each other, packs them into
+//! a struct that implements [`Kernel`], and enqueues the struct. On the host device the struct's `run`, the *twin*,
+//! does the work; other devices look up their own kernels by name. The twin is more than a reference implementation:
+//! without a GPU it is what programs run on, so it is vectorized and parallel.
 //!
-//! Array arguments are [`Span`]s. Making one is where the promise of a live address is given; every check
-//! after that is made here.
+//! Array arguments are [`Span`]s. Constructing a span is unsafe and promises a live address; the launchers do all other
+//! checks.
 
 #![allow(unsafe_code, reason = "twins turn device addresses into slices")]
 
@@ -78,12 +77,12 @@ pub use strided::{RANK_MAX, StridedCopy, copy_strided};
 use crate::driver::{Kernel, Stream};
 use crate::error::Result;
 
-/// Elements below which a twin stays on one thread: about what a thread does while another wakes up.
+/// Below this many elements a twin stays on one thread: about what one thread processes while another wakes up.
 pub(crate) const PARALLEL_MIN: usize = 16 * 1024;
 
-/// Enqueues `kernel` on `stream`, of which every span in `kernel` must be (the launchers check).
+/// Enqueues `kernel` on `stream`. Every span in `kernel` must belong to that stream, which the launchers check.
 fn enqueue(stream: &Stream, kernel: impl Kernel + 'static) -> Result<()> {
-    // SAFETY: spans are live on the stream they name (`Span::new`), and launchers check that it is this
-    // stream and that written spans are disjoint from, or identical with, the others.
+    // SAFETY: spans are live on the stream they name (`Span::new`). Launchers check that it is this stream, and that
+    // written spans are disjoint from the others or identical to them.
     unsafe { stream.driver().launch(Box::new(kernel), stream.raw()) }
 }

@@ -5,8 +5,8 @@
 //! - `argmax_rows`: `out[r]` = the first column of the largest element in row `r` of `x[rows, columns]`.
 //!   NaN counts as largest, as in PyTorch.
 //!
-//! Sums are taken in f64: per chunk, then over the chunks in their order. The result therefore does not
-//! depend on the number of threads, and has one rounding that matters, the last.
+//! Sums are computed in f64: per chunk, then over the chunks in order. So the result does not depend on the number of
+//! threads, and the only significant rounding is the last.
 
 use rayon::prelude::*;
 
@@ -22,9 +22,8 @@ use crate::error::{Error, Result};
 /// Enqueues `out[0] = Σ x[i]`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for an `out` of other than one element or of another type than
-/// [`sum_dtype`] gives, for operands of another stream, or that overlap; [`Error::UnsupportedDtype`] for
-/// u32 and 8-bit types.
+/// [`Error::InvalidArgument`] if `out` does not have exactly one element of type [`sum_dtype`], for operands of another
+/// stream, or that overlap; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
 pub fn sum(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
     enqueue_total(
         "sum",
@@ -57,7 +56,7 @@ fn enqueue_total(op: &'static str, stream: &Stream, total: Total) -> Result<()> 
 /// Enqueues `out[r]` = the column of the largest element in row `r` of `x`, for `out.len()` rows.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if `x` does not have as many elements in every row, or rows without any,
+/// [`Error::InvalidArgument`] if `x` is not `out.len()` rows of equal length, at least one element each,
 /// for an `out` that is not u32, for operands of another stream, or that overlap;
 /// [`Error::UnsupportedDtype`] if `x` is u32 or of an 8-bit type.
 pub fn argmax_rows(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
@@ -71,7 +70,7 @@ pub fn argmax_rows(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
         return Err(Error::argument(
             OP,
             format!(
-                "{} elements in {} rows, where each needs at least one",
+                "{} elements do not make {} equal rows of at least one element",
                 x.len(),
                 out.len()
             ),
@@ -80,7 +79,7 @@ pub fn argmax_rows(stream: &Stream, x: &Span, out: &Span) -> Result<()> {
     if u32::try_from(columns).is_err() {
         return Err(Error::argument(
             OP,
-            format!("{columns} columns are more than a u32 can number"),
+            format!("{columns} columns are more than a u32 can index"),
         ));
     }
     if out.is_empty() {
@@ -131,7 +130,7 @@ impl Kernel for Total {
     }
 
     fn grid(&self) -> Grid {
-        // One block: there is no memory in which several could meet.
+        // One block, since several would need memory to combine their results.
         Grid {
             threads: 1024,
             ..Grid::of_blocks(1)
@@ -148,7 +147,7 @@ impl Kernel for Total {
     }
 }
 
-/// The sum of all elements of `x`: per chunk, then over the chunks in their order.
+/// The sum of all elements of `x`: per chunk, then over the chunks in order.
 ///
 /// # Safety
 /// As [`Span::slice`].
@@ -231,7 +230,7 @@ impl ArgmaxRows {
     }
 }
 
-/// Whether `value` is larger than `best`, where NaN is larger than every number and not than NaN.
+/// Whether `value` is larger than `best`. NaN is larger than every number, but not larger than NaN.
 #[expect(clippy::eq_op, reason = "only NaN differs from itself")]
 fn exceeds<C: Compute>(value: C, best: C) -> bool {
     value > best || value != value && best == best

@@ -1,9 +1,9 @@
-//! Rounding to bf16 up or down by chance, each as likely as the value is near, so that the mean is the value.
+//! Stochastic rounding to bf16: up or down with probabilities such that the expected result is the value.
 //!
-//! The chances come from Philox2x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-//! 2011), a function of a key and a counter: nothing is kept between calls, and every device, every order and every
-//! number of threads gives the same bits. The key is made of seed, tensor and step; the counter is the element's index.
-//! One element has 16 random bits for each of three numbers, as many as bf16 cuts off.
+//! The random bits come from Philox2x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+//! 3", 2011), a function of a key and a counter. It keeps no state between calls, so every device, order and number of
+//! threads produces the same bits. The key is made of seed, tensor and step; the counter is the element's index. Each
+//! element has 16 random bits for each of up to three values: as many bits as bf16 cuts off.
 //!
 //! Twin of `kernels/stochastic.cuh`.
 
@@ -11,10 +11,10 @@ use crate::dtype::bf16;
 use crate::launch::compute::{CHUNK as BLOCK, Compute};
 use crate::launch::vector::vectorized;
 
-/// Rounds after which the paper found no flaw.
+/// The number of rounds from which the paper found no statistical flaw.
 const ROUNDS: u32 = 7;
 const MULTIPLIER: u32 = 0xd256_d193;
-/// Golden ratio, which is added to the key of each round.
+/// The golden ratio, added to the key in each round.
 const WEYL: u32 = 0x9e37_79b9;
 
 /// Finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -25,7 +25,7 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// The key of all elements of a tensor in one step.
+/// The key for all elements of a tensor in one step.
 pub(super) fn random_key(seed: u64, tensor: u64, step: u32) -> u64 {
     mix(mix(mix(seed) ^ tensor) ^ u64::from(step))
 }
@@ -49,7 +49,7 @@ pub(super) struct Chances {
 }
 
 impl Chances {
-    /// Those of `len` elements from number `first` on, by `key`.
+    /// The random bits of `len` elements from index `first` on, for `key`.
     #[expect(clippy::cast_possible_truncation, reason = "halves of 64 bits")]
     pub(super) fn new(key: u64, first: u64, len: usize) -> Self {
         let mut chances = Self {
@@ -58,7 +58,7 @@ impl Chances {
         };
         let Self { left, right } = &mut chances;
         let above = (key >> 32) as u32;
-        // The upper half of the index changes inside a block once in 2^32 elements.
+        // The upper half of the index can change within a block, once in 2^32 elements.
         let turn =
             (u64::from(u32::MAX) + 1 - (first & u64::from(u32::MAX))).min(len as u64) as usize;
         let (near, far) = (first, first.wrapping_add(turn as u64));
@@ -74,7 +74,7 @@ impl Chances {
         chances
     }
 
-    /// Rounds `values`, the numbers `which` (0 to 2) of the block's elements.
+    /// Rounds `values`: for each element of the block, its value number `which` (0 to 2).
     pub(super) fn round<C: Compute>(&self, which: usize, values: &[C], into: &mut [bf16]) {
         let (words, shift) = match which {
             0 => (&self.left, 0),
@@ -103,8 +103,8 @@ vectorized! {
     }
 }
 
-/// `value` rounded up in magnitude if `chance`, of 0 to 65,535, added to the bits below carries. A finite value
-/// never becomes infinite: past the largest bf16 it is cut off.
+/// `value` rounded up in magnitude if adding `chance`, from 0 to 65,535, to the lower bits carries. A finite value
+/// never becomes infinite: past the largest bf16 it is truncated.
 #[inline(always)]
 fn by_chance(value: f32, chance: u32) -> bf16 {
     let bits = value.to_bits();
@@ -148,7 +148,7 @@ mod tests {
         }
     }
 
-    /// The fraction of a unit in the last place, over all 65,536 chances, is met to the last of them.
+    /// Over all 65,536 chances, the share that rounds up is exactly the fraction of a unit in the last place.
     #[test]
     fn of_all_chances_the_right_share_rounds_up() {
         for bits in [
@@ -180,7 +180,7 @@ mod tests {
         }
     }
 
-    /// The mean over many elements, seeds, tensors and steps is the value: within 5 standard deviations.
+    /// The mean over many elements, seeds, tensors and steps is the value, within 5 standard deviations.
     #[test]
     fn the_mean_is_the_value() {
         const LEN: usize = BLOCK;
@@ -213,7 +213,7 @@ mod tests {
         }
     }
 
-    /// The same values, as each of an element's three numbers.
+    /// Rounds the same values as each of an element's three values.
     #[test]
     fn the_numbers_of_an_element_have_chances_of_their_own() {
         let chances = Chances::new(7, 0, BLOCK);

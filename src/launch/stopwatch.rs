@@ -1,15 +1,15 @@
-//! How long the device takes between two points of a stream.
+//! Measures how long the device takes between two points of a stream.
 //!
 //! ```text
 //! start   clock = now
 //! stop    total = total + (now − clock), in nanoseconds
 //! ```
 //!
-//! Two small kernels around the work, not events: they lie in the stream, so a captured step is timed at each
-//! replay, and nothing has to be asked before the totals are read. A device tells the time in steps of its
-//! own, from 32 nanoseconds to a microsecond.
+//! Uses two small kernels around the work rather than events: they are part of the stream, so a captured step is timed
+//! at each replay, and nothing has to be queried before the totals are read. The resolution depends on the device, from
+//! 32 nanoseconds to a microsecond.
 //!
-//! Numeric notes. The clock keeps 52 bits, which f64 holds exactly; differences are taken modulo 2⁵².
+//! Numeric notes. The clock keeps 52 bits, which f64 represents exactly; differences are modulo 2⁵².
 //!
 //! Twin: [`Stopwatch`].
 
@@ -25,11 +25,12 @@ use crate::launch::{Span, enqueue};
 /// Bits of the time that are kept.
 const MASK: u64 = (1 << 52) - 1;
 
-/// Writes the time to `clock`, an f64; or with a `total`, also an f64, adds the time since to that.
+/// Without a `total`, writes the current time to `clock`. With a `total`, adds the time since `clock` to it. Both are
+/// f64.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands are no such numbers, or of
-/// another stream.
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if an operand is not a single f64, or is of another
+/// stream.
 pub(crate) fn stopwatch(stream: &Stream, clock: &Span, total: Option<&Span>) -> Result<()> {
     for span in [Some(clock), total].into_iter().flatten() {
         span.check_stream("stopwatch", stream)?;
@@ -46,7 +47,7 @@ struct Stopwatch {
     total: Option<Span>,
 }
 
-/// Nanoseconds since some time before the first call.
+/// Nanoseconds since a fixed point in time, no later than the first call.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "the lower bits are what is kept"
@@ -56,7 +57,7 @@ fn nanoseconds() -> u64 {
     START.elapsed().as_nanos() as u64 & MASK
 }
 
-/// `total` and the time from `clock` to `now`.
+/// `total` plus the time from `clock` to `now`.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,

@@ -1,4 +1,4 @@
-//! Arrays for the tests of twins: memory that a span can name, without a device.
+//! Arrays for the tests of twins: memory for spans, without a device.
 
 use crate::driver::{DevicePtr, Kernel};
 use crate::dtype::{DType, Element};
@@ -6,13 +6,13 @@ use crate::launch::Span;
 use crate::launch::compute::with_element;
 use crate::units::StreamId;
 
-/// Lengths that reach every path: none, one, odd, a whole chunk and one more, several threads.
+/// Lengths that cover every path: empty, one, odd, a whole chunk, one more than a chunk, several threads.
 pub(super) const LENGTHS: [usize; 6] = [0, 1, 7, 1024, 1025, 100_003];
 
 /// Written around the elements; a kernel that writes past the ends changes it.
 const GUARD: u64 = 0x5ca1_ab1e_5ca1_ab1e;
 
-/// Elements in memory, off by one element from any alignment but their own.
+/// Elements in memory, aligned to their size and to nothing larger.
 pub(super) struct Array {
     storage: Vec<u64>,
     base: u64,
@@ -34,7 +34,7 @@ impl Array {
         array
     }
 
-    /// `len` elements for a kernel to write, holding rubbish.
+    /// `len` elements of garbage, for a kernel to overwrite.
     pub(super) fn filled(dtype: DType, len: usize) -> Self {
         let bytes = (len + 1) * usize::try_from(dtype.bits() / 8).unwrap();
         let mut storage = vec![GUARD; bytes.div_ceil(8) + 1];
@@ -52,7 +52,7 @@ impl Array {
         unsafe { Span::new(DevicePtr(self.base), self.len, self.dtype, StreamId(0)) }
     }
 
-    /// The elements, after checking that what surrounds them is as it was.
+    /// The elements, after checking that the memory around them is unchanged.
     #[track_caller]
     pub(super) fn values(&self) -> Vec<f64> {
         let bytes: &[u8] = bytemuck::cast_slice(&self.storage);
@@ -79,7 +79,7 @@ pub(super) fn run(kernel: &impl Kernel) {
     unsafe { kernel.run() };
 }
 
-/// `len` numbers spread over (-`range`, `range`), the same ones on every run.
+/// `len` numbers spread over (-`range`, `range`), the same on every run.
 pub(super) fn numbers(seed: u64, len: usize, range: f64) -> Vec<f64> {
     let mut state = seed;
     let mut next = || {

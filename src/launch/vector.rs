@@ -1,20 +1,20 @@
-//! Loops compiled twice: for every processor of the architecture, and for the vectors of newer ones.
+//! Loops compiled twice: for the baseline of the architecture, and for CPUs with wider vectors.
 //!
-//! [`vectorized!`] makes two copies of a function whose body is plain loops, and a front that picks one when
-//! called: on x86-64 the copy with 256-bit vectors (AVX2, and F16C for conversions) where the processor has
-//! them. The compiler vectorizes both and contracts no product with a sum in either, so both give the same
-//! bits. Wider vectors would gain nothing: these loops wait for memory.
+//! [`vectorized!`] makes two copies of a function whose body is plain loops, and a dispatcher that picks one at each
+//! call: on x86-64 the copy with 256-bit vectors (AVX2, and F16C for conversions) if the CPU supports them. The
+//! compiler vectorizes both and contracts no product and sum into a fused multiply-add in either, so both produce the
+//! same bits. Wider vectors would gain nothing, because these loops are memory-bound.
 //!
-//! Call such a function with a block of elements, not with one: the front costs a load and a branch.
+//! Call such a function with a block of elements, not with a single one: the dispatch costs a load and a branch.
 
-/// Whether the processor has what the second copy is compiled for.
+/// Whether the CPU has the features that the second copy is compiled for.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(super) fn has_wide_vectors() -> bool {
     std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c")
 }
 
-/// Defines a function as two copies of its body and a front that picks one. Bounds are single paths.
+/// Defines a function as two copies of its body and a dispatcher. Each bound is a single path.
 macro_rules! vectorized {
     (
         $(#[$meta:meta])*
@@ -34,7 +34,7 @@ macro_rules! vectorized {
 
             #[cfg(target_arch = "x86_64")]
             if $crate::launch::vector::has_wide_vectors() {
-                // SAFETY: the processor has the features that this copy is compiled for.
+                // SAFETY: the CPU has the features that this copy is compiled for.
                 return unsafe { wide($($arg),+) };
             }
             plain($($arg),+)
@@ -59,7 +59,7 @@ mod tests {
         }
     }
 
-    /// The front passes arguments and result through, and what it picks rounds as scalar code does.
+    /// The dispatcher passes arguments and result through, and the copy it picks rounds like scalar code.
     #[test]
     fn either_copy_gives_the_bits_of_scalar_code() {
         let mut values: Vec<f32> = crate::launch::testing::numbers(5, 1003, 9.0)

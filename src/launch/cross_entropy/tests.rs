@@ -1,4 +1,4 @@
-//! Loss and gradient against f64, and the inputs that make them NaN.
+//! Checks loss and gradient against f64, and the inputs that make them NaN.
 
 use super::*;
 use crate::launch::testing::{Array, numbers, rounded, run};
@@ -130,7 +130,7 @@ fn non_finite_logits() {
             .0
             .is_nan()
     );
-    // A class masked out is as good as absent, unless it is the label.
+    // A masked class counts as absent, unless it is the label.
     let masked = [f64::NEG_INFINITY, 0.0, 0.0];
     assert_close(
         DType::F32,

@@ -1,4 +1,4 @@
-//! The rule against other libraries' arithmetic, and what becomes of histories.
+//! Checks the update rule against other libraries' arithmetic, and how histories change.
 
 use super::*;
 use crate::dtype::Element;
@@ -39,7 +39,7 @@ fn the_quotient_is_rounded_once() {
         let amax = <f32 as Element>::from_f64(amax.abs());
         for (largest, margin) in [(448.0f32, 0), (57344.0, 0), (448.0, 2)] {
             let policy = Fp8Policy { margin, ..DELAYED };
-            // In f32 as other libraries do it: one division is one rounding, and the power of two is exact.
+            // In f32 like other libraries: the division rounds once, and the power of two is exact.
             let expected = largest / amax / [1.0, 2.0, 4.0][margin as usize];
             let scale = next_fp8_scale(&policy, largest, amax);
             assert_eq!(scale, expected, "{largest} {amax} {margin}");

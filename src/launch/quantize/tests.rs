@@ -1,10 +1,10 @@
-//! Every scaled conversion against arithmetic in f64, its counts among them.
+//! Checks every scaled conversion, and its counts, against f64 arithmetic.
 
 use super::*;
 use crate::launch::testing::{Array, LENGTHS, numbers, rounded, run};
 use crate::launch::tolerance::assert_same;
 
-/// Numbers with what is special among them, in the type of the tensor.
+/// Numbers with special values among them, rounded to the type of the tensor.
 fn inputs(dtype: DType, len: usize) -> Vec<f64> {
     let mut values = numbers(7, len, 600.0);
     let specials = [
@@ -22,7 +22,7 @@ fn inputs(dtype: DType, len: usize) -> Vec<f64> {
     rounded(dtype, &values)
 }
 
-/// x · scale as the kernel has it before it rounds to 8 bits: f64 holds the product of two f32 exactly.
+/// x · scale as the kernel computes it before it rounds to 8 bits. f64 represents the product of two f32 exactly.
 fn product(dtype: DType, x: f64, scale: f64) -> f64 {
     let exact = x * scale;
     if dtype == DType::F64 {

@@ -1,4 +1,4 @@
-//! Strided copies against a walk index by index.
+//! Checks strided copies against a copy index by index.
 
 use super::*;
 use crate::launch::testing::{Array, numbers, rounded, run};
@@ -93,7 +93,7 @@ fn large_enough_for_several_threads() {
     );
 }
 
-/// What a copy of these layouts between two spans of `len` f32 is refused for.
+/// Why a copy of these layouts between two spans of `len` f32 is refused.
 fn refusal(shape: &[usize], src_strides: &[usize], dst_strides: &[usize], len: usize) -> String {
     let (src, dst) = (
         Array::filled(DType::F32, len),
@@ -145,7 +145,7 @@ fn one_memory_on_both_sides() {
             .to_string()
             .contains("overlaps")
     );
-    // The spans overlap, what is reached of them does not.
+    // The spans overlap, but the elements that the copy reaches do not.
     run(&copy(span, half(2)).unwrap().unwrap());
     assert_eq!(array.values(), [1.0, 2.0, 1.0, 2.0]);
 }
