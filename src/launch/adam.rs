@@ -6,23 +6,24 @@
 //! g = g + decay · w                             else, unless decay = 0
 //! m = m + (g − m) · (1 − β₁)
 //! v = β₂ · v + (1 − β₂) · g · g
-//! x = max(x, v)                                 amsgrad: where a third state is present; else x = v
+//! x = max(x, v)                                 amsgrad: if a third state is present; else x = v
 //! w = w − rate / (1 − β₁ᵏ) · m / (√x / √(1 − β₂ᵏ) + ε)
 //! ```
 //!
-//! Products and quotients are taken from the left, as in PyTorch: (1 − β₂) · g · g is finite for larger g.
+//! Products and quotients are evaluated from left to right, as in PyTorch: (1 − β₂) · g · g then stays finite for
+//! larger g.
 //!
-//! A skipped step leaves w, m, v, x and k as they are. Two launches for all groups together: [`Prepare`] makes a row of
-//! numbers for each tensor, in f64, of its group's settings and k + 1, and nothing else; [`Adam`] moves the weights and
-//! counts the step. So if only the first can be enqueued, nothing has changed but scratch. Both decide by the same flag.
-//! State in bf16 is rounded by numbers that depend on the seed, the tensor's index, k and the
-//! element's index; so a skipped step does not move them either.
+//! A skipped step leaves w, m, v, x and k unchanged. A step takes two launches for all groups together: [`Prepare`]
+//! only writes a row of f64 coefficients for each tensor, from its group's settings and k + 1; [`Adam`] updates the
+//! weights and counts the step. So if only the first can be enqueued, nothing but scratch has changed. Both read the
+//! same flag. State in bf16 is rounded with random numbers that depend on the seed, the tensor's index, k and the
+//! element's index, so a skipped step does not advance them either.
 //!
-//! Bytes a parameter moves, read or written, with `g` bytes of a gradient element:
+//! Bytes moved per parameter, read or written, for a gradient element of `g` bytes:
 //!
 //! ```text
 //! check g + gradient g + weights + moments      (amsgrad: half as much again for moments)
-//! weights: f32 in place 8 | f32 master and 16-bit copy 10 | master cut in two 8
+//! weights: f32 in place 8 | f32 master and 16-bit copy 10 | split master 8
 //! moments: f32 16 | bf16 8
 //! ```
 //!
@@ -30,9 +31,9 @@
 //! |---|---|
 //! | f32 | 4 + 4 + 8 + 16 = 32 |
 //! | 16-bit gradient, f32 master | 2 + 2 + 10 + 16 = 30 |
-//! | 16-bit gradient, master cut in two | 2 + 2 + 8 + 16 = 28 |
+//! | 16-bit gradient, split master | 2 + 2 + 8 + 16 = 28 |
 //! | 16-bit gradient, f32 master, bf16 moments | 2 + 2 + 10 + 8 = 22 |
-//! | 16-bit gradient, master cut in two, bf16 moments | 2 + 2 + 8 + 8 = 20 |
+//! | 16-bit gradient, split master, bf16 moments | 2 + 2 + 8 + 8 = 20 |
 //!
 //! Twins: [`Prepare`], [`Adam`].
 
@@ -53,7 +54,7 @@ use crate::launch::{Span, enqueue};
 /// Columns of the table.
 pub(crate) const COLUMNS: usize = STATE + 3;
 
-/// Words of the row of a tensor.
+/// Words of a tensor's row of coefficients.
 pub(crate) const ROW_WORDS: usize = 8;
 
 /// The settings of a group.
@@ -64,7 +65,7 @@ pub(crate) struct AdamNumbers {
     pub(crate) epsilon: f64,
     pub(crate) weight_decay: f64,
     pub(crate) is_decoupled: bool,
-    /// Of the random numbers by which bf16 moments are rounded.
+    /// Seed of the random numbers that round bf16 moments.
     pub(crate) seed: u64,
 }
 
@@ -84,23 +85,23 @@ impl AdamNumbers {
     }
 }
 
-/// Device memory that is not a row of the table.
+/// Device memory outside the table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AdamSteps {
-    /// u32, one a tensor: steps applied so far.
+    /// u32, one per tensor: steps applied so far.
     pub(crate) steps: Span,
-    /// f64, [`ROW_WORDS`] a tensor. Scratch.
+    /// f64, [`ROW_WORDS`] per tensor. Scratch.
     pub(crate) rows: Span,
-    /// 64-bit words: counts of the weights that steps make infinite or NaN.
+    /// 64-bit words: counts of the weights that become infinite or NaN.
     pub(crate) found: Span,
 }
 
 /// One step for all rows of `table`: parameter, gradient, master, first and second moment, and, for
-/// amsgrad, the largest second moment. The states of a row are all of one type.
+/// amsgrad, the largest second moment. All states of a row have the same type.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other;
-/// [`Error::Driver`](crate::Error::Driver) if the driver refuses. Nothing but the scratch will be written.
+/// [`Error::Driver`](crate::Error::Driver) if the driver refuses. After an error, only scratch may be written.
 pub(crate) fn adam(
     stream: &Stream,
     table: &ChunkTable,
@@ -174,7 +175,7 @@ impl Kernel for Prepare {
     }
 
     fn grid(&self) -> Grid {
-        // A thread takes a chunk.
+        // One thread per chunk.
         Grid::over(4 * self.table.chunks_len() as u64)
     }
 
@@ -197,7 +198,8 @@ impl Kernel for Prepare {
     }
 }
 
-/// The tensors that step, each once: by its first chunk. Those without a gradient have none.
+/// The tensors that take part in the step, each once, found by their first chunks. A tensor without a gradient has no
+/// chunks.
 ///
 /// # Safety
 /// As [`ChunkTable::chunks`].
@@ -209,7 +211,7 @@ unsafe fn stepped(table: &ChunkTable) -> impl Iterator<Item = usize> {
         .map(|chunk| chunk.tensor())
 }
 
-/// The row of a tensor in step `step`, of its group's settings.
+/// A tensor's row of coefficients in step `step`, from its group's settings.
 fn numbers_of_step(of: [f64; SETTING_WORDS], tensor: usize, step: u32) -> [u64; ROW_WORDS] {
     let [rate, beta1, beta2, epsilon, decay, is_decoupled, seed, _] = of;
     let is_decoupled = is_decoupled != 0.0;
@@ -240,7 +242,7 @@ struct Adam {
     steps: AdamSteps,
 }
 
-/// The formula with the rows at hand.
+/// The formula, with the rows of coefficients.
 struct Formula<'a> {
     rows: &'a [f64],
 }
@@ -279,7 +281,7 @@ impl Rule for Formula<'_> {
     }
 }
 
-/// The numbers of the formula as one block uses them, in the type of the computation.
+/// The coefficients of the formula for one block, in the compute type.
 struct Coefficients<C> {
     rate: C,
     first_share: C,
@@ -300,7 +302,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// The formula for slices of one length, after decay that is not decoupled.
+    /// The formula for slices of equal length, after any coupled decay.
     fn update<C: Compute>(
         weights: &mut [C],
         gradients: &[C],
@@ -335,7 +337,8 @@ vectorized! {
         {
             *first = *first + (*gradient - *first) * by.first_share;
             *second = by.second_keep * *second + by.second_share * *gradient * *gradient;
-            // A NaN is never the smaller one: the moment stays NaN, and so does what is taken here.
+            // If either is NaN, the comparison fails and selects the second moment. A NaN moment stays NaN, so the
+            // result does, too.
             *largest = if *largest >= *second { *largest } else { *second };
             let denominator = largest.root() / by.correction + by.epsilon;
             *weight = *weight * by.keep - by.rate * *first / denominator;
@@ -372,9 +375,9 @@ impl Kernel for Adam {
         let Some(factors) = (unsafe { self.scalars.factors() }) else {
             return;
         };
-        // SAFETY: `Prepare` wrote the rows before, in stream order.
+        // SAFETY: `Prepare` wrote the rows earlier, in stream order.
         let rows = unsafe { self.steps.rows.slice::<f64>() };
-        // SAFETY: the caller's promise; launchers of tables know that rows share no bytes.
+        // SAFETY: the caller's promise; the rows of a table share no bytes.
         unsafe { for_each_row(&self.table, factors, &self.steps.found, &Formula { rows }) };
         // SAFETY: only this kernel accesses the counters now.
         let steps = unsafe { self.steps.steps.slice_mut::<u32>() };

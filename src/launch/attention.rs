@@ -1,12 +1,12 @@
 //! The softmax of causal attention, and its gradient.
 //!
-//! Rows are queries, columns keys, as many as queries; row `r` sees the columns up to `r mod columns`.
-//! - forward: `p[r, c] = e^(s·x[r, c] − m) / Σ e^(s·x[r, ·] − m)` over the columns it sees, with `m` the
-//!   largest of `s·x` there; 0 in the others;
+//! Rows are queries and columns are keys, as many as queries; row `r` sees the columns up to `r mod columns`.
+//! - forward: `p[r, c] = e^(s·x[r, c] − m) / Σ e^(s·x[r, ·] − m)` over the visible columns, with `m` the
+//!   largest of `s·x` there; 0 in the other columns;
 //! - backward: `grad_x[r, c] = s · p[r, c] · (grad_p[r, c] − Σ p[r, ·]·grad_p[r, ·])`.
 //!
-//! Any float types, computed in f32 (f64 as soon as an operand is f64), sums in f64; each result is rounded
-//! once. What the row does not see is not looked at. A NaN, or +∞, makes its row NaN.
+//! Any float types, computed in f32 (f64 if any operand is f64), sums in f64; each result is rounded once. Hidden
+//! columns are not read. A NaN or +∞ in a visible column makes the row NaN.
 
 use rayon::prelude::*;
 
@@ -18,11 +18,11 @@ use super::special::Special;
 use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::error::{Error, Result};
 
-/// Enqueues the probabilities of `scores` times `scale`, in squares of `columns` rows and columns.
+/// Enqueues the causal softmax of `scores` times `scale`, in squares of `columns` rows and columns.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for operands that are not whole squares, of different lengths, of another
-/// stream, or that overlap without being one; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
+/// stream, or that overlap without being identical; [`Error::UnsupportedDtype`] for u32 and 8-bit types.
 pub fn causal_softmax(
     stream: &Stream,
     scores: &Span,
@@ -49,8 +49,8 @@ pub fn causal_softmax(
     super::enqueue(stream, kernel)
 }
 
-/// Enqueues the gradient by the scores, from the probabilities and the gradient by these. `grad_scores` may
-/// be `grad_probabilities`.
+/// Enqueues the gradient with respect to the scores, from the probabilities and their gradient. `grad_scores` may be
+/// `grad_probabilities`.
 ///
 /// # Errors
 /// As [`causal_softmax`].
@@ -94,7 +94,7 @@ fn check_squares(op: &'static str, x: &Span, columns: usize) -> Result<()> {
     Err(Error::argument(op, reason))
 }
 
-/// Calls `body(row, values)` for all rows, with a buffer of a row.
+/// Calls `body(row, values)` for all rows, with a buffer of one row.
 fn for_rows<C: Compute>(rows: usize, columns: usize, body: impl Fn(usize, &mut [C]) + Sync) {
     // An exponential costs about as much as eight additions.
     let at_once = (super::PARALLEL_MIN / 8).div_ceil(columns);
@@ -128,7 +128,7 @@ impl CausalSoftmax {
             for value in seen.iter_mut() {
                 *value = *value * scale;
             }
-            // A NaN does not compare, and may be passed over here; its exponential is not.
+            // Comparisons may skip a NaN here, but its exponential makes the row NaN below.
             let larger = |a, b| if b > a { b } else { a };
             let largest = seen.iter().copied().fold(seen[0], larger);
             for value in seen.iter_mut() {

@@ -1,10 +1,10 @@
-//! One value for each column of a matrix, and its gradient.
+//! Adds a bias to each column of a matrix, and computes the gradient of the bias.
 //!
 //! - `add_bias`: `out[r, c] = x[r, c] + bias[c]`, rounded once; `out` may be `x`.
-//! - `sum_rows`: `out[c] = Σ x[r, c]` over the rows, the gradient of the bias. Over no rows it is 0.
+//! - `sum_rows`: `out[c] = Σ x[r, c]` over the rows, the gradient of the bias. Over zero rows it is 0.
 //!
-//! Any float types. `add_bias` computes in f32 (f64 as soon as an operand is f64), `sum_rows` in f64,
-//! block of rows by block of rows in their order, so that the number of threads does not show.
+//! Any float types. `add_bias` computes in f32 (f64 if any operand is f64). `sum_rows` computes in f64, over blocks of
+//! rows in a fixed order, so the result does not depend on the number of threads.
 
 use rayon::prelude::*;
 
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 /// Rows that one task of `sum_rows` adds up.
 const BLOCK_ROWS: usize = 256;
 
-/// Enqueues `out[r, c] = x[r, c] + bias[c]`, the columns being as many as `bias` has elements.
+/// Enqueues `out[r, c] = x[r, c] + bias[c]`. There are as many columns as `bias` has elements.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for an `x` that is not whole rows, an `out` of another length, for operands
@@ -45,7 +45,7 @@ pub fn add_bias(stream: &Stream, x: &Span, bias: &Span, out: &Span) -> Result<()
     )
 }
 
-/// Enqueues `out[c] = Σ x[r, c]`, the columns being as many as `out` has elements.
+/// Enqueues `out[c] = Σ x[r, c]`. There are as many columns as `out` has elements.
 ///
 /// # Errors
 /// As [`add_bias`].
@@ -89,21 +89,20 @@ impl AddBias {
         for_chunks(self.x.len(), |start, len| {
             let mut buffer = [C::default(); CHUNK];
             let values = &mut buffer[..len];
-            // SAFETY: the caller keeps others from `x`, and this thread has not written this part yet.
+            // SAFETY: the caller keeps others away from `x`, and this thread has not written this part yet.
             unsafe { load(&self.x, start, values) };
             for_row_parts(start, values, columns, |column, part| {
                 for (value, bias) in part.iter_mut().zip(&bias[column..]) {
                     *value = *value + *bias;
                 }
             });
-            // SAFETY: chunks are disjoint: this thread alone has this part of `out`.
+            // SAFETY: chunks are disjoint, so only this thread touches this part of `out`.
             unsafe { store(&self.out, start, values) };
         });
     }
 }
 
-/// Calls `body(column, part)` for each part of a row in `values`, which begin at element `start` of a
-/// matrix.
+/// Calls `body(column, part)` for each part of a row in `values`, which begins at element `start` of a matrix.
 fn for_row_parts<C>(
     start: usize,
     mut values: &mut [C],
@@ -165,7 +164,7 @@ impl Kernel for SumRows {
     }
 
     fn grid(&self) -> Grid {
-        // A block takes as many columns as a warp has lanes.
+        // A block processes as many columns as a warp has lanes.
         Grid::of_blocks((self.out.len() as u64).div_ceil(32))
     }
 

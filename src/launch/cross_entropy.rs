@@ -1,21 +1,19 @@
-//! Softmax and cross entropy in one: the loss of a classifier and its gradient.
+//! Softmax and cross entropy combined: the loss of a classifier and its gradient.
 //!
 //! With `p[r, c] = e^(x[r, c] - m) / Σ e^(x[r, ·] - m)` and `m` the largest logit of the row:
 //! - forward: `losses[r] = -ln p[r, label[r]]`, `loss[0]` their mean, and `p` itself;
 //! - backward: `grad[r, c] = (p[r, c] - [c = label[r]]) · seed[0] / rows`.
 //!
-//! Logits of any float type; `loss` and `p` are f32, or f64 for f64 logits, and so is the computation;
-//! `losses` are f64.
-//! `seed` is the gradient that arrives at the loss, read on the device: a loss scale multiplies it. The
-//! gradient is rounded once into its own type, where it may overflow: that is what a loss scaler watches
-//! for, so nothing is clamped.
+//! Logits have any float type. The computation, `loss` and `p` are in f32, or in f64 for f64 logits; `losses` are f64.
+//! `seed` is the gradient of the loss, read on the device; a loss scale multiplies it. The gradient is rounded once
+//! into its own type, where it may overflow. Overflows are what a loss scaler watches for, so nothing is clamped.
 //!
-//! Rows may be ignored, by their label: their loss, their `p` and their gradient are then 0, whatever their logits are,
-//! and the mean is taken over the other rows, whose number the backward pass divides by. If there are none, it is 0.
+//! Rows can be ignored by their label. Their loss, `p` and gradient are then 0, whatever their logits are. The mean is
+//! taken over the other rows, and the backward pass divides by their number. If no rows remain, the mean is 0.
 //!
-//! A label that is no column cannot be refused without waiting for the device. It makes the loss, and the
-//! gradient of its row, NaN. So does a row with a NaN or +∞, or with nothing but -∞. The loss of no rows
-//! is NaN, unless rows may be ignored.
+//! A label out of range cannot be refused without waiting for the device. It makes the loss, and the gradient of its
+//! row, NaN. So does a row that contains NaN or +∞, or only -∞. The loss of zero rows is NaN, unless an ignored label
+//! is given.
 
 use rayon::prelude::*;
 
@@ -32,10 +30,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
 
-/// Rows that count for nothing.
+/// Selects rows to ignore.
 #[derive(Clone, Copy, Debug)]
 pub struct Ignored {
-    /// Those with this label.
+    /// Rows with this label are ignored.
     pub label: u32,
     /// f64: how many rows count, written by the forward pass and read by the backward pass.
     pub counted: Span,
@@ -49,12 +47,12 @@ impl Ignored {
     }
 }
 
-/// Enqueues the loss of each row, their mean, and the probabilities of `logits`, whose rows are as many as
-/// there are `labels`.
+/// Enqueues the loss of each row, their mean, and the probabilities of `logits`, which has one row for each of
+/// `labels`.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for lengths or types that do not fit (`labels` are u32, `losses` f64, `loss`
-/// and `probabilities` what [`sum_dtype`] gives), for operands of another stream, or that overlap
+/// and `probabilities` of type [`sum_dtype`]), for operands of another stream, or that overlap
 /// (`probabilities` may be `logits`); [`Error::UnsupportedDtype`] for logits of u32 or an 8-bit type.
 pub fn cross_entropy(
     stream: &Stream,
@@ -71,7 +69,7 @@ pub fn cross_entropy(
     super::enqueue(stream, Total::mean_of(losses, loss))
 }
 
-/// As [`cross_entropy`], but for the rows that are `ignored`.
+/// Like [`cross_entropy`], but without the rows that are `ignored`.
 ///
 /// # Errors
 /// As [`cross_entropy`]; `ignored.counted` overlaps nothing.
@@ -138,8 +136,8 @@ fn forward(
     })
 }
 
-/// Enqueues the gradient of the loss by its logits, from the probabilities that the forward pass gave and
-/// the gradient that arrives at the loss (`seed`, one f32).
+/// Enqueues the gradient of the loss with respect to the logits, from the probabilities that the forward pass computed
+/// and the gradient of the loss (`seed`, one f32).
 ///
 /// # Errors
 /// As [`cross_entropy`]; `grad_logits` may be `probabilities` and is any float.
@@ -153,7 +151,7 @@ pub fn cross_entropy_backward(
     backward(stream, [probabilities, labels, seed, grad_logits], None)
 }
 
-/// As [`cross_entropy_backward`], after [`cross_entropy_ignoring`].
+/// Like [`cross_entropy_backward`], for [`cross_entropy_ignoring`].
 ///
 /// # Errors
 /// As [`cross_entropy_backward`]; `grad_logits` does not overlap `ignored.counted`.
@@ -225,11 +223,11 @@ struct CrossEntropy {
     losses: Span,
     probabilities: Span,
     columns: usize,
-    /// The label of rows that count for nothing.
+    /// The label of ignored rows.
     ignore: Option<u32>,
 }
 
-/// What device code compares labels with: no label is as large as what stands for none.
+/// The value that device code compares labels with. Without an ignored label it is larger than any label.
 fn label_code(ignore: Option<u32>) -> u64 {
     ignore.map_or(u64::MAX, u64::from)
 }
@@ -266,16 +264,16 @@ impl CrossEntropy {
     }
 }
 
-/// Rows that are worth a thread.
+/// The fewest rows per task.
 fn rows_at_once(columns: usize) -> usize {
     // An exponential costs about as much as eight additions.
     (super::PARALLEL_MIN / 8).div_ceil(columns.max(1))
 }
 
-/// Replaces logits by probabilities and returns the loss for `label`, NaN if there is no such column.
+/// Replaces logits with probabilities and returns the loss for `label`; NaN if there is no such column.
 fn softmax<C: Special>(row: &mut [C], label: usize) -> f64 {
     let chosen = row.get(label).map_or(f64::NAN, |logit| logit.to_f64());
-    // A NaN does not compare, and may be passed over here; its exponential is not.
+    // Comparisons may skip a NaN here, but its exponential makes the row NaN below.
     let largest = row
         .iter()
         .copied()
@@ -326,7 +324,7 @@ impl Kernel for CrossEntropy {
     }
 }
 
-/// The mean of the losses that count, and how many they are.
+/// Computes the mean over the rows that are not ignored, and their number.
 #[derive(Debug)]
 struct MeanOfRows {
     losses: Span,
@@ -353,7 +351,7 @@ impl Kernel for MeanOfRows {
     }
 
     fn grid(&self) -> Grid {
-        // As of `Total`, whose order the sum is taken in.
+        // The same as for `Total`, so that the order of summation is the same.
         Grid {
             threads: 1024,
             ..Grid::of_blocks(1)
@@ -394,7 +392,7 @@ impl Backward {
         let labels = unsafe { self.labels.slice::<u32>() };
         // SAFETY: the caller promises that nothing writes the seed.
         let seed = unsafe { load_scalar::<f64>(&self.seed) };
-        // SAFETY: the forward pass wrote the number before.
+        // SAFETY: the forward pass wrote the number earlier.
         let read = |ignored: Ignored| unsafe { load_scalar::<f64>(&ignored.counted) };
         #[expect(clippy::cast_precision_loss, reason = "no batch has 2^53 rows")]
         let rows = self.ignored.map_or(labels.len() as f64, read);

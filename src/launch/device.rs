@@ -1,7 +1,7 @@
-//! What launchers and device code agree on: names of entry points, codes of types, order of fields.
+//! Conventions shared by launchers and device code: names of entry points, codes of types, order of fields.
 //!
-//! A body that serves one type for all operands is named after it. Where operands differ, one body for each
-//! compute type looks at their type codes: `<op>_mixed_f32`, `<op>_mixed_f64`.
+//! A body for operands of one type is named after that type. If the operands' types differ, there is one body per
+//! compute type, which reads their type codes: `<op>_mixed_f32`, `<op>_mixed_f64`.
 
 use super::Span;
 use crate::driver::{Arguments, DevicePtr};
@@ -20,7 +20,7 @@ macro_rules! entry_by_types {
 
 pub(super) use entry_by_types;
 
-/// The type that all operands have, or else the one they are computed in.
+/// The common type of all operands; the error is the compute type if they differ.
 pub(super) fn common_type(dtypes: &[DType]) -> Result<DType, DType> {
     let first = dtypes[0];
     if dtypes.iter().all(|dtype| *dtype == first) {
@@ -32,7 +32,7 @@ pub(super) fn common_type(dtypes: &[DType]) -> Result<DType, DType> {
     }
 }
 
-/// The number that stands for an element type on the device.
+/// The device's code of an element type.
 pub(super) fn type_code(dtype: DType) -> u32 {
     match dtype {
         DType::F16 => 0,
@@ -52,7 +52,7 @@ pub(super) fn push_spans(into: &mut Arguments, spans: &[&Span]) {
     }
 }
 
-/// Adds the address of `span`, 0 if it is absent.
+/// Adds the address of `span`, or 0 if it is absent.
 pub(super) fn push_optional(into: &mut Arguments, span: Option<&Span>) {
     into.ptr(span.map_or(DevicePtr(0), Span::ptr));
 }

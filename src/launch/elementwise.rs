@@ -1,13 +1,12 @@
-//! Arithmetic element by element.
+//! Elementwise arithmetic.
 //!
 //! - `add`: `out[i] = a[i] + b[i]`, and `mul`: `out[i] = a[i] · b[i]`;
-//! - `scale`: `out[i] = x[i] · factor[0]`, the factor being read on the device;
+//! - `scale`: `out[i] = x[i] · factor[0]`, with the factor read on the device;
 //! - `add_scaled`: `out[i] = out[i] + factor · x[i]`.
 //!
-//! All operands of one length, any float types; `out` may be one of the inputs. Computed in f32, or in f64
-//! as soon as an operand is f64, and rounded once into `out`. For `scale` a half-precision output is
-//! computed in f64 too: the product of a half and an f32 has up to 35 bits, and rounding it to f32 on the
-//! way would be a second rounding.
+//! All operands have the same length and any float types; `out` may be one of the inputs. Computed in f32, or in f64 if
+//! any operand is f64, and rounded once into `out`. `scale` with a half-precision output also computes in f64: the
+//! product of a half and an f32 has up to 35 bits, and rounding it to f32 first would round twice.
 
 use super::Span;
 use super::compute::{
@@ -47,11 +46,11 @@ pub fn mul(stream: &Stream, a: &Span, b: &Span, out: &Span) -> Result<()> {
     kernel.enqueue("mul", stream)
 }
 
-/// Enqueues `out[i] = x[i] · factor[0]`, rounded once. `out` may be `x`; `factor` is one f32 or f64 that
-/// is read when the kernel runs.
+/// Enqueues `out[i] = x[i] · factor[0]`, rounded once. `out` may be `x`; `factor` is a single f32 or f64 that is read
+/// when the kernel runs.
 ///
 /// # Errors
-/// As [`add`], and for a factor that is not one f32 or f64, or is part of `out`.
+/// As [`add`], and if `factor` is not a single f32 or f64, or overlaps `out`.
 pub fn scale(stream: &Stream, x: &Span, factor: &Span, out: &Span) -> Result<()> {
     const OP: &str = "scale";
     check_streams(OP, stream, &[x, factor, out])?;
@@ -192,7 +191,7 @@ impl Kernel for Scale {
             DType::F32 => entry_name!("scale_f32", self.out.dtype()),
             DType::F64 => entry_name!("scale_f64", self.out.dtype()),
             DType::U32 | DType::F8E4M3 | DType::F8E5M2 => {
-                unreachable!("the launcher admits floats to compute with only")
+                unreachable!("the launcher admits only types that ops compute with")
             }
         }
     }

@@ -4,10 +4,10 @@
 //! average = average − share · (average − weight)
 //! ```
 //!
-//! Nothing is written while the flag stands. Averages are f32, or f64 of f64 weights, and so is the arithmetic. A weight
-//! that is the upper half of its master counts as that master.
+//! Nothing is written while the flag is set. Averages and arithmetic are in f32, or in f64 for f64 weights. If a weight
+//! is the upper half of a split master, the average follows the master.
 //!
-//! Bytes an element: f32 12, f64 24, 16 bits 10, a master cut in two 12.
+//! Bytes per element: f32 12, f64 24, 16 bits 10, split master 12.
 //!
 //! Twin: [`Ema`].
 
@@ -23,15 +23,15 @@ use crate::launch::split_master::join;
 use crate::launch::vector::vectorized;
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
 
-/// Columns of the table. The remainder, the lower halves of masters as [`Span::halves`], is only where the weight is the
-/// upper half of its master.
+/// Columns of the table. The remainder, the lower halves of masters as [`Span::halves`], is present only if the weight
+/// is the upper half of its master.
 pub(crate) const AVERAGE: usize = 0;
 pub(crate) const WEIGHT: usize = 1;
 pub(crate) const REMAINDER: usize = 2;
 pub(crate) const COLUMNS: usize = 3;
 
-/// Moves all averages of `table` by `share`, an f64 on the device, of the way to their weights; not if `found_inf`, an
-/// f32 on the device, is not 0.
+/// Moves all averages of `table` towards their weights by the fraction `share`, an f64 on the device; does nothing if
+/// `found_inf`, an f32 on the device, is not 0.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -80,7 +80,7 @@ vectorized! {
 }
 
 /// # Safety
-/// Called from `run`: rows are live, and chunks share no bytes, so this task alone writes this one.
+/// Called from `run`: rows are live, and chunks share no bytes, so only this task writes this chunk.
 unsafe fn chunk<C: Compute>(chunk: &Chunk<'_>, share: C) {
     // SAFETY: the caller's promise.
     let [average, weight, remainder] =
@@ -136,13 +136,13 @@ impl Kernel for Ema {
     }
 
     unsafe fn run(&self) {
-        // SAFETY: the flag was written before, in stream order.
+        // SAFETY: the flag was written earlier, in stream order.
         let found_inf = self.found_inf.map(|flag| unsafe { flag.slice::<f32>() }[0]);
-        // NaN is not equal to 0 either.
+        // NaN counts as set: it is not equal to 0.
         if found_inf.is_some_and(|flag| flag != 0.0) {
             return;
         }
-        // SAFETY: the share was written before, in stream order.
+        // SAFETY: the share was written earlier, in stream order.
         let share = unsafe { self.share.slice::<f64>() }[0];
         // SAFETY: the table was uploaded in stream order before this kernel.
         let chunks: Vec<_> = unsafe { self.table.chunks() }.collect();

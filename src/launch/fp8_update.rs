@@ -1,19 +1,22 @@
-//! The next scale of each tensor that is kept in 8 bits.
+//! Updates the scales of tensors stored in 8 bits.
+//!
+//! Each tensor has a history of amax values (largest magnitudes). Its first entry is the current amax, which is still
+//! being accumulated.
 //!
 //! ```text
-//! a        largest of the history, or its first, the running one
-//! scale    largest number of the type / a / 2^margin, from 2⁻¹²⁶ to the largest f32; if told to, less its
-//!          fraction, which leaves a power of two
-//! history  rolled: the running one goes to the end, the oldest, next to it, is dropped, and 0 begins anew
+//! a        largest amax of the history, or its first entry, the current amax
+//! scale    largest value of the type / a / 2^margin, clamped to 2⁻¹²⁶ … the largest f32; optionally rounded
+//!          down to a power of two
+//! history  rotated: the current amax moves to the end, the oldest entry is dropped, a new one starts at 0
 //! ```
 //!
-//! The quotient is taken in f64 and rounded once to f32, which gives the bits of Transformer Engine's quotient of
-//! f32. We differ on purpose in what an infinity does: there it goes into the history, and with the largest of the
-//! history chosen the scale then stands still until it has rolled out, 1,024 updates by default. Here a running
-//! largest of infinity or NaN leaves scale and history as they are, as one of 0 does.
+//! The quotient is computed in f64 and rounded once to f32, which matches Transformer Engine's f32 quotient bit for
+//! bit. We differ on purpose in the handling of infinity. There, an infinity enters the history, and if the largest of
+//! the history is used, the scale does not change until the infinity has left it, after 1,024 updates by default. Here,
+//! a current amax of infinity, NaN or 0 leaves scale and history unchanged.
 //!
-//! Without history there is only the running one, taken to be at least `epsilon`; where it tells nothing the scale
-//! is 1.
+//! Without a history, only the current amax is used, or `epsilon` if that is larger; if it is infinite, NaN or 0, the
+//! scale is 1.
 //!
 //! Twin: [`Fp8Update`]. [`next_fp8_scale`] is the formula by itself.
 
@@ -24,25 +27,25 @@ use crate::driver::{Arguments, Grid, Kernel, Stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
-/// Which largest magnitude of a history counts.
+/// Which amax of a history decides the scale.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AmaxAlgorithm {
     /// The largest of all.
     #[default]
     Max,
-    /// That of the last iteration.
+    /// The one of the last iteration.
     MostRecent,
 }
 
-/// The numbers that govern the scales of 8-bit tensors.
+/// The parameters of the scale update for 8-bit tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fp8Policy {
     /// Where the largest magnitude comes from.
     pub source: AmaxSource,
-    /// Binary orders of magnitude kept free above the largest; at most 64.
+    /// Headroom above the largest magnitude, in powers of two; at most 64.
     pub margin: u32,
-    /// Whether the scale is brought down to a power of two.
+    /// Whether the scale is rounded down to a power of two.
     pub power_of_two: bool,
 }
 
@@ -51,14 +54,15 @@ pub struct Fp8Policy {
 pub enum AmaxSource {
     /// A history of earlier iterations.
     History(AmaxAlgorithm),
-    /// The tensor that is about to be converted, or this number if that is larger.
+    /// The tensor about to be converted.
     Current {
-        /// See above; finite and not negative.
+        /// A lower bound on the largest magnitude; finite and not negative.
         epsilon: f32,
     },
 }
 
-/// The scale for a type whose largest number is `largest`, and numbers up to `amax`, which is positive and finite.
+/// The scale for a type whose largest value is `largest`, and for magnitudes up to `amax`, which is positive and
+/// finite.
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -79,18 +83,18 @@ impl Fp8Policy {
     }
 }
 
-/// The device memory of 8-bit tensors' scales, a row each.
+/// The device memory of the scales of 8-bit tensors, one row per tensor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fp8Operands {
-    /// f32, one a tensor.
+    /// f32, one per tensor.
     pub(crate) scales: Span,
-    /// f32, one a tensor: the largest number of its type.
+    /// f32, one per tensor: the largest value of its type.
     pub(crate) largest: Span,
-    /// f32, `length` a tensor.
+    /// f32, `length` per tensor.
     pub(crate) history: Span,
-    /// f64, [`FP8_COUNTS`] a tensor.
+    /// f64, [`FP8_COUNTS`] per tensor.
     pub(crate) counts: Span,
-    /// Largest magnitudes a tensor, from 1.
+    /// Length of a tensor's history; at least 1.
     pub(crate) length: usize,
 }
 
@@ -113,7 +117,7 @@ pub(crate) fn fp8_update(
     } = *operands;
     let tensors = scales.len();
     if length == 0 {
-        return Err(Error::argument(op, "a history without a place"));
+        return Err(Error::argument(op, "the history length is 0"));
     }
     for (span, dtype, len) in [
         (scales, DType::F32, tensors),

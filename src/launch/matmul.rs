@@ -1,14 +1,15 @@
 //! Matrix product.
 //!
-//! `out[m, n] = a[m, k] · b[k, n]`, plus what `out` held if asked for. `a` and `b` are [`Matrix`] views, so
-//! that a transpose costs nothing; `out` is dense, rows first. `a` and `b` have one float type; `out` has
-//! that type or is f32.
+//! `out[m, n] = a[m, k] · b[k, n]`, optionally plus the previous value of `out`. `a` and `b` are [`Matrix`] views, so a
+//! transpose costs nothing; `out` is dense and row-major. `a` and `b` have the same float type; `out` has that type or
+//! is f32.
 //!
-//! Products are summed in f32, f64 for f64, and rounded once into `out`; what `out` held is added before
-//! that rounding. The order of the sum depends on the sizes only, and on who makes it: the kernel, or cuBLASLt. Infinity and NaN come out as the sums
-//! make them: a row that meets a NaN is NaN. With k = 0 every sum is 0.
+//! Products are summed in f32, or in f64 for f64, and rounded once into `out`; the previous value of `out` is added
+//! before that rounding. The order of summation depends only on the sizes and on the implementation: this crate's
+//! kernel, or cuBLASLt. Infinity and NaN propagate through the sums: a row that contains a NaN becomes NaN. With k = 0
+//! every sum is 0.
 //!
-//! The twin widens half-precision operands into dense scratch and gives blocks of rows to the threads.
+//! The twin widens half-precision operands into dense scratch and distributes blocks of rows over the threads.
 
 use rayon::prelude::*;
 
@@ -24,10 +25,10 @@ use crate::units::to_usize;
 
 const OP: &str = "matmul";
 
-/// Rows of `out` that are worth a task of their own: the GEMM below packs `b` anew for each.
+/// The fewest rows of `out` per task: the GEMM below packs `b` again for each task.
 const BLOCK_ROWS: usize = 64;
 
-/// Rows and columns of `out` that a block computes at once on a device.
+/// Rows and columns of the tile of `out` that a thread block computes on a device.
 const DEVICE_TILE: u64 = 64;
 
 /// A matrix in memory: element (row, column) is at `row · row_stride + column · column_stride`.
@@ -61,7 +62,7 @@ impl Matrix {
             ));
         }
         Ok(Self {
-            // Only what is reached, so that the checks for overlap are no stricter than they must be.
+            // Only what is reached, so that the overlap checks are not stricter than necessary.
             span: span.sub(0, if is_empty { 0 } else { needed.unwrap_or(0) }),
             rows: shape[0],
             columns: shape[1],
@@ -134,10 +135,10 @@ impl Matrix {
     }
 }
 
-/// What becomes of the values that an output held.
+/// What happens to the previous values of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accumulate {
-    /// They are overwritten, and not read.
+    /// They are overwritten without being read.
     Overwrite,
     /// The result is added to them.
     Add,
@@ -157,14 +158,14 @@ pub fn matmul(
     matmul_with(None, stream, a, b, out, accumulate)
 }
 
-/// Enqueues `out = a · b`, or `out = out + a · b`. On a CUDA device the product is made by cuBLASLt if the
-/// machine has it and it takes the product, in `workspace`: free memory, as long as
-/// [`matmul_workspace`] says. Otherwise, and with less workspace, by the kernel of this crate.
+/// Enqueues `out = a · b`, or `out = out + a · b`. On a CUDA device, cuBLASLt computes the product if it is installed,
+/// supports this product, and `workspace` is at least as large as [`matmul_workspace`] says. Otherwise this crate's
+/// kernel does. The contents of `workspace` are overwritten.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, and for
-/// an `out` or `workspace` that overlaps what else is given; [`Error::UnsupportedDtype`] for u32 and 8-bit types;
-/// [`Error::Driver`] if the product cannot be enqueued.
+/// [`Error::InvalidArgument`] for sizes or types that do not fit, for operands of another stream, or if `out` or
+/// `workspace` overlaps another operand; [`Error::UnsupportedDtype`] for u32 and 8-bit types; [`Error::Driver`] if the
+/// product cannot be enqueued.
 pub fn matmul_with(
     workspace: Option<&Span>,
     stream: &Stream,
@@ -198,8 +199,8 @@ pub fn matmul_with(
     )
 }
 
-/// Bytes of workspace that [`matmul_with`] can use for this product; 0 for a product that it refuses, and wherever
-/// the kernel of this crate makes it.
+/// Bytes of workspace that [`matmul_with`] can use for this product; 0 for a product that it refuses, or that this
+/// crate's kernel computes.
 #[must_use]
 pub fn matmul_workspace(
     stream: &Stream,
@@ -242,7 +243,7 @@ fn check(stream: &Stream, a: &Matrix, b: &Matrix, out: &Span) -> Result<()> {
         return Err(Error::argument(
             OP,
             format!(
-                "[{}, {}] · [{}, {}] does not fit, or does not give {} elements",
+                "[{}, {}] · [{}, {}] does not fit, or does not make {} elements",
                 a.rows,
                 a.columns,
                 b.rows,
@@ -344,7 +345,7 @@ impl Matmul {
         }
         let mut sums = vec![C::default(); out.len()];
         if add {
-            // SAFETY: as above; the slice made inside is gone before the next one.
+            // SAFETY: as above; the slice inside `load` is gone before the next one is made.
             unsafe { load(&out, 0, &mut sums) };
         }
         multiply(shape, &a, b, &mut sums, add);
@@ -353,9 +354,9 @@ impl Matmul {
     }
 }
 
-/// A matrix in the compute type: where it lies, or a dense copy.
+/// A matrix in the compute type: in place, or a dense copy.
 struct Operand<C> {
-    /// Address of the first element, in the operand's own memory or in `_scratch`.
+    /// Address of the first element, in the matrix itself or in `_scratch`.
     address: usize,
     strides: [usize; 2],
     _scratch: Vec<C>,
@@ -438,8 +439,8 @@ fn multiply<C: Gemm>(
     );
     let beta = if add { C::from_f32(1.0) } else { C::default() };
     let at = |operand: &Operand<C>| (operand.address as *const C, operand.strides.map(signed));
-    // SAFETY: an operand stands for all elements of its matrix, whose bounds `Matrix::new` has checked,
-    // and `out` has room for m rows of n.
+    // SAFETY: an operand covers all elements of its matrix, whose bounds `Matrix::new` has checked, and `out` has room
+    // for m rows of n.
     unsafe {
         C::gemm(
             [m, k, n],
@@ -451,8 +452,8 @@ fn multiply<C: Gemm>(
     }
 }
 
-/// A stride as the GEMM wants it. One that does not fit is never stepped over: its dimension has one
-/// element at most, or the matrix would not lie in memory.
+/// Converts a stride for the GEMM. A stride that does not fit is never used: its dimension has at most one element,
+/// since the matrix would not fit in memory otherwise.
 fn signed(stride: usize) -> isize {
     isize::try_from(stride).unwrap_or(0)
 }

@@ -6,11 +6,11 @@
 //! w = w − rate · (g + momentum · b  if nesterov, else b)
 //! ```
 //!
-//! The momentum buffer begins as zeros, so the first step that is applied sets b = g as in PyTorch, however
-//! many were skipped before it; no first-step mark is needed. Without momentum there is no buffer.
+//! The momentum buffer starts as zeros. So the first applied step sets b = g as in PyTorch, however many steps were
+//! skipped before it, and no first-step flag is needed. Without momentum there is no buffer.
 //!
-//! Bytes a parameter, check of the gradient included: f32 24 with momentum, 16 without; 16-bit gradient with an f32
-//! master 22 and 14, with a master cut in two 20 and 12.
+//! Bytes per parameter, including the gradient check: f32 24 with momentum, 16 without; 16-bit gradient with an f32
+//! master 22 and 14, with a split master 20 and 12.
 //!
 //! Twin: [`Sgd`].
 
@@ -59,8 +59,8 @@ impl SgdNumbers {
     }
 }
 
-/// One step for all rows of `table`: parameter, gradient, master, momentum. Weights that it makes infinite or NaN are
-/// counted in `found`.
+/// One step for all rows of `table`: parameter, gradient, master, momentum. `found` counts the weights that become
+/// infinite or NaN.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -188,7 +188,7 @@ impl Kernel for Sgd {
     unsafe fn run(&self) {
         // SAFETY: the caller's promise.
         if let Some(factors) = unsafe { self.scalars.factors() } {
-            // SAFETY: the caller's promise; launchers of tables know that rows share no bytes.
+            // SAFETY: the caller's promise; the rows of a table share no bytes.
             unsafe { for_each_row(&self.table, factors, &self.found, self) };
         }
     }

@@ -1,8 +1,7 @@
-//! Special functions of one real variable, for f32 and f64: exponential and normal distribution.
+//! Special functions for f32 and f64: the exponential and the normal distribution.
 //!
-//! The f32 forms have no branches and call nothing, so that loops over them are vectorized. They stay
-//! within a few units in the last place (the tests hold them to it); f64 uses the exact library functions
-//! where there are any.
+//! The f32 versions have no branches and no calls, so that loops over them vectorize. Their error is a few units in the
+//! last place, as the tests check. The f64 versions use the standard library's functions where they exist.
 
 use std::f64::consts::SQRT_2;
 
@@ -26,7 +25,7 @@ impl Special for f32 {
     #[inline]
     #[expect(clippy::cast_possible_truncation, reason = "a constant, rounded once")]
     fn normal_cdf(self) -> Self {
-        // Terms from the thirteenth on are below 7e-9, a tenth of what f32 resolves at 1.
+        // Terms from the thirteenth on are below 7e-9, a tenth of the f32 resolution at 1.
         const TERMS: [f32; 12] = {
             let mut terms = [0.0; 12];
             let mut idx = 0;
@@ -56,13 +55,13 @@ impl Special for f64 {
 /// terms of the power series leave a relative error of 5e-9.
 #[inline]
 fn exp_f32(x: f32) -> f32 {
-    // Below the first and above the second, the result is 0 and infinity. `clamp` keeps a NaN.
+    // Below and above these bounds, the result is 0 and infinity. `clamp` preserves NaN.
     let x = x.clamp(-105.0, 89.0);
-    // Adding 1.5·2²³ leaves no bits after the point: the addition itself rounds to nearest.
+    // Adding 1.5·2²³ leaves no fraction bits: the addition itself rounds to the nearest integer.
     const TO_INTEGER: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
     let n = shifted - TO_INTEGER;
-    // ln 2 in two parts: the first has 9 bits, so that its product with `n` is exact.
+    // ln 2 in two parts. The first has 9 bits, so its product with `n` is exact.
     let r = x - n * (355.0 / 512.0) - n * -2.121_944_4e-4;
     let series = [
         1.0 / 5040.0,
@@ -75,7 +74,7 @@ fn exp_f32(x: f32) -> f32 {
         1.0,
     ];
     let power = series.iter().fold(0.0f32, |sum, term| sum * r + term);
-    // `n` reaches past the exponents of f32 at both ends: scale by two powers of half the size.
+    // `n` exceeds the exponent range of f32 at both ends, so scale in two steps of half the exponent.
     let n = shifted
         .to_bits()
         .wrapping_sub(TO_INTEGER.to_bits())
@@ -87,9 +86,9 @@ fn exp_f32(x: f32) -> f32 {
 
 /// Chebyshev coefficients of `ln(erfc(z)·e^(z²) / t)` on `t = 2 / (2 + z)` in (0, 1], the first halved.
 ///
-/// Substituting `t` turns the half line into an interval on which the function is smooth, and the factor
-/// `e^(z²)` leaves the *relative* error of `erfc` small in the whole tail. The coefficients are the
-/// cosine sums over 60 Chebyshev nodes, evaluated with 50 digits; the first one left out is below 3e-18.
+/// Substituting `t` maps the half line to an interval on which the function is smooth, and the factor `e^(z²)` keeps
+/// the *relative* error of `erfc` small in the whole tail. The coefficients are cosine sums over 60 Chebyshev nodes,
+/// computed with 50 digits; the first omitted coefficient is below 3e-18.
 const ERFC_TERMS: [f64; 29] = [
     -0.651_326_859_890_854_7,
     0.641_969_792_356_490_2,
@@ -122,8 +121,7 @@ const ERFC_TERMS: [f64; 29] = [
     5.003_005_555_944_59e-20,
 ];
 
-/// `Φ(x) = erfc(-x/√2) / 2`, given `z = |x|/√2`: of the two tails the small one is computed, and the large
-/// one is what it leaves of 1.
+/// `Φ(x) = erfc(-x/√2) / 2`, given `z = |x|/√2`. Computes the smaller of the two tails; the larger is 1 minus it.
 #[inline]
 fn normal_cdf<C: Special, const TERMS: usize>(x: C, z: C, terms: &[C; TERMS]) -> C {
     let (zero, one, two) = (C::default(), C::from_f64(1.0), C::from_f64(2.0));
@@ -132,7 +130,7 @@ fn normal_cdf<C: Special, const TERMS: usize>(x: C, z: C, terms: &[C; TERMS]) ->
     // Clenshaw's recurrence.
     let (mut b1, mut b2) = (zero, zero);
     for term in terms[1..].iter().rev() {
-        // Bracketed so that each step waits for one product and one sum only.
+        // Parenthesized so that the dependency chain of each step is one product and one sum.
         (b1, b2) = (two * y * b1 + (*term - b2), b1);
     }
     let polynomial = y * b1 - b2 + terms[0];

@@ -1,28 +1,28 @@
-//! How matrices are described to cuBLASLt, which has columns first where this crate has rows first.
+//! Describes this crate's row-major matrices to cuBLASLt, which is column-major.
 //!
-//! A matrix whose rows lie one after another is, read by columns, its transpose. So the product is asked for
-//! transposed, `outᵀ = bᵀ · aᵀ`: the library's first operand is `b` and its second is `a`, and what it writes by
-//! columns is `out` by rows.
+//! A row-major matrix read in column-major order is its transpose. So the library is asked for the transposed product,
+//! `outᵀ = bᵀ · aᵀ`: its first operand is `b`, its second is `a`, and what it writes column by column is `out` row by
+//! row.
 
 use crate::launch::Matrix;
 
-/// A matrix stored by columns: element (row, column) lies at `row + column · leading`.
+/// A column-major matrix: element (row, column) is at `row + column · leading`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Stored {
     pub(super) rows: u64,
     pub(super) columns: u64,
     pub(super) leading: i64,
-    /// Whether its transpose is the operand.
+    /// Whether the operand is the transpose of this matrix.
     pub(super) is_transposed: bool,
 }
 
 impl Stored {
-    /// The transpose of `matrix`, as the library can read it; `None` if neither its rows nor its columns lie
-    /// without gaps, or if they overlap.
+    /// The transpose of `matrix` in a form that the library can read; `None` if neither its rows nor its columns are
+    /// contiguous, or if they overlap.
     pub(super) fn transpose_of(matrix: &Matrix) -> Option<Self> {
         let (shape, strides) = ([matrix.rows(), matrix.columns()], matrix.strides());
         let by_columns = |[count, extent]: [usize; 2], [step, inner]: [usize; 2], is_transposed| {
-            // A stride that is never taken may be anything.
+            // A stride that is never used may have any value.
             let is_dense = extent <= 1 || inner == 1;
             let leading = if count <= 1 { extent.max(1) } else { step };
             let fits = is_dense && leading >= extent.max(1);
@@ -39,7 +39,7 @@ impl Stored {
             .or_else(|| by_columns(exchanged(shape), exchanged(strides), true))
     }
 
-    /// `rows` dense rows of `columns`, transposed: what the library writes.
+    /// The transpose of `rows` dense rows of `columns`: the form in which the library writes the result.
     pub(super) fn dense(rows: usize, columns: usize) -> Option<Self> {
         Some(Self {
             rows: columns as u64,
@@ -64,7 +64,7 @@ mod tests {
         Matrix::new(&span, shape, strides).expect("it lies in the span")
     }
 
-    /// Where the library finds element (row, column) of the operand, by its documentation.
+    /// Where the library finds element (row, column) of the operand, according to its documentation.
     fn found_at(stored: &Stored, row: usize, column: usize) -> usize {
         let [row, column] = if stored.is_transposed {
             [column, row]

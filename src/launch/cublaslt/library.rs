@@ -1,11 +1,11 @@
-//! The library, found at run time: nothing of it is needed to build, and nothing is lost where it is missing.
+//! Finds cuBLASLt at run time. Building does not need it, and programs run without it.
 //!
-//! A version that cannot be loaded, lacks a function or refuses to start (because it is newer than the driver,
-//! for one) is passed over, and the next one is tried. The types are those of cudarc's bindings, and the compiler
-//! compares each signature below with theirs; codes are plain numbers, as a newer library may have others.
+//! A version that cannot be loaded, lacks a function or refuses to start (for example, because it is newer than the
+//! driver) is skipped, and the next one is tried. The types are those of cudarc's bindings, and the compiler checks
+//! each signature below against theirs. Codes are plain numbers, because a newer library may have other codes.
 //!
-//! The library talks to the driver that the system finds for it. Where that is not the one whose memory is used
-//! here, the library is not used either.
+//! The library uses the driver that the dynamic loader finds for it. If that is not the driver used here, the library
+//! is not used.
 
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
@@ -17,15 +17,15 @@ use cudarc::cublaslt::sys::{
     cudaStream_t,
 };
 
-/// The names of versions that have these functions, newest first.
+/// File names of versions that have these functions, newest first.
 const CANDIDATES: &[&str] = &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
 
 pub(super) const SUCCESS: c_int = 0;
 
-/// Declares the table of functions, and compares each signature with that of cudarc's bindings.
+/// Declares the table of functions, and checks each signature against cudarc's bindings.
 macro_rules! functions {
     ($($name:ident($($argument:ident: $type:ty),*);)*) => {
-        /// The functions of the library that are used, each under its own name.
+        /// The library functions that this crate uses, each under its own name.
         #[derive(Debug)]
         #[allow(non_snake_case, reason = "the names are the library's")]
         pub(super) struct Functions {
@@ -33,12 +33,12 @@ macro_rules! functions {
         }
 
         impl Functions {
-            /// Looks all of them up; the name of the first that is missing otherwise.
+            /// Looks up all functions. The error is the name of the first that is missing.
             fn find(library: &libloading::Library) -> Result<Self, &'static str> {
                 Ok(Self {$(
                     $name: {
                         let symbol = concat!(stringify!($name), "\0").as_bytes();
-                        // SAFETY: this is the signature in NVIDIA's header, as the comparison below shows.
+                        // SAFETY: this is the signature in NVIDIA's header, as the check below shows.
                         *unsafe { library.get(symbol) }.map_err(|_| stringify!($name))?
                     },
                 )*})
@@ -46,7 +46,7 @@ macro_rules! functions {
         }
 
         $(const _: fn($($type),*) -> cublasStatus_t = |$($argument),*| {
-            // SAFETY: never called, only compiled.
+            // SAFETY: compiled for the type check, never called.
             unsafe { cudarc::cublaslt::sys::$name($($argument),*) }
         };)*
     };
@@ -114,12 +114,12 @@ functions! {
     );
 }
 
-/// The opened library, started on one device.
+/// The open library, started on one device.
 #[derive(Debug)]
 pub(super) struct Library {
     pub(super) functions: Functions,
     handle: Handle,
-    // Never closed, as the library may have threads of its own.
+    // Never closed, because the library may have threads of its own.
     _library: std::mem::ManuallyDrop<libloading::Library>,
 }
 
@@ -127,13 +127,13 @@ pub(super) struct Library {
 #[derive(Clone, Copy, Debug)]
 struct Handle(cublasLtHandle_t);
 
-// SAFETY: the handle is opaque here, and the library allows every thread to use it at any time.
+// SAFETY: the handle is never dereferenced here, and the library allows every thread to use it at any time.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
 
 impl Library {
-    /// Opens and starts the library for the device that is current on this thread, or says why it cannot be
+    /// Opens and starts the library for the device that is current on this thread. The error says why it cannot be
     /// used.
     pub(super) fn open() -> Result<Self, String> {
         Self::open_first(CANDIDATES)
@@ -142,7 +142,7 @@ impl Library {
     fn open_first(candidates: &[&str]) -> Result<Self, String> {
         let mut reason = None;
         for name in candidates {
-            // SAFETY: NVIDIA's library; loading it runs its initializers, which is what it is made for.
+            // SAFETY: NVIDIA's library, which is made to be loaded; loading runs its initializers.
             let Ok(library) = (unsafe { libloading::Library::new(*name) }) else {
                 continue;
             };
@@ -163,7 +163,7 @@ impl Library {
         let functions = Functions::find(&library)
             .map_err(|function| format!("{name} has no function {function}"))?;
         let mut handle = null_mut();
-        // SAFETY: `handle` takes the answer.
+        // SAFETY: `handle` receives the result.
         match unsafe { (functions.cublasLtCreate)(&raw mut handle) } {
             SUCCESS => Ok(Self {
                 functions,
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn a_library_without_a_function_is_a_reason_that_names_it() {
-        // SAFETY: the system's own library, which is loaded already.
+        // SAFETY: the C library, which is already loaded.
         let library = unsafe { libloading::Library::new("libc.so.6") };
         let Ok(library) = library else { return };
         let refused = Library::start("libc.so.6", library);

@@ -1,13 +1,13 @@
-//! Matrix products by cuBLASLt, where the machine has it.
+//! Matrix products by cuBLASLt, if it is installed.
 //!
-//! The library is looked for at the first product on a device. What it refuses, or cannot read where it lies,
-//! goes to the kernel of this crate; so does everything where it is missing. Sums are made in the type that the
-//! kernel makes them in, and rounded once: algorithms that add partial sums in the type of the output are ruled
-//! out, as are reduced-precision products of f32.
+//! The library is looked up at the first product on a device. Products that it refuses, or whose operands it cannot
+//! read in place, fall back to this crate's kernel, as do all products if the library is missing. Sums are computed in
+//! the same type as in the kernel and rounded once: algorithms that add partial sums in the output type are ruled out,
+//! and so are reduced-precision products of f32.
 //!
-//! A *plan* is an algorithm and the bytes of workspace it wants. It is chosen once for each kind of product and
-//! kept, so the same sizes give the same bits throughout a process. Enqueuing takes no memory and waits for
-//! nothing: products can be captured.
+//! A *plan* is an algorithm and the workspace it needs, in bytes. It is chosen once for each kind of product and
+//! cached, so the same sizes produce the same bits throughout a process. Enqueuing allocates no memory and waits for
+//! nothing, so products can be captured.
 //!
 //! Must not know: where the workspace comes from.
 
@@ -33,17 +33,18 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::units::to_usize;
 
-/// Workspace an algorithm may want: what NVIDIA recommends for devices since compute capability 9.0, and before.
+/// The largest workspace of an algorithm: NVIDIA's recommendation from compute capability 9.0 on, and for older
+/// devices.
 const WORKSPACE_MAX: [u64; 2] = [32 << 20, 4 << 20];
-/// The alignment beyond which the library makes no difference.
+/// The alignment beyond which the library makes no distinction.
 const ALIGNMENT_MAX: u32 = 256;
-/// Plans kept for a device. Programs whose shapes vary without end begin anew.
+/// The most plans cached for a device. When it is reached, the cache is cleared.
 const PLANS_MAX: usize = 4096;
 
-/// A product as the library sees it, without its addresses.
+/// A product as the library sees it, without addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Kind {
-    /// The library's operands: `b`, `a`, and what it writes.
+    /// The library's operands: `b`, `a`, and its output.
     matrices: [Stored; 3],
     /// Their alignments in bytes.
     alignments: [u32; 3],
@@ -53,20 +54,20 @@ struct Kind {
     workspace_max: u64,
 }
 
-/// An algorithm, and what it wants.
+/// An algorithm and the workspace it needs.
 #[derive(Clone, Copy)]
 struct Plan {
     algorithm: cublasLtMatmulAlgo_t,
     workspace: u64,
 }
 
-/// The library on one device, with the plans made so far; `None` for products that it refuses.
+/// The library on one device, with the plans made so far. A plan of `None` is a product that the library refuses.
 struct Device {
     library: Library,
     plans: Mutex<HashMap<Kind, Option<Plan>>>,
 }
 
-/// The product that is to be enqueued. Sizes, types and streams were checked.
+/// A product to enqueue. Its sizes, types and streams have been checked.
 pub(super) struct Product<'a> {
     pub(super) a: &'a Matrix,
     pub(super) b: &'a Matrix,
@@ -74,7 +75,7 @@ pub(super) struct Product<'a> {
     pub(super) accumulate: Accumulate,
 }
 
-/// Why products on the CUDA device with this number are not made by cuBLASLt; `None` if they are.
+/// Why cuBLASLt does not compute products on the CUDA device with this number; `None` if it does.
 ///
 /// # Errors
 /// [`Error::Driver`] if the device cannot be opened.
@@ -85,7 +86,7 @@ pub fn why_not_cublaslt(ordinal: u32) -> Result<Option<String>> {
 }
 
 impl Device {
-    /// The library on the device that was entered, or why it cannot be used. Asked once for each device.
+    /// The library on the entered device, or why it cannot be used. Looked up once per device.
     fn get(entered: &Entered) -> Result<Arc<Self>, String> {
         type Found = Result<Arc<Device>, String>;
         static DEVICES: Mutex<Vec<(u32, Found)>> = Mutex::new(Vec::new());
@@ -119,7 +120,7 @@ impl Device {
 }
 
 impl Product<'_> {
-    /// Bytes of workspace that the product wants, 0 if the library does not make it.
+    /// Bytes of workspace that the product needs; 0 if the library does not compute it.
     pub(super) fn workspace(&self, stream: &Stream) -> u64 {
         let entered = enter("matmul", stream).ok().flatten();
         let device = entered.and_then(|entered| Device::get(&entered).ok());
@@ -129,7 +130,7 @@ impl Product<'_> {
         plan.map_or(0, |plan| plan.workspace)
     }
 
-    /// Enqueues the product; `false` if the library does not make it, and nothing was enqueued.
+    /// Enqueues the product. Returns false, with nothing enqueued, if the library does not compute it.
     pub(super) fn enqueue(&self, stream: &Stream, workspace: Option<&Span>) -> Result<bool> {
         const CALL: &str = "matmul";
         let Some(entered) = enter(CALL, stream)? else {
@@ -153,8 +154,8 @@ impl Product<'_> {
             with_exposed_provenance_mut(to_usize(span.ptr().0))
         });
         let library = &device.library;
-        // SAFETY: the spans are live in order of this stream, and the launcher has checked that `out` overlaps
-        // no operand; the layouts describe them; the workspace is as long as the plan wants.
+        // SAFETY: the spans are live in order of this stream, and the launcher has checked that `out` overlaps no
+        // operand. The layouts describe the spans, and the workspace is as large as the plan needs.
         let code = unsafe {
             (library.functions.cublasLtMatmul)(
                 library.handle(),
@@ -180,12 +181,12 @@ impl Product<'_> {
             code => Err(Error::Driver {
                 call: CALL,
                 code,
-                reason: "cublasLtMatmul: the library's own number for the failure".to_owned(),
+                reason: "cublasLtMatmul failed; the code is the library's".to_owned(),
             }),
         }
     }
 
-    /// The product as the library would be asked for it; `None` if it cannot be.
+    /// The product as the library sees it; `None` if it cannot be expressed to the library.
     fn kind(&self, stream: &Stream) -> Option<Kind> {
         let (rows, columns) = (self.a.rows(), self.b.columns());
         if self.a.columns() == 0 || self.out.is_empty() || self.out.dtype() == DType::U32 {
@@ -209,7 +210,7 @@ impl Product<'_> {
     }
 }
 
-/// A factor on the host, in the type that sums are made in.
+/// A factor on the host, in the type of the sums.
 enum Scale {
     Single(f32),
     Double(f64),

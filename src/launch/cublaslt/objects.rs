@@ -1,4 +1,4 @@
-//! What the library wants a product described by: objects of its own, destroyed when they are done with.
+//! The library's objects that describe a product, owned and destroyed on drop.
 
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
@@ -22,7 +22,7 @@ pub(super) struct Objects<'a> {
     matrices: [cublasLtMatrixLayout_t; 3],
 }
 
-/// What the library tells of an algorithm: cudarc's struct, with the status as the number it is.
+/// The library's answer about an algorithm: cudarc's struct, but with the status as a plain number.
 #[repr(C)]
 struct Answer {
     algorithm: cublasLtMatmulAlgo_t,
@@ -34,10 +34,10 @@ struct Answer {
 
 const _: () = assert!(size_of::<Answer>() == size_of::<cublasLtMatmulHeuristicResult_t>());
 
-/// The operation of an operand, in the library's numbers: as it is, or transposed.
+/// The operation on an operand, in the library's numbers: none, or transpose.
 const OPERATIONS: [i32; 2] = [0, 1];
 
-/// The type of elements, in the library's names.
+/// The library's name of an element type.
 pub(super) fn element_type(dtype: DType) -> cudaDataType {
     match dtype {
         DType::F16 => cudaDataType::CUDA_R_16F,
@@ -55,7 +55,7 @@ impl<'a> Objects<'a> {
         use cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB,
         };
-        // Dropped half made, it destroys what there is.
+        // If construction fails, dropping this destroys what was created so far.
         let mut objects = Self {
             library,
             product: null_mut(),
@@ -66,7 +66,7 @@ impl<'a> Objects<'a> {
             _ => (cublasComputeType_t::CUBLAS_COMPUTE_32F, DType::F32),
         };
         let create = library.functions.cublasLtMatmulDescCreate;
-        // SAFETY: `product` takes the answer.
+        // SAFETY: `product` receives the result.
         let code = unsafe { create(&raw mut objects.product, compute, element_type(scale)) };
         succeeded(code)?;
         let operands = [CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB];
@@ -74,7 +74,7 @@ impl<'a> Objects<'a> {
             let operation = &OPERATIONS[usize::from(stored.is_transposed)];
             let place = (&raw const *operation).cast::<c_void>();
             let set = library.functions.cublasLtMatmulDescSetAttribute;
-            // SAFETY: the description is alive, the attribute is a number of 32 bits.
+            // SAFETY: the description is alive; the attribute is a 32-bit number.
             succeeded(unsafe { set(objects.product, attribute, place, size_of::<i32>()) })?;
         }
         let dtypes = [kind.dtype, kind.dtype, kind.out_dtype];
@@ -88,7 +88,7 @@ impl<'a> Objects<'a> {
         let create = self.library.functions.cublasLtMatrixLayoutCreate;
         let (mut layout, dtype) = (null_mut(), element_type(dtype));
         let (rows, columns, leading) = (stored.rows, stored.columns, stored.leading);
-        // SAFETY: `layout` takes the answer.
+        // SAFETY: `layout` receives the result.
         succeeded(unsafe { create(&raw mut layout, dtype, rows, columns, leading) })?;
         Some(layout)
     }
@@ -97,7 +97,7 @@ impl<'a> Objects<'a> {
         self.product
     }
 
-    /// The description of a matrix by its place in [`Kind::matrices`].
+    /// The description of a matrix by its index in [`Kind::matrices`].
     pub(super) fn matrix(&self, index: usize) -> cublasLtMatrixLayout_t {
         self.matrices[index]
     }
@@ -116,7 +116,7 @@ impl<'a> Objects<'a> {
         };
         let place = (&raw mut answer).cast();
         let mut found: c_int = 0;
-        // SAFETY: all descriptions are alive, there is room for the one result.
+        // SAFETY: all descriptions are alive, and there is room for one result.
         let code = unsafe {
             choose(
                 self.library.handle(),
@@ -143,7 +143,7 @@ impl Drop for Objects<'_> {
     fn drop(&mut self) {
         let functions = &self.library.functions;
         for layout in self.matrices.into_iter().filter(|layout| !layout.is_null()) {
-            // SAFETY: made here, and used by nobody else.
+            // SAFETY: created here, and used by nothing else.
             let _ = unsafe { (functions.cublasLtMatrixLayoutDestroy)(layout) };
         }
         if !self.product.is_null() {
@@ -153,7 +153,7 @@ impl Drop for Objects<'_> {
     }
 }
 
-/// What an algorithm may rely on.
+/// The constraints on the choice of an algorithm.
 struct Preference<'a> {
     library: &'a Library,
     object: cublasLtMatmulPreference_t,
@@ -167,13 +167,13 @@ impl<'a> Preference<'a> {
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
         };
         let mut object = null_mut();
-        // SAFETY: `object` takes the answer.
+        // SAFETY: `object` receives the result.
         let code = unsafe { (library.functions.cublasLtMatmulPreferenceCreate)(&raw mut object) };
         succeeded(code)?;
         let preference = Self { library, object };
         let set = |attribute, place: *const c_void, bytes| {
             let set = library.functions.cublasLtMatmulPreferenceSetAttribute;
-            // SAFETY: the object is alive; the callers below pass numbers as wide as the attributes are.
+            // SAFETY: the object is alive; the callers below pass numbers of the attributes' widths.
             succeeded(unsafe { set(object, attribute, place, bytes) })
         };
         let workspace = kind.workspace_max;
@@ -205,7 +205,7 @@ impl<'a> Preference<'a> {
 
 impl Drop for Preference<'_> {
     fn drop(&mut self) {
-        // SAFETY: made here, and used by nobody else.
+        // SAFETY: created here, and used by nothing else.
         let _ = unsafe { (self.library.functions.cublasLtMatmulPreferenceDestroy)(self.object) };
     }
 }
@@ -228,9 +228,6 @@ mod tests {
         assert_eq!(cublasComputeType_t::CUBLAS_COMPUTE_32F as u32, 68);
         assert_eq!(cublasComputeType_t::CUBLAS_COMPUTE_64F as u32, 70);
         let scheme = cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        assert_eq!(
-            scheme as u32, 2,
-            "partial sums in the compute type, and no other way"
-        );
+        assert_eq!(scheme as u32, 2, "partial sums in the compute type only");
     }
 }

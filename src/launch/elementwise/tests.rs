@@ -1,4 +1,4 @@
-//! Arithmetic against f64, in every type.
+//! Checks arithmetic against f64, in every type.
 
 use super::*;
 use crate::launch::testing::{Array, LENGTHS, numbers, rounded, run};

@@ -1,4 +1,4 @@
-//! Matrix products against plain sums in f64.
+//! Checks matrix products against plain sums in f64.
 
 use super::*;
 use crate::launch::testing::{Array, numbers, rounded, run};
@@ -61,7 +61,7 @@ fn product(shape: [usize; 3], types: [DType; 2], transposed: [bool; 2], accumula
         vec![0.0; m * n]
     };
     let sums = DType::F32.epsilon().min(DType::epsilon(dtype));
-    // k products below 1, each sum rounded: the error grows as √k, with room to spare.
+    // k products below 1, with each sum rounded: the error grows as √k; 4 leaves a margin.
     #[expect(clippy::cast_precision_loss, reason = "small numbers")]
     let absolute = 4.0 * sums * (k as f64 + 1.0).sqrt();
     assert_close(
@@ -118,7 +118,7 @@ fn overwriting_does_not_read_what_the_output_held() {
 #[test]
 fn views_with_gaps_and_repeats() {
     for dtype in DType::FLOATS {
-        // Every second column of a [2, 4] matrix, times one number repeated.
+        // Every second column of a [2, 4] matrix, times one repeated number.
         let a = Array::new(dtype, &[1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0]);
         let b = Array::new(dtype, &[5.0]);
         let out = Array::filled(dtype, 2);
@@ -149,7 +149,7 @@ fn half_sums_round_once_and_may_overflow() {
         out.values()[0]
     };
     assert_eq!(product(1), f64::INFINITY);
-    // 65536 on the way, and 65280 at the end, which f16 holds.
+    // 65536 as an intermediate sum, 65280 as the result, which f16 can represent.
     assert_eq!(product(2), 65280.0);
 }
 
