@@ -1,11 +1,11 @@
 //! Activation functions and their gradients.
 //!
-//! - relu: `out = max(x, 0)`; `grad_in = grad_out` where `x > 0`, else 0. NaN passes, also in the gradient.
+//! - relu: `out = max(x, 0)`; `grad_in = grad_out` where `x > 0`, else 0. NaN propagates, also in the gradient.
 //! - gelu, the exact form: `out = x·Φ(x)` with `Φ` the normal distribution;
 //!   `grad_in = grad_out·(Φ(x) + x·φ(x))` with `φ(x) = e^(-x²/2)/√(2π)` its density.
 //!
-//! All operands of one length, any float types; the output may be one of the inputs. Computed in f32 (f64
-//! as soon as an operand is f64), rounded once. As in PyTorch gelu of -∞ is NaN: it is `-∞ · 0`.
+//! All operands have the same length and any float types; the output may be one of the inputs. Computed in f32 (f64 if
+//! any operand is f64), rounded once. As in PyTorch, gelu of -∞ is NaN: it is `-∞ · 0`.
 
 use std::f64::consts::PI;
 
@@ -21,7 +21,7 @@ use crate::error::Result;
 pub enum Activation {
     /// `max(x, 0)`.
     Relu,
-    /// `x·Φ(x)`, exactly (not the approximation by tanh).
+    /// `x·Φ(x)`, the exact form rather than the tanh approximation.
     Gelu,
 }
 
@@ -180,7 +180,7 @@ impl Kernel for Backward {
     }
 }
 
-// Both compare so that a NaN input takes the branch that lets it, or the gradient, through.
+// Both comparisons fail for a NaN input, which selects the branch that returns it, or the gradient.
 
 #[inline]
 fn relu<C: Special>(x: C) -> C {
@@ -238,7 +238,7 @@ mod tests {
 
     fn backward(f: Activation, dtype: DType, x: &[f64], grad: &[f64]) -> Vec<f64> {
         let (x, grad_out) = (Array::new(dtype, x), Array::new(dtype, grad));
-        // In place, as a trainer that saves memory does it.
+        // In place, as in a trainer that saves memory.
         let grad_in = grad_out.span();
         run(&Backward {
             f,

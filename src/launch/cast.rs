@@ -1,7 +1,7 @@
 //! Conversion between floating-point types.
 //!
-//! `dst[i] = src[i]`, both of one length, any two float types. One rounding, to nearest, ties to even:
-//! what does not fit becomes infinity, NaN stays NaN. Between equal types (u32 included) this copies.
+//! `dst[i] = src[i]`, for operands of equal length and any two float types. Rounds once, to nearest, ties to even.
+//! Values that are too large become infinity; NaN stays NaN. Between equal types (including u32) this is a copy.
 
 use super::Span;
 use super::compute::{
@@ -23,7 +23,7 @@ pub fn cast(stream: &Stream, src: &Span, dst: &Span) -> Result<()> {
     enqueue_cast("cast", stream, [src, dst], f64::INFINITY)
 }
 
-/// As [`cast`], to an 8-bit type. What is too large for it becomes what `overflow` says.
+/// Like [`cast`], to an 8-bit type. `overflow` selects the result for values that are too large.
 ///
 /// # Errors
 /// As [`cast`]; [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for a wider `dst`.
@@ -71,7 +71,7 @@ fn enqueue_cast(
 struct Cast {
     src: Span,
     dst: Span,
-    /// What is converted to an 8-bit type is brought to at most this magnitude before.
+    /// Values are clamped to this magnitude before they are converted to an 8-bit type.
     limit: f64,
 }
 
@@ -111,13 +111,13 @@ impl Kernel for Cast {
             with_element!(src.dtype(), T => for_chunks(src.len(), |start, len| {
                 // SAFETY: the caller promises that nothing writes `src`, and it is disjoint from `dst`.
                 let from = unsafe { src.sub(start, len).slice::<T>() };
-                // SAFETY: chunks are disjoint: this thread alone has this part of `dst`.
+                // SAFETY: chunks are disjoint, so only this thread touches this part of `dst`.
                 let to = unsafe { dst.sub(start, len).slice_mut::<T>() };
                 to.copy_from_slice(from);
             }));
             return;
         }
-        // A value of either type is a value of the compute type, so that only the store rounds.
+        // The compute type represents all values of both types, so only the store rounds.
         with_compute!([src, dst], C => {
             let limit = <C as Element>::from_f64(self.limit);
             // SAFETY: the caller promises what `map` needs of both spans.
@@ -126,7 +126,7 @@ impl Kernel for Cast {
     }
 }
 
-/// `value`, or the number of its sign and magnitude `limit` if it is larger. NaN is not.
+/// `value` clamped to `-limit..=limit`. NaN stays NaN.
 #[inline]
 fn bounded<C: Compute>(value: C, limit: C) -> C {
     if value > limit {
@@ -197,7 +197,7 @@ mod tests {
                     &dst.values(),
                     &rounded(to, &inputs),
                 );
-                // NaN of every kind that f32 has at the ends: the rounding must not carry out of it.
+                // NaN of both signs: rounding must not turn it into another value.
                 let nan = Array::new(from, &[f64::NAN, -f64::NAN]);
                 let dst = Array::filled(to, 2);
                 run(&plain(&nan, &dst));

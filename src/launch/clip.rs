@@ -8,20 +8,20 @@
 //!
 //! `first` is the inverse scale, or 1 for gradients that are not scaled.
 //!
-//! [`clip_coefficient`] works on a few numbers; a norm that is not finite is an overflow and sets the flag,
-//! so that the step is skipped instead of taken with every gradient set to zero. [`multiply`] is the pass
-//! over the gradients, for those who look at clipped gradients; optimizers take the coefficient instead
-//! and multiply as they read.
+//! [`clip_coefficient`] works on a few numbers. A norm that is not finite is an overflow and sets the flag, so that the
+//! step is skipped; otherwise it would be taken with all gradients multiplied by zero. [`multiply`] is the pass over
+//! the gradients, for callers that read clipped gradients. Optimizers take the coefficient instead and multiply as they
+//! read.
 //!
-//! Numeric notes. ε is PyTorch's. It makes clipped gradients too small by up to 10⁻⁶ / `max_norm`, which is at most
-//! 10⁻⁵ for the limits that have it; smaller limits do without. With ε the coefficient is computed as in PyTorch (a
+//! Numeric notes. ε is PyTorch's. It makes clipped gradients too small by a relative error of up to 10⁻⁶ / `max_norm`,
+//! at most 10⁻⁵ for the limits that use it; smaller limits do not. With ε the coefficient is computed as in PyTorch (a
 //! reciprocal, then a product): in f64 if any gradient is f64, else in f32 from the norm rounded to f32, unless the
-//! reciprocal leaves the normal numbers of that type. Everything else is computed in f64 and rounded once.
+//! reciprocal is not a normal number of that type. Everything else is computed in f64 and rounded once.
 //!
-//! A coefficient below the normal numbers of f32 would lose bits. `first` is then smaller by a power of two, which
-//! is exact, and the coefficient larger. So clipped gradients are right to 10⁻⁵ and the roundings of their type
-//! wherever the norm can be told: for L2, f64 gradients must have squares in the range of f64, so norms from 10⁻¹⁵⁴
-//! to 10¹⁵⁴. Infinity times 0 is NaN: clipping does not repair gradients.
+//! A coefficient below the normal range of f32 would lose bits. In that case `first` is made smaller by a power of two,
+//! which is exact, and the coefficient larger. So clipped gradients are accurate to 10⁻⁵ plus the rounding of their
+//! type whenever the norm can be computed: for L2, squares of f64 gradients must be in the range of f64, so norms must
+//! be from 10⁻¹⁵⁴ to 10¹⁵⁴. Infinity times 0 is NaN: clipping does not repair gradients.
 //!
 //! Twins: [`ClipCoefficient`], [`Multiply`].
 
@@ -37,22 +37,22 @@ use crate::launch::gradient_check::NormKind;
 use crate::launch::update_pass::scale;
 use crate::launch::{PARALLEL_MIN, Span, enqueue};
 
-/// PyTorch's.
+/// PyTorch's ε.
 const EPSILON: f32 = 1e-6;
 
-/// Limits from here on have [`EPSILON`].
+/// The smallest limit that uses [`EPSILON`].
 const EPSILON_FROM: f64 = 0.1;
 
 /// Operands of [`clip_coefficient`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ClipOperands {
-    /// f64, one a tensor: what a check of kind `kind` wrote.
+    /// f64, one per tensor: the norms that a check of kind `kind` wrote.
     pub(crate) norms: Span,
     /// f64: receives the total norm.
     pub(crate) total_norm: Span,
     /// f32, or f64 if a gradient is f64: receives the coefficient.
     pub(crate) coefficient: Span,
-    /// f32: receives what gradients are multiplied by first.
+    /// f32: receives the factor that gradients are multiplied by first.
     pub(crate) first: Span,
     /// f32: the inverse of the scale that gradients still have.
     pub(crate) inv_scale: Option<Span>,
@@ -60,7 +60,7 @@ pub(crate) struct ClipOperands {
     pub(crate) found_inf: Option<Span>,
 }
 
-/// Sets the total norm and the coefficient that bring it to `max_norm` at most.
+/// Computes the total norm, and the coefficient that brings it to at most `max_norm`.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a negative or NaN `max_norm`, or operands that do not fit.
@@ -74,7 +74,7 @@ pub(crate) fn clip_coefficient(
     if max_norm.is_nan() || max_norm < 0.0 {
         return Err(Error::argument(
             op,
-            format!("max_norm is {max_norm}, not zero or more"),
+            format!("max_norm is {max_norm}, but must be zero or more"),
         ));
     }
     let one = |span, dtype| (span, dtype, 1);
@@ -111,7 +111,7 @@ pub(crate) fn clip_coefficient(
     )
 }
 
-/// f64 for a factor in f64; f32 is expected of all others.
+/// The required type of a factor: f64 if it is f64, f32 otherwise.
 fn factor_dtype(factor: &Span) -> DType {
     match factor.dtype() {
         DType::F64 => DType::F64,
@@ -154,14 +154,14 @@ struct ClipCoefficient {
     max_norm: f64,
 }
 
-/// `max_norm / (total_norm + ε)` as the head of the module says; `wide` if a gradient is f64.
+/// `max_norm / (total_norm + ε)` as the module documentation describes; `wide` if any gradient is f64.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "rounding to f32 is PyTorch's arithmetic"
 )]
 fn quotient(total_norm: f64, max_norm: f64, wide: bool) -> f64 {
     if max_norm >= EPSILON_FROM && wide {
-        // As f64, 10⁻⁶ is not the nearest f32.
+        // In f64, 10⁻⁶ differs from the f32 constant.
         let reciprocal = (total_norm + 1e-6).recip();
         if reciprocal.is_nan() || reciprocal >= f64::MIN_POSITIVE {
             return reciprocal * max_norm;
@@ -178,16 +178,16 @@ fn quotient(total_norm: f64, max_norm: f64, wide: bool) -> f64 {
     max_norm / total_norm
 }
 
-/// What gradients are multiplied by, one factor after the other, to have a norm of `max_norm` at most.
+/// The two factors that gradients are multiplied by, one after the other, to have a norm of at most `max_norm`.
 fn factors(total_norm: f64, max_norm: f64, inv_scale: f32, wide: bool) -> (f32, f64) {
     let quotient = quotient(total_norm, max_norm, wide);
-    // Unlike `f64::min`, NaN passes.
+    // Unlike `f64::min`, this preserves NaN.
     let quotient = if quotient > 1.0 { 1.0 } else { quotient };
     let is_normal = quotient.is_nan() || quotient >= f64::from(f32::MIN_POSITIVE);
     if is_normal || max_norm == 0.0 || !total_norm.is_finite() {
         return (inv_scale, quotient);
     }
-    // As large as leaves the first factor a normal number.
+    // The largest shift that leaves the first factor a normal number.
     let exponent = (inv_scale.to_bits() >> 23) & 0xff;
     let shift = exponent.saturating_sub(1).min(126);
     let power = f64::from_bits(u64::from(1023 + shift) << 52);
@@ -234,7 +234,7 @@ impl Kernel for ClipCoefficient {
     }
 
     unsafe fn run(&self) {
-        // SAFETY: the check that wrote the norms ran before, in stream order.
+        // SAFETY: the check that wrote the norms ran earlier, in stream order.
         let norms = unsafe { self.operands.norms.slice::<f64>() };
         let total_norm = match self.kind {
             NormKind::L1 => norms.iter().sum(),
@@ -244,7 +244,7 @@ impl Kernel for ClipCoefficient {
         };
         // SAFETY: only this kernel accesses the outputs now.
         unsafe { self.operands.total_norm.slice_mut() }.fill(total_norm);
-        // SAFETY: the scale was written before, in stream order.
+        // SAFETY: the scale was written earlier, in stream order.
         let read = |span: Span| unsafe { load_scalar::<f32>(&span) };
         let inv_scale = self.operands.inv_scale.map_or(1.0, read);
         let wide = self.operands.coefficient.dtype() == DType::F64;
@@ -283,7 +283,7 @@ fn multiply_span<C: Compute>(span: &Span, factors: [f64; 2]) {
     let mut scratch = [C::default(); BLOCK];
     for start in (0..span.len()).step_by(BLOCK) {
         let values = &mut scratch[..BLOCK.min(span.len() - start)];
-        // SAFETY: called from `run`; chunks share no bytes, so this task alone accesses them.
+        // SAFETY: called from `run`; chunks share no bytes, so only this task accesses them.
         unsafe { load(span, start, values) };
         scale(values, factors);
         // SAFETY: as above.
@@ -319,7 +319,7 @@ impl Kernel for Multiply {
     }
 
     unsafe fn run(&self) {
-        // SAFETY: the factors were written before, in stream order.
+        // SAFETY: the factors were written earlier, in stream order.
         let read = |span: Span| unsafe { load_scalar::<f64>(&span) };
         let factors = self.factors.map(read);
         // SAFETY: the table was uploaded in stream order before this kernel.
@@ -354,15 +354,15 @@ mod tests {
                 assert!(coefficient(f64::NAN, limit).is_nan());
             }
             assert!(coefficient(f64::NAN, 0.0).is_nan());
-            // The epsilon bites when the norm is at the limit, and is not there for small ones.
+            // The epsilon takes effect when the norm equals the limit, and is not used for small limits.
             assert!(coefficient(5.0, 5.0) < 1.0);
             assert_eq!(coefficient(1e-5, 1e-5), 1.0);
-            // Past the range of f32 the quotient is still right.
+            // Beyond the range of f32 the quotient is still correct.
             assert!((coefficient(1e40, 1e30) / 1e-10 - 1.0).abs() < 1e-7);
         }
     }
 
-    /// Norms and limits of all magnitudes: the product of the factors is the quotient, and neither loses bits.
+    /// For norms and limits of all magnitudes, the product of the factors is the quotient, and neither loses bits.
     #[test]
     fn factors_of_every_magnitude() {
         let powers = || (-300..=300).step_by(5);
@@ -372,7 +372,7 @@ mod tests {
                 for wide in [false, true] {
                     let (first, coefficient) = factors(norm, limit, inv_scale, wide);
                     let what = format!("{norm:e} to {limit:e}, {inv_scale:e}, {wide}");
-                    // The power of two that the first factor took over, from the coefficient's point of view.
+                    // The power of two that was moved from the coefficient to the first factor.
                     let taken = f64::from(first) / f64::from(inv_scale);
                     assert_eq!(taken.to_bits() << 12, 0, "{what}: not a power of two");
                     assert!(
@@ -385,7 +385,7 @@ mod tests {
                     }
                     assert!(first >= f32::MIN_POSITIVE, "{what}: {first:e}");
                     if norm / taken.recip() > limit * 1e75 {
-                        // Far below what any type of gradient holds.
+                        // Far below the range of any gradient type.
                         continue;
                     }
                     let right = limit / taken / norm;

@@ -1,20 +1,20 @@
-//! One pass over all gradients: are they finite, how many are not, and how large are they.
+//! Checks all gradients in one pass: counts infinities and NaN, and computes norms.
 //!
 //! ```text
-//! r      = g · inv_scale         in f32 (f64 for f64 gradients); inv_scale = 1 leaves g as it is
+//! r      = g · inv_scale         in f32 (f64 for f64 gradients); inv_scale = 1 leaves g unchanged
 //! flag   = flag OR any r (or g) is infinite or NaN
 //! stats  = per tensor: Σ r² (or Σ |r|, or max |r|) in f64; how many r are infinite, how many NaN,
-//!          and the place of the first that is either
+//!          and the position of the first that is either
 //! ```
 //!
-//! [`check`] only reads. [`unscale`] also writes r over g, rounded once to nearest, and judges what it
-//! wrote: a scale below 1 can overflow f16 there. Infinities and NaN stay in place, and so does the sign of
-//! zero. The flag is never cleared here.
+//! [`check`] only reads. [`unscale`] also overwrites g with r, rounded once to nearest, and checks the rounded values:
+//! a scale below 1 can overflow f16 there. Infinities, NaN and the sign of zero are preserved. The flag is never
+//! cleared here.
 //!
-//! Numeric notes. Squares of f32 values and the sum of 2⁶⁴ of them fit f64, so for 16-bit and f32
-//! gradients the sum is finite exactly if every element is: the sum *is* the test, and blocks that pass it
-//! are looked at no further. For f64 gradients a sum that overflowed only causes a closer look. Sums are
-//! taken in a fixed order that does not depend on the number of threads.
+//! Numeric notes. Squares of f32 values and the sum of 2⁶⁴ of them fit in f64. So for 16-bit and f32 gradients the sum
+//! is finite if and only if every element is: the sum *is* the test, and blocks that pass it are not examined further.
+//! For f64 gradients a sum that overflows only triggers a closer examination. Sums are computed in a fixed order that
+//! does not depend on the number of threads.
 //!
 //! Twin: [`GradientCheck`], for both.
 
@@ -32,10 +32,10 @@ use crate::launch::{PARALLEL_MIN, Span, enqueue};
 /// 32-bit words of one tensor's counts.
 pub(crate) const COUNT_WORDS: usize = 4;
 
-/// Stands for "no offending element" in the last two count words.
+/// The value of the last two count words if there is no offending element.
 pub(crate) const NO_INDEX: u64 = u64::MAX;
 
-/// Which norm of a gradient the statistics are for.
+/// Which norm a check computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
     /// Sum of magnitudes.
@@ -47,7 +47,7 @@ pub enum NormKind {
 }
 
 impl NormKind {
-    /// The number that stands for this norm on the device.
+    /// The device's code of this norm.
     pub(crate) fn code(self) -> u32 {
         match self {
             Self::L1 => 0,
@@ -57,18 +57,18 @@ impl NormKind {
     }
 }
 
-/// Where a check writes what it found about each tensor.
+/// The memory that a check writes its findings about each tensor to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GradientStats {
-    /// f64, one a tensor: sum of squares, sum of magnitudes, or largest magnitude.
+    /// f64, one per tensor: sum of squares, sum of magnitudes, or largest magnitude.
     pub(crate) norms: Span,
-    /// u32, [`COUNT_WORDS`] a tensor: infinite, NaN, place of the first (low, high word; [`NO_INDEX`]).
-    /// Counts stop at the largest u32.
+    /// u32, [`COUNT_WORDS`] per tensor: infinite elements, NaN elements, position of the first (low and high word;
+    /// [`NO_INDEX`] if none). Counts saturate at the largest u32.
     pub(crate) counts: Span,
 }
 
-/// Reads every gradient of `table` (one column), multiplied by `inv_scale` if there is one. Sets
-/// `found_inf` (f32) to 1 if a product or a gradient is not finite, and all of `stats`.
+/// Reads every gradient of `table` (one column), multiplied by `inv_scale` if given. Sets `found_inf` (f32) to 1 if a
+/// product or a gradient is not finite, and writes all of `stats`.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the operands do not fit each other.
@@ -93,7 +93,7 @@ pub(crate) fn check(
     enqueue(stream, kernel)
 }
 
-/// As [`check`] with the L2 norm, and replaces every gradient by its product with `inv_scale`.
+/// Like [`check`] with the L2 norm, and replaces every gradient with its product with `inv_scale`.
 ///
 /// # Errors
 /// As [`check`].
@@ -127,7 +127,7 @@ struct GradientCheck {
     write: bool,
 }
 
-/// What one chunk, or one tensor, adds to the statistics.
+/// The contribution of one chunk, or one tensor, to the statistics.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Partial {
     norm: f64,
@@ -144,7 +144,7 @@ impl Partial {
         first: NO_INDEX,
     };
 
-    /// As words in memory.
+    /// The words that represent it in memory.
     pub(super) fn to_words(self) -> [u64; SCRATCH_WORDS] {
         [self.norm.to_bits(), self.inf, self.nan, self.first]
     }
@@ -161,7 +161,7 @@ impl Partial {
     pub(super) fn add(&mut self, other: Self, kind: NormKind) {
         self.norm = match kind {
             NormKind::L1 | NormKind::L2 => self.norm + other.norm,
-            // Unlike `f64::max`, NaN wins.
+            // Unlike `f64::max`, this preserves NaN.
             NormKind::Max if other.norm > self.norm || other.norm.is_nan() => other.norm,
             NormKind::Max => self.norm,
         };
@@ -172,14 +172,13 @@ impl Partial {
 }
 
 impl GradientStats {
-    /// Refuses places of another stream, or that do not fit so many tensors.
+    /// Refuses statistics of another stream, or for a different number of tensors.
     pub(super) fn check(&self, op: &'static str, stream: &Stream, tensors: usize) -> Result<()> {
         check_operand(op, stream, &self.norms, DType::F64, tensors)?;
         check_operand(op, stream, &self.counts, DType::U32, tensors * COUNT_WORDS)
     }
 
-    /// Writes what was found about each tensor of which something is known, and sets `found_inf` if an element of
-    /// one is not finite.
+    /// Writes the totals that are present, and sets `found_inf` if any of them has an element that is not finite.
     ///
     /// # Safety
     /// As [`Span::slice_mut`], for the statistics and for `found_inf`.
@@ -252,11 +251,11 @@ impl GradientCheck {
                 // SAFETY: called from `run`, whose caller promises that the gradients may be read.
                 unsafe { load(&span, start, buffer) };
                 multiply_all(buffer, inv);
-                // SAFETY: as above, and written: chunks share no bytes, and no slice is alive. What was
-                // rounded is what counts below.
+                // SAFETY: as above, and they may be written: chunks share no bytes, and no slice is alive. The check
+                // below must see the rounded values.
                 unsafe { store(&span, start, buffer) };
             }
-            // SAFETY: as above; nothing writes the gradient while the values are looked at.
+            // SAFETY: as above; nothing writes the gradient while the values are read.
             let values = unsafe { view(&span, start, buffer) };
             let offset = chunk.offset() + start as u64;
             total.add(summarize(values, factor, offset, self.kind), self.kind);
@@ -265,7 +264,7 @@ impl GradientCheck {
     }
 }
 
-/// The statistics of one block that begins at element `offset` of its tensor, multiplied by `factor`.
+/// The statistics of one block, multiplied by `factor`. The block begins at element `offset` of its tensor.
 pub(super) fn summarize<C: Compute>(
     values: &[C],
     factor: C,
@@ -304,7 +303,7 @@ pub(super) fn summarize<C: Compute>(
 }
 
 vectorized! {
-    /// Sum of `term` of each value times `factor`, in lanes so that it vectorizes without reordering.
+    /// The sum of `term` of each value times `factor`, in lanes, so that it vectorizes with a fixed order.
     fn sum<C: Compute, F: Fn(f64) -> f64>(values: &[C], factor: C, term: &F) -> f64 {
         const LANES: usize = 16;
         let mut lanes = [0.0; LANES];
@@ -331,7 +330,7 @@ impl Kernel for GradientCheck {
     }
 
     fn elements(&self) -> u64 {
-        // At least the statistics of tensors without elements must be written.
+        // The kernel must run even without elements, to write the statistics of empty tensors.
         self.table.elements().max(self.table.tensors() as u64)
     }
 

@@ -1,4 +1,4 @@
-//! Checks and unscaling against plain arithmetic, on memory of the test.
+//! Tests checks and unscaling against plain arithmetic, on host memory.
 
 use half::{bf16, f16};
 
@@ -59,7 +59,7 @@ fn run_list(list: &ChunkList, tensors: usize, inv: f32, kind: NormKind, write: b
     }
 }
 
-/// Values of all sizes, none of which overflows f16 when divided by 8.
+/// Values from -100 to 100, none of which overflows f16 when divided by 8.
 fn noise(len: usize) -> Vec<f64> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let next = move |_| {
@@ -235,7 +235,7 @@ fn gaps_between_runs_are_neither_read_nor_written() {
 fn overflow_made_by_unscaling_is_found() {
     let values = vec![2e38f32];
     assert_eq!(run(&[span(&values)], 4.0, NormKind::L2, false).flag, 1.0);
-    // Within f32 the product is finite; only writing it back as f16 overflows.
+    // The product is finite in f32; it overflows only when written back as f16.
     let values = vec![f16::from_f32(40_000.0)];
     assert_eq!(run(&[span(&values)], 2.0, NormKind::L2, false).flag, 0.0);
     assert_eq!(run(&[span(&values)], 2.0, NormKind::L2, true).flag, 1.0);

@@ -2,16 +2,16 @@
 //!
 //! ```text
 //! amax        amax[0] = max(amax[0], |x[i]|); NaN counts as largest
-//! quantize    y[i] = x[i] · scale, rounded; beside it amax as above, 1/scale, and counts of what was lost
+//! quantize    y[i] = x[i] · scale, rounded; optionally also amax as above, 1/scale, and counts of lost values
 //! dequantize  y[i] = x[i] · inverse, rounded
 //! ```
 //!
-//! Products are taken in f32, f64 where the wide side is f64: rounded there and once more to the type of the
-//! result. `amax` and the counts go on from what they hold, so that several tensors can share them: one is a
-//! maximum and the others are sums of whole numbers, which do not depend on an order.
+//! Products are computed in f32, or in f64 if the wide side is f64. They are rounded there, and then to the type of the
+//! result. `amax` and the counts accumulate, so several tensors can share them: a maximum and sums of integers do not
+//! depend on the order.
 //!
-//! An element *overflows* if its product is a number that does not fit, infinities included, and *vanishes* if the
-//! product of a number other than 0 becomes 0.
+//! An element *overflows* if its product is too large for the type (including infinities), and *vanishes* if the result
+//! is 0 for an input other than 0.
 //!
 //! Twins: [`Amax`], [`Quantize`], [`Dequantize`].
 
@@ -38,39 +38,39 @@ pub(crate) const OVERFLOWED: usize = 1;
 pub(crate) const VANISHED: usize = 2;
 /// Elements whose product is NaN.
 pub(crate) const NAN: usize = 3;
-/// How many there are before those of updates.
+/// The number of counts that are written here.
 const QUANTIZE_WORDS: usize = 4;
 /// Updates of the scale.
 pub(crate) const UPDATES: usize = 4;
 /// Updates that saw an infinity or NaN.
 pub(crate) const NOT_FINITE: usize = 5;
-/// The largest magnitude that the last update with one saw.
+/// The amax of the last update whose amax was not 0.
 pub(crate) const LAST_AMAX: usize = 6;
-/// How many there are.
+/// The number of counts.
 pub(crate) const FP8_COUNTS: usize = 7;
 
-/// What to convert to 8 bits, and what is asked for beside it.
+/// The outputs of a conversion to 8 bits.
 #[derive(Clone, Copy, Debug)]
 pub struct QuantizeTo<'a> {
     /// The 8-bit result.
     pub y: &'a Span,
-    /// f32, one: the factor.
+    /// A single f32: the factor.
     pub scale: &'a Span,
-    /// What becomes of elements that overflow.
+    /// How elements that overflow are converted.
     pub overflow: Overflow,
-    /// f32, one: gets 1/scale.
+    /// A single f32: receives 1/scale.
     pub inverse: Option<&'a Span>,
-    /// f32, one, not negative: is brought to at least the largest magnitude of the input.
+    /// A single f32, not negative: raised to the largest magnitude of the input.
     pub amax: Option<&'a Span>,
-    /// f64, four or more: elements, and those that overflowed, vanished or became NaN, are added to the first four.
+    /// f64, four or more. The first four count all elements, and those that overflowed, vanished or became NaN.
     pub counts: Option<&'a Span>,
 }
 
 /// Enqueues `amax[0] = max(amax[0], |x[i]|)`, with NaN as the largest.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if `amax` is not one f32, for operands of another stream, or that overlap;
-/// [`Error::UnsupportedDtype`] for an `x` that is no float of 16 bits or more.
+/// [`Error::InvalidArgument`] if `amax` is not a single f32, for operands of another stream, or that overlap;
+/// [`Error::UnsupportedDtype`] if `x` is not a float type of 16 bits or more.
 pub fn amax(stream: &Stream, x: &Span, amax: &Span) -> Result<()> {
     const OP: &str = "amax";
     check_streams(OP, stream, &[x])?;
@@ -82,12 +82,12 @@ pub fn amax(stream: &Stream, x: &Span, amax: &Span) -> Result<()> {
     super::enqueue(stream, Amax { x: *x, amax: *amax })
 }
 
-/// Enqueues `y[i] = x[i] · scale`, rounded to an 8-bit type, and what else `to` asks for.
+/// Enqueues `y[i] = x[i] · scale`, rounded to an 8-bit type, and the optional outputs of `to`.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for operands of other lengths or types than told there, of another stream, or that
-/// overlap; [`Error::UnsupportedDtype`] for an `x` that is no float of 16 bits or more, or a `y` that is not of
-/// 8 bits.
+/// [`Error::InvalidArgument`] for operands of other lengths or types than [`QuantizeTo`] requires, of another stream,
+/// or that overlap; [`Error::UnsupportedDtype`] if `x` is not a float type of 16 bits or more, or `y` is not an 8-bit
+/// type.
 pub fn quantize(stream: &Stream, x: &Span, to: &QuantizeTo<'_>) -> Result<()> {
     const OP: &str = "quantize";
     let QuantizeTo {
@@ -112,10 +112,7 @@ pub fn quantize(stream: &Stream, x: &Span, to: &QuantizeTo<'_>) -> Result<()> {
     }
     let counts = match counts {
         Some(counts) if counts.len() < QUANTIZE_WORDS => {
-            let reason = format!(
-                "{} counts, of which {QUANTIZE_WORDS} are needed",
-                counts.len()
-            );
+            let reason = format!("{} counts, but {QUANTIZE_WORDS} are needed", counts.len());
             return Err(Error::argument(OP, reason));
         }
         Some(counts) => {
@@ -150,8 +147,8 @@ pub fn quantize(stream: &Stream, x: &Span, to: &QuantizeTo<'_>) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for operands of different lengths, of another stream, or that overlap, or if
-/// `inverse` is not one f32; [`Error::UnsupportedDtype`] for an `x` that is not of 8 bits, or a `y` that is no
-/// float of 16 bits or more.
+/// `inverse` is not a single f32; [`Error::UnsupportedDtype`] if `x` is not an 8-bit type, or `y` is not a float type
+/// of 16 bits or more.
 pub fn dequantize(stream: &Stream, x: &Span, inverse: &Span, y: &Span) -> Result<()> {
     const OP: &str = "dequantize";
     check_streams(OP, stream, &[x, y])?;
@@ -183,7 +180,7 @@ fn check_f8(op: &'static str, span: &Span) -> Result<()> {
     })
 }
 
-/// Refuses a small operand of another kind than told, or that overlaps one of the others.
+/// Refuses an auxiliary operand of another stream, type or length, or that overlaps one of `others`.
 fn check_beside(
     op: &'static str,
     stream: &Stream,
@@ -200,7 +197,7 @@ fn check_beside(
         .try_for_each(|other| span.check_disjoint(op, other))
 }
 
-/// Runs `$body` with `$type` standing for the 8-bit type that `$dtype` names, as the launchers have checked.
+/// Runs `$body` with `$type` standing for the 8-bit type `$dtype`, which the launchers have checked.
 macro_rules! with_f8 {
     ($dtype:expr, $type:ident => $body:expr) => {
         if $dtype == DType::F8E4M3 {
@@ -242,7 +239,7 @@ impl Kernel for Amax {
             unsafe { load(&self.x, start, values) };
             found.take_amax(values);
         }));
-        // SAFETY: the caller promises that `amax` is this kernel's alone.
+        // SAFETY: the caller promises exclusive access to `amax`.
         unsafe { found.write_amax(&self.amax) };
     }
 }
@@ -289,18 +286,18 @@ impl Kernel for Quantize {
             unsafe { self.convert_all::<C, F>(&found) }
         }));
         if let Some(amax) = &self.amax {
-            // SAFETY: the caller promises that `amax` is this kernel's alone.
+            // SAFETY: the caller promises exclusive access to `amax`.
             unsafe { found.write_amax(amax) };
         }
         if let Some(counts) = &self.counts {
-            // SAFETY: the caller promises that `counts` are this kernel's alone.
+            // SAFETY: the caller promises exclusive access to `counts`.
             let counts = unsafe { counts.slice_mut::<f64>() };
             found.add_to(counts, self.x.len());
         }
         if let Some(inverse) = &self.inverse {
             // SAFETY: nothing writes the scale now.
             let scale = unsafe { self.scale.slice::<f32>() }[0];
-            // SAFETY: the caller promises that `inverse` is this kernel's alone.
+            // SAFETY: the caller promises exclusive access to `inverse`.
             let inverse = unsafe { inverse.slice_mut::<f32>() };
             inverse[0] = inverse_scale(scale);
         }
@@ -320,7 +317,7 @@ impl Quantize {
             unsafe { load(&self.x, start, inputs) };
             products.copy_from_slice(inputs);
             multiply_all(products, scale);
-            // SAFETY: chunks are disjoint, so this thread alone touches these elements of `y`.
+            // SAFETY: chunks are disjoint, so only this thread touches these elements of `y`.
             let codes = unsafe { self.y.sub(start, len).slice_mut::<F>() };
             convert(products, codes);
             found.take_amax(inputs);
@@ -333,9 +330,9 @@ impl Quantize {
     }
 }
 
-/// An 8-bit type, in whose codes overflows can be seen.
+/// An 8-bit type whose codes show overflows.
 trait F8: Element {
-    /// The code, less its sign, of what overflowed. One below is the largest number.
+    /// The code, without its sign, of values that overflowed. The largest value is one below.
     const OVERFLOW: u8;
 }
 
@@ -348,7 +345,7 @@ impl F8 for F8E5M2 {
 }
 
 vectorized! {
-    /// How many overflowed, vanished and became NaN.
+    /// Counts the elements that overflowed, vanished, and became NaN.
     fn count_lost<C: Compute>(inputs: &[C], products: &[C], codes: &[u8], overflow: u8) -> [u32; 3] {
         let mut lost = [0; 3];
         for ((x, product), code) in inputs.iter().zip(products).zip(codes) {
@@ -372,7 +369,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// The largest magnitude as bits, whose order is that of the numbers, infinity and NaN above.
+    /// The bits of the largest magnitude. Bits compare like the numbers, with infinity and NaN above them.
     fn largest_bits<C: Compute>(values: &[C]) -> u32 {
         let mut largest = 0;
         for value in values {
@@ -382,7 +379,7 @@ vectorized! {
     }
 }
 
-/// What the threads of a twin found, put together in whatever order.
+/// The combined findings of a twin's threads, in any order.
 #[derive(Debug, Default)]
 struct Found {
     amax: AtomicU32,

@@ -1,4 +1,4 @@
-//! The loss scale's next value.
+//! Computes the next loss scale.
 //!
 //! ```text
 //! any flag ≠ 0     k = k + 1, t = 0, and if k ≥ hysteresis: S = max(f32(S · backoff), floor)
@@ -6,16 +6,16 @@
 //!                  k = 0, at once or when the scale grows
 //! ```
 //!
-//! The products are taken in f64 and rounded to f32, as PyTorch's `_amp_update_scale_` does; every other
-//! number it gives is reproduced to the bit. We differ on purpose in three ways: the scale has a floor and a
-//! cap; an interval that was lowered below the tracker grows at the next clean update, not never; and the
-//! flags are combined with OR, so that no sum of them can be 0 by accident. With a hysteresis of 1 every
-//! overflow backs off, as in PyTorch; other libraries tolerate some, and differ in when they forget them.
+//! Products are computed in f64 and rounded to f32, as in PyTorch's `_amp_update_scale_`, whose results are reproduced
+//! bit for bit with three deliberate differences. The scale has a floor and a cap. If the interval is lowered below the
+//! tracker, the scale grows at the next clean update instead of never. And the flags are combined with OR, because
+//! their sum could be 0 by accident. With a hysteresis of 1 every overflow backs off, as in PyTorch; other libraries
+//! tolerate some overflows, and differ in when they forget them.
 //!
-//! An update can be told to pass over overflows that were NaN and nothing else: the state then stays as it is.
+//! An update can be told to ignore overflows that are only NaN: the state then stays unchanged.
 //!
-//! The kernel also refreshes 1/S, rounded once to f32 from f64, clears the flags for the next iteration, and
-//! notes what it did in the journal.
+//! The kernel also refreshes 1/S, rounded once from f64 to f32, clears the flags for the next iteration, and records
+//! the update in the journal.
 //!
 //! Twin: [`ScaleUpdate`]. [`next_scale`] is the rule by itself.
 
@@ -29,7 +29,7 @@ use crate::launch::journal::{
 };
 use crate::launch::{Span, enqueue};
 
-/// When overflows that were tolerated are forgotten.
+/// When tolerated overflows are forgotten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Refill {
@@ -40,7 +40,7 @@ pub enum Refill {
     Growth,
 }
 
-/// The numbers that govern a loss scale.
+/// The parameters of the loss scale update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScalePolicy {
     /// Factor after a run of clean updates; above 1.
@@ -53,16 +53,16 @@ pub struct ScalePolicy {
     pub min_scale: f32,
     /// The scale does not grow above this.
     pub max_scale: f32,
-    /// Overflows at which the scale backs off: at this one and all later ones; at least 1.
+    /// The overflow, counted from 1, from which on the scale backs off; at least 1.
     pub hysteresis: u32,
-    /// When overflows below that number are forgotten.
+    /// When the count of overflows is reset.
     pub refill: Refill,
-    /// The scale grows at the clean update after a whole interval, not at the interval's last.
+    /// The scale grows at the first clean update after a whole interval, not at the last one of the interval.
     pub late_growth: bool,
 }
 
 impl Default for ScalePolicy {
-    /// PyTorch's, without floor and cap.
+    /// PyTorch's defaults, without floor and cap.
     fn default() -> Self {
         Self {
             growth_factor: 2.0,
@@ -84,11 +84,11 @@ pub struct ScaleState {
     pub scale: f32,
     /// Clean updates since the last growth, overflow or start.
     pub growth_tracker: u32,
-    /// Overflows that were not forgotten yet.
+    /// Overflows that are not forgotten yet.
     pub overflows: u32,
 }
 
-/// The state after an update that saw `found_inf`: an overflow unless it is 0.
+/// The state after an update with the flag `found_inf`, which means an overflow unless it is 0.
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -96,12 +96,12 @@ pub struct ScaleState {
 )]
 pub fn next_scale(policy: &ScalePolicy, state: ScaleState, found_inf: f32) -> ScaleState {
     let times = |factor: f64| (f64::from(state.scale) * factor) as f32;
-    // NaN is not equal to 0 either.
+    // NaN counts as an overflow: it is not equal to 0.
     if found_inf != 0.0 {
         let overflows = state.overflows.saturating_add(1);
         let mut scale = state.scale;
         if overflows >= policy.hysteresis {
-            // A scale that was below the floor already must not rise because of an overflow.
+            // A scale already below the floor must not rise because of an overflow.
             scale = times(policy.backoff_factor)
                 .max(policy.min_scale)
                 .min(scale);
@@ -138,7 +138,7 @@ pub fn next_scale(policy: &ScalePolicy, state: ScaleState, found_inf: f32) -> Sc
     }
 }
 
-/// 1/S as the kernels multiply with it.
+/// 1/S, the factor that kernels multiply by.
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -155,9 +155,9 @@ pub(crate) struct ScaleOperands {
     pub(crate) scale: Span,
     /// f32: its inverse.
     pub(crate) inv_scale: Span,
-    /// u32, two: the growth tracker, and the overflows that were not forgotten.
+    /// u32, two: the growth tracker, and the overflows that are not forgotten yet.
     pub(crate) trackers: Span,
-    /// f32, one an optimizer; cleared.
+    /// f32, one per optimizer; cleared.
     pub(crate) flags: Span,
     /// f64, the journal.
     pub(crate) journal: Span,
@@ -166,12 +166,12 @@ pub(crate) struct ScaleOperands {
 /// What one update does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Change {
-    /// Moves the scale by the rule; if `ignore_nan`, not because of steps with NaN and without infinities.
+    /// Updates the scale by the rule.
     Rule {
-        /// See above.
+        /// Whether steps with NaN but no infinity are ignored.
         ignore_nan: bool,
     },
-    /// Sets the scale and leaves the trackers alone.
+    /// Sets the scale and leaves the trackers unchanged.
     Set(f32),
 }
 
@@ -305,7 +305,7 @@ impl ScaleUpdate {
         journal[NAN_STEPS_SINCE_UPDATE] = 0.0;
         journal[INF_STEPS_SINCE_UPDATE] = 0.0;
         if let Change::Set(_) = self.change {
-            // Whoever sets a scale may have to find a fitting one again.
+            // After the scale is set, calibration starts again.
             for word in [CALIBRATED, RECENT_SKIPS, FLOOR_HITS] {
                 journal[word] = 0.0;
             }

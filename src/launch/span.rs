@@ -1,4 +1,4 @@
-//! A typed run of device memory: the array argument of a kernel.
+//! Typed ranges of device memory: the array arguments of kernels.
 
 use crate::driver::{DevicePtr, Stream};
 use crate::dtype::{DType, Element};
@@ -7,8 +7,8 @@ use crate::units::{StreamId, to_usize};
 
 /// `len` elements of `dtype` at an address, usable in stream order on one stream.
 ///
-/// A span does not own its memory. That it is live when a kernel on its stream touches it was promised by
-/// whoever made it; memory freed in stream order satisfies that without waiting.
+/// A span does not own its memory. Whoever made the span promised that the memory is live whenever a kernel on its
+/// stream touches it. Memory that is freed in stream order satisfies that promise without waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     ptr: DevicePtr,
@@ -18,7 +18,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// `len` elements of `dtype` at `ptr`, for launches on the stream of that identity.
+    /// `len` elements of `dtype` at `ptr`, for launches on `stream`.
     ///
     /// # Safety
     /// `len` elements of `dtype` at `ptr` are mapped and aligned, and stay so for all work enqueued on
@@ -56,7 +56,7 @@ impl Span {
         self.dtype
     }
 
-    /// Bytes from the first element to the end.
+    /// Size in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.len as u64 * (self.dtype.bits() / 8)
@@ -65,7 +65,7 @@ impl Span {
     /// Elements `start..start + len` of this span.
     ///
     /// # Panics
-    /// If that reaches past the end.
+    /// If the range reaches past the end.
     #[must_use]
     pub fn sub(&self, start: usize, len: usize) -> Self {
         assert!(
@@ -76,7 +76,7 @@ impl Span {
         Self { ptr, len, ..*self }
     }
 
-    /// The first `len` halves of these u32 words, as bf16, of which only the bits count.
+    /// The first `len` 16-bit halves of these u32 words, as bf16; only the bits matter.
     ///
     /// # Panics
     /// If the words are of another type, or have fewer halves.
@@ -98,7 +98,7 @@ impl Span {
         Err(Error::argument(
             op,
             format!(
-                "an operand lives on stream {}, not {}",
+                "an operand is on stream {}, not {}",
                 self.stream.0,
                 stream.id().0
             ),
@@ -137,7 +137,7 @@ impl Span {
         a < b + other.bytes() && b < a + self.bytes()
     }
 
-    /// Refuses `self`, about to be written, if it shares bytes with `read` without being the same span.
+    /// Refuses `self`, which will be written, if it shares bytes with `read` without being the same span.
     pub(crate) fn check_in_place_or_disjoint(&self, op: &'static str, read: &Self) -> Result<()> {
         let same = self.ptr == read.ptr && self.bytes() == read.bytes();
         if same || !self.overlaps(read) {
@@ -149,7 +149,7 @@ impl Span {
         ))
     }
 
-    /// Refuses `self`, about to be written, if it shares any byte with `read`.
+    /// Refuses `self`, which will be written, if it shares any byte with `read`.
     pub(crate) fn check_disjoint(&self, op: &'static str, read: &Self) -> Result<()> {
         if !self.overlaps(read) {
             return Ok(());
@@ -171,8 +171,8 @@ impl Span {
         if self.len == 0 {
             return &[];
         }
-        // SAFETY: `Span::new` promised mapped, aligned memory for `len` elements, every bit pattern is a
-        // value of an `Element`, and the caller promises that nothing writes them meanwhile.
+        // SAFETY: `Span::new` promised mapped, aligned memory for `len` elements; every bit pattern is a valid
+        // `Element`; and the caller promises that nothing writes the elements meanwhile.
         unsafe { std::slice::from_raw_parts(to_usize(self.ptr.0) as *const T, self.len) }
     }
 

@@ -1,9 +1,9 @@
-//! Masters cut in two: a bf16 parameter, and the 16 bits that were below it.
+//! Split masters: an f32 master stored as a bf16 parameter and the 16 bits below it.
 //!
-//! The parameter is the master rounded to nearest, ties away from zero. Where the low bits are half a unit or more,
-//! it was rounded away from zero, and one less is the master's upper half: so the two give the master back to the
-//! bit. A NaN keeps its sign only. Ties to even could not be undone: an even bf16 would stand for 65,537 floats, and
-//! 16 bits tell 65,536 apart.
+//! The parameter is the master rounded to nearest, ties away from zero. If the low bits are half a unit or more, it was
+//! rounded away from zero, and the master's upper half is one less. So the two parts restore the master bit for bit,
+//! except that a NaN keeps only its sign. Rounding ties to even could not be undone: an even bf16 would stand for
+//! 65,537 floats, and 16 bits distinguish only 65,536.
 //!
 //! Twin of `kernels/split_master.cuh`.
 
@@ -12,7 +12,7 @@ use crate::launch::compute::Compute;
 use crate::launch::vector::vectorized;
 
 vectorized! {
-    /// The masters of which `high` are the parameters and `low` the bits below.
+    /// Restores masters from the parameters `high` and the bits below them, `low`.
     pub(super) fn join<C: Compute>(high: &[bf16], low: &[bf16], into: &mut [C]) {
         for ((value, high), low) in into.iter_mut().zip(high).zip(low) {
             let low = u32::from(low.to_bits());
@@ -23,12 +23,12 @@ vectorized! {
 }
 
 vectorized! {
-    /// Cuts `values` into parameters and the bits below.
+    /// Splits `values` into parameters and the bits below them.
     pub(super) fn split<C: Compute>(values: &[C], high: &mut [bf16], low: &mut [bf16]) {
         for ((value, high), low) in values.iter().zip(high).zip(low) {
             let value = value.to_f32();
             let bits = value.to_bits();
-            // Rounding could carry a NaN into another sign.
+            // Rounding a NaN could carry into its sign.
             let (upper, below) = if value.is_nan() {
                 ((bits >> 16) | 0x40, 0)
             } else {
@@ -50,7 +50,7 @@ fn of_bits(bits: u32) -> bf16 {
 mod tests {
     use super::*;
 
-    /// Every upper half with low halves at both ends, around the tie and inside.
+    /// Every upper half, with low halves at both ends, around the tie and in between.
     #[test]
     fn the_two_parts_give_the_value_back() {
         let lows = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1234, 0xcdef];
@@ -69,7 +69,7 @@ mod tests {
                 continue;
             }
             assert_eq!(joined.to_bits(), value.to_bits());
-            // As rounding to even, but for ties, which go away from zero.
+            // Like rounding to even, except for ties, which round away from zero.
             let is_tie = value.to_bits() & 0xffff == 0x8000;
             let nearest = if is_tie {
                 f32::from_bits(value.to_bits() + 0x8000)

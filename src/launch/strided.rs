@@ -1,12 +1,12 @@
-//! Copies between layouts: views made contiguous, views written, types changed on the way.
+//! Copies between layouts, for making views contiguous and writing to views, with optional type conversion.
 //!
 //! `dst[Σ idx·dst_stride] = src[Σ idx·src_stride]` for every index of a shape of up to [`RANK_MAX`]
-//! dimensions. Strides count elements and are not negative; a source stride of 0 repeats (broadcasts).
+//! dimensions. Strides count elements and are not negative; a source stride of 0 broadcasts.
 //! Types as in [`cast`](super::cast()): equal, or any two floats with one rounding.
 //!
-//! Dimensions that follow each other without a gap on both sides are merged first. The last two of what
-//! remains are walked in tiles, so that a transpose uses each cache line it touches whole; a last dimension
-//! that is dense on both sides is converted as a run.
+//! Adjacent dimensions that are contiguous on both sides are merged first. The last two remaining dimensions are
+//! processed in tiles, so that a transpose uses all of each cache line it touches. A last dimension that is dense on
+//! both sides is converted as a run.
 
 use rayon::prelude::*;
 use smallvec::SmallVec;
@@ -21,13 +21,13 @@ use crate::units::to_usize;
 
 const OP: &str = "copy_strided";
 
-/// Most dimensions that a strided copy takes.
+/// The most dimensions of a strided copy.
 pub const RANK_MAX: usize = 8;
 
-/// Rows and columns of a tile: 32 rows of a 64-byte line each stay in any first-level cache.
+/// Rows and columns of a tile: 32 rows of one 64-byte cache line each fit in any L1 cache.
 const TILE: usize = 32;
 
-/// What to copy: a shape and how it lies in two spans.
+/// What to copy: a shape, and its layout in two spans.
 #[derive(Clone, Copy, Debug)]
 pub struct StridedCopy<'a> {
     /// Extent of each dimension.
@@ -42,12 +42,12 @@ pub struct StridedCopy<'a> {
     pub dst_strides: &'a [usize],
 }
 
-/// Enqueues a copy from one layout to another. Elements between those that `dst_strides` reach keep their
+/// Enqueues a copy from one layout to another. Elements of the destination that `dst_strides` do not reach keep their
 /// values.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for strides that do not fit the shape or reach outside their span, for a
-/// destination in which two indices meet or that overlaps the source, and for operands of another stream;
+/// [`Error::InvalidArgument`] for strides that do not fit the shape or reach outside their span, for a destination in
+/// which two indices name one element or that overlaps the source, or for operands of another stream;
 /// [`Error::UnsupportedDtype`] for a conversion from or to u32.
 pub fn copy_strided(stream: &Stream, copy: &StridedCopy<'_>) -> Result<()> {
     check_streams(OP, stream, &[copy.src, copy.dst])?;
@@ -131,8 +131,8 @@ fn reached(span: &Span, shape: &[usize], strides: &[usize]) -> Result<Span> {
     }
 }
 
-/// Whether each dimension, from the smallest stride on, steps over all that the smaller ones reach.
-/// Sufficient, and necessary for every layout that slicing and transposing give.
+/// Whether each dimension, in order of increasing stride, steps over everything that the smaller ones reach. This is
+/// sufficient for injectivity, and necessary for every layout that slicing and transposing can produce.
 fn is_injective(shape: &[usize], strides: &[usize]) -> bool {
     let mut dimensions: SmallVec<[(usize, usize); RANK_MAX]> = strides
         .iter()
@@ -144,13 +144,13 @@ fn is_injective(shape: &[usize], strides: &[usize]) -> bool {
     let mut last = 0;
     dimensions.iter().all(|(stride, extent)| {
         let clear = *stride > last;
-        // It fits: `reached` has added up the same products.
+        // This cannot overflow: `reached` has checked the same sum.
         last += stride * (extent - 1);
         clear
     })
 }
 
-/// The dimensions without those of extent 1, neighbors that continue each other merged, padded to two.
+/// The dimensions without those of extent 1, with contiguous neighbors merged, padded to at least two.
 fn merged(shape: &[usize], src: &[usize], dst: &[usize]) -> SmallVec<[Dimension; RANK_MAX]> {
     let mut dimensions: SmallVec<[Dimension; RANK_MAX]> = SmallVec::new();
     for ((extent, src), dst) in shape.iter().zip(src).zip(dst) {
@@ -158,7 +158,7 @@ fn merged(shape: &[usize], src: &[usize], dst: &[usize]) -> SmallVec<[Dimension;
             continue;
         }
         match dimensions.last_mut() {
-            // A step of the outer dimension is a whole turn of this one, on both sides.
+            // A step of the outer dimension spans all of this one, on both sides.
             Some(outer) if outer[1] == extent * src && outer[2] == extent * dst => {
                 *outer = [outer[0] * extent, *src, *dst];
             }
@@ -206,7 +206,7 @@ impl Kernel for Strided {
 
     unsafe fn run(&self) {
         with_element!(self.src.dtype(), S => with_element!(self.dst.dtype(), D => {
-            // SAFETY: the caller promises access to both spans, in which `checked` found all indices.
+            // SAFETY: the caller promises access to both spans, and `checked` has verified that all indices are inside.
             unsafe { self.run_as::<S, D>() }
         }));
     }
@@ -219,7 +219,7 @@ impl Strided {
         let (outer, inner) = self.dimensions.split_at(self.dimensions.len() - 2);
         let (rows, columns) = (inner[0], inner[1]);
         let dense = columns[1] == 1 && columns[2] == 1;
-        // A task is a band of rows of one plane: of tile height, or one run long enough to be worth it.
+        // A task is a band of rows of one plane: of tile height, or with enough elements if rows are dense.
         let height = if dense {
             CHUNK.div_ceil(columns[0])
         } else {
@@ -256,7 +256,7 @@ impl Strided {
     }
 }
 
-/// Where the plane of this number, counted with the last dimension fastest, begins on both sides.
+/// The offsets at which plane `number` begins on both sides. Planes are numbered with the last dimension fastest.
 fn offsets(dimensions: &[Dimension], mut number: usize) -> (usize, usize) {
     let (mut src, mut dst) = (0, 0);
     for [extent, src_stride, dst_stride] in dimensions.iter().rev() {
@@ -279,7 +279,7 @@ struct Band<S, D> {
 
 impl<S: Element, D: Element> Band<S, D> {
     /// # Safety
-    /// All elements of the band lie in memory that nothing writes (`src`) or touches (`dst`) meanwhile.
+    /// All elements of the band are in memory that nothing writes (`src`) or touches (`dst`) meanwhile.
     unsafe fn copy_runs(&self) {
         for row in 0..self.rows[0] {
             // SAFETY: the offset is inside the source.
@@ -288,7 +288,7 @@ impl<S: Element, D: Element> Band<S, D> {
             let dst = unsafe { self.dst.add(self.at[1] + row * self.rows[2]) };
             // SAFETY: the row is dense in the source, where nothing writes.
             let src = unsafe { std::slice::from_raw_parts(src, self.columns[0]) };
-            // SAFETY: the row is dense in the destination, and ours alone.
+            // SAFETY: the row is dense in the destination, and only this thread touches it.
             let dst = unsafe { std::slice::from_raw_parts_mut(dst, self.columns[0]) };
             convert(src, dst);
         }
@@ -315,7 +315,7 @@ impl<S: Element, D: Element> Band<S, D> {
                     let at = self.at[1] + row * row_dst + (left + idx) * column_dst;
                     // SAFETY: the offset is inside the destination.
                     let element = unsafe { self.dst.add(at) };
-                    // SAFETY: an element of the destination, ours alone.
+                    // SAFETY: an element of the destination, which only this thread touches.
                     unsafe { *element = *value };
                 }
             }

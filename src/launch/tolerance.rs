@@ -1,9 +1,9 @@
-//! How far a kernel may be from its reference: the one place that says so.
+//! Defines how far a kernel's result may be from its reference.
 
 use crate::dtype::DType;
 
-/// Whether `actual`, of type `dtype`, is as near to `reference` as can be asked:
-/// `absolute + epsilon(dtype) · |reference|`. Infinities and NaN must agree in kind and sign.
+/// Whether `actual`, of type `dtype`, is within `absolute + epsilon(dtype) · |reference|` of `reference`. Infinities
+/// must have the same sign, and NaN matches only NaN.
 pub(super) fn is_close(dtype: DType, absolute: f64, actual: f64, reference: f64) -> bool {
     if !actual.is_finite() || !reference.is_finite() {
         return actual == reference || actual.is_nan() && reference.is_nan();

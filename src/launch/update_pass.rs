@@ -1,21 +1,23 @@
-//! What every optimizer kernel does around its formula: skip, unscale, clip, masters, rounding of state.
+//! The part of an optimizer kernel that is common to all formulas: skipping, unscaling, clipping, master weights, and
+//! rounding of state.
 //!
 //! ```text
 //! if found_inf ≠ 0: nothing is written
 //! for each element:  w = master, or the parameter;  g = gradient · inv_scale · clip
 //!                    (w, state) = rule(w, g, state)
 //!                    master = w;  parameter = w rounded once
-//!                    if the parameter was finite and is not any more, `found` counts it
+//!                    if the parameter was finite and no longer is, `found` counts it
 //! ```
 //!
-//! Computed in f32, for f64 parameters in f64. The three scalars and the settings of groups lie in device memory, so
-//! a step is decided and scaled there without the host waiting for it, and a captured one can be told other settings.
+//! Computed in f32, or in f64 for f64 parameters. The three scalars and the settings of groups are in device memory. So
+//! the device decides and scales a step without the host waiting for it, and the settings of a captured step can
+//! change.
 //!
-//! Rows of the table: parameter, gradient, master (only beside a 16-bit parameter), then the optimizer's state. The
-//! gradient is only read. A master is f32; or, beside a bf16 parameter, the lower halves of masters whose upper halves
-//! are the parameters (`split_master`), in a column of a 16-bit type of which only the bits count. State is of the
-//! type of the computation, or bf16, in which it is rounded by chance (`stochastic`). What is kept of a step is
-//! rounded; within it the formula goes on with what it computed.
+//! Rows of the table: parameter, gradient, master (only for a 16-bit parameter), then the optimizer's state. The
+//! gradient is only read. A master is f32. For a bf16 parameter it can instead be the lower half of a split master,
+//! whose upper half is the parameter (`split_master`); that column has a 16-bit type, of which only the bits matter.
+//! State has the compute type, or is bf16 with stochastic rounding (`stochastic`). Only stored results are rounded;
+//! within a step, the formula uses unrounded values.
 
 use parking_lot::Mutex;
 use rayon::prelude::*;
@@ -41,16 +43,16 @@ pub(crate) const MASTER: usize = 2;
 /// First column of optimizer state.
 pub(crate) const STATE: usize = 3;
 
-/// Most state tensors of one optimizer.
+/// The most state tensors of an optimizer.
 pub(super) const MAX_STATES: usize = MAX_COLUMNS - STATE;
 
 /// Words of one group's settings.
 pub(crate) const SETTING_WORDS: usize = 8;
 
-/// Words before those of the tensors in what a step finds out about weights: how many elements became infinite or NaN.
+/// Words of `found` before those of the tensors: how many elements of all weights became infinite or NaN.
 pub(crate) const FOUND_HEAD: usize = 1;
-/// Words of a tensor: how many of its elements became infinite, how many NaN, and the complement of the place of the
-/// first. All are 0 if there is nothing to tell.
+/// Words of `found` per tensor: how many elements became infinite, how many NaN, and the complement of the position of
+/// the first. All are 0 if there are none.
 pub(crate) const FOUND_WORDS: usize = 3;
 
 /// The scalars that decide and scale a step, each on the device or absent: an f32, or an f64 for `clip`.
@@ -58,9 +60,9 @@ pub(crate) const FOUND_WORDS: usize = 3;
 pub(crate) struct StepScalars {
     /// The step is skipped unless this is 0.
     pub(crate) found_inf: Option<Span>,
-    /// Gradients are multiplied by this first.
+    /// Gradients are first multiplied by this,
     pub(crate) inv_scale: Option<Span>,
-    /// Then by this, f32 or f64.
+    /// and then by this, f32 or f64.
     pub(crate) clip: Option<Span>,
 }
 
@@ -98,20 +100,20 @@ impl StepScalars {
     /// # Safety
     /// As [`Span::slice`].
     pub(super) unsafe fn factors(&self) -> Option<[f64; 2]> {
-        // SAFETY: the caller's promise; the scalars were written before, in stream order.
+        // SAFETY: the caller's promise; the scalars were written earlier, in stream order.
         let read = |span: Span| unsafe { load_scalar::<f64>(&span) };
         let found_inf = self.found_inf.map_or(0.0, read);
-        // NaN is not equal to 0 either.
+        // NaN counts as set: it is not equal to 0.
         (found_inf == 0.0).then(|| [self.inv_scale, self.clip].map(|span| span.map_or(1.0, read)))
     }
 }
 
-/// Settings of groups of tensors, in device memory: a captured step reads what they are when it runs.
+/// Settings of groups of tensors, in device memory, so that a captured step reads their values when it runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GroupSettings {
-    /// f64, [`SETTING_WORDS`] a group; what they mean is the kernel's.
+    /// f64, [`SETTING_WORDS`] per group; the kernel defines their meaning.
     pub(crate) rows: Span,
-    /// u32, one a tensor: its group.
+    /// u32, one per tensor: its group.
     pub(crate) groups: Span,
 }
 
@@ -148,8 +150,8 @@ impl GroupSettings {
 
 /// One optimizer's formula for a block of weights.
 pub(super) trait Rule: Sync {
-    /// Moves `weights` by `gradients`, which it may overwrite. States are as long, or empty where the row has
-    /// none; `tensor` is the parameter's index.
+    /// Updates `weights` by `gradients`, which it may overwrite. Each state has the same length, or is empty if the row
+    /// does not have it. `tensor` is the parameter's index.
     fn apply<C: Compute>(
         &self,
         tensor: usize,
@@ -158,12 +160,12 @@ pub(super) trait Rule: Sync {
         states: [&mut [C]; MAX_STATES],
     );
 
-    /// The key of the random numbers that state in bf16 is rounded by.
+    /// The key of the random numbers that round bf16 state.
     fn random_key(&self, tensor: usize) -> u64;
 }
 
-/// What a pass over `table` moves: weights, gradients and state are read; weights and state are written, and so are
-/// parameters beside master weights.
+/// The traffic of a pass over `table`: weights, gradients and state are read; weights and state are written, and so are
+/// parameters that have masters.
 pub(super) fn traffic(table: &ChunkTable) -> Traffic {
     let states: u64 = (STATE..table.columns())
         .map(|column| table.bytes(column))
@@ -171,7 +173,7 @@ pub(super) fn traffic(table: &ChunkTable) -> Traffic {
     let parameters = table.bytes(PARAMETER);
     let masters = table.bytes(MASTER);
     Traffic {
-        // A parameter is not read if it has a master in f32; it is if it is the upper half of its master.
+        // A parameter with an f32 master is not read; one that is the upper half of a split master is.
         read: parameters - table.bytes_beside_wider(MASTER)
             + table.bytes(GRADIENT)
             + masters
@@ -180,7 +182,7 @@ pub(super) fn traffic(table: &ChunkTable) -> Traffic {
     }
 }
 
-/// Refuses words for other than `tensors` tensors, or of another stream.
+/// Refuses a `found` for a different number of tensors, or of another stream.
 pub(super) fn check_found(
     op: &'static str,
     stream: &Stream,
@@ -192,16 +194,16 @@ pub(super) fn check_found(
     found.check_len(op, FOUND_HEAD + FOUND_WORDS * tensors)
 }
 
-/// What one chunk's step made infinite or NaN.
+/// The weights of one chunk that a step made infinite or NaN.
 #[derive(Clone, Copy, Debug, Default)]
 struct Lost {
     inf: u64,
     nan: u64,
-    /// Place in the tensor.
+    /// Position in the tensor.
     first: Option<u64>,
 }
 
-/// Adds what chunks of tensors lost to the words of `found`.
+/// Adds the weights lost by chunks of tensors to the counts in `found`.
 ///
 /// # Safety
 /// As [`Span::slice_mut`].
@@ -218,7 +220,7 @@ unsafe fn add_lost(found: &Span, lost: &[(usize, Lost)]) {
     }
 }
 
-/// From this magnitude on, weights are infinite in their type.
+/// The magnitude from which on weights round to infinity in type `dtype`.
 fn infinite_from<C: Compute>(dtype: DType) -> C {
     match dtype {
         DType::F16 => C::from_f32(65520.0),
@@ -238,8 +240,8 @@ vectorized! {
     }
 }
 
-/// Applies `rule` to every row of `table`, gradients multiplied by `factors`, and counts in `found` the weights that
-/// become infinite or NaN.
+/// Applies `rule` to every row of `table`, with gradients multiplied by `factors`, and counts in `found` the weights
+/// that become infinite or NaN.
 ///
 /// # Safety
 /// As [`Kernel::run`](crate::driver::Kernel::run), for all rows of the table and for `found`.
@@ -303,7 +305,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// [`scale`] to another place: a copy first would read the memory by itself.
+    /// [`scale`] with a separate source, which avoids the extra pass of a copy.
     fn scale_into<C: Compute>(values: &mut [C], from: &[C], factors: [C; 2]) {
         for (value, from) in values.iter_mut().zip(from) {
             *value = *from * factors[0] * factors[1];
@@ -311,7 +313,7 @@ vectorized! {
     }
 }
 
-/// A chunk of one parameter with all that belongs to it.
+/// A chunk of one parameter, with its gradient, master and state.
 struct Row {
     tensor: usize,
     /// Elements of the tensor before this chunk.
@@ -323,7 +325,7 @@ struct Row {
 }
 
 impl Row {
-    /// Applies `rule` to the chunk, a block at a time. Gives what became infinite or NaN.
+    /// Applies `rule` to the chunk, one block at a time. Returns what became infinite or NaN.
     ///
     /// # Safety
     /// Called from a `run`, whose caller promises that rows are live and not accessed by others. The columns of a
@@ -399,7 +401,7 @@ impl Row {
         lost
     }
 
-    /// Counts which of the weights from `start` on were finite in the parameter's type before, and are not now.
+    /// Counts the weights from `start` on that were finite in the parameter's type before and no longer are.
     fn note_lost<C: Compute>(&self, lost: &mut Lost, start: usize, before: &[C], now: &[C]) {
         let infinite = infinite_from::<C>(self.parameter.dtype());
         if are_finite(now, infinite) {
@@ -419,7 +421,7 @@ impl Row {
         }
     }
 
-    /// Weights of 16 bits without masters, or with masters cut in two.
+    /// Reads 16-bit weights without masters, or with split masters.
     ///
     /// # Safety
     /// As [`Span::slice`], for these elements of the row.
@@ -480,7 +482,7 @@ mod tests {
             [1e-30, 1e30],
             [1e30, 1e-30],
         ] {
-            // One after the other: their product alone would neither overflow nor vanish.
+            // One factor after the other, because the product of both would neither overflow nor underflow.
             let expected = values.iter().map(|value| value * factors[0] * factors[1]);
             let expected: Vec<u32> = expected.map(f32::to_bits).collect();
             let (mut there, mut here) = (values.clone(), vec![7.0; values.len()]);
