@@ -15,15 +15,15 @@ use crate::memory::types::{
 };
 use crate::units::to_usize;
 
-/// Most pages taken at once beyond what is needed, so that growth is one driver visit in ten.
+/// Most pages taken at once beyond what is needed, so that one growth in ten calls the driver.
 const BATCH_MAX: usize = 10;
 /// A batch is at most one part in this many of what is held, so that it stays small in small programs.
 const BATCH_SHARE: usize = 128;
-/// The page heap has base addresses for this many times the device's memory, as far as it can: base addresses of
-/// returned pages that lie scattered need not be found again.
+/// The reservation of a page heap is this many times the device's memory, if the driver has that much: addresses of
+/// returned pages that lie scattered need not be used again.
 const HOMES: u64 = 4;
 
-/// Mapped pages of all mappings, over pages held, above which the oldest idle mappings are unmapped.
+/// The oldest idle mappings are unmapped when all mappings together have more than this many times the pages held.
 pub(super) const MAPPED_PER_HELD: u64 = 8;
 
 /// The pages held from a driver, by base address.
@@ -34,16 +34,16 @@ pub(crate) struct DevicePages {
     base: DevicePtr,
     reserved_pages: u64,
     held: Vec<Option<PageHandle>>,
-    /// Pages that the driver would not take back, not mapped any more: offered to it again.
+    /// Unmapped pages that the driver refused to take back. They are offered again.
     unreturned: Vec<PageHandle>,
-    /// Pages that private pools left, mapped nowhere: they go before new ones, and count as held from the driver.
+    /// Unmapped pages that private pools left. They are used before new ones, and count as held from the driver.
     spare: Vec<PageHandle>,
     totals: Totals,
     addresses: AddressSpace,
 }
 
 impl DevicePages {
-    /// Reserves the page heap's addresses.
+    /// Reserves the addresses of a page heap.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver has no range that large.
@@ -52,7 +52,7 @@ impl DevicePages {
         Self::with_reservation(device, limit, (total / PAGE).max(1) * HOMES)
     }
 
-    /// As [`new`](Self::new), for pages that are given back only when no more are taken: each needs one base address.
+    /// As [`new`](Self::new), for a heap that returns pages only when it takes no more: each page needs one address.
     pub(crate) fn lasting(device: &Device) -> Result<Self> {
         let total = device.properties().total_memory;
         Self::with_reservation(device, None, (total / PAGE).max(1))
@@ -86,12 +86,12 @@ impl DevicePages {
         self.limit = bytes;
     }
 
-    /// Bytes of the pages in the page heap.
+    /// Bytes of the mapped pages.
     pub(crate) fn bytes_held(&self) -> u64 {
         self.totals.reserved_bytes - self.bytes_spare()
     }
 
-    /// Bytes of the pages that are mapped nowhere.
+    /// Bytes of the spare pages, which are not mapped.
     pub(super) fn bytes_spare(&self) -> u64 {
         self.spare.len() as u64 * PAGE
     }
@@ -120,7 +120,7 @@ impl DevicePages {
         bytes.is_some_and(|bytes| bytes <= self.limit.saturating_sub(self.totals.reserved_bytes))
     }
 
-    /// Takes `count` pages, spare ones first, and maps them in the page heap from `first` on. All or nothing.
+    /// Takes `count` pages, spare ones first, and maps them at the addresses of pages `first` and up. All or nothing.
     fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
         let spare = self.spare.len().min(count);
         let new = count - spare;
@@ -152,21 +152,21 @@ impl DevicePages {
         Ok(())
     }
 
-    /// Gives the driver a page that is not mapped.
+    /// Returns an unmapped page to the driver.
     fn destroy(&mut self, page: PageHandle) {
         if self.driver.destroy_page(page).is_err() {
             self.unreturned.push(page);
         }
     }
 
-    /// Offers the driver again what it would not take back.
+    /// Offers the driver again what it refused to take back.
     fn return_again(&mut self) {
         for page in std::mem::take(&mut self.unreturned) {
             self.destroy(page);
         }
     }
 
-    /// Unmaps `count` pages from base address `first` on.
+    /// Unmaps `count` pages from page `first` on.
     #[expect(
         unsafe_code,
         reason = "unmapping is a promise that nothing uses the memory"
@@ -182,7 +182,7 @@ impl DevicePages {
             .collect())
     }
 
-    /// Unmaps `count` pages from base address `first` on and gives them back to the driver.
+    /// Unmaps `count` pages from page `first` on and returns them to the driver.
     fn give_back(&mut self, first: PageIndex, count: usize) -> Result<()> {
         for page in self.unmap(first, count)? {
             self.destroy(page);
@@ -193,7 +193,7 @@ impl DevicePages {
         Ok(())
     }
 
-    /// Gives spare pages back to the driver, until at most `keep` bytes are held or none is left.
+    /// Returns spare pages to the driver until at most `keep` bytes are held or none is left.
     fn release_spares(&mut self, keep: u64) -> Result<()> {
         while self.totals.reserved_bytes > keep
             && let Some(page) = self.spare.pop()
@@ -207,14 +207,14 @@ impl DevicePages {
         Ok(())
     }
 
-    /// As [`Backend::take_in`](super::backend::Backing::take_in).
+    /// As [`Backend::take_in`](super::Backend::take_in).
     pub(super) fn take_in(&mut self, mut spares: SpareMemory) {
         self.totals.take_in(&spares);
         self.spare.append(&mut spares.pages);
         self.unreturned.append(&mut spares.unreturned);
     }
 
-    /// As [`Backend::take_spares`](super::backend::Backing::take_spares).
+    /// As [`Backend::take_spares`](super::Backend::take_spares).
     pub(super) fn take_spares(&mut self) -> SpareMemory {
         let spares = SpareMemory {
             pages: std::mem::take(&mut self.spare),
@@ -242,7 +242,7 @@ impl DevicePages {
 
 impl Drop for DevicePages {
     fn drop(&mut self) {
-        // Empty when the pool released everything; blocks that never came back keep their pages.
+        // Empty if the pool released everything. Blocks that were never freed keep their pages.
         if self.totals.segments == 0 {
             drop(self.driver.release(self.base, self.reserved_pages * PAGE));
         }
@@ -259,8 +259,8 @@ impl PagedBackend {
         }
     }
 
-    /// Takes as many new pages as make a free block of `units` for `owner`: those that its free block at the end of the
-    /// page heap lacks, or all.
+    /// Takes as many new pages as a free block of `units` for `owner` needs: those that its free block at the end of
+    /// the page heap lacks, or all.
     pub(super) fn grow_free_block(
         &mut self,
         units: u64,
@@ -273,7 +273,7 @@ impl PagedBackend {
         self.remap_pages(to_usize(units.div_ceil(PAGE_UNITS)), owner)
     }
 
-    /// Pages that the free block of `owner` at the end of the page heap lacks to hold `units`.
+    /// Pages that the free block of `owner` at the end of the page heap lacks for `units`.
     pub(super) fn missing_pages(&self, units: u64, owner: StreamIndex) -> usize {
         let there = self.page_heap.last_free_units(owner).min(units);
         to_usize((units - there).div_ceil(PAGE_UNITS))
@@ -283,8 +283,8 @@ impl PagedBackend {
         (self.page_heap.pages() + count) as u64 <= self.pages.reserved_pages
     }
 
-    /// Takes pages at the end of the page heap, where they continue its last free block: some more than asked
-    /// for, if that is possible within the slack.
+    /// Takes pages at the end of the page heap, where they extend its last free block: some more than asked for, if the
+    /// slack allows it.
     fn append(&mut self, count: usize, owner: StreamIndex) -> Result<(), Refusal> {
         let held = self.pages.bytes_held();
         let batch = (to_usize(held / PAGE) / BATCH_SHARE).min(BATCH_MAX);
@@ -300,7 +300,7 @@ impl PagedBackend {
         Ok(())
     }
 
-    /// Takes pages for base addresses whose pages were returned.
+    /// Takes pages for addresses whose pages were returned.
     fn remap_pages(&mut self, count: usize, owner: StreamIndex) -> Result<(), Refusal> {
         let Some(first) = self.page_heap.unmapped(count) else {
             let reason = format!("there are no addresses for {count} more pages of the device");
@@ -315,8 +315,8 @@ impl PagedBackend {
         Ok(())
     }
 
-    /// Gives pages back that are free as a whole and whose last use is known to be complete, until at most
-    /// `keep` bytes are held: those in the smallest free blocks first, since large ones serve without stitching.
+    /// Returns pages that are free as a whole and whose last use is known to be complete, until at most `keep` bytes
+    /// are held. Those in the smallest free blocks go first, because large free blocks serve without stitching.
     pub(super) fn release_pages(&mut self, keep: u64, fences: &mut Fences) -> Result<()> {
         self.pages.return_again();
         let mut outcome = self.pages.release_spares(keep);
@@ -340,7 +340,7 @@ impl PagedBackend {
         outcome
     }
 
-    /// Gives back pages side by side, unless a mapping shows one of them that somebody may still be using.
+    /// Returns adjacent pages, unless a stitched mapping over one of them may still be in use.
     fn release_run(&mut self, run: std::ops::Range<PageIndex>, fences: &mut Fences) -> Result<()> {
         for index in self.ranges.idle_over(|page| run.contains(&page)) {
             if !self.remove_range(index, fences)? {
@@ -352,7 +352,7 @@ impl PagedBackend {
         Ok(())
     }
 
-    /// Declares free pages side by side unmapped.
+    /// Notes in the page heap that adjacent free pages are unmapped.
     fn note_unmapped(&mut self, run: &std::ops::Range<PageIndex>) {
         let start = run.start as u64 * PAGE_UNITS;
         let free_block = self
@@ -369,7 +369,7 @@ impl PagedBackend {
         self.page_heap.unmap(block);
     }
 
-    /// Gives up pages that are free as a whole and whose last use is complete, as far as that can be told.
+    /// Gives up pages that are free as a whole and whose last use is found to be complete.
     pub(super) fn give_up_pages(
         &mut self,
         fences: &mut Fences,

@@ -21,11 +21,11 @@ use crate::memory::types::{
     SMALL_MAX, Search, StreamIndex, UNOWNED,
 };
 
-/// New pages are preferred to stitching while what is held exceeds the most ever in use by at most so many
-/// thousandths: memory traded against mapping calls.
+/// The backend takes new pages rather than stitch while it holds at most this many thousandths more than was ever in
+/// use: it trades memory for fewer mapping calls.
 const SLACK: u64 = 13;
 
-/// What may be held without stitching where `most` bytes were in use at once.
+/// Bytes that may be held without stitching if `most` bytes were in use at once.
 pub(super) fn with_slack(most: u64) -> u64 {
     most.saturating_add(most / 1000 * SLACK)
 }
@@ -36,13 +36,12 @@ pub(crate) struct PagedBackend {
     pub(crate) pages: DevicePages,
     pub(crate) page_heap: PageHeap,
     pub(super) ranges: Mappings,
-    /// Whether pages may be mapped a second time. The addresses of a range are given up at some time.
+    /// Whether pages may be mapped a second time. The addresses of a stitched mapping are reused later.
     stitches: bool,
     small: BTreeMap<StreamIndex, SmallHeap>,
     /// Bytes in blocks.
     pub(crate) in_use: u64,
-    /// The most that callers ever had of them. What waits for other streams does not count: that it is there
-    /// is no reason to hold more.
+    /// The most that callers ever had of them. Deferred frees do not count: they are no reason to hold more.
     pub(super) live_peak: u64,
 }
 
@@ -59,7 +58,7 @@ impl PagedBackend {
         }
     }
 
-    /// Memory whose addresses hold for as long as its pages: it maps none a second time.
+    /// A backend that never maps a page a second time, so that its addresses stay valid for as long as its pages.
     pub(crate) fn unstitched(pages: DevicePages) -> Self {
         Self {
             stitches: false,
@@ -83,7 +82,8 @@ impl PagedBackend {
         }
     }
 
-    // Always, since the compiler would not: a call costs every allocation past the stream cache ten instructions.
+    // Always inlined: the compiler would make it a call, which costs every allocation past the thread cache ten
+    // instructions.
     #[inline(always)]
     fn place_large(&mut self, owner: StreamIndex, bytes: u64) -> Option<Placement> {
         let (index, start) = self.page_heap.allocate(owner, bytes / GRANULARITY)?;
@@ -102,13 +102,13 @@ impl PagedBackend {
         })
     }
 
-    // Never, as it is for what lies at hand nowhere: it would keep `place_large` from the place where it counts.
+    // A cold copy of `place_large`, kept out of line so that the hot caller inlines its own.
     #[inline(never)]
     fn place_large_cold(&mut self, search: Search) -> Option<Placement> {
         self.place_large(search.owner, search.bytes)
     }
 
-    /// The first free block that fits and that the request may take from another stream.
+    /// The smallest free block that fits and that the search may take from another stream.
     fn borrow_free_block(
         &self,
         search: Search,
@@ -127,9 +127,9 @@ impl PagedBackend {
             .find(|free_block| fences.pass(search.owner, free_block.fence(), search.reuse))
     }
 
-    /// Makes free blocks of other streams the requester's, where their fences can be passed, so that they merge
-    /// with its own; whether there were any. Pages pass one by one: those of a free block that only grew just now
-    /// are not held back by the free that it grew by.
+    /// Gives the requester free blocks of other streams whose fences it can pass, so that they merge with its own;
+    /// whether there were any. Pages are checked one by one, so a free block that has just grown is not held back as a
+    /// whole.
     fn merge_other_streams(&mut self, search: Search, fences: &mut Fences) -> bool {
         let mut gathered = false;
         let owners = self.page_heap.owners();
@@ -143,12 +143,12 @@ impl PagedBackend {
                 gathered |= self.merge_from(free_block, reached, search, fences);
             }
         }
-        // As long as all that is asked for can be had, free blocks pass as a whole.
+        // While no stream lacks memory, free blocks are checked as a whole.
         self.page_heap.tracks_page_epochs = fences.are_contended();
         gathered
     }
 
-    /// Makes what is anyone's the requester's, so that it merges with its own; whether there was any.
+    /// Gives the requester the unowned free blocks, so that they merge with its own; whether there were any.
     fn take_unowned(&mut self, search: Search) -> bool {
         let free_blocks: Vec<FreeBlock> = self.page_heap.free_blocks_from(UNOWNED, 1).collect();
         let (owner, epoch) = (search.owner, 0);
@@ -178,9 +178,8 @@ impl PagedBackend {
                 .parts(&free_block, |fence| fence.epoch <= reached);
             (parts, reached)
         };
-        // What is complete has no past to wait for, and becomes anyone's: were it all the requester's, its
-        // former owner would soon have to ask for it back. What the requester was made to wait for has the
-        // requester's own past.
+        // Complete memory becomes unowned: if it became the requester's, its former owner would soon have to wait to
+        // get it back. Memory that the requester was made to wait for becomes the requester's.
         let is_complete = fences.is_known_complete(Fence {
             owner: free_block.owner,
             epoch: until,
@@ -193,7 +192,7 @@ impl PagedBackend {
         } else {
             fences.now(search.owner)
         };
-        // From the end, so that what is left of the free block keeps its place.
+        // From the end, so that the rest of the free block stays valid.
         for (start, units) in parts.iter().rev() {
             self.page_heap.give(&free_block, (*start, *units), past);
             free_block.units = start - free_block.start;
@@ -201,7 +200,7 @@ impl PagedBackend {
         !parts.is_empty()
     }
 
-    /// Places a block in a free block, after merging what other streams freed with its own where there is none.
+    /// Places a block in a free block; if there is none, after merging free blocks of other streams.
     fn place_merged(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
         if let Some(placement) = self.place_from_other_streams(search, fences) {
             return Some(placement);
@@ -223,7 +222,7 @@ impl PagedBackend {
             return Ok(placement);
         }
         let missing = self.missing_pages(units, search.owner) as u64;
-        // Requests may be of any size up to 2^64: those that saturate here are refused by growth.
+        // Sizes go up to 2^64. Those that saturate here are refused when pages are taken.
         let most = self.live_peak.max(
             self.in_use
                 .saturating_sub(search.deferred)
@@ -276,8 +275,8 @@ impl PagedBackend {
         }
     }
 
-    /// Places a block among the small blocks of another stream. It is lent: freed, it goes back there, and
-    /// that stream waits for the borrower.
+    /// Places a block among the small blocks of another stream. The block is lent: when it is freed it goes back there,
+    /// deferred until the borrower has passed.
     fn borrow_small_block(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
         if !search.may_borrow {
             return None;
@@ -321,7 +320,7 @@ impl PagedBackend {
         })
     }
 
-    /// Borrows a page for small blocks: whole, and from the smallest free block that has one.
+    /// Takes a whole page for small blocks, from the smallest free block that has one.
     fn lease_small_page(
         &mut self,
         search: Search,
@@ -342,7 +341,7 @@ impl PagedBackend {
         }
     }
 
-    /// Returns pages that are kept for small blocks although none lies in them.
+    /// Returns the cached pages of small blocks to the page heap.
     fn return_cached_pages(&mut self) {
         for (owner, small) in &mut self.small {
             if let Some((page, epoch)) = small.take_cached() {
@@ -351,12 +350,12 @@ impl PagedBackend {
         }
     }
 
-    /// Takes blocks back at home.
+    /// Frees a block of the page heap.
     fn free_large(&mut self, index: Index, fence: Fence) {
         self.page_heap.free(index, fence.owner, fence.epoch);
     }
 
-    // Never, nor the next: they would have large blocks saved registers for.
+    // This and the next are kept out of line: inlined, they make the large-block path spill registers.
     #[inline(never)]
     fn free_small(&mut self, index: Index, fence: Fence) {
         let small = self.small.get_mut(&fence.owner);

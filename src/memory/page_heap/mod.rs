@@ -34,11 +34,11 @@ pub(crate) use small_pages::{SmallHeap, SmallPage};
 
 /// Units of a page, as blocks store it.
 const PAGE_LEN: Units = 1 << PAGE_UNITS.trailing_zeros();
-/// Least units of blocks that begin on a page if they are whole pages and their free block allows it, so that they
-/// leave whole pages when they are freed, which can be stitched. For smaller ones it would gain less than it costs.
+/// Blocks of whole pages, of at least this many units, begin on a page if their free block allows it. When freed, they
+/// leave whole pages, which can be stitched. For smaller blocks that costs more than it gains.
 const ON_PAGE_MIN: Units = 6 * PAGE_LEN;
 
-/// A position or a size as blocks store it. What does not fit lies in no page heap.
+/// An offset or a size as blocks store it. Everything in a page heap fits.
 fn stored(units: u64) -> Units {
     Units::try_from(units).expect("a page heap has fewer than 2^32 units")
 }
@@ -54,7 +54,7 @@ fn begin_of(page: PageIndex) -> Units {
     stored(page as u64 * PAGE_UNITS)
 }
 
-/// The pages that what lies from `start` to `end` touches, and those of them that it fills.
+/// The pages that `start..end` touches, and those that it covers as a whole.
 fn pages_between(start: Units, end: Units) -> (Range<PageIndex>, Range<PageIndex>) {
     let rounded_up = |at: Units| at.div_ceil(PAGE_LEN) as PageIndex;
     (
@@ -71,8 +71,7 @@ pub(crate) struct PageHeap {
     bins: Vec<Bins>,
     page_map: PageMap,
     freed: PageEpochs,
-    /// Whether pages are to remember when they were freed. Otherwise all of a free block that grows takes the latest
-    /// epoch.
+    /// Whether pages keep their own epochs. Otherwise a free block that grows takes the latest epoch as a whole.
     pub(crate) tracks_page_epochs: bool,
 }
 
@@ -87,7 +86,7 @@ impl PageHeap {
         }
     }
 
-    /// Pages that have a home, mapped or not.
+    /// Pages of the heap, mapped or not.
     pub(crate) fn pages(&self) -> PageIndex {
         self.page_map.len()
     }
@@ -138,7 +137,7 @@ impl PageHeap {
         indices.filter_map(|(index, _)| self.free_block(index))
     }
 
-    /// Streams that own or owned free blocks.
+    /// Streams that have or had free blocks.
     pub(crate) fn owners(&self) -> Range<StreamIndex> {
         0..self.bins.len()
     }
@@ -167,8 +166,8 @@ impl PageHeap {
             .ok_or(block)
     }
 
-    /// Whether `block`, which may be gone by now, is in use and lies in the first `units` of `page`: the quick way to
-    /// know that those are not free.
+    /// Whether `block`, which may be stale, is in use and lies in the first `units` of `page`: a quick check that they
+    /// are not free.
     pub(crate) fn is_taken_by(&self, block: Index, page: PageIndex, units: u64) -> bool {
         let (block, at) = (self.blocks.at(block), page as u64 * PAGE_UNITS);
         block.claim == Claim::TAKEN
@@ -187,7 +186,7 @@ impl PageHeap {
         let holds = |page, index| page_of(self.blocks.at(index).start) == page;
         let first = self.blocks.at(NONE).after;
         let mut index = self.page_map.before(page, holds).unwrap_or(first);
-        // From there on blocks lie without a gap.
+        // Blocks follow each other without a gap.
         while self.blocks.at(index).end() <= at {
             index = self.blocks.at(index).after;
             self.page_map
@@ -196,13 +195,13 @@ impl PageHeap {
         index
     }
 
-    /// After what others may touch the part of `free_block` that lies in `page`. A free block grows by frees of
-    /// different times; its pages remember theirs.
+    /// The fence after which others may touch the part of `free_block` that lies in `page`. A free block grows by frees
+    /// of different times; its pages keep their own epochs.
     pub(crate) fn fence_of_page(&self, free_block: &FreeBlock, page: PageIndex) -> Fence {
         if !free_block.is_mixed {
             return free_block.fence();
         }
-        // None is noted of the first epoch.
+        // The first epoch is never recorded.
         let epoch = self.freed.epoch(page, free_block.owner);
         Fence {
             owner: free_block.owner,
@@ -210,7 +209,7 @@ impl PageHeap {
         }
     }
 
-    /// Notes in their pages when free blocks of `owner`, which are about to become one, were freed.
+    /// Records in their pages when these free blocks of `owner`, which are about to merge, were freed.
     #[inline(never)]
     fn mix(&mut self, free_blocks: [Index; 3], owner: StreamIndex) {
         for index in free_blocks.into_iter().filter(|index| *index != NONE) {
@@ -256,9 +255,9 @@ impl PageHeap {
         parts
     }
 
-    /// Takes `units` out of the free block of `owner` that fits them best: at its front, or large blocks of whole pages
-    /// on a page. The block and its start.
-    // Always, as `PagedBackend::place_large`.
+    /// Takes `units` out of the free block of `owner` that fits best: at its front, or on a page for large blocks of
+    /// whole pages. Returns the block and its start.
+    // Always inlined, for the reason given at `PagedBackend::place_large`.
     #[inline(always)]
     pub(crate) fn allocate(&mut self, owner: StreamIndex, units: u64) -> Option<(Index, u64)> {
         let units = Units::try_from(units).ok()?;
@@ -292,7 +291,7 @@ impl PageHeap {
         )
     }
 
-    /// Takes `units` from `start` on out of `free_block`; what is left on either side stays its owner's.
+    /// Takes `units` from `start` on out of `free_block`. The rest on either side stays with its owner.
     pub(crate) fn take(&mut self, free_block: &FreeBlock, start: u64, units: u64) -> Index {
         debug_assert!(
             free_block.start <= start
@@ -323,8 +322,8 @@ impl PageHeap {
         taken
     }
 
-    /// Makes the front of a free block that is not filed a block of `units`.
-    // Always, as `PagedBackend::place_large`.
+    /// Makes a block of `units` of the front of a free block that is not filed.
+    // Always inlined, for the reason given at `PagedBackend::place_large`.
     #[inline(always)]
     fn take_front(&mut self, free_block: Index, owner: StreamIndex, units: Units) {
         let HeapBlock { link, start, .. } = *self.blocks.at(free_block);
@@ -335,7 +334,7 @@ impl PageHeap {
         self.blocks.at_mut(free_block).claim = Claim::TAKEN;
     }
 
-    /// Cuts block `index`, which is not filed, in two at `at`; returns the second part, of the same holder.
+    /// Splits block `index`, which is not filed, at `at`. Returns the second part, which has the same holder.
     #[inline(always)]
     fn cut(&mut self, index: Index, at: Units) -> Index {
         let second = self.blocks.vacant();
@@ -355,7 +354,7 @@ impl PageHeap {
         second
     }
 
-    /// Frees block `index` for `owner`, for others from its `epoch` on.
+    /// Frees block `index` for `owner`. Other streams may have it after `epoch`.
     ///
     /// # Panics
     /// If the block is not taken: a double free inside the crate.
@@ -388,7 +387,7 @@ impl PageHeap {
         }
     }
 
-    /// Units of the free block of `owner` at the very end of the page heap; growth continues it.
+    /// Units of the free block of `owner` at the very end of the page heap, which growth extends.
     pub(crate) fn last_free_units(&self, owner: StreamIndex) -> u64 {
         let claim = Claim::free_block(Fence { owner, epoch: 0 });
         let last = self.blocks.at(NONE).before;
@@ -416,12 +415,12 @@ impl PageHeap {
         self.page_map.extend(first + count);
         self.page_map.note(first, index);
         self.freed.extend(first + count);
-        // Memory that was never used has no past: epoch 0 is complete from the start.
+        // Memory that was never used: epoch 0 is complete from the start.
         self.free(index, owner, 0);
         first
     }
 
-    /// Declares the pages of a taken block unmapped; their pages merge with unmapped neighbors.
+    /// Marks the pages of a taken block unmapped, and merges them with unmapped neighbors.
     pub(crate) fn unmap(&mut self, index: Index) {
         let block = self.blocks.at_mut(index);
         assert_eq!(block.claim, Claim::TAKEN, "only taken pages are returned");
@@ -438,7 +437,7 @@ impl PageHeap {
         }
     }
 
-    /// The first of `count` pages side by side whose pages were returned.
+    /// The first of `count` adjacent unmapped pages.
     pub(crate) fn unmapped(&self, count: usize) -> Option<PageIndex> {
         let units = count as u64 * PAGE_UNITS;
         let fits = |block: &&HeapBlock| {
@@ -448,7 +447,7 @@ impl PageHeap {
         blocks.find(fits).map(|block| page_of(block.start))
     }
 
-    /// Declares `count` unmapped pages from home `first` on mapped again, free for `owner`.
+    /// Marks `count` unmapped pages from `first` on mapped again, free for `owner`.
     pub(crate) fn remap(&mut self, first: PageIndex, count: usize, owner: StreamIndex) {
         let index = self.over(first);
         let (start, end) = (begin_of(first), begin_of(first + count));
@@ -464,7 +463,7 @@ impl PageHeap {
         self.free(index, owner, 0);
     }
 
-    /// Gives a part of a free block to another owner, with whose free blocks it merges.
+    /// Gives a part of a free block to another owner and merges it with that owner's free blocks.
     pub(crate) fn give(
         &mut self,
         free_block: &FreeBlock,
@@ -475,7 +474,7 @@ impl PageHeap {
         self.free(index, fence.owner, fence.epoch);
     }
 
-    /// Makes free blocks whose past is complete anyone's, so that they merge whoever freed them.
+    /// Makes free blocks unowned whose last use is complete, so that they merge whoever freed them.
     pub(crate) fn merge_complete(&mut self, mut is_complete: impl FnMut(Fence) -> bool) {
         let free_blocks: Vec<FreeBlock> = self
             .free_blocks()

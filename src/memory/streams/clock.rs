@@ -5,30 +5,30 @@ use std::collections::VecDeque;
 use crate::driver::{Event, Stream};
 use crate::memory::types::EPOCH_BITS;
 
-/// Events that a deterministic stream remembers. Of those before, the next one covers what they did.
+/// Most recorded events of a deterministic stream. Older ones are dropped: each later event covers them.
 const UNSEEN_MAX: usize = 32;
 
 #[derive(Debug)]
 pub(crate) struct Clock {
-    /// `None` for [`UNOWNED`] and for numbers whose stream is gone.
+    /// `None` for unowned memory and for numbers whose stream was dropped.
     pub(super) stream: Option<Stream>,
-    /// What a free stamps now; moves on with each recorded event.
+    /// The epoch that a free stamps now. It moves on with each recorded event.
     pub(super) epoch: u64,
-    /// Recorded events not yet seen complete, with the epochs they cover, oldest first.
+    /// Recorded events that were not seen complete yet, with the epochs they cover, oldest first.
     pub(super) events: VecDeque<(u64, Event)>,
     /// Newest epoch known to be complete.
     pub(super) complete: u64,
     /// For each other owner, the newest epoch that this stream was made to wait for.
     pub(super) waited: Vec<u64>,
-    /// Frees since the last event, while others want this stream's memory.
+    /// Frees since the last event, while other streams lack memory of this one.
     pub(super) frees: u32,
-    /// Events still to be recorded without being asked for.
+    /// Events that are still to be recorded in advance.
     pub(super) ahead: u32,
     pub(super) is_deterministic: bool,
 }
 
 impl Clock {
-    /// Looks at recorded events, oldest first, and notes what is complete.
+    /// Queries recorded events, oldest first, and records what is complete.
     pub(super) fn poll(&mut self) {
         if self.is_deterministic {
             let surplus = self.events.len().saturating_sub(UNSEEN_MAX);
@@ -55,9 +55,9 @@ impl Clock {
         {
             return true;
         }
-        // What is complete by now goes first, so that events do not pile up where nobody asks.
+        // Drop what is complete first, so that events do not pile up if nobody queries them.
         self.poll();
-        // An event recorded in a capture never completes, and who waits for it joins the capture.
+        // An event recorded in a capture never completes, and a stream that waits for it joins the capture.
         let stream = self
             .stream
             .as_ref()
@@ -79,7 +79,7 @@ impl Clock {
     }
 }
 
-/// Whether `stream` is known to be part of no capture.
+/// Whether `stream` is known not to be part of a capture.
 pub(crate) fn is_free_to_wait(stream: &Stream) -> bool {
     matches!(stream.driver().is_capturing(stream.raw()), Ok(false))
 }

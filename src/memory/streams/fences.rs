@@ -20,19 +20,19 @@ use crate::memory::config::ReusePolicy;
 use crate::memory::types::{FIRST_EPOCH, Fence, OWNER_BITS, StreamIndex};
 use crate::units::StreamId;
 
-/// Frees between two events of a stream whose memory others ask for without success; more where more come back at once.
+/// While another stream lacks memory of this one, record one event for this many frees.
 const FREES_PER_EVENT: u32 = 8;
-/// Events that are recorded ahead after each time; those that so many frees at once would have had count.
+/// Stop recording events in advance after this many. A batch of frees counts as the events that it would have had.
 const EVENTS_AHEAD: u32 = 64;
 
-/// The streams that met a pool, and what is known of their progress.
+/// The streams that a pool has met, and what is known of their progress.
 #[derive(Debug)]
 pub(crate) struct Fences {
     clocks: Vec<Clock>,
     owners: BTreeMap<StreamId, StreamIndex>,
     /// The streams looked up last, the latest first.
     recent: [Option<(StreamId, StreamIndex)>; 2],
-    /// Whether some stream has had frees enough for an event.
+    /// Whether an event of some stream is due.
     is_due: bool,
     is_deterministic: bool,
     /// How often the host has waited for an event.
@@ -51,7 +51,7 @@ impl Fences {
         }
     }
 
-    /// How often the host has waited here: only a deterministic pool does.
+    /// How often the host has waited for an event, which only happens in deterministic pools.
     pub(crate) fn host_waits(&self) -> u64 {
         self.host_waits
     }
@@ -96,14 +96,14 @@ impl Fences {
                 ));
                 return self.clocks.len() - 1;
             };
-            // Epochs of a number go on counting, so that stamps of the stream before stay in the past.
+            // The epochs of a reused number go on counting, so that stamps of the stream before stay in the past.
             let epoch = self.clocks[owner].epoch;
             self.clocks[owner] = Clock::new(Some(stream.clone()), epoch, is_deterministic);
             owner
         })
     }
 
-    /// Whether `stream` is the one that [`owner`](Self::owner) was asked for last.
+    /// Whether [`owner`](Self::owner) was called for `stream` last.
     #[inline]
     pub(crate) fn served_last(&self, stream: &Stream) -> bool {
         self.recent[0].is_some_and(|(last, _)| last == stream.id())
@@ -117,8 +117,8 @@ impl Fences {
         recent.any(|(recent, _)| *recent == id) || self.owners.contains_key(&id)
     }
 
-    /// The streams that have run all they were given and that nobody but the pool holds: they get no more
-    /// work. Takes no event to find out.
+    /// The streams that nobody but the pool holds, so that they get no more work, and that have run all they were
+    /// given. Records no event to find out.
     pub(crate) fn find_gone(&mut self) -> Vec<StreamIndex> {
         let mut gone = Vec::new();
         for owner in 1..self.clocks.len() {
@@ -141,8 +141,7 @@ impl Fences {
         gone
     }
 
-    /// Lets go of streams that nobody but the pool holds and whose number nothing needs, as `is_unused`
-    /// says.
+    /// Drops streams that nobody but the pool holds and whose number nothing needs (`is_unused`).
     pub(crate) fn retire(&mut self, is_unused: impl Fn(StreamIndex) -> bool) {
         self.recent = [None; 2];
         let clocks = &mut self.clocks;
@@ -154,7 +153,7 @@ impl Fences {
             if is_gone {
                 clock.stream = None;
                 clock.events.clear();
-                // It has no more frees, so nobody asks for it.
+                // It has no more frees, so no event is needed.
                 clock.ahead = 0;
                 clock.frees = 0;
             }
@@ -171,22 +170,21 @@ impl Fences {
         }
     }
 
-    /// Marks the present end of `stream`: the fence is passed by an event recorded here, and what the stream
-    /// is given from now on comes after it. `None` if no event can be recorded.
+    /// Marks the present end of `stream` with an event. What the stream is given from now on comes after the fence.
+    /// `None` if no event can be recorded.
     pub(crate) fn mark(&mut self, stream: &Stream) -> Option<Fence> {
         let owner = self.owner(stream);
         let fence = self.now(owner);
         self.clocks[owner].cover(fence.epoch).then_some(fence)
     }
 
-    /// Whether some stream's memory is asked for by others that cannot wait.
+    /// Whether some stream lacks memory that others freed and that it may not wait for.
     pub(crate) fn are_contended(&self) -> bool {
         self.clocks.iter().any(|clock| clock.ahead > 0)
     }
 
-    /// The fence of what is freed for `owner` now. Memory is known to be complete no sooner than an event that
-    /// was recorded after its free; so while others ask for this stream's memory and cannot wait, an event is
-    /// due every few frees, before they ask again.
+    /// The fence of what is freed for `owner` now. Memory is known to be complete only by an event recorded after its
+    /// free. So while other streams lack memory of this one and may not wait, an event is due every few frees.
     #[inline]
     pub(crate) fn stamp(&mut self, owner: StreamIndex) -> Fence {
         let clock = &mut self.clocks[owner];
@@ -212,14 +210,14 @@ impl Fences {
             let clock = &mut self.clocks[owner];
             let due = clock.frees / FREES_PER_EVENT;
             if due > 0 {
-                // Frees are counted only while there is one ahead: that is recorded, and counted there.
+                // Frees are counted only while an event is due in advance. That event is recorded and counted here.
                 clock.ahead -= (due - 1).min(clock.ahead - 1);
                 self.stamp_for_others(owner);
             }
         }
     }
 
-    /// As [`stamp`](Self::stamp), for what waits for `owner` in any case: the event is recorded at once.
+    /// As [`stamp`](Self::stamp), for a deferred free, which waits for `owner` in any case: records the event at once.
     pub(crate) fn stamp_for_others(&mut self, owner: StreamIndex) -> Fence {
         let fence = self.now(owner);
         let clock = &mut self.clocks[owner];
@@ -231,8 +229,8 @@ impl Fences {
         fence
     }
 
-    /// Whether `requester` may enqueue work on memory behind `fence`, as far as `reuse` allows it to find out
-    /// or to bring it about.
+    /// Whether `requester` may enqueue work on memory behind `fence`. `reuse` says whether to record and query an
+    /// event, or to make the requester wait.
     pub(crate) fn pass(
         &mut self,
         requester: StreamIndex,
@@ -261,9 +259,8 @@ impl Fences {
         self.wait(requester, fence)
     }
 
-    /// The newest epoch of `owner` up to which `requester` may enqueue work without being made to wait, where
-    /// `newest` is the newest that memory was stamped with. Records an event, as far as `reuse` allows, so that
-    /// a later call can tell more.
+    /// The newest epoch of `owner` up to which `requester` may enqueue work without a wait. `newest` is the newest
+    /// epoch of any stamp. If `reuse` allows it, records an event, so that a later call can answer with a newer epoch.
     pub(crate) fn reach(
         &mut self,
         requester: StreamIndex,
@@ -312,7 +309,7 @@ impl Fences {
             .stream
             .as_ref()
             .expect("the requester is a stream in use");
-        // Within a capture there is no waiting for what lies outside: to try would end it.
+        // In a capture, to wait for an event outside of it would end the capture.
         if !is_free_to_wait(waiter) || waiter.wait(event).is_err() {
             return false;
         }
@@ -324,12 +321,12 @@ impl Fences {
         true
     }
 
-    /// Whether everything up to `fence` is known to have run, without asking anew.
+    /// Whether everything up to `fence` is known to have run. Queries nothing.
     pub(crate) fn is_known_complete(&self, fence: Fence) -> bool {
         fence.epoch <= self.clocks[fence.owner].complete
     }
 
-    /// Whether everything up to `fence` has run, as far as recorded events tell without waiting.
+    /// Whether everything up to `fence` has run, by the events recorded so far, without waiting.
     pub(crate) fn is_complete(&mut self, fence: Fence) -> bool {
         if self.is_deterministic {
             return self.ask_complete(fence);
@@ -339,8 +336,7 @@ impl Fences {
         fence.epoch <= clock.complete
     }
 
-    /// Whether everything up to `fence` has run; records an event to find out if there is none, so that a
-    /// later call can tell even if this one cannot.
+    /// Whether everything up to `fence` has run. Records an event if there is none, so that a later call can find out.
     pub(crate) fn ask_complete(&mut self, fence: Fence) -> bool {
         if self.is_known_complete(fence) {
             return true;
@@ -356,8 +352,8 @@ impl Fences {
         self.is_complete(fence)
     }
 
-    /// As [`ask_complete`](Self::ask_complete), with a look at the stream itself: one that is idle has passed
-    /// everything, although no event tells.
+    /// As [`ask_complete`](Self::ask_complete), but queries the stream itself too: an idle stream has passed
+    /// everything, with or without an event.
     pub(crate) fn passed_by_now(&mut self, fence: Fence) -> bool {
         let stream = self.stream(fence.owner);
         let is_idle = !self.is_deterministic
@@ -378,14 +374,14 @@ impl Fences {
         fence
     }
 
-    /// Closes the present epoch of every stream: what a wait on the host, begun after this, will have
-    /// covered. Frees during the wait are stamped later.
+    /// Closes the present epoch of every stream. A wait on the host that begins after this covers those epochs; frees
+    /// during the wait have later ones.
     pub(crate) fn close_epochs(&mut self) -> Vec<(Fence, Stream)> {
         let owners = 0..self.clocks.len();
         owners.filter_map(|owner| self.close_epoch(owner)).collect()
     }
 
-    /// Closes the present epoch of one stream, if it is one that is there.
+    /// Closes the present epoch of a stream, if it was not dropped.
     pub(crate) fn close_epoch(&mut self, owner: StreamIndex) -> Option<(Fence, Stream)> {
         let clock = &mut self.clocks[owner];
         let stream = clock.stream.clone()?;
@@ -394,7 +390,7 @@ impl Fences {
         Some((Fence { owner, epoch }, stream))
     }
 
-    /// Notes that the host has waited until everything up to `fence` had run.
+    /// Records that the host has waited until everything up to `fence` had run.
     pub(crate) fn passed(&mut self, fence: Fence) {
         let clock = &mut self.clocks[fence.owner];
         clock.complete = clock.complete.max(fence.epoch);
