@@ -21,20 +21,20 @@ struct Private {
     backend: Box<dyn Backend>,
     /// Streams that graphs were launched on.
     launched: Vec<StreamIndex>,
-    /// Once released: what has to be passed before a page may go.
+    /// Once released: the fences to pass before a page may go.
     released: Option<Vec<Fence>>,
 }
 
-/// All memories of a pool.
+/// All heaps of a pool.
 #[derive(Debug)]
 pub(crate) struct Heaps {
     default: Box<dyn Backend>,
     private: Vec<Option<Private>>,
-    /// Most bytes that all of them may hold, if that is not left to the device.
+    /// Most bytes that all heaps may hold; `None` leaves it to the device.
     limit: Option<u64>,
-    /// What they held when the limit was set: a lower one does not take it away.
+    /// What they held when the limit was set: setting a lower limit takes nothing away.
     held_at_limit: u64,
-    /// What memories that are gone have taken and given back.
+    /// What heaps that no longer exist have taken and returned.
     gone: Totals,
 }
 
@@ -49,7 +49,7 @@ impl Heaps {
         }
     }
 
-    /// Every memory, the default one first.
+    /// Every heap, the default one first.
     fn all(&self) -> impl Iterator<Item = &dyn Backend> {
         let private = self.private.iter().flatten();
         std::iter::once(&*self.default).chain(private.map(|heap| &*heap.backend))
@@ -105,13 +105,13 @@ impl Heaps {
         self.limit
     }
 
-    /// Sets the most bytes that all memories may hold from now on; what they hold already stays.
+    /// Sets the most bytes that all heaps may hold from now on; what they hold already stays.
     pub(crate) fn set_limit(&mut self, limit: Option<u64>) {
         self.limit = limit;
         self.held_at_limit = self.totals().reserved_bytes;
     }
 
-    /// As [`Backend::find`], within what the limit leaves to this memory.
+    /// As [`Backend::find`], within what the limit leaves to this heap.
     pub(crate) fn find(
         &mut self,
         index: HeapId,
@@ -140,13 +140,13 @@ impl Heaps {
         found
     }
 
-    /// Gives idle memory back while more is held than the limit allows, as after the limit was lowered below what a
-    /// private pool held that is gone by now.
+    /// Returns idle memory while the heaps hold more than the limit: it may have been lowered below what a private pool
+    /// held that is dropped by now.
     fn return_surplus(&mut self, fences: &mut Fences) {
         if let Some(limit) = self.limit
             && self.totals().reserved_bytes > limit
         {
-            // What the driver does not take back now is offered again.
+            // What the driver refuses to take back is offered again later.
             drop(self.release_idle(limit, fences));
         }
     }
@@ -160,7 +160,7 @@ impl Heaps {
         }
     }
 
-    /// Says that nothing will be placed in a private heap again and no graph on it launched.
+    /// Releases a private heap: nothing will be placed in it again, and no graph on it launched.
     pub(crate) fn release(&mut self, index: HeapId, fences: &mut Fences) {
         let heap = self.private[index.slot()].as_mut();
         let heap = heap.expect("a memory is released once");
@@ -169,13 +169,13 @@ impl Heaps {
         self.drop_empty();
     }
 
-    /// Whether a released memory still holds something.
+    /// Whether a released heap still holds something.
     pub(crate) fn has_released(&self) -> bool {
         let mut private = self.private.iter().flatten();
         private.any(|heap| heap.released.is_some())
     }
 
-    /// Makes spare what is idle in released memories and whose streams have passed.
+    /// Makes idle memory of released heaps spare memory if their streams have passed.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused stays where it is.
@@ -201,7 +201,7 @@ impl Heaps {
         outcome
     }
 
-    /// Forgets released memories that hold nothing.
+    /// Drops released heaps that hold nothing.
     fn drop_empty(&mut self) {
         for slot in &mut self.private {
             let is_empty =
@@ -233,14 +233,13 @@ impl Heaps {
         }
     }
 
-    /// Whether a request for this memory may find room only after idle memory went back to the driver: its
-    /// own, where streams do not share, or that of another memory.
+    /// Whether a search in this heap can find room only after idle memory went back to the driver: its own, if streams
+    /// do not share, or that of another heap.
     pub(crate) fn returning_helps(&self, index: HeapId) -> bool {
         index != HeapId::DEFAULT || !self.get(index).shares_free_memory() || self.has_released()
     }
 
-    /// Free bytes by stream whose passing would make them usable by `owner` in this memory, or returnable
-    /// where that helps.
+    /// Free bytes by stream whose passing would make them usable by `owner` in this heap, or returnable if that helps.
     pub(crate) fn bytes_behind(
         &self,
         index: HeapId,
@@ -260,7 +259,7 @@ impl Heaps {
         if index != HeapId::DEFAULT {
             add_returnable(&*self.default, &[]);
         }
-        // A request is for none that is released.
+        // No search is in a released heap.
         for heap in self.private.iter().flatten() {
             if let Some(ends) = &heap.released {
                 add_returnable(&*heap.backend, ends);
@@ -279,8 +278,8 @@ impl Heaps {
             && !self.private.iter().flatten().any(wait)
     }
 
-    /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
-    /// what released memories left, then in the default one.
+    /// Returns to the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held:
+    /// spare memory first, then that of the default heap.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
@@ -299,7 +298,7 @@ impl Heaps {
         })
     }
 
-    /// Sums over all memories, those that are gone included.
+    /// Sums over all heaps, including those that no longer exist.
     pub(crate) fn totals(&self) -> Totals {
         self.all().fold(self.gone, |sum, backend| {
             let part = backend.totals();
@@ -312,7 +311,7 @@ impl Heaps {
         })
     }
 
-    /// Bytes held for private pools that are there: a handle or a graph is.
+    /// Bytes held for private pools that still have a handle or a graph.
     pub(crate) fn private_bytes(&self) -> u64 {
         let private = self.private.iter().flatten();
         private

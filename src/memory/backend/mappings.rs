@@ -17,21 +17,21 @@ use crate::driver::DevicePtr;
 use crate::memory::free_list::NONE;
 use crate::memory::types::{Fence, Index, MappingIndex, PAGE, PageIndex};
 
-/// Pages mapped side by side, away from base address.
+/// Pages mapped side by side, at addresses outside the page heap.
 #[derive(Debug)]
 pub(crate) struct Range {
     pub(crate) ptr: DevicePtr,
     pub(crate) pages: Vec<PageIndex>,
     /// While live: the blocks taken in the page heap. Empty otherwise.
     pub(crate) taken: SmallVec<[Index; 4]>,
-    /// When not live: after which fence the mapping may be removed.
+    /// When idle: the fence after which the mapping may be removed.
     fence: Fence,
-    /// When it was last freed, in frees of mappings.
+    /// When it was last freed, counted in frees of mappings.
     freed_at: u64,
-    /// When it was mapped, in mappings made.
+    /// When it was mapped, counted in mappings made.
     mapped_at: u64,
-    /// The place of a page that was not free when the mapping was looked at last, and the block that lay over it: they
-    /// are looked at first.
+    /// A page that was not free at the last check, by its place in the mapping, and the block that lay over it. The
+    /// next check begins with them.
     pub(super) taken_page: Cell<(usize, Index)>,
 }
 
@@ -40,7 +40,7 @@ impl Range {
         !self.taken.is_empty()
     }
 
-    /// After what the mapping may be removed.
+    /// The fence after which the mapping may be removed.
     pub(crate) fn fence(&self) -> Fence {
         self.fence
     }
@@ -58,11 +58,11 @@ pub(crate) struct Mappings {
     vacant: Vec<MappingIndex>,
     /// Mappings that are not live, by number of pages, in the order in which they were mapped.
     idle: HashMap<usize, Vec<MappingIndex>>,
-    /// The same, by when they were freed.
+    /// The same, ordered by when they were freed.
     by_age: BTreeMap<u64, MappingIndex>,
     frees: u64,
     mapped: u64,
-    /// Pages in all mappings, each counted as often as it is mapped.
+    /// Pages in all mappings, counted as often as they are mapped.
     pub(super) pages_mapped: usize,
 }
 
@@ -135,7 +135,7 @@ impl Mappings {
         taken
     }
 
-    /// Where an idle mapping is or belongs: among those of how many pages, and at what place.
+    /// Where an idle mapping is filed: its number of pages, and its order among those.
     fn place_of(&self, index: MappingIndex) -> (usize, usize) {
         let Range {
             pages, mapped_at, ..
@@ -173,7 +173,7 @@ impl Mappings {
         over
     }
 
-    /// Forgets an idle mapping, whose mapping the caller has removed.
+    /// Removes an idle mapping from the table after the caller has unmapped it.
     pub(crate) fn remove(&mut self, index: MappingIndex) {
         self.remove_idle(index);
         let range = self.table[index as usize]
@@ -208,7 +208,7 @@ mod tests {
         let idle = |ranges: &Mappings| ranges.idle_of(2).collect::<Vec<_>>();
         assert_eq!(idle(&ranges), [a, b, c]);
         assert_eq!(ranges.oldest_idle(), Some(c));
-        // A place in the table that is used again says nothing about the order.
+        // A reused slot of the table says nothing about the order.
         ranges.remove(a);
         let d = ranges.insert(ptr, vec![0, 1], smallvec![0], fence);
         ranges.release(d, fence);

@@ -29,15 +29,15 @@ pub(crate) use heaps::Heaps;
 pub(crate) use paged::PagedBackend;
 pub(crate) use segments::SegmentedBackend;
 
-/// Memory that lies in no backend's books: held from the driver, complete, and used before more is taken. Private
-/// pools leave it when they are gone.
+/// Memory that no backend places blocks in: held from the driver, complete, and used before new memory is taken.
+/// Dropped private pools leave it.
 #[derive(Debug, Default)]
 pub(crate) struct SpareMemory {
-    /// Pages that are mapped nowhere.
+    /// Unmapped pages.
     pub(crate) pages: Vec<PageHandle>,
     /// Base and bytes of plain allocations.
     pub(crate) segments: Vec<(DevicePtr, u64)>,
-    /// Pages that the driver would not take back and that count as returned: to be offered to it again.
+    /// Pages that the driver refused to take back. They count as returned and are offered again.
     unreturned: Vec<PageHandle>,
 }
 
@@ -46,7 +46,7 @@ impl SpareMemory {
         self.pages.is_empty() && self.segments.is_empty() && self.unreturned.is_empty()
     }
 
-    /// How many driver allocations they are, and their bytes.
+    /// The number of driver allocations, and their bytes.
     pub(crate) fn count(&self) -> (u64, u64) {
         let pages = self.pages.len() as u64;
         let segments: u64 = self.segments.iter().map(|(_, bytes)| bytes).sum();
@@ -60,7 +60,7 @@ pub(crate) struct Totals {
     /// Driver allocations held, and their bytes.
     pub(crate) segments: u64,
     pub(crate) reserved_bytes: u64,
-    /// Driver allocations made and given back since the start.
+    /// Driver allocations made and returned since the start.
     pub(crate) device_allocs: u64,
     pub(crate) device_frees: u64,
 }
@@ -80,7 +80,7 @@ impl Totals {
         self.reserved_bytes -= bytes;
     }
 
-    /// Counts a segment that was given back.
+    /// Counts a segment that was returned.
     pub(crate) fn returned(&mut self, bytes: u64) {
         self.segments -= 1;
         self.reserved_bytes -= bytes;
@@ -90,61 +90,59 @@ impl Totals {
 
 /// Memory taken from a driver, placed in blocks.
 pub(crate) trait Backend: Debug + Send {
-    /// Sets the most bytes it may hold from now on; what it holds already stays.
+    /// Sets the most bytes that the backend may hold from now on; what it holds already stays.
     fn set_limit(&mut self, bytes: u64);
 
     /// Places a block of `bytes`, as in a [`Search`], in memory that is free for the stream `owner` at once, while
     /// `deferred` bytes wait for other streams. Calls no driver.
     fn place(&mut self, owner: StreamIndex, bytes: u64, deferred: u64) -> Option<Placement>;
 
-    /// Places a block by all means but waiting on the host: other streams' memory as far as the request's
-    /// policy allows, new memory, stitching.
+    /// Places a block by all means except waiting on the host: other streams' memory if the reuse policy allows it, new
+    /// memory, stitching.
     fn find(&mut self, search: Search, fences: &mut Fences) -> Result<Placement, Refusal>;
 
-    /// Takes a block of `bytes` back, for its owner at once, for others after `fence`, which is the owner's. Calls no
-    /// driver.
+    /// Takes back a block of `bytes`. Its owner may have the memory at once, other streams after `fence`, which is a
+    /// fence of the owner. Calls no driver.
     fn free(&mut self, location: Location, bytes: u64, fence: Fence);
 
-    /// Makes free memory whose past is known to be complete anyone's.
+    /// Makes free memory unowned if its last use is known to be complete.
     fn merge_complete(&mut self, fences: &mut Fences);
 
-    /// Makes the free memory of `owner` anyone's, a stream that is gone and has run all it was given.
+    /// Makes the free memory of `owner` unowned. That stream was dropped and has run all it was given.
     fn release_stream(&mut self, owner: StreamIndex);
 
     /// Whether no memory, free or in blocks, belongs to `owner`.
     fn holds_nothing_of(&self, owner: StreamIndex) -> bool;
 
-    /// Gives the driver what is idle as a whole and known to be complete, until at most `keep` bytes are
-    /// held.
+    /// Returns to the driver what is idle as a whole and known to be complete, until at most `keep` bytes are held.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
     fn release_idle(&mut self, keep: u64, fences: &mut Fences) -> Result<()>;
 
-    /// Gives up what is idle as a whole and known to be complete, [`passed`](Fences::passed_by_now) if need be, for
-    /// another backend to take in. The driver takes nothing back.
+    /// Gives up what is idle as a whole and complete (see [`Fences::passed_by_now`]), for another backend to take in.
+    /// Returns nothing to the driver.
     ///
     /// # Errors
     /// The first refusal of the driver; what it refused is kept.
     fn give_up(&mut self, fences: &mut Fences, spares: &mut SpareMemory) -> Result<()>;
 
-    /// Holds `spares` from now on, to be used before more is taken from the driver.
+    /// Holds `spares` from now on, and uses them before it takes more from the driver.
     fn take_in(&mut self, spares: SpareMemory);
 
-    /// Gives out the spares that were not used.
+    /// Takes the unused spare memory out.
     fn take_spares(&mut self) -> SpareMemory;
 
-    /// Whether any free memory serves any request. Otherwise some does only after it went back to the
-    /// driver.
+    /// Whether any free memory can serve any search. Otherwise some can only after it went back to the driver.
     fn shares_free_memory(&self) -> bool;
 
-    /// Free bytes by stream whose passing would make them usable by `owner`, or returnable where that helps.
+    /// Free bytes by stream whose passing would make them usable by `owner`, or returnable if that helps.
     fn bytes_behind(&self, owner: StreamIndex, fences: &Fences) -> BTreeMap<StreamIndex, u64>;
 
-    /// Free bytes that `owner` can put together for one request as they are.
+    /// Free bytes that `owner` can use for one block as they are.
     fn bytes_free_for(&self, owner: StreamIndex, fences: &Fences) -> u64;
 
-    /// Bytes of the largest free block, whichever stream's.
+    /// Bytes of the largest free block of any stream.
     fn largest_free(&self) -> u64;
 
     /// Free blocks in partly used segments, and their bytes: free, but not returnable.

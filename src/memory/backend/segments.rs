@@ -26,14 +26,14 @@ const LARGE_SEGMENT: u64 = 20 * MIB;
 /// Segments above `LARGE_SEGMENT` are rounded up to this.
 const SEGMENT_STEP: u64 = 2 * MIB;
 
-/// Bytes of the segment that is asked for when a request of `bytes` finds no room.
+/// Bytes of the segment to take when a block of `bytes` finds no room.
 fn segment_bytes(bytes: u64) -> u64 {
     if bytes <= SMALL_SEGMENT_MAX {
         SMALL_SEGMENT
     } else if bytes <= LARGE_SEGMENT / 2 {
         LARGE_SEGMENT
     } else {
-        // A size that cannot be rounded up is more than any driver has: it will refuse.
+        // No driver has a size that cannot be rounded up: it will refuse.
         align_up(bytes, SEGMENT_STEP).unwrap_or(bytes)
     }
 }
@@ -67,7 +67,7 @@ impl StreamTilings {
         }
     }
 
-    /// After what other streams may touch all that is free.
+    /// The fence after which other streams may touch everything that is free.
     fn fence(&self, owner: StreamIndex) -> Fence {
         let epoch = self.freed_at.values().copied().max().unwrap_or(0);
         Fence { owner, epoch }
@@ -93,7 +93,7 @@ pub(crate) struct SegmentedBackend {
     limit: u64,
     /// Small and large blocks of each stream.
     tilings: BTreeMap<(StreamIndex, bool), StreamTilings>,
-    /// Base and bytes of segments that streams which are gone have left: anyone's.
+    /// Base and bytes of unowned segments, whose streams were dropped.
     unowned: Vec<(DevicePtr, u64)>,
     /// Base and bytes of segments that private pools left.
     spare: Vec<(DevicePtr, u64)>,
@@ -112,7 +112,7 @@ impl SegmentedBackend {
         }
     }
 
-    /// Takes a new segment from the driver, in exchange for as much as private pools left, if they left any.
+    /// Takes a new segment from the driver, after returning as much spare memory, if there is any.
     fn allocate_segment(&mut self, bytes: u64, search: Search) -> Result<(), Refusal> {
         if search.may_return {
             let held = self.totals.reserved_bytes;
@@ -130,8 +130,7 @@ impl SegmentedBackend {
         Ok(())
     }
 
-    /// Takes over the smallest segment of these sizes that was left, by streams before private pools; whether there was
-    /// one.
+    /// Takes the smallest unowned segment of these sizes, otherwise the smallest spare one; whether there was one.
     fn inherit(&mut self, sizes: &RangeInclusive<u64>, search: Search) -> bool {
         let of_streams = take_smallest(&mut self.unowned, sizes);
         let segment = of_streams.or_else(|| take_smallest(&mut self.spare, sizes));
@@ -142,8 +141,7 @@ impl SegmentedBackend {
         is_found
     }
 
-    /// Gives spare segments back to the driver, the smallest first, until at most `keep` bytes are held or none is
-    /// left.
+    /// Returns spare segments to the driver, the smallest first, until at most `keep` bytes are held or none is left.
     fn release_spares(&mut self, keep: u64) -> Result<()> {
         while self.totals.reserved_bytes > keep
             && let Some((ptr, bytes)) = take_smallest(&mut self.spare, &(0..=u64::MAX))
@@ -184,8 +182,8 @@ impl SegmentedBackend {
         })
     }
 
-    /// Places a block in a segment of another stream. It is lent: freed, it goes back there, and that stream
-    /// waits for the borrower.
+    /// Places a block in a segment of another stream. The block is lent: when it is freed it goes back there, deferred
+    /// until the borrower has passed.
     fn borrow(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
         if !search.may_borrow {
             return None;
@@ -212,7 +210,7 @@ impl SegmentedBackend {
         None
     }
 
-    /// Gives the driver what was left, until at most `keep` bytes are held.
+    /// Returns unowned segments to the driver until at most `keep` bytes are held.
     fn release_left(&mut self, keep: u64) -> Result<()> {
         let mut outcome = Ok(());
         for (ptr, bytes) in std::mem::take(&mut self.unowned) {
@@ -263,8 +261,8 @@ impl Backend for SegmentedBackend {
             return Ok(found);
         }
         let usual = segment_bytes(search.bytes);
-        // Of what was left, none that would stay mostly empty, unless there is nothing else. Above the limit, what was
-        // left is exchanged for less.
+        // An unowned segment that would stay mostly empty is taken only if there is nothing else. Above the limit, it
+        // is exchanged for a smaller one.
         let is_above = self.totals.reserved_bytes > self.limit;
         let has_segment = !is_above && self.inherit(&(usual..=usual.saturating_mul(2)), search);
         let added = if has_segment {
@@ -285,8 +283,7 @@ impl Backend for SegmentedBackend {
             Ok(()) => Ok(self
                 .place(owner, bytes, deferred)
                 .expect("a segment was added that fits the request")),
-            // Out of memory: room among blocks of the other range is better than none, and so is another
-            // stream's.
+            // Out of memory: room among blocks of the other size range or of another stream is better than none.
             Err(refusal) => self
                 .place_in_range(owner, bytes, bytes > SMALL_SEGMENT_MAX)
                 .or_else(|| self.borrow(search, fences))
@@ -307,7 +304,7 @@ impl Backend for SegmentedBackend {
             .expect("an arena outlives its blocks");
         let segment = tiling.tiling.segment_of(index);
         tiling.tiling.free(index);
-        // What waited for other streams comes back with an epoch that may lie before that of later frees.
+        // A deferred free can be returned with an epoch before that of later frees.
         let freed_at = tiling.freed_at.entry(segment).or_default();
         *freed_at = fence.epoch.max(*freed_at);
     }
@@ -319,7 +316,7 @@ impl Backend for SegmentedBackend {
             let Some(tiling) = self.tilings.get_mut(&(owner, is_small)) else {
                 continue;
             };
-            // A segment with a block in it that is lent stays until that is back.
+            // A segment with a lent block stays until the block is returned.
             for (segment, memory) in std::mem::take(&mut tiling.segments) {
                 if tiling.remove_if_free(segment) {
                     self.unowned.push(memory);

@@ -17,14 +17,14 @@ use crate::memory::types::{
 };
 use crate::units::to_usize;
 
-/// Free blocks that are looked at for the front of a last page before a whole page is used for it.
+/// Free blocks to check for the front of a last page before a whole page is used for it.
 const FRONTS_MAX: usize = 64;
 
-/// What a request needs: pages as a whole, and the front of one more.
+/// What a block needs: whole pages, and the front of one more.
 #[derive(Clone, Copy, Debug)]
 struct Need {
     whole: usize,
-    /// Units of the last page; 0 if the request is a multiple of a page.
+    /// Units of the last page; 0 if the block is a multiple of a page.
     front: u64,
 }
 
@@ -52,8 +52,8 @@ impl Need {
 }
 
 impl PagedBackend {
-    /// Places a request in pages from anywhere, taking new ones only for what is missing; `None` if that
-    /// cannot be done, in which case nothing has changed but that new pages may have come in.
+    /// Places a block in pages from anywhere, and takes new ones only for what is missing. `None` if that is
+    /// impossible; then nothing has changed, except that new pages may have been taken.
     pub(super) fn stitch(&mut self, search: Search, fences: &mut Fences) -> Option<Placement> {
         let need = Need::of(search);
         if need.whole == 0 {
@@ -65,7 +65,7 @@ impl PagedBackend {
         let pages = self.choose_pages(search, need, fences)?;
         self.evict_ranges(MAPPED_PER_HELD * self.pages.bytes_held() / PAGE, fences);
         let ptr = self.pages.map_range(&pages).or_else(|| {
-            // A driver may have room for fewer mappings than that.
+            // The driver may allow fewer mappings than that.
             self.evict_ranges(self.ranges.pages_mapped as u64 / 2, fences);
             self.pages.map_range(&pages)
         })?;
@@ -79,7 +79,7 @@ impl PagedBackend {
         })
     }
 
-    /// An idle mapping of the right length all of whose pages are free.
+    /// An idle mapping of the right length whose pages are all free.
     fn reuse_range(
         &mut self,
         search: Search,
@@ -139,8 +139,7 @@ impl PagedBackend {
         Some(latest)
     }
 
-    /// Free pages for the request, in the order in which they are to be mapped: that of their base addresses, so that
-    /// neighbors stay neighbors.
+    /// Free pages for the block, in the order of their addresses in the page heap, so that neighbors stay neighbors.
     fn choose_pages(
         &mut self,
         search: Search,
@@ -153,7 +152,7 @@ impl PagedBackend {
             let whole = pages.len().min(need.whole);
             if whole == need.whole && (need.front == 0 || front.is_some()) {
                 pages.truncate(need.whole);
-                // Stable, because that finds the runs they come in.
+                // A stable sort, because it makes use of the runs that the pages come in.
                 pages.sort();
                 pages.extend(front.filter(|_| need.front > 0));
                 return Some(pages);
@@ -163,15 +162,15 @@ impl PagedBackend {
                 return Some(pages);
             }
             let have = whole + usize::from(need.front > 0 && front.is_some());
-            // Growth can also fit the whole request; the caller tries that when this refuses.
+            // Growth can also serve the whole block. The caller tries that when this refuses.
             self.grow(need.pages() - have, search.owner).ok()?;
         }
     }
 
-    /// Up to `count` pages that are free as a whole and may be used by the request: its own stream's
-    /// first, those in the largest free blocks first. Small requests fill the smallest free blocks, so the pages of an
-    /// idle mapping stay free longest, and the mapping useful, if they come from large ones. While other streams
-    /// ask without success, pages that only the request's own stream may have go before those.
+    /// Up to `count` pages that are free as a whole and that the requester may use: those of its own stream first, from
+    /// the largest free blocks first. Small blocks fill the smallest free blocks, so pages from large ones stay free
+    /// longest, and their mapping stays useful. While other streams lack memory, pages that only the requester may have
+    /// go first.
     pub(super) fn free_pages(
         &self,
         count: usize,
@@ -216,7 +215,7 @@ impl PagedBackend {
         pages
     }
 
-    /// The whole pages of `free_blocks`, those that are complete, which any stream may have, behind the others.
+    /// The whole pages of `free_blocks`. Complete pages, which any stream may have, come last.
     fn newest_pages(&self, free_blocks: &[FreeBlock], fences: &Fences) -> Vec<PageIndex> {
         let pages = free_blocks.iter().flat_map(|free_block| {
             let fence = |page| self.page_heap.fence_of_page(free_block, page);
@@ -233,7 +232,7 @@ impl PagedBackend {
             .collect()
     }
 
-    /// A page outside `chosen` whose front is free, if possible one that is not free as a whole.
+    /// A page outside `chosen` whose front is free, preferably one that is not free as a whole.
     fn page_with_free_front(
         &self,
         search: Search,
@@ -278,7 +277,7 @@ impl PagedBackend {
         taken
     }
 
-    /// Unmaps the oldest idle mappings, as far as their work is complete, until `most` pages are mapped.
+    /// Unmaps the oldest idle mappings whose work is complete, until `most` pages are mapped.
     fn evict_ranges(&mut self, most: u64, fences: &mut Fences) {
         while self.ranges.pages_mapped as u64 > most {
             let Some(oldest) = self.ranges.oldest_idle() else {

@@ -3,8 +3,8 @@
 use crate::memory::free_list::{Link, Linked, NONE, Slab};
 use crate::memory::types::{EPOCH_BITS, Fence, Index, OWNER_BITS, StreamIndex, Units};
 
-/// Who has a block; for a free block also after which epoch of its owner others may touch it, and whether parts of it
-/// were freed in other epochs, which its pages remember. Claims of one holder compare as their epochs.
+/// Who has a block. For a free block also the epoch of its owner after which others may touch it, and whether parts of
+/// it were freed in other epochs, which its pages keep. Claims of one holder compare as their epochs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Claim(u64);
 
@@ -13,9 +13,9 @@ const HOLDER_SHIFT: u32 = EPOCH_BITS + 1;
 const _: () = assert!(OWNER_BITS + HOLDER_SHIFT == u64::BITS);
 
 impl Claim {
-    /// A caller's, a stitched range's or the small blocks': the block is no free block.
+    /// A caller, a stitched mapping or the small blocks have it: it is not free.
     pub(super) const TAKEN: Self = Self(u64::MAX << HOLDER_SHIFT);
-    /// Nobody's: it is the home of pages that were returned to the driver.
+    /// Nobody has it: its pages were returned to the driver.
     pub(super) const UNMAPPED: Self = Self((u64::MAX - 1) << HOLDER_SHIFT);
 
     /// Of a free block.
@@ -29,7 +29,7 @@ impl Claim {
         claim
     }
 
-    /// The stream for which the block is a free block.
+    /// The owner, if the block is free.
     #[inline]
     pub(crate) fn owner(self) -> Option<StreamIndex> {
         (self < Self::UNMAPPED).then_some(crate::units::to_usize(self.0 >> HOLDER_SHIFT))
@@ -50,8 +50,8 @@ impl Claim {
         self.0 = self.0 & !1 | u64::from(is_mixed);
     }
 
-    /// Of what two neighbors of one holder become: the later epoch. If pages do not remember their own, it is that of
-    /// all parts.
+    /// The claim of two merged neighbors of one holder: it has the later epoch, which is that of all parts unless pages
+    /// keep their own.
     #[inline]
     pub(crate) fn merged(self, other: Self, tracks_page_epochs: bool) -> Self {
         let mut claim = self.max(other);
@@ -66,7 +66,7 @@ impl Claim {
     }
 }
 
-/// Never across two cache lines: what happens to one block touches it and its neighbors, anywhere in the slab.
+/// Aligned so that it never spans two cache lines: a change of a block touches its neighbors, anywhere in the slab.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(32))]
 pub(crate) struct HeapBlock {
@@ -80,8 +80,8 @@ pub(crate) struct HeapBlock {
 const _: () = assert!(size_of::<HeapBlock>() == 32);
 
 impl HeapBlock {
-    /// What is in front of the first block and behind the last, in the slot of [`NONE`]: so `after` that is the first
-    /// block, and `before` it the last.
+    /// The sentinel in the slot of [`NONE`], in front of the first block and behind the last: its `after` is the first
+    /// block, its `before` the last.
     pub(super) const BORDER: Self = Self {
         link: Link::new(0),
         start: 0,
@@ -110,14 +110,14 @@ impl Linked for HeapBlock {
 pub(crate) type HeapBlocks = Slab<HeapBlock>;
 
 impl HeapBlocks {
-    /// Whether the holder of `claim` has block `index`. It is no free block's for [`NONE`].
+    /// Whether the holder of `claim` has block `index`. False for [`NONE`] if the claim is of a free block.
     #[inline]
     pub(crate) fn is_of(&self, index: Index, claim: Claim) -> bool {
         self.at(index).claim.is_of_holder(claim)
     }
 
-    /// Makes block `index` span its next neighbor too, of which it takes the epoch if that is later; returns its
-    /// units then, which are the caller's to write.
+    /// Merges block `index` with its next neighbor, and takes the later epoch of both. Returns the units, which the
+    /// caller writes.
     #[inline(always)]
     pub(crate) fn absorb_next(&mut self, index: Index, tracks_page_epochs: bool) -> Units {
         let gone_index = self.at(index).after;
@@ -125,7 +125,7 @@ impl HeapBlocks {
         let HeapBlock {
             link, after, claim, ..
         } = *gone;
-        // In no page, for who reads a note of it.
+        // In no page, so that a stale entry of the page map does not match.
         gone.start = Units::MAX;
         let block = self.at_mut(index);
         block.after = after;

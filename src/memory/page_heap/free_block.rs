@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::memory::types::{Fence, Index, PAGE_UNITS, PageIndex, StreamIndex};
 use crate::units::to_usize;
 
-/// A free block as others see it.
+/// A free block, as a search sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FreeBlock {
     pub(crate) index: Index,
@@ -13,12 +13,12 @@ pub(crate) struct FreeBlock {
     pub(crate) units: u64,
     pub(crate) owner: StreamIndex,
     pub(crate) epoch: u64,
-    /// Parts were freed in earlier epochs, as [`fence_of_page`](super::PageHeap::fence_of_page) tells.
+    /// Parts were freed in earlier epochs: see [`fence_of_page`](super::PageHeap::fence_of_page).
     pub(super) is_mixed: bool,
 }
 
 impl FreeBlock {
-    /// After what others may touch it.
+    /// The fence after which other streams may touch it.
     pub(crate) fn fence(&self) -> Fence {
         Fence {
             owner: self.owner,

@@ -12,13 +12,13 @@ use std::ops::Range;
 use crate::memory::types::{EPOCH_BITS, Fence, StreamIndex};
 use smallvec::SmallVec;
 
-/// A fence in one number, which leaves the greatest of all to [`LISTED`](Self::LISTED).
+/// A fence in one number. The greatest number is [`LISTED`](Self::LISTED).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp(u64);
 
 impl Stamp {
     const NONE: Self = Self(0);
-    /// Several streams: the page is in the list.
+    /// Several streams freed parts of the page: see its list.
     const LISTED: Self = Self(u64::MAX);
 
     #[inline]
@@ -26,7 +26,7 @@ impl Stamp {
         Self((fence.owner as u64) << EPOCH_BITS | fence.epoch)
     }
 
-    /// Whether it is of the same stream as another and no earlier.
+    /// Whether this is a stamp of the same stream as `before`, and no earlier.
     #[inline]
     fn covers(self, before: Self) -> bool {
         self != Self::LISTED && self.0 >> EPOCH_BITS == before.0 >> EPOCH_BITS && self.0 >= before.0
@@ -45,7 +45,7 @@ impl Stamp {
 #[derive(Debug, Default)]
 pub(crate) struct PageEpochs {
     stamps: Vec<Stamp>,
-    /// By page, of those whose stamp says so. As long as there is none, it is empty.
+    /// By page, for pages whose stamp is `LISTED`. Empty while there are none.
     listed: Vec<SmallVec<[Fence; 2]>>,
 }
 
@@ -55,8 +55,8 @@ impl PageEpochs {
         self.stamps.resize(pages, Stamp::NONE);
     }
 
-    /// Notes a free of what touches the pages `touched`, of which all but the first and the last are `whole`, and
-    /// those perhaps: of these pages what came before is covered, since each was taken as a whole.
+    /// Records a free that touches the pages `touched`. `whole` is `touched` without partially covered end pages; a
+    /// wholly covered page drops its earlier stamps.
     pub(super) fn note(&mut self, touched: Range<usize>, whole: Range<usize>, fence: Fence) {
         let stamp = Stamp::new(fence);
         let (first, last) = (touched.start, touched.end - 1);
@@ -71,7 +71,7 @@ impl PageEpochs {
         }
     }
 
-    /// Notes a free of a part of `page`.
+    /// Records a free of a part of `page`.
     #[inline]
     fn note_part(&mut self, page: usize, stamp: Stamp, fence: Fence) {
         let before = &mut self.stamps[page];
@@ -87,7 +87,7 @@ impl PageEpochs {
         let before = std::mem::replace(&mut self.stamps[page], Stamp::LISTED);
         let listed = self.list_of(page);
         if before != Stamp::LISTED {
-            // What is listed of the time before is covered.
+            // The list is from before the last whole free: it is superseded.
             listed.clear();
             if before != Stamp::NONE {
                 listed.push(before.fence());
@@ -106,7 +106,7 @@ impl PageEpochs {
         &mut self.listed[page]
     }
 
-    /// The epoch of the latest free by `owner` in `page`, if one was noted.
+    /// The epoch of the latest free by `owner` in `page`, if one was recorded.
     pub(crate) fn epoch(&self, page: usize, owner: StreamIndex) -> Option<u64> {
         let stamp = self.stamps[page];
         let one = [stamp.fence()];

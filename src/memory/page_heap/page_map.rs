@@ -10,7 +10,7 @@ use crate::memory::free_list::NONE;
 use crate::memory::types::Index;
 use std::cell::Cell;
 
-/// Pages that have their notes side by side.
+/// Pages whose entries lie side by side.
 const SPAN: usize = 64;
 
 /// A block that began in each page.
@@ -20,21 +20,21 @@ pub(crate) struct PageMap {
     spans: Vec<Span>,
 }
 
-/// The notes of [`SPAN`] pages.
+/// The entries of [`SPAN`] pages.
 #[derive(Clone, Debug)]
 struct Span {
-    /// Bit `p`: the page has a note that may hold.
+    /// Bit `p`: page `p` has an entry, which may be stale.
     some: Cell<u64>,
     noted: [Cell<Index>; SPAN],
 }
 
 impl PageMap {
-    /// Pages there are.
+    /// Number of pages.
     pub(crate) fn len(&self) -> usize {
         self.pages
     }
 
-    /// Adds pages without a note, up to `pages` in all.
+    /// Adds pages without an entry, up to `pages` in all.
     pub(crate) fn extend(&mut self, pages: usize) {
         let span = Span {
             some: Cell::new(0),
@@ -44,7 +44,7 @@ impl PageMap {
         self.pages = pages;
     }
 
-    /// Notes that block `index` begins in `page`.
+    /// Enters that block `index` begins in `page`.
     #[inline]
     pub(super) fn note(&self, page: usize, index: Index) {
         let span = &self.spans[page / SPAN];
@@ -52,20 +52,20 @@ impl PageMap {
         span.some.set(span.some.get() | 1 << (page % SPAN));
     }
 
-    /// The block that was noted last in `page`, if any was.
+    /// The block that was entered last for `page`, if any.
     pub(super) fn noted(&self, page: usize) -> Option<Index> {
         let index = self.spans[page / SPAN].noted[page % SPAN].get();
         (index != NONE).then_some(index)
     }
 
-    /// The noted block of the last page before `page` whose note `holds`.
+    /// The block of the last entry before `page` that still `holds`.
     pub(crate) fn before(
         &self,
         page: usize,
         holds: impl Fn(usize, Index) -> bool,
     ) -> Option<Index> {
         let (first, offset) = (page / SPAN, page % SPAN);
-        // The page may be one past the end, at the begin of a span that is not there.
+        // The page may be one past the end, at the start of a span that does not exist.
         let spans = self.spans.iter().enumerate().take(first + 1);
         for (number, span) in spans.rev() {
             let mut bits = span.some.get();

@@ -6,7 +6,7 @@
 use crate::memory::free_list::Tiling;
 use crate::memory::types::{Index, PAGE, PageIndex};
 
-/// A page lent by the page heap.
+/// A page of the page heap that is divided among small blocks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SmallPage {
     pub(crate) page: PageIndex,
@@ -14,7 +14,7 @@ pub(crate) struct SmallPage {
     pub(crate) block: Index,
 }
 
-/// A segment without a block in use, and the epoch of the last free in it.
+/// A page without a block in use, and the epoch of the last free in it.
 #[derive(Clone, Copy, Debug)]
 struct CachedPage {
     segment: u32,
@@ -25,12 +25,12 @@ struct CachedPage {
 #[derive(Debug)]
 pub(crate) struct SmallHeap {
     tiling: Tiling,
-    /// By the arena's segment index.
+    /// By the segment index of the tiling.
     leases: Vec<Option<SmallPage>>,
-    /// A lease without a block in use, kept so that a program at the brink does not borrow and return a
-    /// page for every block.
+    /// A page without a block in use, kept so that a program at the edge of a page does not take and return one with
+    /// every block.
     cached: Option<CachedPage>,
-    /// After this epoch of the stream all free memory may be touched by others.
+    /// Other streams may touch all free memory after this epoch of the stream.
     freed: u64,
 }
 
@@ -53,11 +53,11 @@ impl SmallHeap {
         {
             self.cached = None;
         }
-        let lease = self.leases[placement.segment as usize].expect("a segment in use is leased");
+        let lease = self.leases[placement.segment as usize].expect("a segment in use has a page");
         Some((lease.page, placement.offset, placement.index))
     }
 
-    /// Takes a borrowed page in, in `epoch` of the stream: it may have been made to wait for the page.
+    /// Adds a page in `epoch` of the stream, which may have been made to wait for it.
     pub(crate) fn add(&mut self, lease: SmallPage, epoch: u64) {
         self.freed = self.freed.max(epoch);
         let segment = self.tiling.add_segment(PAGE) as usize;
@@ -67,7 +67,7 @@ impl SmallHeap {
         self.leases[segment] = Some(lease);
     }
 
-    /// Frees a block in `epoch` of the stream; returns a page that is no longer needed, if that makes one.
+    /// Frees a block in `epoch` of the stream. Returns its page if that is no longer needed.
     pub(crate) fn free(&mut self, index: Index, epoch: u64) -> Option<SmallPage> {
         self.freed = self.freed.max(epoch);
         let segment = self.tiling.segment_of(index);
@@ -82,7 +82,7 @@ impl SmallHeap {
         self.remove(segment)
     }
 
-    /// Gives up the page that is kept although no block uses it; with the epoch of the last free in it.
+    /// Takes the cached page out, with the epoch of the last free in it.
     pub(crate) fn take_cached(&mut self) -> Option<(SmallPage, u64)> {
         let CachedPage { segment, epoch } = self.cached.take()?;
         Some((self.remove(segment)?, epoch))
@@ -99,7 +99,7 @@ impl SmallHeap {
         self.freed
     }
 
-    /// Whether no page is borrowed.
+    /// Whether there is no page.
     pub(crate) fn is_empty(&self) -> bool {
         self.leases.iter().all(Option::is_none)
     }
@@ -109,12 +109,12 @@ impl SmallHeap {
         self.tiling.largest_free()
     }
 
-    /// Free bytes and free blocks in leased pages.
+    /// Free bytes and free blocks in all pages.
     pub(crate) fn free_blocks(&self) -> (u64, u64) {
         self.tiling.free_blocks()
     }
 
-    /// Asserts the invariants; returns (leased pages, bytes in blocks).
+    /// Asserts the invariants; returns (pages, bytes in blocks).
     pub(crate) fn check_invariants(&self) -> (u64, u64) {
         let (held, in_use) = self.tiling.check_invariants();
         let leased = self.leases.iter().flatten().count() as u64;

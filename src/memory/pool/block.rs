@@ -10,14 +10,14 @@ use super::shared::{BlockRecord, Record, Shared};
 use crate::driver::{DevicePtr, Stream};
 use crate::memory::types::{CacheKey, Fence, HeapId};
 
-/// What a free has to look at only where it is there at all.
+/// What only few blocks have, and a free has to look at.
 #[derive(Debug, Default)]
 pub(crate) struct Extras {
     /// Other streams that used the block.
     pub(crate) users: SmallVec<[User; 1]>,
-    /// Who is told of what becomes of the block, the innermost wrapper first.
+    /// The watchers of the block, that of the innermost adaptor first.
     pub(super) watchers: Vec<Watcher>,
-    /// Where the block lies.
+    /// The heap that the block lies in.
     pub(crate) heap: HeapId,
 }
 
@@ -25,12 +25,12 @@ pub(crate) struct Extras {
 #[derive(Debug)]
 pub(crate) struct User {
     pub(crate) stream: Stream,
-    /// The end of its use, if that was marked; otherwise it is where the stream is at the free.
+    /// The end of its use, if that was marked. Otherwise it is where the stream is at the free.
     pub(crate) until: Option<Fence>,
 }
 
 impl BlockRecord {
-    /// The extras, made if need be: no stream cache may keep the block while it has them.
+    /// The extras, made if there are none. No stream cache may keep the block while it has extras.
     fn extras_mut(&mut self) -> &mut Extras {
         self.key = CacheKey::NONE;
         self.extras.get_or_insert_default()
@@ -57,7 +57,7 @@ impl BlockRecord {
         }
     }
 
-    /// Whether nothing but the block itself is to be looked at when it is freed.
+    /// Whether a free needs to look at nothing but the block itself.
     #[inline]
     pub(super) fn is_plain(&self) -> bool {
         self.extras.as_ref().is_none_or(|extras| {
@@ -65,7 +65,7 @@ impl BlockRecord {
         })
     }
 
-    /// The memory that the block lies in.
+    /// The heap that the block lies in.
     #[inline]
     pub(crate) fn heap(&self) -> HeapId {
         self.extras

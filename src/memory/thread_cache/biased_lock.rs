@@ -20,16 +20,16 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, UnsafeCell, hint, thread};
 use std::fmt;
 
-/// Looks at the owner's mark before the waiting thread gives its processor away.
+/// Checks of the owner's mark before the waiting thread yields.
 const SPINS: u32 = 64;
 
 /// A value that its owner enters cheaply and everybody else at the price of a system call.
 pub(crate) struct BiasedLock<T> {
     is_busy: AtomicBool,
     is_requested: AtomicBool,
-    /// Whether the owner has to go the slow way every time: no heavy fence reaches it.
+    /// Whether the owner always takes the slow lock, because no heavy fence reaches it.
     is_slow: bool,
-    /// Held by whoever is inside and is not the owner in a hurry.
+    /// The slow lock: held by whoever is inside, except the owner on its fast path.
     others: Mutex<()>,
     value: UnsafeCell<T>,
 }
@@ -62,7 +62,7 @@ impl<T> BiasedLock<T> {
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(crate) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
-        // The slow way is one that holds the lock: `with` is called in one place, and so can be part of its caller.
+        // Both ways end here, so that `with` is called in one place and can be inlined.
         let inside = self.enter().map(Inside::Busy);
         let _inside = inside.unwrap_or_else(|| self.lock());
         // SAFETY: this thread is the owner, and was not inside: it would have been marked busy, as it is now. Nobody
@@ -75,7 +75,7 @@ impl<T> BiasedLock<T> {
     #[inline(never)]
     fn lock(&self) -> Inside<'_> {
         let guard = self.others.lock();
-        // Relaxed: who waits for the mark to go holds the lock.
+        // Relaxed: a thread that waits for the mark holds the lock.
         self.is_busy.store(true, Ordering::Relaxed);
         Inside::Locked(Busy(&self.is_busy), guard)
     }
@@ -87,12 +87,12 @@ impl<T> BiasedLock<T> {
         self.is_busy.store(true, Ordering::Relaxed);
         let busy = Busy(&self.is_busy);
         heavy::light_fence();
-        // Acquire: what another thread did inside is seen once it has taken its wish back.
+        // Acquire: what another thread did inside is visible once it has withdrawn its request.
         (!self.is_requested.load(Ordering::Acquire)).then_some(busy)
     }
 
-    /// Enters as the owner with `input`, which comes back if another thread wants in: the fast way alone. It is as fast
-    /// as that because only debug builds see to it that the owner is outside.
+    /// Enters as the owner on the fast path only: returns `input` if another thread wants to enter. Only debug builds
+    /// check that the owner is not inside already.
     ///
     /// # Safety
     /// As [`with_owner`](Self::with_owner); and the owner is not inside.
@@ -114,7 +114,7 @@ impl<T> BiasedLock<T> {
         Ok(outcome)
     }
 
-    /// Enters as any thread but an owner that is inside, which would wait for itself. `with` must not enter again.
+    /// Enters from any thread except an owner that is inside, which would wait for itself. `with` must not enter again.
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(crate) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         let _guard = self.others.lock();
@@ -137,11 +137,11 @@ impl<T> BiasedLock<T> {
     }
 }
 
-/// The owner inside: left on unwinding too, so that nobody waits for a thread that panicked.
+/// The owner is inside. Dropped on unwinding too, so that nobody waits for a thread that panicked.
 #[expect(dead_code, reason = "held to be dropped")]
 enum Inside<'a> {
     Busy(Busy<'a>),
-    /// The mark goes first.
+    /// The mark is reset first.
     Locked(Busy<'a>, MutexGuard<'a, ()>),
 }
 
@@ -151,12 +151,12 @@ struct Busy<'a>(&'a AtomicBool);
 impl Drop for Busy<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release: what was done inside is seen by whoever finds the mark gone.
+        // Release: what was done inside is visible to whoever finds the mark reset.
         self.0.store(false, Ordering::Release);
     }
 }
 
-/// Takes back the wish to enter.
+/// Withdraws the request to enter.
 struct Intent<'a, T>(&'a BiasedLock<T>);
 
 impl<T> Drop for Intent<'_, T> {
@@ -171,7 +171,7 @@ impl<T> fmt::Debug for BiasedLock<T> {
     }
 }
 
-/// The fence of who pays for both.
+/// The heavy fence, and the light one that it pays for.
 #[cfg(all(target_os = "linux", not(miri), not(loom)))]
 mod heavy {
     use std::sync::OnceLock;
@@ -185,7 +185,7 @@ mod heavy {
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
     }
 
-    /// Whether [`fence`] reaches every thread. Asked before the first owner enters.
+    /// Whether [`fence`] reaches every thread. Called before the first owner enters.
     pub(super) fn is_supported() -> bool {
         static IS_SUPPORTED: OnceLock<bool> = OnceLock::new();
         *IS_SUPPORTED.get_or_init(|| {
@@ -198,8 +198,8 @@ mod heavy {
     }
 
     pub(crate) fn fence() {
-        // Only a process forked from the one that registered is refused. It has one thread, so that an
-        // ordinary fence does until it has registered, too.
+        // Only a process forked from the one that registered is refused. It has one thread, so an ordinary fence will
+        // do until it has registered too.
         if membarrier(MembarrierCommand::PrivateExpedited).is_err() {
             register();
             std::sync::atomic::fence(Ordering::SeqCst);
@@ -207,7 +207,7 @@ mod heavy {
     }
 }
 
-/// As loom knows fences: both are full ones.
+/// For loom: both are full fences.
 #[cfg(loom)]
 mod heavy {
     use super::Ordering;
@@ -226,7 +226,7 @@ mod heavy {
     }
 }
 
-/// Where there is none.
+/// For systems without `membarrier`.
 #[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
 mod heavy {
     pub(super) fn is_supported() -> bool {
