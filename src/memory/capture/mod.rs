@@ -137,7 +137,7 @@ impl PrivatePool {
         core.heaps.get(*index).totals().reserved_bytes
     }
 
-    /// Makes all free memory here anyone's, for which the host has to wait for all streams.
+    /// Makes all free memory here unowned. The host waits for all streams for that.
     fn start_afresh(&self) -> Result<()> {
         let shared = &self.heap.shared;
         wait_for_streams(shared, &mut shared.lock()?)
