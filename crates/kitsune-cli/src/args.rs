@@ -1,4 +1,4 @@
-//! The command line, and what is refused before anything runs.
+//! Parses the command line, and refuses invalid input before anything runs.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -27,17 +27,17 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train a small network in mixed precision: one that reads handwritten digits, or one that writes.
+    /// Train a small network in mixed precision: a digit classifier or a language model.
     Train(TrainArgs),
-    /// Play recorded allocations on a pool and tell what it took.
+    /// Replay recorded allocation traces on a pool and report memory, time and driver calls.
     Replay(ReplayArgs),
-    /// Play a well-known workload on a pool and on the system's allocator.
+    /// Run a synthetic allocation workload on a pool and on the system's malloc.
     Churn(ChurnArgs),
-    /// Tell what of CUDA is on this machine, and which device would be used.
+    /// Report this machine's CUDA support, and which device would be used.
     Doctor(DoctorArgs),
 }
 
-/// What `kitsune doctor` is asked to do.
+/// Arguments of `kitsune doctor`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct DoctorArgs {
     /// Print the findings as one JSON object.
@@ -45,14 +45,14 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
-/// What `kitsune train` is asked to do.
+/// Arguments of `kitsune train`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct TrainArgs {
-    /// What is trained.
+    /// Network to train.
     #[arg(long, value_enum, default_value_t = Model::Mlp)]
     pub(crate) model: Model,
 
-    /// Element type of the matrix products; f16 trains with a scaled loss.
+    /// Element type of the matrix products; f16 uses loss scaling.
     #[arg(long, default_value = "f16", value_parser = dtype_parser())]
     pub(crate) dtype: DType,
 
@@ -60,15 +60,15 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = value_parser!(u64).range(1..=STEPS_MAX))]
     pub(crate) steps: u64,
 
-    /// Seed of the first weights and of the order of the data.
+    /// Seed of the initial weights and of the order of the data.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// Where to train.
+    /// Device to train on.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub(crate) device: DeviceChoice,
 
-    /// Data to use instead of that built in. For mlp, an image a line: 64 pixels (0..=16) and the digit,
+    /// Data to use instead of the built-in data. For mlp, one image per line: 64 pixels (0..=16) and the digit,
     /// comma-separated; for gpt, any text.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
@@ -78,19 +78,19 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "ADDR", value_parser = parse_address)]
     pub(crate) metrics: Option<String>,
 
-    /// Put an infinity into a gradient at this step (the first is 1).
+    /// Put an infinity into a gradient at this step (the first step is 1).
     #[arg(long, value_name = "STEP", value_parser = value_parser!(u64).range(1..))]
     pub(crate) inject_overflow: Option<u64>,
 
-    /// Save the training to this file at the end; `{step}` in it becomes the number of steps done.
+    /// Save a checkpoint to this file at the end; `{step}` in the name is replaced with the number of steps done.
     #[arg(long, value_name = "FILE")]
     pub(crate) save: Option<PathBuf>,
 
-    /// Save it after every N steps, too.
+    /// Also save a checkpoint after every N steps.
     #[arg(long, value_name = "N", requires = "save", value_parser = value_parser!(u64).range(1..))]
     pub(crate) save_every: Option<u64>,
 
-    /// Go on from a saved training, given the same flags, up to step --steps.
+    /// Resume from a checkpoint, with the same flags, up to step --steps.
     #[arg(long, value_name = "FILE")]
     pub(crate) resume: Option<PathBuf>,
 
@@ -98,24 +98,24 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Most memory the pool may hold, for example 512MiB.
+    /// Memory limit of the pool, for example 512MiB.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) limit: Option<u64>,
 
-    /// Images (64 if not given) or sequences (8) a batch.
+    /// Images (default 64) or sequences (default 8) per batch.
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     pub(crate) batch_size: Option<u32>,
 
-    /// Batches whose gradients are added up for one step.
+    /// Batches whose gradients are accumulated for one step.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = value_parser!(u32).range(1..=1024))]
     pub(crate) accumulate: u32,
 
-    /// Clip gradients to this norm; gpt clips to 1 if not given.
+    /// Clip gradients to this norm; gpt clips to 1 by default.
     #[arg(long, value_name = "NORM", value_parser = parse_norm)]
     pub(crate) clip: Option<f32>,
 
-    /// Step width of the optimizer at the start, 0.01 (mlp) or 0.003 (gpt) if not given; it falls to zero over
-    /// the run, by the steps that are not skipped.
+    /// Initial learning rate, by default 0.01 (mlp) or 0.003 (gpt). It decays linearly to zero over the run; skipped
+    /// steps do not count.
     #[arg(long, value_name = "X", value_parser = parse_learning_rate)]
     pub(crate) learning_rate: Option<f32>,
 }
@@ -124,25 +124,25 @@ pub(crate) struct TrainArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Model {
-    /// Linear layers that read handwritten digits.
+    /// Linear layers that classify handwritten digits.
     Mlp,
-    /// A small transformer that continues a text.
+    /// A small transformer that predicts the next character of a text.
     Gpt,
 }
 
-/// The devices that can be asked for.
+/// The choices of `--device`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DeviceChoice {
-    /// The best device of this machine.
+    /// The first CUDA device if it can be used, else the host.
     Auto,
-    /// The processor and its memory.
+    /// The CPU and its memory.
     Host,
     /// The first CUDA device.
     Cuda,
 }
 
 impl DeviceChoice {
-    /// With `Auto` decided: the first CUDA device where it can be opened, else the host.
+    /// Resolves `Auto`: the first CUDA device if it can be used, else the host.
     pub(crate) fn decided(self) -> Self {
         match self {
             Self::Auto if Device::why_not_cuda().is_none() => Self::Cuda,
@@ -160,22 +160,22 @@ impl DeviceChoice {
     }
 }
 
-/// What the command line asks for.
+/// A parsed command line.
 #[derive(Debug)]
 pub(crate) enum Parsed {
     /// Text to print: help or the version.
     Help(String),
-    /// A training run.
+    /// `kitsune train`.
     Train(Box<TrainArgs>),
-    /// Traces on a pool.
+    /// `kitsune replay`.
     Replay(Box<ReplayArgs>),
-    /// A workload on a pool.
+    /// `kitsune churn`.
     Churn(Box<ChurnArgs>),
-    /// A look at the machine.
+    /// `kitsune doctor`.
     Doctor(DoctorArgs),
 }
 
-/// Understands `line`, whose first element is the program's name.
+/// Parses `line`, whose first element is the program's name.
 pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, Failure> {
     let matches = command().try_get_matches_from(line);
     let args = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -196,9 +196,9 @@ pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Parsed, 
     Ok(Parsed::Train(Box::new(args)))
 }
 
-/// The command line's definition. What stands behind a flag with a value is that value, also where it begins with a
-/// hyphen: a negative number is refused as one, and not as a flag that nobody knows. Of files that holds not, so that
-/// `--save --json` makes no file called `--json`.
+/// The definition of the command line. The argument after a flag that takes a value is its value even if it begins with
+/// a hyphen, so that a negative number is refused as a number, not as an unknown flag. Flags that take files are an
+/// exception, so that `--save --json` does not make a file called `--json`.
 fn command() -> clap::Command {
     let takes_any = |arg: Arg| {
         let is_value = arg.get_long().is_some() && arg.get_action().takes_values();
@@ -208,7 +208,7 @@ fn command() -> clap::Command {
     Cli::command().mut_subcommands(|command| command.mut_args(takes_any))
 }
 
-/// Clap calls help an error, and spreads real errors over several lines.
+/// Interprets an error of clap, which also reports help as an error, and spreads errors over several lines.
 fn understand(error: &clap::Error) -> Result<Parsed, Failure> {
     let text = error.render().to_string();
     match error.kind() {
@@ -220,7 +220,7 @@ fn understand(error: &clap::Error) -> Result<Parsed, Failure> {
     }
 }
 
-/// The lines of an error up to the usage, as one.
+/// The lines of an error up to the usage, joined into one.
 fn condensed(text: &str) -> String {
     let lines = text.lines().map(str::trim);
     let told = lines
@@ -228,7 +228,7 @@ fn condensed(text: &str) -> String {
         .filter(|line| !line.is_empty());
     let line = told.collect::<Vec<_>>().join(" ");
     let line = line.strip_prefix("error: ").unwrap_or(&line);
-    // What the standard library says of a sign or a point.
+    // The standard library's message for a sign or a decimal point.
     line.replace(
         "invalid digit found in string",
         "not a whole number, 0 or more",
@@ -273,12 +273,12 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         .and_then(|n| n.checked_mul(1 << shift));
     match bytes {
         None => Err("more bytes than can be addressed".to_owned()),
-        Some(0) => Err("the bytes must be above 0".to_owned()),
+        Some(0) => Err("must be above 0".to_owned()),
         Some(bytes) => Ok(bytes),
     }
 }
 
-/// A host, by name or number, and a port, as they were given. Whether there is such a host turns out when it is used.
+/// Checks that `text` is a host (name or IP address) and a port. The host is resolved only when it is used.
 fn parse_address(text: &str) -> Result<String, String> {
     let is_address = text
         .rsplit_once(':')
@@ -439,7 +439,7 @@ mod tests {
                 "kitsune train --dtype -f16",
                 "invalid value '-f16' for '--dtype <DTYPE>'",
             ),
-            // A file that somebody means has another name.
+            // `--json` is not taken as the file's name.
             ("kitsune train --save --json", "a value is required"),
         ]);
     }

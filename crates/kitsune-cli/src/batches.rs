@@ -1,11 +1,11 @@
-//! The order in which images are shown: every image once an epoch, in an order that the seed gives.
+//! The order in which images are used: every image once per epoch, in an order that the seed determines.
 
 use serde::{Deserialize, Serialize};
 
 use crate::random::Random;
 
-/// Batches of equal size without end. What is left over at the end of an epoch is not shown in it: equal
-/// sizes mean that every step asks for the same memory.
+/// An endless sequence of batches of equal size. Images left over at the end of an epoch are skipped: with equal sizes,
+/// every step requests the same memory.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Batches {
@@ -28,17 +28,17 @@ impl Batches {
         Self {
             order: (0..count).collect(),
             size,
-            // Past the end: the first batch begins an epoch.
+            // At the end, so that the first batch starts an epoch.
             next: count,
             random: Random::new(seed),
         }
     }
 
-    /// Goes on from `saved`. Whether it was made of as many images: if not, a new epoch begins, in an order that
-    /// follows from `saved`.
+    /// Continues from `saved`. Returns whether `saved` was made for the same number of images; if not, a new epoch
+    /// starts, in an order derived from `saved`.
     ///
     /// # Errors
-    /// Tells what cannot be. Nothing was changed.
+    /// Says what is invalid. Nothing was changed.
     pub(crate) fn go_on_from(&mut self, saved: Self) -> Result<bool, String> {
         let count = saved.order.len();
         if saved.size != self.size || count < saved.size {
@@ -50,7 +50,7 @@ impl Batches {
         let mut sorted = saved.order.clone();
         sorted.sort_unstable();
         if !sorted.into_iter().eq(0..count) || saved.next > count {
-            return Err("the order of the images does not have each of them once".to_owned());
+            return Err("the saved order does not contain every image exactly once".to_owned());
         }
         let is_as_many = count == self.order.len();
         if is_as_many {

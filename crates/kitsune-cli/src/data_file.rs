@@ -1,4 +1,4 @@
-//! Files of data, which are the user's: read as far as they may go.
+//! Reads the user's data files, up to a size limit.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,13 +6,13 @@ use std::path::Path;
 
 use crate::failure::Failure;
 
-/// Room for a hundred thousand images, and an end to files that have none.
+/// The size limit: enough for a hundred thousand images, and an end to files such as `/dev/zero`.
 const BYTES_MAX: u64 = 16 << 20;
 
-/// What some editors put in front of text in UTF-8.
+/// The UTF-8 byte-order mark that some editors write.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// What `parse` makes of the contents of `path`, without a byte-order mark in front; whatever is wrong is told with the file's name.
+/// Reads `path` and parses its contents, without a leading byte-order mark, with `parse`. Errors name the file.
 pub(crate) fn load<T>(
     path: &Path,
     parse: impl FnOnce(&[u8]) -> Result<T, String>,
@@ -24,7 +24,7 @@ pub(crate) fn load<T>(
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
-    // What a system says of the length of a device or a pipe means nothing.
+    // The reported length of a device or a pipe is meaningless, so limit the read instead.
     let read = File::open(path).and_then(|file| file.take(BYTES_MAX + 1).read_to_end(&mut bytes));
     match read {
         Ok(length) if length as u64 > BYTES_MAX => {

@@ -1,7 +1,7 @@
-//! The images: 8x8 handwritten digits, one a line, 64 pixels in 0..=16 and then the digit, comma-separated.
+//! The images: 8x8 handwritten digits, one per line, 64 pixels in 0..=16 and then the digit, comma-separated.
 //!
-//! The file is the user's, so nothing about it is taken for granted: what does not fit is refused with the
-//! place where it stands. Empty lines at its end mean nothing. Every fifth image is held back for testing.
+//! The file comes from the user, so everything about it is checked, and errors name the line and column. Empty lines at
+//! the end are ignored. Every fifth image is held back for testing.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::fingerprint::Fingerprint;
 
 /// Pixels of one image.
 pub(crate) const PIXELS: usize = 64;
-/// Kinds of digits.
+/// The number of different digits.
 pub(crate) const CLASSES: usize = 10;
 const PIXEL_MAX: u32 = 16;
 const DIGIT_MAX: u32 = 9;
@@ -24,20 +24,20 @@ const BUILT_IN: &str = include_str!("../data/digits.csv");
 /// Images with their digits.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Images {
-    /// [`PIXELS`] values an image, from -1.0 (paper) to 1.0 (ink): what is centered is learned faster.
+    /// [`PIXELS`] values per image, from -1.0 (paper) to 1.0 (ink): centered inputs train faster.
     pub(crate) pixels: Vec<f32>,
-    /// One digit an image.
+    /// One digit per image.
     pub(crate) labels: Vec<u32>,
 }
 
 impl Images {
-    /// How many images there are.
+    /// The number of images.
     pub(crate) fn count(&self) -> usize {
         self.labels.len()
     }
 }
 
-/// The images to learn from and those to test with. Neither is empty.
+/// The training images and the test images. Neither set is empty.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Digits {
     pub(crate) train: Images,
@@ -76,14 +76,14 @@ impl Digits {
         }
         if test.labels.is_empty() {
             return Err(format!(
-                "{} images; at least {TEST_EVERY} are needed, to have one to test with",
+                "{} images; at least {TEST_EVERY} are needed, so that one can be used for testing",
                 train.count()
             ));
         }
         Ok(Self { train, test })
     }
 
-    /// Of the numbers, however they are written.
+    /// The fingerprint of the numbers, independent of how the file formats them.
     pub(crate) fn fingerprint(&self) -> Fingerprint {
         let parts = [&self.train, &self.test].map(|images| {
             let labels = bytemuck::cast_slice(&images.labels);
@@ -129,7 +129,7 @@ fn parse_line(line: &str, set: &mut Images) -> Result<(), String> {
     Ok(())
 }
 
-/// `column`, cut to what a message can carry.
+/// `column`, shortened for a message.
 fn shown(column: &str) -> Cow<'_, str> {
     const CHARS_MAX: usize = 20;
     match column.char_indices().nth(CHARS_MAX) {

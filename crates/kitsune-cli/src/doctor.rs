@@ -1,6 +1,6 @@
-//! `kitsune doctor`: what of CUDA is on this machine, and which device would be used.
+//! `kitsune doctor`: reports this machine's CUDA support, and which device would be used.
 //!
-//! Nothing found is a finding and no failure: the exit code is 0 whatever is said.
+//! Missing CUDA support is a finding, not a failure: the exit code is 0 whatever is found.
 
 use kitsune::Device;
 use kitsune::driver::DeviceKind;
@@ -12,20 +12,20 @@ use crate::failure::Failure;
 use crate::output;
 use crate::summary::table;
 
-/// What was found. The names are those of the JSON output and part of the program's interface.
+/// The findings. The field names are the keys of the JSON output, which is part of the command's interface.
 #[derive(Debug, Serialize)]
 struct Findings {
     /// The version of this program.
     kitsune: &'static str,
     /// Why no CUDA device can be used; `null` if one can.
     why_not_cuda: Option<String>,
-    /// The file of the driver's library, whether it can be used or not.
+    /// The file of the driver's library, usable or not.
     driver_library: Option<String>,
     /// The newest CUDA version that the driver supports.
     driver_cuda_version: Option<String>,
     devices: Vec<DeviceFindings>,
     toolkit: Vec<LibraryFindings>,
-    /// The device that `--device auto` takes.
+    /// The device that `--device auto` selects.
     auto: String,
     /// Whether that is the host.
     host_fallback: bool,
@@ -46,11 +46,11 @@ struct DeviceFindings {
     kernels_for: Option<String>,
     /// The PTX version of those kernels.
     ptx_version: Option<String>,
-    /// Why matrix products are not made by cuBLASLt; `null` if they are.
+    /// Why cuBLASLt does not compute matrix products; `null` if it does.
     why_not_cublaslt: Option<String>,
 }
 
-/// A library of the toolkit, which programs may use beside Kitsune.
+/// A library of the CUDA toolkit.
 #[derive(Debug, Serialize)]
 struct LibraryFindings {
     name: &'static str,
@@ -58,7 +58,7 @@ struct LibraryFindings {
     file: Option<String>,
 }
 
-/// Looks around and tells.
+/// Collects the findings and prints them.
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     let findings = look()?;
     if args.json {
@@ -99,9 +99,9 @@ fn cuda(findings: &mut Findings) {
             file: library.file.map(|file| file.display().to_string()),
         })
         .collect();
-    // One that cannot be used is somewhere, too.
+    // Report the file even if the library cannot be used.
     findings.driver_library = Installation::library().map(|file| file.display().to_string());
-    // Why there is none was said above.
+    // `why_not_cuda` already has the reason.
     let Ok(installation) = Installation::find() else {
         return;
     };
@@ -180,7 +180,7 @@ impl DeviceFindings {
         };
         let products = match &self.why_not_cublaslt {
             None => "by cuBLASLt".to_owned(),
-            Some(reason) => format!("by a kernel of Kitsune's, as {reason}"),
+            Some(reason) => format!("by Kitsune's kernel, because {reason}"),
         };
         format!(
             "{}: {}, compute capability {}, {} multiprocessors\n\

@@ -1,4 +1,4 @@
-//! What ends a run early, and how the user hears of it: one line on standard error and an exit code.
+//! Failures that end a run early, reported as one line on standard error and an exit code.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -6,28 +6,28 @@ use std::process::ExitCode;
 /// Why the command stops.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The user's input cannot work: exit code 2.
+    /// The user's input is invalid: exit code 2.
     Input(String),
-    /// The input is fine, the run failed: exit code 1.
+    /// The input is valid, but the run failed: exit code 1.
     Run(String),
-    /// Whoever read standard output has left, as `head` does: nothing to tell, exit code 0.
+    /// The reader of standard output has closed it, as `head` does: no message, exit code 0.
     ReaderGone,
 }
 
 impl Failure {
-    /// Tells the user and returns the exit code.
+    /// Reports the failure to the user and returns the exit code.
     pub(crate) fn report(&self) -> ExitCode {
         let (message, code) = match self {
             Self::Input(message) => (message, 2),
             Self::Run(message) => (message, 1),
             Self::ReaderGone => return ExitCode::SUCCESS,
         };
-        // Where standard error is gone too, the exit code is all that can be told.
+        // If standard error is closed too, only the exit code reports the failure.
         let _ = writeln!(io::stderr(), "error: {}", one_line(message));
         ExitCode::from(code)
     }
 
-    /// What failing to write standard output means.
+    /// The failure for an error while writing standard output.
     pub(crate) fn of_output(error: &io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Self::ReaderGone,
@@ -42,7 +42,7 @@ impl From<kitsune::Error> for Failure {
             kitsune::Error::OutOfMemory(report) if report.limited => {
                 Self::Input(format!("--limit is too small: {error}"))
             }
-            // The settings that have a flag, by its name.
+            // For settings that have a flag, name the flag.
             kitsune::Error::InvalidConfig { key, reason } => Self::Input(match *key {
                 "limit" => format!("--limit: {reason}"),
                 "capacity" => format!("--device-bytes: {reason}"),
@@ -53,14 +53,14 @@ impl From<kitsune::Error> for Failure {
     }
 }
 
-/// Tells the user of something that the run goes on after.
+/// Warns the user of something that does not stop the run.
 pub(crate) fn warn(message: &str) {
-    // Where standard error is gone, nobody is there to be warned.
+    // If standard error is closed, the warning is lost.
     let _ = writeln!(io::stderr(), "warning: {}", one_line(message));
 }
 
-/// `text` on one line: runs of white space become one space, other control characters are escaped, so
-/// that nothing a user (or a file) contains can draw on the terminal.
+/// `text` on one line: runs of white space become one space, and other control characters are escaped, so that text
+/// from a user or a file cannot control the terminal.
 pub(crate) fn one_line(text: &str) -> String {
     let words: Vec<_> = text.split_whitespace().collect();
     let mut line = String::with_capacity(text.len());

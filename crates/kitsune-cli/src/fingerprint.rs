@@ -1,9 +1,9 @@
-//! Fingerprints of data, which tell whether a training goes on with the data that it was saved with.
+//! Fingerprints of data, to detect a run that is resumed with different data.
 
 use serde::{Deserialize, Serialize};
 
-/// Length and checksum of what was learned from. Other data has another one but by chance, one in 2³² for data of one
-/// length.
+/// Length and checksum of the training data. Different data of the same length has the same fingerprint with
+/// probability 2⁻³².
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Fingerprint {
     bytes: u64,

@@ -1,19 +1,19 @@
-//! The `kitsune` command: trains a small network on the library's public API and tells what happened, and
-//! plays recorded or well-known sequences of allocations on a pool.
+//! The `kitsune` command: trains small networks with the library's public API, and runs recorded traces and synthetic
+//! workloads on a pool.
 //!
-//! `main` parses, runs and turns the outcome into an exit code; each step lives in a module of its own:
+//! `main` parses the arguments, runs the command and turns the outcome into an exit code. The modules:
 //!
 //! - `args`: the command line, checked before anything runs.
-//! - `data_file`, `digits`, `batches`, `text`, `random`, `fingerprint`: what is learned, the order in which it is shown,
-//!   and how it is told from other data.
+//! - `data_file`, `digits`, `batches`, `text`, `random`, `fingerprint`: the training data, the order in which it is
+//!   used, and fingerprints that detect changed data.
 //! - `train`: the training run.
-//! - `report`, `summary`, `output`: what is told at the end, and how it reaches standard output.
-//! - `progress`, `metrics_server`: what is told meanwhile.
-//! - `replay`, `churn`: allocations without a network.
-//! - `doctor`: what of CUDA is on this machine.
-//! - `failure`: what ends a run early.
+//! - `report`, `summary`, `output`: the final report, and writing it to standard output.
+//! - `progress`, `metrics_server`: reporting during a run.
+//! - `replay`, `churn`: allocation benchmarks.
+//! - `doctor`: this machine's CUDA support.
+//! - `failure`: errors that end a run early.
 //!
-//! Standard output carries the result and nothing else. A failure is one line on standard error, and so is a warning.
+//! Standard output carries only the result. A failure or a warning is one line on standard error.
 
 mod args;
 mod batches;

@@ -1,4 +1,4 @@
-//! Standard output, with its failures seen: the one place that writes it.
+//! Writes standard output and reports write errors. No other module writes to it.
 
 use std::io::{self, Write};
 
@@ -14,7 +14,7 @@ fn write_all(sink: &mut impl Write, text: &str) -> io::Result<()> {
     if !text.ends_with('\n') {
         sink.write_all(b"\n")?;
     }
-    // The last line may still wait in the buffer, where an error would be lost at exit.
+    // Flush, because an error while flushing at exit would be lost.
     sink.flush()
 }
 

@@ -1,28 +1,27 @@
-//! What a user at a terminal sees while a run is under way: a bar and a line of numbers
-//! on standard error.
+//! The progress display on standard error: a bar and a line of numbers.
 
 use std::fmt;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Steps between two redraws of the numbers: reading them costs more than a step of a small network.
+/// Steps between two updates of the numbers: reading them takes longer than a step of a small network.
 const STEPS_PER_UPDATE: u64 = 10;
 
-/// A bar over the steps of a run. Where standard error is no terminal it shows nothing and costs nothing.
+/// A bar over the steps of a run. If standard error is not a terminal, it shows nothing and costs nothing.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: ProgressBar,
 }
 
-/// How a run stands. Counts are since its beginning.
+/// The current numbers of a run. Counts are since its start.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Standing {
     pub(crate) loss: f32,
-    /// Share of the last batch that was read correctly.
+    /// Share of the last batch that was predicted correctly.
     pub(crate) accuracy: f64,
     pub(crate) scale: f64,
     pub(crate) overflow_steps: u64,
-    /// Share of allocations that found their memory in the pool.
+    /// Share of allocations served from the pool's cache.
     pub(crate) pool_hits: f64,
     pub(crate) driver_allocs: u64,
 }
@@ -37,7 +36,7 @@ impl Progress {
         Self { bar }
     }
 
-    /// Moves the bar to `step`; asks for the numbers only when they will be shown.
+    /// Moves the bar to `step`. Calls `standing` only if its numbers will be shown.
     pub(crate) fn advance<E>(
         &self,
         step: u64,
@@ -53,7 +52,7 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// Leaves the terminal as it was, for the result or the error to be read on.
+    /// Clears the bar, so that the result or the error starts on a clean line.
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

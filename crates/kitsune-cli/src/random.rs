@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The generator called splitmix64: a Weyl sequence whose terms are mixed into 64 even bits. As JSON it is its
-/// place in the sequence.
+/// The splitmix64 generator: a Weyl sequence whose terms are mixed into 64 uniform bits. Its JSON form is its position
+/// in the sequence.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Random {
@@ -11,7 +11,7 @@ pub(crate) struct Random {
 }
 
 impl Random {
-    /// A generator that gives the sequence of `seed`.
+    /// A generator for the sequence of `seed`.
     pub(crate) fn new(seed: u64) -> Self {
         Self { state: seed }
     }
@@ -34,14 +34,14 @@ impl Random {
         ((u128::from(self.bits()) * end as u128) >> 64) as usize
     }
 
-    /// A number in `-bound..bound`, evenly spread.
+    /// A number uniformly distributed in `-bound..bound`.
     pub(crate) fn within(&mut self, bound: f32) -> f32 {
-        // 24 bits are what f32 holds exactly.
+        // f32 represents 24 bits exactly.
         let unit = (self.bits() >> 40) as f32 / (1_u32 << 24) as f32;
         (2.0 * unit - 1.0) * bound
     }
 
-    /// Puts `items` into random order, every order as likely as any other.
+    /// Shuffles `items`, with every order equally likely.
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, self.below(last + 1));

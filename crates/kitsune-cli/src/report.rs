@@ -1,4 +1,4 @@
-//! What a training run came to, for people and for programs.
+//! The result of a training run, as a table and as JSON.
 
 use kitsune::DType;
 use kitsune::amp::OverflowKind;
@@ -7,20 +7,20 @@ use serde::Serialize;
 
 use crate::summary::{plural, table};
 
-/// The result of a run. The names are those of the JSON output and part of the program's interface.
+/// The result of a run. The field names are the keys of the JSON output, which is part of the command's interface.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
-    /// What it was trained on.
+    /// Name of the device.
     pub(crate) device: String,
     /// Element type of the matrix products.
     pub(crate) dtype: DType,
     /// The network: the widths of its layers, or the sizes of the transformer.
     pub(crate) model: String,
     pub(crate) steps: u64,
-    /// The first of them that this run made: 1, or the one after those of the run that it resumed.
+    /// The first step of this run: 1, or the step after the last one of the resumed run.
     pub(crate) first_step: u64,
-    /// Whether the run that it resumed was saved with other data: `null` if its file does not tell. Not there unless
-    /// a run was resumed.
+    /// Whether the resumed run was trained on different data; `null` if its file does not say. Absent unless a run was
+    /// resumed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) data_changed: Option<Option<bool>>,
     pub(crate) seed: u64,
@@ -28,19 +28,19 @@ pub(crate) struct Report {
     pub(crate) seconds: f64,
     /// Loss of the last batch.
     pub(crate) final_loss: f32,
-    /// Mean loss of every 16 steps, and of those that are left over.
+    /// Mean loss of every 16 steps, and of the remaining steps.
     pub(crate) loss_curve: Vec<f32>,
     /// Share of the test images, or characters, that are predicted correctly, in 0.0..=1.0.
     pub(crate) test_accuracy: f64,
     /// The loss scale at the end.
     pub(crate) scale: f64,
-    /// Steps that were skipped because a gradient was not finite.
+    /// Steps skipped because a gradient was not finite.
     pub(crate) overflow_steps: u64,
     /// Which gradients were not finite, and when.
     pub(crate) overflows: Vec<Overflow>,
-    /// Calls to the driver for memory.
+    /// Driver calls that allocated memory.
     pub(crate) driver_allocs: u64,
-    /// Those of them after the third step, by which the pool knows the run's sizes.
+    /// The same after the third step, when the pool has seen all sizes of the run.
     pub(crate) driver_allocs_after_step_3: u64,
     pub(crate) peak_requested_bytes: u64,
     pub(crate) peak_allocated_bytes: u64,
@@ -64,7 +64,7 @@ impl Report {
         serde_json::to_string(self).expect("a struct of numbers and strings is always JSON")
     }
 
-    /// A table for people.
+    /// A table for display.
     pub(crate) fn to_table(&self) -> String {
         let here = self.steps + 1 - self.first_step;
         let per_second = here as f64 / self.seconds.max(1e-9);

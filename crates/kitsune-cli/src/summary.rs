@@ -1,6 +1,6 @@
-//! Aligned text: labels on the left, values on the right of them.
+//! Formats tables: labels in the left column, values in the right.
 
-/// One line a row, the values in one column, continuation lines of a value below its first.
+/// One line per row, with the values in one column and continuation lines of a value below its first line.
 pub(crate) fn table(rows: &[(&str, String)]) -> String {
     let width = rows
         .iter()
@@ -19,7 +19,7 @@ pub(crate) fn table(rows: &[(&str, String)]) -> String {
     text
 }
 
-/// `count` with its noun: `1 step`, `2 steps`.
+/// `count` with a noun: `1 step`, `2 steps`.
 pub(crate) fn plural(count: u64, noun: &str) -> String {
     let ending = if count == 1 { "" } else { "s" };
     format!("{count} {noun}{ending}")

@@ -1,6 +1,6 @@
-//! The text a language model learns: its characters as numbers, and where it is cut.
+//! The training text of the language model, encoded as numbers and cut into sequences.
 //!
-//! Characters are bytes; the vocabulary is those that occur. The last tenth is held back for testing.
+//! Characters are bytes; the vocabulary consists of those that occur. The last tenth is held back for testing.
 
 use std::path::Path;
 
@@ -15,20 +15,20 @@ pub(crate) const CONTEXT: usize = 64;
 /// Fewest characters of one sequence.
 const SHORTEST: usize = 16;
 
-/// Of so many characters, one is for testing.
+/// One character in this many is for testing.
 const TEST_SHARE: usize = 10;
 
-/// The text that comes with the program.
+/// The built-in text.
 const BUILT_IN: &[u8] = include_bytes!("../data/tales.txt");
 
-/// A text in numbers.
+/// A text, encoded as numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Text {
-    /// Distinct characters, so that every number is below it.
+    /// The number of distinct characters; every encoded number is below it.
     pub(crate) vocabulary: usize,
     pub(crate) train: Vec<u32>,
     pub(crate) test: Vec<u32>,
-    /// Of the characters themselves: their numbers are the same in other texts.
+    /// The fingerprint of the characters, since other texts can have the same numbers.
     pub(crate) fingerprint: Fingerprint,
 }
 
@@ -41,7 +41,7 @@ pub(crate) struct Sequences {
 }
 
 impl Text {
-    /// Reads `path`, or the text that comes with the program.
+    /// Reads `path`, or the built-in text.
     pub(crate) fn load(path: Option<&Path>) -> Result<Self, Failure> {
         match path {
             None => Self::of(BUILT_IN).map_err(Failure::Run),
@@ -75,14 +75,15 @@ impl Text {
         })
     }
 
-    /// `count` sequences from anywhere in the training text, of one length, which differs from call to call.
+    /// `count` sequences from random positions in the training text. All have the same length, which varies from call
+    /// to call.
     pub(crate) fn draw(&self, count: usize, random: &mut Random) -> Sequences {
         let length = SHORTEST + random.below(CONTEXT - SHORTEST + 1);
         let starts = (0..count).map(|_| random.below(self.train.len() - length));
         Sequences::cut(&self.train, starts, length)
     }
 
-    /// The test text in sequences of full length, `count` at a time; what is left over at the end is not used.
+    /// The test text in sequences of full length, `count` at a time. The rest at the end is not used.
     pub(crate) fn tests(&self, count: usize) -> impl Iterator<Item = Sequences> {
         let starts: Vec<_> = (0..(self.test.len() - 1) / CONTEXT)
             .map(|index| index * CONTEXT)

@@ -1,4 +1,4 @@
-//! Shorter workloads, after the tests and benchmarks of other allocators.
+//! Short workloads modelled on the tests and benchmarks of other allocators.
 
 use kitsune::telemetry::trace::Event;
 use kitsune::units::{MIB, to_usize};
@@ -6,9 +6,9 @@ use kitsune::units::{MIB, to_usize};
 use super::minstd::MinStd;
 use crate::replay::program::{Builder, Program};
 
-/// Blocks of a round of [`primed`]; a round takes nine tenths of the device in RMM's benchmark.
+/// Blocks in a round of [`primed`]; a round takes nine tenths of the device in RMM's benchmark.
 pub(super) const PRIMED_BLOCKS: u64 = 100;
-/// Bytes of RMM's vectors: four for each of 10^4 to 10^9 elements.
+/// Sizes of RMM's vectors in bytes: 10^4 to 10^9 elements of four bytes.
 const VECTORS: [u64; 6] = [
     40_000,
     400_000,
@@ -17,12 +17,12 @@ const VECTORS: [u64; 6] = [
     400_000_000,
     4_000_000_000,
 ];
-/// Bytes live at most in [`fuzz`]: four for each of 2^30 / 40 elements.
+/// The most bytes live in [`fuzz`]: 2^30 / 40 elements of four bytes.
 const FUZZ_LIVE_MAX: u64 = 4 * (1 << 30) / 40;
-/// Of 21 draws of [`fuzz`], ten allocate, ten free, and one returns what is cached.
+/// Of 21 draws of [`fuzz`], ten allocate, ten free, and one trims the cache.
 const FUZZ_WEIGHTS: (u64, u64) = (10, 10);
 
-/// Blocks of `bytes` until [`PRIMED_BLOCKS`] are live, then all their frees, again and again.
+/// Repeatedly allocates [`PRIMED_BLOCKS`] blocks of `bytes`, then frees them all.
 pub(super) fn primed(allocations: u64, bytes: u64, stream: u32) -> Program {
     let mut builder = Builder::default();
     for id in 0..allocations {
@@ -46,8 +46,8 @@ pub(super) fn vectors(allocations: u64, stream: u32) -> Program {
     builder.finish()
 }
 
-/// Blocks of 2 to 20 MiB and frees of random ones, as likely as each other; too much that is live is freed
-/// first. Now and then everything cached is returned.
+/// Allocates blocks of 2 to 20 MiB and frees random ones with equal probability; while too much is live, only frees.
+/// Occasionally trims the cache.
 pub(super) fn fuzz(allocations: u64, seed: u64, stream: u32) -> Program {
     let mut random = MinStd::new(seed);
     let mut builder = Builder::default();
@@ -127,7 +127,7 @@ mod tests {
         let trims = count(&program, |operation| matches!(operation, Operation::Trim));
         let peak = peak(&program);
         assert!((500..2000).contains(&trims), "{trims} trims");
-        // The block that goes over the limit is allocated still.
+        // The block that exceeds the limit is still allocated.
         let bound = FUZZ_LIVE_MAX..FUZZ_LIVE_MAX + 20 * MIB;
         assert!(bound.contains(&peak), "{peak} bytes live");
     }

@@ -1,12 +1,12 @@
 //! The random numbers of RMM's benchmarks, bit for bit.
 //!
-//! RMM draws from `std::default_random_engine` through `std::uniform_int_distribution`, both as libstdc++
-//! has them: the engine is Lehmer's generator with factor 16,807 modulo 2^31 - 1, and the distribution
-//! scales down by division or puts two draws together, rejecting what would favor some numbers.
+//! RMM draws from `std::default_random_engine` through `std::uniform_int_distribution`, as implemented by libstdc++.
+//! The engine is Lehmer's generator with factor 16,807 modulo 2^31 - 1. The distribution scales down by division or
+//! combines two draws, and rejects draws that would introduce a bias.
 
 const FACTOR: u64 = 16_807;
 const MODULUS: u64 = (1 << 31) - 1;
-/// The engine gives 1 to this; the distribution sees numbers from 0 to one less.
+/// The engine returns 1 to this; the distribution sees numbers from 0 to one less.
 const MOST: u64 = MODULUS - 1;
 
 /// The engine that libstdc++ calls `minstd_rand0`.
@@ -16,9 +16,9 @@ pub(super) struct MinStd {
 }
 
 impl MinStd {
-    /// An engine with a seed; 0 gives the sequence of 1, which is that of an engine without a seed.
+    /// An engine with a seed. Seed 0 gives the same sequence as 1, which is also that of a default-constructed engine.
     pub(super) fn new(seed: u64) -> Self {
-        // The state 0 would stay 0, so the library replaces it.
+        // State 0 would stay 0, so libstdc++ replaces it.
         let state = match seed % MODULUS {
             0 => 1,
             state => state,
@@ -31,7 +31,7 @@ impl MinStd {
         self.state
     }
 
-    /// A number from `first` to `last`, both included.
+    /// A number from `first` to `last`, inclusive.
     pub(super) fn uniform(&mut self, first: u64, last: u64) -> u64 {
         first + self.up_to(last - first)
     }
@@ -66,8 +66,8 @@ impl MinStd {
 mod tests {
     use super::*;
 
-    /// Numbers of a C++ program with libstdc++ 12: `std::uniform_int_distribution<size_t>(first, last)` on
-    /// a default engine, four draws of each range in this order.
+    /// Recorded from a C++ program with libstdc++ 12: `std::uniform_int_distribution<size_t>(first, last)` on a default
+    /// engine, four draws of each range in this order.
     #[test]
     fn numbers_are_those_of_libstdcxx() {
         let mut engine = MinStd::new(0);

@@ -1,4 +1,4 @@
-//! `kitsune churn`: workloads that programs are known for, played on a pool and on the system's allocator.
+//! `kitsune churn`: runs synthetic allocation workloads on a pool and on the system's allocator.
 
 mod cases;
 mod minstd;
@@ -11,13 +11,13 @@ use self::workloads::{Shape, Workload};
 use crate::failure::Failure;
 use crate::replay::{self, Figures, Halt, Setup};
 
-/// Largest program, in allocations over all threads: some 5 GB.
+/// The largest program, in allocations over all threads: about 5 GB.
 const ALLOCATIONS_MAX: u64 = 100_000_000;
 
-/// What `kitsune churn` is asked to do.
+/// Arguments of `kitsune churn`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct ChurnArgs {
-    /// What to do.
+    /// Workload to run.
     #[arg(long, value_enum)]
     workload: Workload,
 
@@ -26,7 +26,7 @@ pub(crate) struct ChurnArgs {
     #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
     bytes: Option<u64>,
 
-    /// Allocations of each thread that allocates; training steps go on to their end.
+    /// Allocations of each thread that allocates; training workloads complete the last step.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
     allocs: u64,
 
@@ -38,7 +38,7 @@ pub(crate) struct ChurnArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: Option<u32>,
 
-    /// Streams, taken by the threads in turn [default: one a thread; 4 for multi-stream].
+    /// Streams, assigned to the threads in turn [default: one per thread; 4 for multi-stream].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     streams: Option<u32>,
 
@@ -46,7 +46,7 @@ pub(crate) struct ChurnArgs {
     setup: Setup,
 }
 
-/// Plays the workload and prints the result.
+/// Runs the workload and prints the result.
 pub(crate) fn run(args: &ChurnArgs) -> Result<(), Failure> {
     let setup = args.setup.decided()?;
     let shape = shape(args, &setup)?;
@@ -70,7 +70,7 @@ fn churn(setup: &Setup, shape: &Shape) -> Result<Figures, Halt> {
     Ok(figures)
 }
 
-/// The workload's numbers, or why they do not go together.
+/// The workload's parameters, or why they are inconsistent.
 fn shape(args: &ChurnArgs, setup: &Setup) -> Result<Shape, Failure> {
     let workload = args.workload;
     let refuse = |reason: String| Err(Failure::Input(reason));
@@ -87,10 +87,10 @@ fn shape(args: &ChurnArgs, setup: &Setup) -> Result<Shape, Failure> {
         _ => None,
     };
     if args.bytes.is_some() && bytes.is_none() {
-        return refuse("--bytes: this workload has sizes of its own".to_owned());
+        return refuse("--bytes: this workload chooses its own block sizes".to_owned());
     }
     if args.max_mib.is_some() && workload != Workload::Random {
-        return refuse("--max-mib: only the random workload draws sizes".to_owned());
+        return refuse("--max-mib: only for the random workload".to_owned());
     }
     if pairs && !threads.is_multiple_of(2) {
         return refuse(format!(

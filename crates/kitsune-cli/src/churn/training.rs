@@ -1,8 +1,8 @@
-//! Training steps of a transformer, as an allocator sees them.
+//! The allocations of a transformer's training steps.
 //!
-//! Weights, gradients' master copies and moments live through the run. The forward pass keeps what the
-//! backward pass needs; that frees it in reverse, between temporaries, and leaves gradients, which go after
-//! the optimizer's pass. Sizes follow from the model below and the tokens of the step.
+//! Weights, master weights and moments live for the whole run. The forward pass keeps what the backward pass needs. The
+//! backward pass frees it in reverse order, between temporaries, and leaves gradients, which are freed after the
+//! optimizer's pass. Sizes follow from the model below and the number of tokens in the step.
 
 use kitsune::telemetry::trace::Event;
 use kitsune::units::MIB;
@@ -35,7 +35,7 @@ pub(super) struct Training {
     next: u64,
 }
 
-/// What the forward pass keeps of one layer, in order of allocation.
+/// The blocks that the forward pass keeps for one layer, in order of allocation.
 type Saved = Vec<u64>;
 
 impl Training {
@@ -47,11 +47,11 @@ impl Training {
         }
     }
 
-    /// A program of steps, each with the sequence length that `length` gives, until at least `allocations`
-    /// were made.
+    /// A program of steps, each with the sequence length that `length` returns, with at least `allocations`
+    /// allocations.
     pub(super) fn steps(mut self, allocations: u64, mut length: impl FnMut() -> u64) -> Program {
         for weight in weights() {
-            // In half precision; master copy and two moments in single.
+            // The weight in half precision; master and two moments in single precision.
             self.allocate(weight * HALF);
             for _ in 0..3 {
                 self.allocate(weight * SINGLE);
@@ -131,7 +131,7 @@ impl Training {
         saved
     }
 
-    /// Logits and loss; what is kept is the gradient of the logits.
+    /// Logits and loss. Keeps only the gradient of the logits.
     fn head(&mut self, tokens: u64) -> u64 {
         let logits = self.allocate(tokens * VOCABULARY * HALF);
         let wide = self.allocate(tokens * VOCABULARY * SINGLE);
@@ -143,13 +143,13 @@ impl Training {
         gradient
     }
 
-    /// Goes back through a layer; gives the gradient of its input.
+    /// The backward pass through a layer. Returns the gradient of its input.
     fn backward(&mut self, tokens: u64, saved: Saved, gradients: &mut Vec<u64>) -> u64 {
         let activation = tokens * HIDDEN * HALF;
         let mut weights = LAYER_WEIGHTS.into_iter().rev();
         for (number, kept) in saved.into_iter().enumerate().rev() {
             let temporary = self.allocate(activation);
-            // Every other thing that was kept leads to a weight.
+            // Every other kept block leads to a weight gradient.
             if let (true, Some(weight)) = (number % 2 == 0, weights.next()) {
                 gradients.push(self.allocate(weight * HALF));
             }

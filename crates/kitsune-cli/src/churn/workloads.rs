@@ -1,4 +1,4 @@
-//! The workloads, as programs: one a host thread.
+//! The workloads as programs, one per host thread.
 
 use std::collections::VecDeque;
 
@@ -11,49 +11,49 @@ use super::minstd::MinStd;
 use super::training::Training;
 use crate::replay::program::{Builder, Program};
 
-/// What is live at most in the random workload, over all threads: RMM's figure.
+/// The most bytes live in the random workload, over all threads, as in RMM.
 const RANDOM_LIVE_MAX: u64 = 16_000 * MIB;
-/// In how many of 100 draws the random workload allocates, as long as it may.
+/// The percentage of draws in which the random workload allocates, unless a limit is reached.
 const RANDOM_ALLOCATION_PERCENT: u64 = 73;
-/// Kernels between two waits of the host in the multi-stream workload: RMM's figure.
+/// Kernels between two waits of the host in the multi-stream workload, as in RMM.
 const KERNELS_PER_SYNCHRONIZE: u64 = 4;
-/// Blocks that a producer is ahead of the consumer's frees.
+/// Blocks that a consumer keeps before it frees the oldest.
 const CONSUMER_KEEPS: usize = 64;
 
-/// Sequences of allocations that programs are known for.
+/// The workloads of `kitsune churn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Workload {
-    /// Allocations of random size and frees in random order: RMM's `random_allocations`.
+    /// Allocations of random sizes, freed in random order (RMM's `random_allocations`).
     Random,
-    /// A small block for each kernel, on one stream after the other: RMM's `multi_stream_allocations`.
+    /// A small block for each kernel, on several streams in turn (RMM's `multi_stream_allocations`).
     MultiStream,
-    /// Training steps: activations are kept in the forward pass and freed in reverse in the backward pass.
+    /// Training steps: activations are kept in the forward pass and freed in reverse order in the backward pass.
     Lifo,
-    /// Blocks are allocated by one thread, and used and freed by another on a stream of its own.
+    /// One thread allocates blocks; another uses and frees them on its own stream.
     ProducerConsumer,
-    /// One size, freed at once.
+    /// Blocks of one size, freed at once.
     Hot,
-    /// Training steps with another sequence length each time.
+    /// Training steps with a different sequence length each time.
     VaryingLength,
-    /// A hundred blocks, together nine tenths of the device, then their frees: RMM's `async_priming`.
+    /// A hundred blocks that together take nine tenths of the device, then their frees (RMM's `async_priming`).
     Priming,
-    /// Vectors of 40 kB to 4 GB, each freed before a wait for the device: RMM's `device_uvector`.
+    /// Vectors of 40 kB to 4 GB, each freed before a wait for the device (RMM's `device_uvector`).
     Vectors,
-    /// Random blocks of 2 to 20 MiB, their frees, and the return of all that is cached: PyTorch's allocator fuzz.
+    /// Random blocks of 2 to 20 MiB, random frees, and occasional trims (PyTorch's allocator fuzz test).
     Fuzz,
 }
 
-/// A workload with its numbers.
+/// A workload with its parameters.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     pub(crate) workload: Workload,
-    /// Size of a block, where all have one size.
+    /// Size of a block, if all have the same size.
     pub(crate) bytes: u64,
-    /// Allocations of each thread that allocates; training steps go on to their end.
+    /// Allocations of each thread that allocates; training workloads complete the last step.
     pub(crate) allocations: u64,
     /// Largest random size.
     pub(crate) max_bytes: u64,
-    /// Even, for producers and consumers.
+    /// Even for producers and consumers.
     pub(crate) threads: u32,
     pub(crate) streams: u32,
     pub(crate) seed: u64,
@@ -87,8 +87,8 @@ impl Shape {
         }
     }
 
-    /// Twice as many steps as allocations. Each draws a size, needed or not; it frees a block picked at
-    /// random when the draw says so, when all allocations were made, or when too much would be live.
+    /// Makes twice as many steps as allocations. Each step draws a size, even if it does not use it. It frees a random
+    /// block if the draw says so, if all allocations were made, or if too much would be live.
     fn random(&self, seed: u64, stream: u32) -> Program {
         let mut random = MinStd::new(seed);
         let mut builder = Builder::default();
@@ -169,7 +169,7 @@ impl Shape {
         builder.finish()
     }
 
-    /// Keeps a few blocks, as a consumer does that works ahead of its stream.
+    /// Keeps a few blocks, like a consumer that works ahead of its stream.
     fn consumer(&self, stream: u32) -> Program {
         let mut builder = Builder::default();
         let mut kept = VecDeque::new();
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn the_random_workload_is_that_of_rmm() {
-        // From a C++ program with RMM's loop and libstdc++'s random numbers.
+        // Recorded from a C++ program with RMM's loop and libstdc++'s random numbers.
         let digests = [(64, 0), (4096, 0), (64, 7)].map(|(max_mib, seed)| {
             let max_bytes = max_mib * MIB;
             digest(

@@ -1,8 +1,8 @@
 //! A digest of the addresses that a pool hands out.
 //!
-//! Where the system puts a range of addresses differs from run to run; what a pool does with it need not. So
-//! an address is told as the number of its range, in the order in which the pool took them, and its distance
-//! from there. Two runs with the same digest placed every block alike.
+//! The system places ranges of addresses differently from run to run, but a pool can still place blocks in them the
+//! same way. So an address is represented by the number of its range, in the order in which the pool took ranges, and
+//! its offset in the range. Two runs with the same digest placed every block alike.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,10 +14,10 @@ use super::backend::{Backend, PoolBackend, Trouble};
 use super::probe::ProbeDriver;
 use super::program::StreamIndex;
 
-/// Ranges of addresses that a pool holds: reserved ones and plain allocations.
+/// The ranges of addresses that a pool holds: reserved ranges and plain allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Ranges {
-    /// Number of each, by its first address.
+    /// The number of each range, by its first address.
     numbers: BTreeMap<u64, u64>,
     taken: u64,
 }
@@ -32,14 +32,14 @@ impl Ranges {
         self.numbers.remove(&base.0);
     }
 
-    /// The number of the range that an address is in, and the distance from its beginning.
+    /// The number of the range that contains an address, and the address's offset in it.
     pub(super) fn find(&self, ptr: DevicePtr) -> Option<(u64, u64)> {
         let (base, number) = self.numbers.range(..=ptr.0).next_back()?;
         Some((*number, ptr.0 - base))
     }
 }
 
-/// FNV-1a of 64 bits, over numbers.
+/// 64-bit FNV-1a over numbers.
 #[derive(Debug)]
 pub(crate) struct Digest(u64);
 
@@ -62,7 +62,7 @@ impl Digest {
     }
 }
 
-/// A pool whose addresses go into a digest. One thread plays on it.
+/// A pool whose addresses are added to a digest. Used by one thread.
 #[derive(Debug)]
 pub(crate) struct DigestedBackend {
     inner: PoolBackend,
@@ -71,7 +71,7 @@ pub(crate) struct DigestedBackend {
 }
 
 impl DigestedBackend {
-    /// A digest of what `inner` hands out, whose device is `probe`.
+    /// Digests the addresses that `inner` hands out; `probe` is its device.
     pub(crate) fn new(
         inner: PoolBackend,
         probe: Arc<ProbeDriver>,
@@ -85,7 +85,7 @@ impl DigestedBackend {
     }
 }
 
-/// What was digested so far, as text.
+/// The digest so far, as text.
 pub(crate) fn text(digest: &Mutex<Digest>) -> String {
     let digest = digest.lock().unwrap_or_else(PoisonError::into_inner);
     digest.text()
@@ -96,7 +96,7 @@ impl Backend for DigestedBackend {
 
     fn allocate(&mut self, bytes: u64, stream: StreamIndex) -> Result<Option<Block>, Trouble> {
         let block = self.inner.allocate(bytes, stream)?;
-        // No room, and no memory at all for zero bytes, are two more places.
+        // Out of memory, and a block of zero bytes without memory, are represented by two more values.
         let (range, distance) = match &block {
             None => (u64::MAX, 0),
             Some(block) => self.probe.place(block.ptr()).unwrap_or((u64::MAX, 1)),

@@ -1,4 +1,4 @@
-//! What programs are played on: a pool, or the system's own allocator beside it.
+//! The allocators that programs are played on: a pool, or the system's allocator.
 
 use std::hint::black_box;
 
@@ -11,47 +11,47 @@ pub(crate) trait Backend: Send {
     /// A live block.
     type Block: Send;
 
-    /// Memory for `bytes` on `stream`; `Ok(None)` if there is no room.
+    /// Allocates `bytes` on `stream`; `Ok(None)` if memory ran out.
     fn allocate(&mut self, bytes: u64, stream: StreamIndex)
     -> Result<Option<Self::Block>, Trouble>;
 
-    /// Bytes that the block was asked for.
+    /// Bytes requested for the block.
     fn bytes(block: &Self::Block) -> u64;
 
-    /// Says that `stream` uses the block as well.
+    /// Records that `stream` also uses the block.
     fn record_stream(
         &mut self,
         block: &mut Self::Block,
         stream: StreamIndex,
     ) -> Result<(), Trouble>;
 
-    /// Gives a block back.
+    /// Frees a block.
     fn free(&mut self, block: Self::Block) -> Result<(), Trouble>;
 
-    /// Makes `waiter` wait for `signaller`. An allocator is not told of it; nor is there work to order,
-    /// except where a backend enqueues some.
+    /// Makes `waiter` wait for `signaller`. Does nothing by default: allocators do not see waits, and most backends
+    /// enqueue no work that would have to be ordered.
     fn wait(&mut self, _waiter: StreamIndex, _signaller: StreamIndex) -> Result<(), Trouble> {
         Ok(())
     }
 
-    /// The host waits for a stream, or for all.
+    /// Waits for a stream, or for all streams.
     fn synchronize(&mut self, stream: Option<StreamIndex>) -> Result<(), Trouble>;
 
     /// Returns cached memory.
     fn trim(&mut self) -> Result<(), Trouble>;
 
-    /// What there is to do at the end of each pass.
+    /// Called at the end of each pass.
     fn finish(&mut self) -> Result<(), Trouble> {
         Ok(())
     }
 }
 
-/// Why a program cannot go on.
+/// Why a program was stopped.
 #[derive(Debug)]
 pub(crate) enum Trouble {
-    /// The pool or the driver refused something other than memory.
+    /// An error of the pool or the driver other than out of memory.
     Refused(Error),
-    /// A check found bytes that nobody should have written.
+    /// A check found bytes that should not have been written.
     Overwritten(String),
 }
 
@@ -61,7 +61,7 @@ impl From<Error> for Trouble {
     }
 }
 
-/// The pool, with the streams that programs name by their numbers.
+/// A pool, with the streams that programs refer to by number.
 #[derive(Clone, Debug)]
 pub(crate) struct PoolBackend {
     pub(super) pool: Pool,
@@ -120,7 +120,7 @@ impl Backend for PoolBackend {
     }
 }
 
-/// The system's allocator, through the standard library. Knows no streams.
+/// The system's allocator, through the standard library. Ignores streams.
 #[derive(Debug)]
 pub(crate) struct SystemBackend;
 
@@ -130,7 +130,7 @@ impl Backend for SystemBackend {
     fn allocate(&mut self, bytes: u64, _stream: StreamIndex) -> Result<Option<Vec<u8>>, Trouble> {
         let mut block = Vec::new();
         let room = block.try_reserve_exact(kitsune::units::to_usize(bytes));
-        // Without this the compiler may see that nobody uses the memory, and leave it out.
+        // Without this the compiler may see that the memory is unused, and remove the allocation.
         Ok(room.ok().map(|()| black_box(block)))
     }
 

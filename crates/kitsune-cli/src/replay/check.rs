@@ -1,10 +1,10 @@
-//! A backend that writes to every block and looks whether the bytes stay.
+//! A backend that writes to every block and checks that the bytes do not change.
 //!
-//! A *stamp* is a number that only one allocation has. It is written, over and over, to the first and the
-//! last page of the block on its home stream, and read back before the free: two live blocks that overlap
-//! there, or a page mapped to the wrong place, change it. Each use on another stream is a copy of a stamp
-//! out of the block on that stream, behind a wait for home; a block that is reused before that copy ran
-//! gives another stamp, which some order of the streams shows.
+//! A *stamp* is a number unique to one allocation. It is written repeatedly over the first and the last page of the
+//! block on its home stream, and read back before the free. Overlapping live blocks, or a page mapped to the wrong
+//! place, change it. For each use on another stream, a stamp is copied out of the block on that stream, after a wait
+//! for home. If the block is reused before that copy runs, the copy has a different stamp; some order of the streams
+//! shows it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,10 +17,10 @@ use super::backend::{Backend, PoolBackend, Trouble};
 use super::program::StreamIndex;
 
 const STAMP: u64 = size_of::<u64>() as u64;
-/// Bytes written at each end of a block, at most; the last run begins at a multiple of a stamp.
+/// The most bytes written at each end of a block. The last run starts at a multiple of the stamp size.
 const PAGE: u64 = 4 * KIB;
 
-/// A pool whose blocks are written, read and used.
+/// A pool whose blocks are written, used and read back.
 #[derive(Debug)]
 pub(crate) struct CheckedBackend {
     inner: PoolBackend,
@@ -29,7 +29,7 @@ pub(crate) struct CheckedBackend {
     seen: SeenStamps,
 }
 
-/// A block with what was written to it.
+/// A block with its stamp.
 #[derive(Debug)]
 pub(crate) struct StampedBlock {
     block: Block,
@@ -37,17 +37,17 @@ pub(crate) struct StampedBlock {
     stamp: u64,
 }
 
-/// Memory that uses copy stamps to: pinned, so that it takes nothing from the device under test.
+/// The memory that uses copy stamps to. It is pinned, so that it takes no memory of the device under test.
 #[derive(Debug)]
 struct SeenStamps {
     stream: Stream,
     base: Option<DevicePtr>,
-    /// Stamp that each use must have seen, in order.
+    /// The stamp that each use must have seen, in order.
     expected: Vec<u64>,
 }
 
 impl CheckedBackend {
-    /// Checks blocks of `inner`, with room for `uses` uses on other streams a pass.
+    /// Checks blocks of `inner`, with room for `uses` uses on other streams per pass.
     pub(crate) fn new(
         inner: PoolBackend,
         next_stamp: Arc<AtomicU64>,
@@ -70,7 +70,7 @@ impl CheckedBackend {
         })
     }
 
-    /// Copies the stamp out of the block on another stream, as a reader there would.
+    /// Copies the stamp out of the block on another stream, like a reader on that stream.
     fn use_on(&mut self, stamped: &StampedBlock, stream: StreamIndex) -> Result<(), Trouble> {
         let holds_a_stamp = stamped.block.requested() >= STAMP;
         let Some(base) = self.seen.base.filter(|_| holds_a_stamp) else {
@@ -108,7 +108,7 @@ impl Backend for CheckedBackend {
         let Some(block) = self.inner.allocate(bytes, home)? else {
             return Ok(None);
         };
-        // Relaxed: the number only has to be unique. Zero is what fresh memory holds.
+        // Relaxed: the number only has to be unique. It is not zero, because new memory is.
         let stamp = 1 + self.next_stamp.fetch_add(1, Ordering::Relaxed);
         for (offset, len) in ends(bytes) {
             let ptr = block.ptr().offset(offset);
@@ -148,7 +148,7 @@ impl Backend for CheckedBackend {
         self.inner.trim()
     }
 
-    /// Looks at what the uses of this pass saw.
+    /// Checks the stamps that the uses of this pass saw.
     fn finish(&mut self) -> Result<(), Trouble> {
         self.inner.synchronize(None)?;
         let expected = std::mem::take(&mut self.seen.expected);
@@ -172,7 +172,7 @@ impl Backend for CheckedBackend {
     }
 }
 
-/// Where stamps go in a block of `bytes` bytes, as (offset, length): all of it, or both ends.
+/// The parts of a block of `bytes` bytes to stamp, as (offset, length): all of it, or both ends.
 fn ends(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
     let first = (0, bytes.min(PAGE));
     let start = bytes.saturating_sub(PAGE) / STAMP * STAMP;
@@ -201,23 +201,23 @@ fn first_difference(left: &[u8], right: &[u8]) -> Option<u64> {
 
 #[expect(unsafe_code, reason = "the check plays a program that uses its blocks")]
 fn write(ptr: DevicePtr, bytes: &[u8], stream: &Stream) -> Result<(), kitsune::Error> {
-    // SAFETY: the bytes lie in a live block of the calling program, which is freed in order with `stream`,
-    // its home; whether the pool keeps others away from it is what is being checked.
+    // SAFETY: the bytes are in a live block of the calling program, which is freed in order with `stream`, its home.
+    // Whether the pool keeps others away from the block is what this checks.
     unsafe { stream.driver().copy_from_host(ptr, bytes, stream.raw()) }
 }
 
 #[expect(unsafe_code, reason = "the check plays a program that uses its blocks")]
 fn read(bytes: &mut [u8], ptr: DevicePtr, stream: &Stream) -> Result<(), kitsune::Error> {
-    // SAFETY: the bytes lie in a live block, read in order with its home stream, or in the pinned memory of
-    // this check after all streams were waited for.
+    // SAFETY: the bytes are in a live block, and read in order with its home stream, or they are in the pinned memory
+    // of this check, after a wait for all streams.
     unsafe { stream.driver().copy_to_host(bytes, ptr, stream.raw()) }
 }
 
 #[expect(unsafe_code, reason = "the check plays a program that uses its blocks")]
 fn copy_stamp(dst: DevicePtr, src: DevicePtr, stream: &Stream) -> Result<(), kitsune::Error> {
-    // SAFETY: `dst` is one use's place in the pinned memory, which is read only after the pass. The block
-    // at `src` has a stamp's room, was recorded on `stream`, and its memory stays mapped until the pool
-    // knows that `stream` is behind it.
+    // SAFETY: `dst` is one use's place in the pinned memory, which is read only after the pass. The block at `src` is
+    // at least one stamp long and was recorded on `stream`, and its memory stays mapped until the pool knows that
+    // `stream` has passed the use.
     unsafe { stream.driver().copy(dst, src, STAMP, stream.raw()) }
 }
 
@@ -225,10 +225,9 @@ impl Drop for SeenStamps {
     #[expect(unsafe_code, reason = "the memory is this check's own")]
     fn drop(&mut self) {
         let Some(base) = self.base else { return };
-        // After a pass that did not end well copies may be under way, and the memory is left to the end of
-        // the process.
+        // After a failed pass, copies may still be in flight, so the memory is leaked.
         if self.expected.is_empty() {
-            // SAFETY: every use so far was followed by a wait for all streams, in `finish`.
+            // SAFETY: `finish` has waited for all streams after every use so far.
             let _ = unsafe { self.stream.driver().free_pinned(base) };
         }
     }
@@ -281,7 +280,7 @@ mod tests {
         }
     }
 
-    /// A block is used on stream 1, freed, and allocated again on its home. Whether the check passes.
+    /// Uses a block on stream 1, frees it, and allocates it again on its home. Returns whether the check passes.
     fn passes(seed: u64, recorded: bool) -> bool {
         let mut backend = backend(seed);
         let mut stamped = backend.allocate(4096, 0).unwrap().unwrap();
@@ -290,7 +289,7 @@ mod tests {
         } else {
             backend.use_on(&stamped, 1).unwrap();
         }
-        // Without the verification of `free`, which makes the host wait.
+        // Dropped rather than freed: `free` verifies the stamp, which makes the host wait.
         drop(stamped);
         let again = backend.allocate(4096, 0).unwrap().unwrap();
         drop(again);

@@ -1,4 +1,4 @@
-//! Players on threads: all begin each pass together, and one of them, the leader, decides what is next.
+//! Runs players on threads. All start each pass together; one of them, the leader, decides what comes next.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -13,9 +13,9 @@ use super::player::Player;
 /// What stopped a player.
 #[derive(Debug)]
 pub(crate) struct Stop {
-    /// Which of the players, in their order.
+    /// Index of the player.
     pub(crate) player: usize,
-    /// Line of the trace that asked for what failed; 0 if none did.
+    /// Line of the trace whose operation failed; 0 if there is none.
     pub(crate) line: u64,
     pub(crate) trouble: Trouble,
 }
@@ -23,13 +23,13 @@ pub(crate) struct Stop {
 /// How a pass went.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pass {
-    /// From the common start to the last thread's end, for all rounds.
+    /// Time from the common start until the last thread has finished all rounds.
     pub(crate) elapsed: Duration,
     /// How often each program was played.
     pub(crate) rounds: u32,
 }
 
-/// What the threads tell their leader about one pass.
+/// What the threads report to the leader about one pass.
 #[derive(Default)]
 struct Told {
     elapsed: Duration,
@@ -38,17 +38,17 @@ struct Told {
     panic: Option<Box<dyn Any + Send>>,
 }
 
-/// What the threads of a crew share.
+/// The state that the threads of a crew share.
 struct Crew {
-    /// Before each pass and after it.
+    /// Before and after each pass.
     together: Barrier,
-    /// Rounds of the next pass; 0 sends everybody home.
+    /// Rounds of the next pass; 0 ends the run.
     rounds: AtomicU32,
     told: Mutex<Told>,
 }
 
 impl Crew {
-    /// Waits for the order to play and follows it; false once there is no more to do.
+    /// Waits for the next pass and plays it. Returns false once the run is over.
     fn work<B: Backend>(&self, number: usize, player: &mut Option<Player<'_, B>>) -> bool {
         self.together.wait();
         // Relaxed: the barrier orders it.
@@ -58,14 +58,14 @@ impl Crew {
         }
         if let Some(playing) = player {
             let began = Instant::now();
-            // A panic must not leave the others waiting at the barrier for ever.
+            // A panic must not leave the other threads waiting at the barrier forever.
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 (0..rounds).try_for_each(|_| playing.pass())
             }));
             let elapsed = began.elapsed();
             let ooms = playing.take_ooms();
             if !matches!(outcome, Ok(Ok(()))) {
-                // Closes its end of a hand-off, so that a partner does not wait for more.
+                // Closes this end of a hand-off, so that the partner does not wait for more blocks.
                 *player = None;
             }
             self.tell(number, elapsed, ooms, outcome);
@@ -74,7 +74,7 @@ impl Crew {
         true
     }
 
-    /// Leads all passes and plays in them; gives what was told last, and everybody is sent home.
+    /// Leads all passes and takes part in them. Returns the last report, after ending the run for all threads.
     fn lead<B: Backend>(
         &self,
         own: Player<'_, B>,
@@ -124,14 +124,14 @@ impl Crew {
     }
 }
 
-/// Plays the players' programs together as long as `lead` asks for it. It is told about the pass before,
-/// with the allocations that failed in it, and answers with the rounds of the next one; 0 ends the run.
+/// Plays the players' programs together, pass after pass. `lead` receives the previous pass and its number of failed
+/// allocations, and returns the number of rounds of the next pass; 0 ends the run.
 ///
 /// # Errors
-/// What stopped a player. The pass is then the last one.
+/// What stopped a player. No further pass is played then.
 ///
 /// # Panics
-/// If a player did, after all of them have come to an end.
+/// If a player panics, after all of them have stopped.
 pub(crate) fn play<B: Backend>(
     players: Vec<Player<'_, B>>,
     lead: impl FnMut(Option<(Pass, u64)>) -> u32,
@@ -155,8 +155,8 @@ pub(crate) fn play<B: Backend>(
         };
         let threads: Vec<_> = players.map(spawn).collect();
         let last = crew.lead(own, lead);
-        // The scope waits for what the threads do, but not for what they do on their way out, such as giving
-        // back what an allocator keeps for each thread.
+        // The scope waits until the threads' closures return, but not for their thread-local destructors, which return
+        // an allocator's thread caches. Joining waits for those, too.
         for thread in threads {
             thread.join().expect("the panic of a player is caught");
         }
@@ -179,7 +179,7 @@ mod tests {
     use super::super::program::{Builder, Program, StreamIndex};
     use super::*;
 
-    /// Counts allocations down; the last one fails, by an error or by a panic. Every other finds no room.
+    /// Counts allocations down; the last one fails, by an error or by a panic. Every other one finds no memory.
     struct Failing {
         left: u32,
         panics: bool,
@@ -240,7 +240,7 @@ mod tests {
         [producer.finish(), consumer.finish()]
     }
 
-    /// Plays both, three times if nothing fails; gives the allocations without room in each whole pass.
+    /// Plays both programs, three times if nothing fails. Returns the failed allocations of each complete pass.
     fn outcome(left: u32, panics: bool) -> (Vec<u64>, Result<(), Stop>) {
         let [producer, consumer] = &programs();
         let (to, from) = sync_channel(4);

@@ -1,50 +1,50 @@
-//! What a replay came to, for people and for programs.
+//! The result of a replay, as a table and as JSON.
 
 use kitsune::units::Bytes;
 use serde::Serialize;
 
 use crate::summary::table;
 
-/// The result. The names are those of the JSON output and part of the program's interface.
+/// The result. The field names are the keys of the JSON output, which is part of the command's interface.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Figures {
     /// Name of the device.
     pub(crate) device: String,
-    /// Allocations of one pass.
+    /// Allocations in one pass.
     pub(crate) allocs: u64,
-    /// Most bytes that were live at once, as requested.
+    /// Peak of the bytes live at once, as requested.
     pub(crate) peak_requested_bytes: u64,
-    /// Most bytes that the pool held.
+    /// Peak of the bytes that the pool held.
     pub(crate) peak_reserved_bytes: u64,
-    /// Peak reserved by peak requested; `null` where nothing was requested.
+    /// Peak reserved over peak requested; `null` if nothing was requested.
     pub(crate) ratio: Option<f64>,
-    /// Median time of a pass by the allocations of the thread that has most of them; `null` without any.
+    /// Median time of a pass, divided by the allocations of the thread that has the most; `null` without allocations.
     pub(crate) ns_per_pair: Option<f64>,
-    /// Calls that took memory from the driver in the first pass.
+    /// Driver calls that allocated memory in the first pass.
     pub(crate) driver_allocs: u64,
-    /// Calls to the driver about memory in the second pass.
+    /// Driver calls about memory in the second pass.
     pub(crate) driver_calls_steady: u64,
-    /// The same in the last repeat, for each of its passes; `null` without allocations.
+    /// Driver calls about memory per pass of the last repeat; `null` without allocations.
     pub(crate) driver_calls_settled: Option<f64>,
     /// Events that the pool recorded in the first pass.
     pub(crate) events_recorded: u64,
-    /// Times that the pool made the host wait for streams in the first pass.
+    /// How often the pool made the host wait for streams in the first pass.
     pub(crate) host_syncs: u64,
-    /// Allocations of the first pass that found no room.
+    /// Allocations of the first pass that ran out of memory.
     pub(crate) ooms: u64,
     /// The same work on the system's allocator, for `churn`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) malloc_ns_per_pair: Option<Option<f64>>,
-    /// What stands for the addresses of all blocks, in deterministic mode.
+    /// A digest of the addresses of all blocks, in deterministic mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) address_digest: Option<String>,
-    /// Whether every block was written and read back, and was found as it should be: `false` where nobody asked for
-    /// it. One that was not ends the run with an error.
+    /// Whether every block was written, read back and found intact; `false` without `--check`. A block that was not
+    /// intact ends the run with an error.
     pub(crate) checked: bool,
-    /// Smallest device on which the trace passes, where it was asked for.
+    /// The smallest device on which the trace passes, with `--min-device`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) min_device_bytes: Option<u64>,
-    /// All timed passes, in ns a pair, in ascending order.
+    /// All timed passes, in ns per pair, in ascending order.
     #[serde(skip)]
     pub(crate) times: Vec<f64>,
 }
@@ -55,17 +55,17 @@ impl Figures {
         serde_json::to_string(self).expect("a struct of numbers is always JSON")
     }
 
-    /// A table for people.
+    /// A table for display.
     pub(crate) fn to_table(&self) -> String {
         let ratio = self
             .ratio
             .map_or(String::new(), |ratio| format!(", {ratio:.3} times as much"));
         let settled = self.driver_calls_settled.map_or(String::new(), |calls| {
-            format!(", {calls:.1} a pass in the last repeat")
+            format!(", {calls:.1} per pass in the last repeat")
         });
         let mut rows = vec![
             ("device", self.device.clone()),
-            ("allocations", format!("{} a pass", self.allocs)),
+            ("allocations", format!("{} per pass", self.allocs)),
             (
                 "peak requested",
                 Bytes(self.peak_requested_bytes).to_string(),
@@ -74,7 +74,7 @@ impl Figures {
                 "peak reserved",
                 format!("{}{ratio}", Bytes(self.peak_reserved_bytes)),
             ),
-            ("time a pair", self.time()),
+            ("time per pair", self.time()),
         ];
         if let Some(malloc) = self.malloc_ns_per_pair {
             let time = malloc.map_or("none: it ran out of memory".to_owned(), nanoseconds);
@@ -84,7 +84,7 @@ impl Figures {
             (
                 "driver calls",
                 format!(
-                    "{} allocations in the first pass, {} calls about memory in the second{settled}",
+                    "{} allocations in the first pass, {} memory calls in the second{settled}",
                     self.driver_allocs, self.driver_calls_steady
                 ),
             ),
@@ -117,7 +117,7 @@ impl Figures {
                 self.times.len()
             ),
             (_, Some(median)) => nanoseconds(median),
-            (_, None) => "none: nothing is allocated".to_owned(),
+            (_, None) => "none: there are no allocations".to_owned(),
         }
     }
 }
@@ -126,7 +126,7 @@ fn nanoseconds(time: f64) -> String {
     format!("{time:.1} ns")
 }
 
-/// The middle of numbers in ascending order; of an even count, the mean of the two in the middle.
+/// The median of numbers in ascending order.
 pub(crate) fn median(ascending: &[f64]) -> Option<f64> {
     let middle = ascending.len() / 2;
     match ascending.len() {
@@ -167,12 +167,12 @@ mod tests {
         };
         let expected = "\
 device             host
-allocations        3 a pass
+allocations        3 per pass
 peak requested     1.0 MiB
 peak reserved      2.0 MiB, 2.000 times as much
-time a pair        45.2 ns (from 40.0 ns to 90.0 ns, 3 repeats)
+time per pair      45.2 ns (from 40.0 ns to 90.0 ns, 3 repeats)
 malloc, same work  none: it ran out of memory
-driver calls       1 allocations in the first pass, 0 calls about memory in the second, 0.5 a pass in the last repeat
+driver calls       1 allocations in the first pass, 0 memory calls in the second, 0.5 per pass in the last repeat
 events recorded    0
 host waits         0
 out of memory      0 allocations

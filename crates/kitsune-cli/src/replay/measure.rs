@@ -1,8 +1,8 @@
-//! Measures a pool on programs: what it holds, what it asks of the driver, and how long it takes.
+//! Measures a pool on programs: memory held, driver calls, and time.
 //!
-//! Every measurement makes a pool of its own, on a device of its own where that is the host. The first pass meets an empty pool, the second
-//! one a pool that knows the sizes; the timed ones follow. Memory is not touched, except in a check, which
-//! is a run apart.
+//! Every measurement makes a new pool, and a new device if that is the host. The first pass starts with an empty pool,
+//! the second with a pool that has seen the sizes; the timed passes follow. Memory is not touched, except in a check,
+//! which is a separate run.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -25,33 +25,33 @@ use super::program::{Operation, Program};
 use crate::args::DeviceChoice;
 use crate::failure::Failure;
 
-/// Least duration of a timed repeat: short ones would time the clock.
+/// Minimum duration of a timed repeat; shorter ones would mostly measure the clock.
 const REPEAT_MIN: Duration = Duration::from_millis(20);
-/// Memory of the host device where no other size is asked for.
+/// Default memory of the host device.
 const DEVICE_BYTES: u64 = 80 * GIB;
-/// Passes of a check or of a digest: into an empty pool, and into one that reuses.
+/// Passes of a check or of a digest: one with an empty pool, and one with a pool that reuses memory.
 const CHECK_PASSES: u32 = 2;
 
-/// How to measure.
+/// Arguments common to `kitsune replay` and `kitsune churn`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Setup {
-    /// Most memory the pool may hold, for example 512MiB.
+    /// Memory limit of the pool, for example 512MiB.
     #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
     pub(crate) limit: Option<u64>,
 
-    /// Where to play: a CUDA device has the memory it has, and does its work in its own order.
+    /// Device to run on. The memory of a CUDA device is fixed, and its streams run in an order of their own.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Host)]
     pub(crate) device: DeviceChoice,
 
-    /// Memory of the host device [default: 80GiB]; more than the machine has is fine, since it is not touched.
+    /// Memory of the host device [default: 80GiB]. May exceed the machine's memory, since it is not touched.
     #[arg(long, value_name = "BYTES", value_parser = crate::args::parse_bytes)]
     pub(crate) device_bytes: Option<u64>,
 
-    /// Whether a stream may have memory that another one freed: never, only-complete or wait.
+    /// When a stream may reuse memory that another stream freed: never, only-complete or wait.
     #[arg(long, value_name = "POLICY", default_value_t)]
     pub(crate) policy: ReusePolicy,
 
-    /// Events complete this many allocations after their record, or when the host waits for them.
+    /// Simulate a slow device: events complete N allocations after they are recorded, or when the host waits for them.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) event_lag: u64,
 
@@ -63,7 +63,7 @@ pub(crate) struct Setup {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(crate) repeats: u32,
 
-    /// Write to every block and look whether the bytes stay, in a run of its own.
+    /// Also check, in a separate run, that every block keeps what is written to it.
     #[arg(long)]
     pub(crate) check: bool,
 
@@ -77,14 +77,14 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// With `--device auto` decided.
+    /// Resolves `--device auto`.
     ///
     /// # Errors
-    /// [`Failure::Input`] for what only the host device can do.
+    /// [`Failure::Input`] for settings that need the host device.
     pub(crate) fn decided(&self) -> Result<Self, Failure> {
         let device = self.device.decided();
         if device == DeviceChoice::Cuda && self.device_bytes.is_some() {
-            let reason = "--device-bytes: a CUDA device has the memory it has; see --limit";
+            let reason = "--device-bytes: the memory of a CUDA device is fixed; see --limit";
             return Err(Failure::Input(reason.to_owned()));
         }
         Ok(Self {
@@ -93,7 +93,7 @@ impl Setup {
         })
     }
 
-    /// Memory of the device: of one that others use too, what they leave.
+    /// Memory of the device; of a CUDA device, the memory that is free.
     ///
     /// # Errors
     /// [`Error::Driver`] if there is no such device.
@@ -121,9 +121,9 @@ impl Setup {
 /// What ends a measurement early.
 #[derive(Debug)]
 pub(crate) enum Halt {
-    /// There is no such device or pool.
+    /// The device or the pool could not be made.
     Setup(Error),
-    /// A program could not go on.
+    /// A program was stopped.
     Play(Stop),
 }
 
@@ -139,7 +139,7 @@ impl From<Stop> for Halt {
     }
 }
 
-/// A pool on a device of its own, with the probe between them.
+/// A new pool on a device, with the probe between them.
 struct Bench {
     probe: Arc<ProbeDriver>,
     backend: PoolBackend,
@@ -170,7 +170,7 @@ impl Bench {
     }
 }
 
-/// One player a program, each on its own `backend`; programs that hand blocks on stand in pairs.
+/// One player per program, each with its own `backend`. Programs that hand blocks over are paired.
 fn players<'a, B: Backend>(
     programs: &'a [Program],
     tools: &Tools,
@@ -199,7 +199,7 @@ fn players<'a, B: Backend>(
     Ok(players)
 }
 
-/// What players need for a device that lags.
+/// The tools that players need on a device with a lag.
 fn tools(probe: &ProbeDriver) -> Tools {
     Tools {
         clock: probe.clock(),
@@ -210,10 +210,10 @@ fn tools(probe: &ProbeDriver) -> Tools {
 /// Times repeats of a pass.
 struct Stopwatch {
     repeats: usize,
-    /// Allocations of the thread that has most of them.
+    /// Allocations of the thread that has the most.
     pairs: u64,
     rounds: u32,
-    /// In ns a pair.
+    /// In ns per pair.
     times: Vec<f64>,
 }
 
@@ -232,7 +232,7 @@ impl Stopwatch {
         }
     }
 
-    /// Rounds of the first timed repeat, from a pass that was not timed.
+    /// Computes the rounds of the first timed repeat from an untimed pass.
     fn start(&mut self, warm: Pass) -> u32 {
         if self.pairs == 0 {
             return 0;
@@ -243,7 +243,7 @@ impl Stopwatch {
         self.rounds
     }
 
-    /// Notes a repeat; rounds of the next one, or 0.
+    /// Records a repeat. Returns the rounds of the next one, or 0 after the last.
     fn lap(&mut self, pass: Pass) -> u32 {
         let pairs = self.pairs as f64 * f64::from(pass.rounds);
         self.times.push(pass.elapsed.as_secs_f64() * 1e9 / pairs);
@@ -289,7 +289,7 @@ pub(crate) fn measure(
         let earlier = std::mem::replace(&mut calls, probe.calls());
         match passes {
             1 => {
-                // The pool's own count of the former adds up peaks of threads.
+                // Not from the pool's statistics, which add up the peaks of threads.
                 figures.peak_requested_bytes = meter.peak();
                 figures.peak_reserved_bytes = backend.pool.stats().reserved_bytes.peak;
                 figures.driver_allocs = calls.allocations - earlier.allocations;
@@ -319,7 +319,7 @@ pub(crate) fn measure(
     Ok(figures)
 }
 
-/// Plays `programs` on the system's allocator: the median time in ns a pair, or `None` if it had no room.
+/// Plays `programs` on the system's allocator. Returns the median time in ns per pair, or `None` if memory ran out.
 pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<f64>, Halt> {
     let players = players(programs, &Tools::default(), |_| Ok(SystemBackend))?;
     let mut watch = Stopwatch::new(programs, setup.repeats);
@@ -336,7 +336,7 @@ pub(crate) fn time_system(setup: &Setup, programs: &[Program]) -> Result<Option<
     Ok(median(&watch.into_times()).filter(|_| all_ooms == 0))
 }
 
-/// Plays `programs` on a new pool while writing to every block, and looks whether the bytes stay.
+/// Plays `programs` on a new pool, writes to every block, and checks that the bytes do not change.
 pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
     let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
     let next_stamp = Arc::new(AtomicU64::new(0));
@@ -352,13 +352,13 @@ pub(crate) fn check(setup: &Setup, programs: &[Program]) -> Result<(), Halt> {
         left -= 1;
         left.min(1)
     })?;
-    // Only now: while threads are about, the pool's books are on the move.
+    // Only after all threads are done: the invariants hold only while nothing uses the pool.
     backend.pool.check_invariants();
     Ok(())
 }
 
-/// Plays `program` on a new pool, and gives a digest of the addresses of all its blocks: into an empty pool,
-/// and into one that reuses.
+/// Plays `program` twice on a new pool, and returns a digest of the addresses of all its blocks: first with an empty
+/// pool, then with one that reuses memory.
 pub(crate) fn address_digest(setup: &Setup, program: &Program) -> Result<String, Halt> {
     let programs = std::slice::from_ref(program);
     let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
@@ -375,7 +375,7 @@ pub(crate) fn address_digest(setup: &Setup, program: &Program) -> Result<String,
     Ok(addresses::text(&digest))
 }
 
-/// Whether `programs` find room for everything on a host device of this size, from an empty pool.
+/// Whether all allocations of `programs` succeed on a host device of this size, starting with an empty pool.
 pub(crate) fn passes(setup: &Setup, host_bytes: u64, programs: &[Program]) -> Result<bool, Halt> {
     let Bench { probe, backend } = Bench::new(setup, host_bytes, programs)?;
     let players = players(programs, &tools(&probe), |_| Ok(backend.clone()))?;

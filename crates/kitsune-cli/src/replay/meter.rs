@@ -1,8 +1,8 @@
-//! The bytes that programs hold, exactly, over all threads.
+//! Counts the bytes that programs hold, exactly, over all threads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes in the players' hands, and the most there were.
+/// The bytes that players hold, and their peak.
 #[derive(Debug, Default)]
 pub(crate) struct Meter {
     live: AtomicU64,
@@ -10,13 +10,13 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    /// Most bytes that were live at once.
+    /// The most bytes live at once.
     pub(crate) fn peak(&self) -> u64 {
         self.peak.load(Ordering::Relaxed)
     }
 }
 
-/// A meter, or none: what a pass is compiled with, so that one that is timed does nothing for it.
+/// A meter, or none. A pass is compiled for each, so that a timed pass does no metering work.
 pub(crate) trait Metering: Copy {
     fn allocated(self, bytes: u64);
     fn freed(self, bytes: u64);
@@ -28,7 +28,7 @@ impl Metering for () {
     fn freed(self, _bytes: u64) {}
 }
 
-// Relaxed throughout: each sum is exact by itself, and the peak is read after the pass.
+// Relaxed throughout: each sum is exact on its own, and the peak is read after the pass.
 impl Metering for &Meter {
     fn allocated(self, bytes: u64) {
         let live = bytes + self.live.fetch_add(bytes, Ordering::Relaxed);

@@ -1,7 +1,8 @@
-//! The smallest device on which programs find room for everything.
+//! Finds the smallest device on which all allocations of the programs succeed.
 //!
-//! The fairest figure for fragmentation: it does not punish a pool for taking memory early. What passes
-//! need not be monotonic in the size, so this is one boundary, from above, of perhaps several.
+//! This is the fairest measure of fragmentation, because it does not penalize a pool for taking memory early. Success
+//! need not be monotonic in the device size, so the search, which starts from above, may find one of several
+//! boundaries.
 
 use indicatif::ProgressBar;
 use kitsune::units::KIB;
@@ -10,12 +11,12 @@ use super::figures::Figures;
 use super::measure::{Halt, Setup, passes};
 use super::program::Program;
 
-/// The figure is right to this share of the peak of requested bytes.
+/// The result is accurate to the peak of the requested bytes divided by this.
 const TOLERANCE_SHARE: u64 = 400;
-/// The device counts its memory in these.
+/// The granularity of the device's memory.
 const GRANULE: u64 = 4 * KIB;
 
-/// Bisects between what the programs request and what passes; `None` if not even the whole device does.
+/// Bisects between the bytes requested and a size that passes. `None` if even the configured device size is too small.
 pub(crate) fn find(
     setup: &Setup,
     programs: &[Program],
@@ -29,11 +30,11 @@ pub(crate) fn find(
     if requested == 0 {
         return Ok(Some(0));
     }
-    // What is requested at once is the least that can pass.
+    // The peak of the requested bytes is a lower bound.
     let mut too_small = requested.max(GRANULE) - 1;
     let tolerance = (requested / TOLERANCE_SHARE).max(GRANULE);
     let mut enough = figures.peak_reserved_bytes.min(setup.host_bytes());
-    // With less to spare a pool may go other ways and need more than it held before.
+    // On a smaller device a pool may place blocks differently and need more than it held before.
     while !passes(setup, enough, programs)? {
         bar.inc(1);
         if enough == setup.host_bytes() {

@@ -1,8 +1,9 @@
-//! `kitsune replay`: traces of allocations, played on a pool.
+//! `kitsune replay`: replays allocation traces on a pool.
 //!
-//! A trace becomes a `program`; a `player` plays it on a `backend`, which is the pool, a pool under `check`
-//! or the system's allocator, in a `crew` of one player a thread; a `probe` between pool and device counts what the pool asks for; `measure`
-//! puts them together, and `figures` tells the result, with a digest of all `addresses` in deterministic mode. `kitsune churn` plays its workloads the same way.
+//! A trace becomes a `program`. A `player` plays it on a `backend`: the pool, a pool with a `check`, or the system's
+//! allocator. A `crew` runs one player per thread. A `probe` between pool and device counts driver calls. `measure`
+//! puts these together, and `figures` reports the result, with a digest of all `addresses` in deterministic mode.
+//! `kitsune churn` runs its workloads the same way.
 
 mod addresses;
 mod backend;
@@ -32,10 +33,10 @@ use crate::args::DeviceChoice;
 use crate::failure::Failure;
 use crate::output;
 
-/// What `kitsune replay` is asked to do.
+/// Arguments of `kitsune replay`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct ReplayArgs {
-    /// Traces, plain, .gz or .zst; several are played at the same time, each by a host thread at its own pace.
+    /// Traces: plain, .gz or .zst. Several traces are played concurrently, each by its own host thread.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
@@ -43,8 +44,8 @@ pub(crate) struct ReplayArgs {
     #[arg(long, conflicts_with = "limit")]
     min_device: bool,
 
-    /// Play on a deterministic pool, and tell a digest of the addresses of all blocks: the same on every run.
-    /// One thread then takes an event of each trace in turn.
+    /// Use a deterministic pool, and report a digest of the addresses of all blocks, which is the same on every run.
+    /// One thread then plays all traces, an event of each in turn.
     #[arg(long)]
     deterministic: bool,
 
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
         ..args.setup.decided()?
     };
     if args.min_device && setup.device == DeviceChoice::Cuda {
-        let reason = "--min-device: a CUDA device has one size; see --device host";
+        let reason = "--min-device: the memory of a CUDA device is fixed; see --device host";
         return Err(Failure::Input(reason.to_owned()));
     }
     let mut programs = args
@@ -73,14 +74,16 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<(), Failure> {
         .map(|file| file.display().to_string())
         .collect();
     if args.deterministic {
-        // What threads do to each other differs from run to run.
+        // How threads interleave differs from run to run.
         programs = vec![program::in_turn(&programs)];
         names = vec![names.join(", ")];
     }
     let figures = replay(args, &setup, &programs).map_err(|halt| failure(halt, &names))?;
     if args.min_device && figures.min_device_bytes.is_none() {
         let size = kitsune::units::Bytes(setup.host_bytes());
-        let message = format!("--min-device: the traces do not pass on {size}, see --device-bytes");
+        let message = format!(
+            "--min-device: the traces do not fit on a device of {size}; see --device-bytes"
+        );
         return Err(Failure::Run(message));
     }
     print(&figures, setup.json)
@@ -103,12 +106,12 @@ fn replay(args: &ReplayArgs, setup: &Setup, programs: &[Program]) -> Result<Figu
     Ok(figures)
 }
 
-/// A bar over the passes. Where standard error is no terminal it shows nothing.
+/// A bar over the passes. If standard error is not a terminal, it shows nothing.
 pub(crate) fn progress(setup: &Setup) -> ProgressBar {
     ProgressBar::new(u64::from(setup.repeats) + 2)
 }
 
-/// Tells the result.
+/// Prints the result.
 pub(crate) fn print(figures: &Figures, json: bool) -> Result<(), Failure> {
     output::print(&if json {
         figures.to_json()
@@ -134,7 +137,7 @@ fn load(file: &Path) -> Result<Program, Failure> {
     Ok(builder.finish())
 }
 
-/// What a halt means to the user. `names` are the programs', in order.
+/// The failure to report for a halt. `names` are the names of the programs, in order.
 pub(crate) fn failure(halt: Halt, names: &[String]) -> Failure {
     let Stop {
         player,

@@ -8,7 +8,7 @@ use super::meter::{Meter, Metering};
 use super::probe::AllocationClock;
 use super::program::{Operation, Program};
 
-/// Blocks that may be on their way from one thread to its partner.
+/// The most blocks in transit from one thread to its partner.
 pub(crate) const HANDOFF_CAPACITY: usize = 256;
 
 /// One thread's program with its blocks.
@@ -18,20 +18,20 @@ pub(crate) struct Player<'a, B: Backend> {
     slots: Vec<Option<B::Block>>,
     handoff: Handoff<B::Block>,
     tools: Tools,
-    /// Allocations that found no room since this was last asked for.
+    /// Failed allocations since the last [`take_ooms`](Self::take_ooms).
     ooms: u64,
 }
 
-/// What the players of a crew share.
+/// Tools that the players of a crew share.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tools {
-    /// Ticks with every allocation, where a lag is counted in them.
+    /// Counts allocations, if a lag depends on them.
     pub(crate) clock: Option<Arc<AllocationClock>>,
-    /// Follows the live bytes through the first pass; later ones may be timed.
+    /// Tracks the live bytes in the first pass only, since later passes may be timed.
     pub(crate) meter: Option<Arc<Meter>>,
 }
 
-/// How a thread meets its partner. A block that could not be allocated is handed on as `None`.
+/// A thread's end of the channel to its partner. A block that could not be allocated is handed over as `None`.
 pub(crate) enum Handoff<T> {
     None,
     To(SyncSender<Option<T>>),
@@ -57,7 +57,7 @@ impl<'a, B: Backend> Player<'a, B> {
         }
     }
 
-    /// Plays the program once. After an error the player is of no more use.
+    /// Plays the program once. After an error the player must not be used again.
     pub(super) fn pass(&mut self) -> Result<(), (u64, Trouble)> {
         match self.tools.meter.take() {
             None => self.pass_with(()),
@@ -65,7 +65,7 @@ impl<'a, B: Backend> Player<'a, B> {
         }
     }
 
-    /// Allocations that found no room since this was last asked for.
+    /// Returns the number of failed allocations since the last call.
     pub(super) fn take_ooms(&mut self) -> u64 {
         std::mem::take(&mut self.ooms)
     }
@@ -114,7 +114,7 @@ impl<'a, B: Backend> Player<'a, B> {
             Operation::Send { slot } => {
                 let block = self.slots[slot as usize].take();
                 if let Handoff::To(partner) = &self.handoff {
-                    // A partner that is gone has stopped for a reason of its own, which is told.
+                    // If the partner is gone, it has stopped with an error of its own, which is reported.
                     let _ = partner.send(block);
                 }
                 Ok(())

@@ -1,9 +1,9 @@
-//! A driver that counts what it is asked for, knows the ranges of addresses, and decides when events seem complete.
+//! A driver wrapper that counts calls, tracks address ranges, and decides when events appear complete.
 //!
-//! The programs played here enqueue no kernels, so on the device below everything is done at once. What an
-//! allocator makes of a device that lags behind is seen by holding completion back: an event is complete
-//! once a number of allocations have followed its record (the *lag*), or once the host has waited for it
-//! or its stream. With a lag of 0 it is complete when asked, so figures do not depend on a scheduler.
+//! The programs played here enqueue no kernels, so the real device finishes everything at once. To show how an
+//! allocator copes with a device that lags behind, completion is delayed: an event is complete once a number of
+//! allocations have followed its record (the *lag*), or once the host has waited for the event or its stream. With a
+//! lag of 0, an event is complete when queried, so that results do not depend on a scheduler.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +17,12 @@ use kitsune::driver::{
 
 use super::addresses::Ranges;
 
-/// Allocations that all threads have asked for so far.
+/// Counts the allocations of all threads.
 #[derive(Debug, Default)]
 pub(crate) struct AllocationClock(AtomicU64);
 
 impl AllocationClock {
-    /// One more.
+    /// Counts one allocation.
     pub(crate) fn tick(&self) {
         // Relaxed: nothing else is published with the count.
         self.0.fetch_add(1, Ordering::Relaxed);
@@ -33,20 +33,20 @@ impl AllocationClock {
     }
 }
 
-/// Calls of a driver.
+/// Counts of driver calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Calls {
-    /// Calls that take memory: plain allocations and physical pages.
+    /// Calls that allocate memory: plain allocations and physical pages.
     pub(crate) allocations: u64,
-    /// All calls about memory: those, giving it back, reserving, mapping.
+    /// All calls about memory: allocating, freeing, reserving, mapping.
     pub(crate) memory: u64,
     /// Events recorded.
     pub(crate) records: u64,
-    /// Calls that block the host until a stream or an event is done.
+    /// Calls that block the host until a stream or an event is complete.
     pub(crate) host_syncs: u64,
 }
 
-/// A driver around another one.
+/// The wrapper.
 #[derive(Debug)]
 pub(crate) struct ProbeDriver {
     inner: Arc<dyn Driver>,
@@ -56,8 +56,8 @@ pub(crate) struct ProbeDriver {
     memory: AtomicU64,
     records: AtomicU64,
     host_syncs: AtomicU64,
-    /// Recorded events that the host has not waited for: their stream, and when they were recorded.
-    /// Empty where the lag is 0.
+    /// Recorded events that the host has not waited for, with their stream and the time of the record. Empty if the lag
+    /// is 0.
     marks: Mutex<HashMap<RawEvent, (RawStream, u64)>>,
     ranges: Mutex<Ranges>,
 }
@@ -78,7 +78,7 @@ impl ProbeDriver {
         }
     }
 
-    /// The clock that programs must tick; `None` where no lag depends on it.
+    /// The clock that programs must tick; `None` if the lag is 0.
     pub(crate) fn clock(&self) -> Option<Arc<AllocationClock>> {
         (self.lag > 0).then(|| Arc::clone(&self.clock))
     }
@@ -94,7 +94,7 @@ impl ProbeDriver {
         }
     }
 
-    /// Where an address is, as [`Ranges::find`].
+    /// Locates an address, like [`Ranges::find`].
     pub(crate) fn place(&self, ptr: DevicePtr) -> Option<(u64, u64)> {
         self.ranges().find(ptr)
     }
@@ -115,7 +115,7 @@ impl ProbeDriver {
         mark.is_some_and(|(_, recorded)| self.clock.now() < recorded.saturating_add(self.lag))
     }
 
-    /// Notes that the host has waited for the marks that `passed` picks.
+    /// Records that the host has waited for the marks that `passed` selects.
     fn waited_for(&self, passed: impl Fn(RawEvent, RawStream) -> bool) {
         if self.lag > 0 {
             self.marks()
@@ -131,9 +131,9 @@ fn count(counter: &AtomicU64) {
 
 #[expect(
     unsafe_code,
-    reason = "calls are passed on as they came, with their promises"
+    reason = "calls are forwarded unchanged, with their promises"
 )]
-// SAFETY: each call is passed on; a query may answer `false` for work that has run, never the reverse.
+// SAFETY: each call is forwarded. A query may return `false` for work that has run, but never the reverse.
 unsafe impl Driver for ProbeDriver {
     fn properties(&self) -> &DeviceProperties {
         self.inner.properties()
@@ -253,8 +253,8 @@ unsafe impl Driver for ProbeDriver {
         if self.lags(event) {
             return Ok(false);
         }
-        // What the device below is behind with is not the lag that was asked for. This wait is the probe's
-        // own and counts as none of the caller's.
+        // Wait, so that the real device's delay does not add to the simulated lag. This wait is the probe's own and is
+        // not counted.
         self.inner.synchronize_event(event)?;
         Ok(true)
     }
@@ -385,7 +385,7 @@ mod tests {
         let driver = device.driver();
         let ptr = driver.allocate(4096).unwrap();
         // SAFETY: nothing was enqueued on the memory.
-        #[expect(unsafe_code, reason = "memory of the test's own is given back")]
+        #[expect(unsafe_code, reason = "the test frees its own memory")]
         unsafe { driver.free(ptr) }.unwrap();
         let range = driver.reserve(pages).unwrap();
         let page = driver.create_page(pages).unwrap();

@@ -1,19 +1,19 @@
-//! A trace as a list of operations that can be played in no time of its own.
+//! A trace as a list of operations that can be played with negligible overhead.
 //!
-//! Ids of a trace may be any numbers; here every live block has a *slot*, and slots are few and used
-//! again, so that playing looks nothing up. Blocks live at the end are freed there: a program leaves
-//! nothing behind and can be played again.
+//! Ids in a trace are arbitrary numbers. In a program, every live block has a *slot* instead. Slots are few and reused,
+//! so that playing needs no lookups. Blocks still live at the end are freed there, so a program leaves nothing behind
+//! and can be played again.
 
 use std::collections::HashMap;
 
 use kitsune::telemetry::trace::Event;
 
-/// Index of the place that holds a block while it is live.
+/// Index of the slot that holds a block while it is live.
 pub(crate) type Slot = u32;
 /// Number of a stream, from 0.
 pub(crate) type StreamIndex = u16;
 
-/// One thing to do. Sixteen bytes, so that a program stays small beside what it plays on.
+/// One operation. Sixteen bytes, so that a program stays small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
     /// Allocates into an empty slot.
@@ -22,46 +22,46 @@ pub(crate) enum Operation {
         stream: StreamIndex,
         bytes: u64,
     },
-    /// Frees what is in the slot, if the allocation succeeded.
+    /// Frees the block in the slot, if its allocation succeeded.
     Free { slot: Slot },
-    /// Says that a stream uses the block in the slot.
+    /// Records that a stream uses the block in the slot.
     RecordStream { slot: Slot, stream: StreamIndex },
     /// Makes a stream wait for another.
     Wait {
         waiter: StreamIndex,
         signaller: StreamIndex,
     },
-    /// The host waits for a stream, or for all.
+    /// Makes the host wait for a stream, or for all streams.
     Synchronize { stream: Option<StreamIndex> },
     /// Returns cached memory to the driver.
     Trim,
-    /// Hands the block in the slot to the partner thread.
+    /// Hands the block in the slot over to the partner thread.
     Send { slot: Slot },
     /// Takes a block from the partner thread into an empty slot.
     Receive { slot: Slot },
 }
 
-/// What one host thread does in one pass.
+/// The operations of one host thread in one pass.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Program {
     pub(crate) operations: Vec<Operation>,
-    /// The line of the trace behind each operation; 0 for what no line asks for.
+    /// The line of the trace for each operation; 0 if there is none.
     lines: Vec<u64>,
-    /// Slots that the operations name.
+    /// The number of slots.
     pub(crate) slots: usize,
-    /// One more than the highest stream that the operations name.
+    /// One more than the highest stream number used.
     pub(crate) streams: u32,
     /// Allocations in one pass.
     pub(crate) allocations: u64,
 }
 
 impl Program {
-    /// The line of the trace behind an operation.
+    /// The line of the trace for an operation.
     pub(crate) fn line(&self, operation: usize) -> u64 {
         self.lines[operation]
     }
 
-    /// Streams that the host is told to wait for in one pass, of `streams` in all.
+    /// How many stream synchronizations one pass requests, if there are `streams` streams.
     pub(crate) fn synchronizations(&self, streams: u64) -> u64 {
         let waits = self.operations.iter().map(|operation| match operation {
             Operation::Synchronize { stream: Some(_) } => 1,
@@ -71,15 +71,15 @@ impl Program {
         waits.sum()
     }
 
-    /// Uses of a block on another stream in one pass.
+    /// How many uses of blocks on other streams one pass records.
     pub(crate) fn recorded_uses(&self) -> usize {
         let is_use = |operation: &&Operation| matches!(operation, Operation::RecordStream { .. });
         self.operations.iter().filter(is_use).count()
     }
 }
 
-/// What several threads do, done by one that takes an operation of each in turn. No operation may hand a
-/// block on.
+/// Merges the programs of several threads into one that plays an operation of each in turn. No operation may hand a
+/// block over.
 pub(crate) fn in_turn(programs: &[Program]) -> Program {
     let mut all = Program::default();
     let first_slots: Vec<_> = programs
@@ -100,7 +100,7 @@ pub(crate) fn in_turn(programs: &[Program]) -> Program {
         for (program, first) in programs.iter().zip(&first_slots) {
             if let Some(operation) = program.operations.get(at) {
                 all.operations.push(operation.shifted(*first));
-                // A line says nothing without its file.
+                // With several files, a line number alone is ambiguous.
                 all.lines.push(if programs.len() == 1 {
                     program.lines[at]
                 } else {
@@ -113,7 +113,7 @@ pub(crate) fn in_turn(programs: &[Program]) -> Program {
 }
 
 impl Operation {
-    /// The same with slots counted from `first`.
+    /// The same operation with slots counted from `first`.
     fn shifted(mut self, first: Slot) -> Self {
         match &mut self {
             Self::Allocate { slot, .. }
@@ -127,8 +127,8 @@ impl Operation {
     }
 }
 
-/// Makes a program out of events. Ids must be followed by the caller, as a trace reader does: naming one
-/// that is not live, or allocating one that is, is a bug.
+/// Builds a program from events. The caller must validate ids, as a trace reader does: using an id that is not live, or
+/// allocating one that is, is a bug.
 #[derive(Debug, Default)]
 pub(crate) struct Builder {
     program: Program,
@@ -137,7 +137,7 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// Appends what `event`, on `line`, asks for. Kernels and marks ask for nothing.
+    /// Appends the operations for `event`, which is on `line`. Kernels and marks have none.
     pub(crate) fn push(&mut self, event: &Event, line: u64) {
         match *event {
             Event::Allocate { id, bytes, stream } => {
@@ -154,7 +154,7 @@ impl Builder {
             }
             Event::Free { id, stream } => {
                 let slot = self.vacate(id);
-                // Freed in another stream's order: that stream used it up to here.
+                // A free in another stream's order means that that stream used the block up to this point.
                 if let Some(stream) = stream.map(|stream| self.index(stream)) {
                     self.append(Operation::RecordStream { slot, stream }, line);
                 }
@@ -177,7 +177,7 @@ impl Builder {
         }
     }
 
-    /// Hands block `id` to the partner thread: it is not live here any more.
+    /// Hands block `id` over to the partner thread. It is no longer live here.
     pub(crate) fn send(&mut self, id: u64) {
         let slot = self.vacate(id);
         self.append(Operation::Send { slot }, 0);
@@ -189,7 +189,7 @@ impl Builder {
         self.append(Operation::Receive { slot }, 0);
     }
 
-    /// The program, with what is live freed at its end in order of slots.
+    /// Finishes the program. Blocks still live are freed at its end, in order of slots.
     pub(crate) fn finish(mut self) -> Program {
         let mut live: Vec<_> = self.slots.values().copied().collect();
         live.sort_unstable();

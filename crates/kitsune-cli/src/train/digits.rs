@@ -1,4 +1,4 @@
-//! Reading handwritten digits with a network of linear layers.
+//! Classifies handwritten digits with a network of linear layers.
 
 use kitsune::amp::{GradScaler, autocast};
 use kitsune::optim::Parameter;
@@ -12,10 +12,10 @@ use crate::digits::{Digits, Images, PIXELS};
 use crate::failure::Failure;
 use crate::fingerprint::Fingerprint;
 
-/// Images a batch, unless asked for otherwise.
+/// Images per batch by default.
 const BATCH_SIZE: usize = 64;
 
-/// The digits, the network that reads them, and the order in which it sees them.
+/// The digits, the network, and the order of the batches.
 #[derive(Debug)]
 pub(super) struct DigitsTask {
     context: Context,
@@ -49,7 +49,7 @@ impl Batch {
 }
 
 impl DigitsTask {
-    /// A fresh network for `digits`, shown `size` at a time.
+    /// A new network for `digits`, with batches of `size` images.
     pub(super) fn new(
         context: &Context,
         dtype: DType,
@@ -118,13 +118,13 @@ impl Task for DigitsTask {
         let images = &self.digits.test;
         let indices: Vec<_> = (0..images.count()).collect();
         let mut right = 0.0;
-        // In batches of the size that training used, for which the pool has memory.
+        // In batches of the training size, for which the pool already has memory.
         for indices in indices.chunks(self.size) {
             let batch = Batch::upload(&self.context, images, indices)?;
             let forward = self.network.forward(&batch.pixels)?;
             right += ops::accuracy(forward.logits(), &batch.labels)? * indices.len() as f64;
         }
-        // Each share came from a whole number of images, which rounding gives back.
+        // Each share came from a whole number of images, which rounding restores.
         Ok(right.round() / images.count() as f64)
     }
 }

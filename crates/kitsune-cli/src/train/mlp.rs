@@ -1,4 +1,4 @@
-//! The network: linear layers with ReLU between them, and their gradients, written on the library's ops.
+//! The MLP: linear layers with ReLU between them, and their gradients, written with the library's ops.
 
 use kitsune::ops::{self, Linear};
 use kitsune::optim::Parameter;
@@ -7,11 +7,11 @@ use kitsune::{Context, Result, Tensor};
 use crate::digits::{CLASSES, PIXELS};
 use crate::random::Random;
 
-/// Widths from the pixels to the digits. The smallest of those tried that reads 97.5 % of the test images
-/// after a thousand steps, whatever the seed and the type.
+/// Widths of the layers, from the pixels to the digits. The smallest network tried that classifies 97.5 % of the test
+/// images correctly after a thousand steps, for every seed and type tried.
 const WIDTHS: [usize; 4] = [PIXELS, 256, 128, CLASSES];
 
-/// Weights in f32. What they are multiplied in is up to the autocast scope around the calls.
+/// Weights in f32. The autocast scope around the calls decides the type of the products.
 #[derive(Debug)]
 pub(super) struct Network {
     layers: Vec<Layer>,
@@ -23,15 +23,15 @@ struct Layer {
     bias: Parameter,
 }
 
-/// What the forward pass leaves for the backward pass: the linear part of each layer.
+/// What the forward pass keeps for the backward pass: the linear part of each layer.
 #[derive(Debug)]
 pub(super) struct Forward {
     linears: Vec<Linear>,
 }
 
 impl Network {
-    /// Weights drawn from `seed`, evenly within the bound that keeps the spread of the activations from
-    /// layer to layer under ReLU; biases of zero.
+    /// Weights drawn from `seed`, uniformly within the bound that keeps the variance of the activations constant from
+    /// layer to layer under ReLU; zero biases.
     pub(super) fn new(context: &Context, seed: u64) -> Result<Self> {
         let _tag = kitsune::memory::tag("weights");
         let mut random = Random::new(seed);
@@ -57,7 +57,7 @@ impl Network {
         Ok(Self { layers })
     }
 
-    /// The widths of the layers, for people: `64-256-128-10`.
+    /// The widths of the layers, for display: `64-256-128-10`.
     pub(super) fn shape() -> String {
         WIDTHS.map(|width| width.to_string()).join("-")
     }
@@ -85,7 +85,7 @@ impl Network {
         Ok(Forward { linears })
     }
 
-    /// Enqueues the backward pass from the gradient by the logits, and adds to the gradient of every parameter.
+    /// Enqueues the backward pass from the gradient of the logits, and adds to the gradient of every parameter.
     pub(super) fn backward(&self, forward: &Forward, grad_logits: Tensor) -> Result<()> {
         let mut grad = grad_logits;
         let mut after = None;

@@ -1,6 +1,6 @@
-//! A training run, on the library's public API alone: what a trainer written with it looks like.
+//! A training run. Uses only the library's public API, as an example of a trainer.
 //!
-//! Every step enqueues everything on one stream and goes on; the host waits only where it shows numbers.
+//! Every step enqueues all its work on one stream and does not wait; the host waits only to read numbers.
 
 mod digits;
 mod gpt;
@@ -25,14 +25,14 @@ use crate::progress::{Progress, Standing};
 use crate::report::{Overflow, Report};
 use crate::text::Text;
 
-/// Steps between two looks at the scaler and the losses, for which the host waits. The scaler remembers the
-/// last 16 skipped steps, so that no overflow is missed.
+/// Steps between two looks at the scaler and the losses, for which the host waits. The scaler keeps the last 16 skipped
+/// steps, so no overflow is missed.
 const STEPS_PER_LOOK: u64 = 16;
 
-/// Steps after which every size of a run of the digits has been seen.
+/// Steps after which every block size of an mlp run has occurred.
 const WARM_UP_STEPS: u64 = 3;
 
-/// What is learned from.
+/// The training data.
 #[derive(Debug)]
 pub(crate) enum Data {
     Digits(Digits),
@@ -40,7 +40,7 @@ pub(crate) enum Data {
 }
 
 impl Data {
-    /// The data that `args` name.
+    /// Loads the data that `args` select.
     pub(crate) fn load(args: &TrainArgs) -> Result<Self, Failure> {
         let path = args.data.as_deref();
         Ok(match args.model {
@@ -71,20 +71,20 @@ pub(crate) fn run(args: &TrainArgs, data: Data, progress: &Progress) -> Result<R
     trainer.report(seconds, test_accuracy)
 }
 
-/// Everything that lives from step to step.
+/// The state of a run.
 struct Trainer<'a> {
     args: &'a TrainArgs,
     context: Context,
     task: Box<dyn Task>,
     optimizer: AmpOptimizer<AdamW>,
-    /// Steps of the run that this one goes on from.
+    /// Steps done by the resumed run, or 0.
     done: u64,
-    /// Whether that one had other data, if it is known; `None` unless there is one.
+    /// For a resumed run, whether its data was different, if that is known.
     data_changed: Option<Option<bool>>,
-    /// What each of the added batches counts, an f32 on the device; `None` for one.
+    /// The weight of each accumulated batch, an f32 on the device; `None` without accumulation.
     share: Option<Tensor>,
     last: Option<Pass>,
-    /// Losses since the last look, and the means of those before.
+    /// Losses since the last look, and the means of earlier losses.
     losses: Vec<Tensor>,
     loss_curve: Vec<f32>,
     overflows: Vec<OverflowReport>,
@@ -143,7 +143,7 @@ impl<'a> Trainer<'a> {
         if self.args.inject_overflow == Some(step) {
             poison(&self.optimizer.optimizer().parameters()[0])?;
         }
-        // The outcome is not asked for here, which would wait for the device: `look` reads the overflows.
+        // Querying the outcome would wait for the device; `look` reads the overflows instead.
         let _ = self.optimizer.step()?;
         self.optimizer.zero_grad();
         let (here, planned) = (step - self.done, self.args.steps - self.done);
@@ -153,7 +153,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Saves the training if it is time to.
+    /// Saves a checkpoint if one is due after this step.
     fn save(&self, step: u64) -> kitsune::Result<()> {
         let TrainArgs {
             save, save_every, ..
@@ -167,8 +167,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Waits for the device, notes the steps that were skipped since the last look and the mean loss of all,
-    /// publishes metrics.
+    /// Waits for the device, records the steps skipped and the mean loss since the last look, and publishes metrics.
     fn look(&mut self) -> kitsune::Result<()> {
         let losses = self.losses.drain(..).map(|loss| loss.item::<f32>());
         let losses = losses.collect::<kitsune::Result<Vec<_>>>()?;
@@ -192,7 +191,7 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// How the run stands after the last step. Waits for the device.
+    /// The current numbers of the run. Waits for the device.
     fn standing(&self) -> kitsune::Result<Standing> {
         let Some(last) = &self.last else {
             return Ok(Standing::default());
@@ -248,7 +247,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// A network with its data, and how it is trained unless asked for otherwise.
+/// A network with its data and its default settings.
 struct Prepared {
     task: Box<dyn Task>,
     learning_rate: f32,
@@ -273,7 +272,7 @@ impl Prepared {
     }
 }
 
-/// AdamW whose step width falls evenly to zero over the run, with the scaler for the run's type.
+/// AdamW with a learning rate that decays linearly to zero over the run, and a scaler for the run's type.
 fn new_optimizer(args: &TrainArgs, prepared: &Prepared) -> kitsune::Result<AmpOptimizer<AdamW>> {
     let config = AdamWConfig {
         learning_rate: f64::from(args.learning_rate.unwrap_or(prepared.learning_rate)),
@@ -293,8 +292,8 @@ fn new_optimizer(args: &TrainArgs, prepared: &Prepared) -> kitsune::Result<AmpOp
     }
 }
 
-/// Loss scaling for `dtype`. Where the range is that of f32 there is nothing to scale, but steps with
-/// infinite or NaN gradients are skipped all the same.
+/// Loss scaling for `dtype`. Types with the range of f32 need no scaling, but steps with infinite or NaN gradients are
+/// still skipped.
 fn scaler_config(dtype: DType) -> AmpConfig {
     if dtype == DType::F16 {
         return AmpConfig::default();
@@ -316,8 +315,8 @@ fn poison(parameter: &Parameter) -> kitsune::Result<()> {
     }
 }
 
-/// One entry for each gradient of a skipped step that was not finite. The scaler counts its own steps, of which
-/// `done` came before the first.
+/// One entry for each gradient of a skipped step that was not finite. The scaler counts only its own steps; `done`
+/// steps came before them.
 fn by_tensor(report: &OverflowReport, done: u64) -> impl Iterator<Item = Overflow> {
     report.tensors.iter().map(move |tensor| Overflow {
         step: done + report.step,

@@ -1,4 +1,4 @@
-//! Trainings in files: what is saved beside the network, and what must be the same where it is taken up.
+//! Saves and resumes training runs: what is saved in addition to the network, and which flags must match on resume.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -15,23 +15,23 @@ use crate::args::{Model, TrainArgs};
 use crate::failure::{Failure, warn};
 use crate::fingerprint::Fingerprint;
 
-/// What stands for the number of steps in a file name.
+/// The placeholder for the number of steps in a file name.
 const STEP: &str = "{step}";
 
-/// Name of the data's fingerprint in a file. Files of earlier versions have none.
+/// Key of the data's fingerprint in a file. Files of earlier versions have none.
 const FINGERPRINT: &str = "data_fingerprint";
 
-/// What a run goes on from.
+/// The saved run that was resumed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Resumed {
-    /// Steps it has behind it.
+    /// Steps it had done.
     pub(super) steps: u64,
-    /// Whether it was made with other data; `None` if the file does not tell.
+    /// Whether it was trained on different data; `None` if the file does not say.
     pub(super) data_changed: Option<bool>,
 }
 
-/// The flags that make a run what it is, and how far it came. Another clip or number of steps may be meant: they
-/// can change.
+/// The flags that identify a run, and how many steps it has done. The clip and the number of steps are not included,
+/// because they may change on resume.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Run {
@@ -58,8 +58,8 @@ impl Run {
     }
 }
 
-/// Refuses a place to save to that cannot have a file, before anything is trained: the last one to be written, since a
-/// name may grow with the number of steps.
+/// Refuses a path that cannot be written, before any training. Checks the name of the last file, which is the longest
+/// if the name contains the number of steps.
 pub(super) fn check_place(path: &Path, steps: u64) -> Result<(), Failure> {
     let refuse = |reason: &str| {
         let reason = format!("--save {}: {reason}", path.display());
@@ -67,21 +67,21 @@ pub(super) fn check_place(path: &Path, steps: u64) -> Result<(), Failure> {
     };
     let last = numbered(path, steps);
     match fs::metadata(&last) {
-        Ok(about) if about.is_dir() => return refuse("no such place for a file"),
+        Ok(about) if about.is_dir() => return refuse("is a directory"),
         Ok(about) if !about.is_file() => return refuse("not a regular file"),
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return refuse(&error.to_string()),
     }
     let parent = match last.parent() {
-        None => return refuse("no such place for a file"),
+        None => return refuse("not a file name"),
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,
     };
     if !parent.is_dir() {
-        return refuse("no such place for a file");
+        return refuse("no such directory");
     }
-    // Whether a file can be made here is best found out by making one.
+    // The most reliable way to find out whether a file can be created here is to create one.
     let trial = parent.join(format!(".kitsune.{}.tmp", std::process::id()));
     match File::create(&trial).and_then(|_| fs::remove_file(&trial)) {
         Ok(()) => Ok(()),
@@ -89,7 +89,7 @@ pub(super) fn check_place(path: &Path, steps: u64) -> Result<(), Failure> {
     }
 }
 
-/// Writes the training as it is after step `step`.
+/// Writes the state of the run after step `step`.
 pub(super) fn save(
     path: &Path,
     step: u64,
@@ -106,7 +106,7 @@ pub(super) fn save(
     saved.write(numbered(path, step))
 }
 
-/// Goes on from the file at `path`. Warns if the data has changed since.
+/// Resumes from the file at `path`. Warns if the data has changed since.
 pub(super) fn resume(
     path: &Path,
     args: &TrainArgs,
@@ -125,13 +125,13 @@ pub(super) fn resume(
     let here = Run::of(args, run.steps_done);
     if run != here {
         return Err(refuse(format!(
-            "is of another run: {}",
+            "belongs to another run: {}",
             differences(&run, &here)
         )));
     }
     if run.steps_done >= args.steps {
         let reason = format!(
-            "has {} steps behind it, of --steps {}",
+            "already at step {}, with --steps {}",
             run.steps_done, args.steps
         );
         return Err(refuse(reason));
@@ -147,13 +147,13 @@ pub(super) fn resume(
         Some(true)
     };
     let parameters = task.parameters();
-    // More steps than were asked for before are another schedule, which goes on from the saved place.
+    // A larger --steps changes the schedule, so keep the new settings; the schedule continues from the saved position.
     let restore = saved.restore().keeping_settings(["schedule"]);
     let restore = restore.model(&parameters);
     let restore = restore.and_then(|restore| restore.amp_optimizer(optimizer));
     let restored = restore.and_then(|restore| restore.finish());
     restored.map_err(|error| match refused(error) {
-        // A text of other characters needs another network.
+        // A text with different characters needs a different network.
         Failure::Input(reason) if data_changed == Some(true) => {
             Failure::Input(format!("{reason} (the data has changed since)"))
         }
@@ -162,7 +162,7 @@ pub(super) fn resume(
     if data_changed == Some(true) {
         let path = path.display();
         warn(&format!(
-            "--resume {path}: the data has changed since this was saved; going on with the new data"
+            "--resume {path}: the data has changed since this was saved; continuing with the new data"
         ));
     }
     let steps = run.steps_done;
@@ -172,7 +172,7 @@ pub(super) fn resume(
     })
 }
 
-/// The flags in which two runs differ, with what was saved and what was given.
+/// The flags in which two runs differ, with the saved and the given values.
 fn differences(saved: &Run, here: &Run) -> String {
     let flags = |run: &Run| {
         let none = || "not given".to_owned();
@@ -193,11 +193,11 @@ fn differences(saved: &Run, here: &Run) -> String {
     };
     let pairs = flags(saved).into_iter().zip(flags(here));
     let differing = pairs.filter(|(saved, here)| saved != here);
-    let told = differing.map(|((flag, saved), (_, here))| format!("{flag} {saved}, here {here}"));
+    let told = differing.map(|((flag, saved), (_, here))| format!("{flag} was {saved}, is {here}"));
     told.collect::<Vec<_>>().join("; ")
 }
 
-/// `path` with the number of steps where it asks for it.
+/// `path` with the placeholder replaced by the number of steps.
 fn numbered(path: &Path, step: u64) -> PathBuf {
     match path.to_str() {
         Some(text) => PathBuf::from(text.replace(STEP, &step.to_string())),

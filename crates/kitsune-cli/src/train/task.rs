@@ -1,4 +1,4 @@
-//! What a trainer trains: a network with its data, and what one pass over a batch gives.
+//! The interface of a training task: a network with its data.
 
 use kitsune::Tensor;
 use kitsune::amp::GradScaler;
@@ -8,19 +8,19 @@ use serde_json::Value;
 
 use crate::fingerprint::Fingerprint;
 
-/// What one batch gave.
+/// The result of the forward and backward pass over one batch.
 #[derive(Debug)]
 pub(super) struct Pass {
     /// Before scaling.
     pub(super) loss: Loss,
-    /// A row of scores for each label.
+    /// One row of scores for each label.
     pub(super) logits: Tensor,
     pub(super) labels: Tensor,
 }
 
-/// A network and its data. Both are fixed by the seed: the same calls give the same bits.
+/// A network and its data. The seed determines both: the same calls produce the same bits.
 pub(super) trait Task {
-    /// The network, for people.
+    /// A description of the network, for display.
     fn model(&self) -> String;
 
     /// All parameters, in an order that never changes.
@@ -30,24 +30,24 @@ pub(super) trait Task {
     /// multiplied by `share` and by the scaler's scale before the backward pass.
     fn pass(&mut self, scaler: &GradScaler, share: Option<&Tensor>) -> kitsune::Result<Pass>;
 
-    /// Where the training is in its data.
+    /// The current position in the data.
     fn place(&self) -> Value;
 
-    /// Goes on from a place in the data. Whether the place can be one in this data; if not, goes on as near to it as
-    /// there is.
+    /// Continues from a saved position in the data. Returns whether the position fits this data; if not, continues from
+    /// a substitute for it.
     ///
     /// # Errors
-    /// Tells what cannot be.
+    /// Says what is invalid.
     fn go_to(&mut self, place: Value) -> Result<bool, String>;
 
     /// The fingerprint of the data.
     fn fingerprint(&self) -> Fingerprint;
 
-    /// Share of the test set that is predicted right, in the present weights.
+    /// Share of the test set that the current weights predict correctly.
     fn test(&mut self) -> kitsune::Result<f64>;
 }
 
-/// The gradient that the backward pass of `loss` begins with.
+/// The gradient that the backward pass of `loss` starts from.
 pub(super) fn seed(
     loss: &Loss,
     scaler: &GradScaler,

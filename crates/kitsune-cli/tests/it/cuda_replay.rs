@@ -119,15 +119,15 @@ fn what_only_the_host_device_can_do_is_refused() {
     for (words, reason) in [
         (
             &["replay", TINY, "--device-bytes", "1GiB"][..],
-            "--device-bytes: a CUDA device has the memory it has",
+            "--device-bytes: the memory of a CUDA device is fixed",
         ),
         (
             &["replay", TINY, "--min-device"],
-            "--min-device: a CUDA device has one size",
+            "--min-device: the memory of a CUDA device is fixed",
         ),
         (
             &["churn", "--workload", "hot", "--device-bytes", "1GiB"],
-            "--device-bytes: a CUDA device has the memory it has",
+            "--device-bytes: the memory of a CUDA device is fixed",
         ),
     ] {
         for device in ["cuda", "auto"] {

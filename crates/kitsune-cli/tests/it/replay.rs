@@ -80,7 +80,7 @@ fn the_table_is_for_people_and_shows_the_check() {
     assert!(output.status.success());
     let table = String::from_utf8(output.stdout).unwrap();
     for part in [
-        "allocations        8 a pass",
+        "allocations        8 per pass",
         "3 repeats)",
         "all blocks kept their contents",
     ] {
@@ -406,5 +406,5 @@ fn settings_that_cannot_work_are_refused() {
         &["replay", TINY, "--min-device", "--device-bytes", "4MiB"],
         1,
     );
-    assert!(told.contains("do not pass on 4.0 MiB"), "{told}");
+    assert!(told.contains("do not fit on a device of 4.0 MiB"), "{told}");
 }

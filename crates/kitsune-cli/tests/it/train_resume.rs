@@ -256,16 +256,16 @@ fn what_cannot_be_taken_up_is_refused_in_one_line() {
         told
     };
     for (flags, reason) in [
-        ("--steps 3", "has 3 steps behind it, of --steps 3"),
-        ("--steps 9 --seed 1", "--seed 0, here 1"),
+        ("--steps 3", "already at step 3, with --steps 3"),
+        ("--steps 9 --seed 1", "--seed was 0, is 1"),
         (
             "--steps 9 --dtype bf16 --batch-size 8",
-            "--dtype f16, here bf16; --batch-size not given, here 8",
+            "--dtype was f16, is bf16; --batch-size was not given, is 8",
         ),
-        ("--steps 9 --model gpt", "--model mlp, here gpt"),
+        ("--steps 9 --model gpt", "--model was mlp, is gpt"),
         (
             "--steps 9 --learning-rate 0.5",
-            "--learning-rate not given, here 0.5",
+            "--learning-rate was not given, is 0.5",
         ),
     ] {
         let told = told(flags, file);
@@ -300,15 +300,9 @@ fn a_place_that_cannot_be_written_is_refused_first() {
     let state = folder.join("state");
     let long = folder.join("n".repeat(250) + "{step}");
     for (path, reason) in [
-        (
-            folder.join("missing").join("state"),
-            "no such place for a file",
-        ),
-        (folder.clone(), "no such place for a file"),
-        (
-            folder.join("{step}").join("state"),
-            "no such place for a file",
-        ),
+        (folder.join("missing").join("state"), "no such directory"),
+        (folder.clone(), "is a directory"),
+        (folder.join("{step}").join("state"), "no such directory"),
         // It has room for the first steps' number, and not for the last.
         (long, "File name too long"),
         #[cfg(target_os = "linux")]

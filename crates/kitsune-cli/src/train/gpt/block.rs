@@ -1,5 +1,5 @@
-//! One block of the transformer: attention and a layer of neurons, each behind a normalization and added to
-//! what came in.
+//! One transformer block: attention and a feed-forward layer, each after a normalization and with a residual
+//! connection.
 
 use kitsune::ops::{self, Attention, LayerNorm, Linear};
 use kitsune::optim::Parameter;
@@ -7,7 +7,7 @@ use kitsune::{Context, Result, Tensor};
 
 use crate::random::Random;
 
-/// Times as many neurons as the block is wide.
+/// Width of the feed-forward layer, in multiples of the block's width.
 const EXPANSION: usize = 4;
 
 /// A linear layer.
@@ -36,7 +36,7 @@ pub(super) struct Block {
     contract: Dense,
 }
 
-/// What the forward pass of a block leaves for the backward pass.
+/// What the forward pass of a block keeps for the backward pass.
 #[derive(Debug)]
 pub(super) struct BlockForward {
     before_attention: LayerNorm,
@@ -48,7 +48,7 @@ pub(super) struct BlockForward {
     contract: Linear,
 }
 
-/// Weights evenly within `bound`.
+/// Weights drawn uniformly within `bound`.
 pub(super) fn evenly(
     context: &Context,
     shape: [usize; 2],
@@ -81,7 +81,7 @@ impl Dense {
         ops::linear(x, self.weight.value(), Some(self.bias.value()))
     }
 
-    /// Adds to the gradients, and gives the one by the input.
+    /// Adds to the gradients, and returns the gradient of the input.
     fn backward(&self, forward: &Linear, grad: &Tensor) -> Result<Tensor> {
         let gradients = forward.backward(grad)?;
         self.weight.accumulate_grad(gradients.weight)?;
@@ -105,7 +105,7 @@ impl Norm {
         ops::layer_norm(x, self.weight.value(), self.bias.value())
     }
 
-    /// Adds to the gradients, and gives the one by the input.
+    /// Adds to the gradients, and returns the gradient of the input.
     pub(super) fn backward(&self, forward: &LayerNorm, grad: &Tensor) -> Result<Tensor> {
         let gradients = forward.backward(grad)?;
         self.weight.accumulate_grad(gradients.weight)?;
@@ -150,7 +150,7 @@ impl Block {
         norms.chain(dense).cloned().collect()
     }
 
-    /// Enqueues the block over `x[n, width]`, sequences of `length` rows, and gives what goes on from it.
+    /// Enqueues the block over `x[n, width]`, which are sequences of `length` rows, and returns its output.
     pub(super) fn forward(&self, x: &Tensor, length: usize) -> Result<(Tensor, BlockForward)> {
         let before_attention = self.before_attention.forward(x)?;
         let attend = self.attend.forward(before_attention.output())?;
@@ -173,7 +173,7 @@ impl Block {
         Ok((x, forward))
     }
 
-    /// Enqueues the backward pass, adds to the gradients, and gives the one by what came in.
+    /// Enqueues the backward pass, adds to the gradients, and returns the gradient of the input.
     pub(super) fn backward(&self, forward: &BlockForward, grad: &Tensor) -> Result<Tensor> {
         let neurons = self.contract.backward(&forward.contract, grad)?;
         let neurons = ops::gelu_backward(forward.expand.output(), &neurons)?;

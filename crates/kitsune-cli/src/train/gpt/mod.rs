@@ -1,4 +1,4 @@
-//! Continuing a text, a character at a time, with a small transformer.
+//! A character-level language model: a small transformer.
 
 mod block;
 mod network;
@@ -15,13 +15,13 @@ use crate::fingerprint::Fingerprint;
 use crate::random::Random;
 use crate::text::{Sequences, Text};
 
-/// Sequences a batch, unless asked for otherwise.
+/// Sequences per batch by default.
 const BATCH_SIZE: usize = 8;
 
-/// Most sequences a batch: a quarter of a million characters, for which the pool takes 3 GiB.
+/// The most sequences per batch: a quarter of a million characters, for which the pool takes 3 GiB.
 const BATCH_SIZE_MAX: usize = 4096;
 
-/// The text, the network that continues it, and what it sees next.
+/// The text, the network, and the random numbers that select the next sequences.
 #[derive(Debug)]
 pub(super) struct GptTask {
     context: Context,
@@ -52,7 +52,7 @@ impl Batch {
 }
 
 impl GptTask {
-    /// A fresh network for `text`, of which it sees `size` sequences at a time.
+    /// A new network for `text`, with batches of `size` sequences.
     pub(super) fn new(
         context: &Context,
         dtype: DType,
@@ -106,7 +106,7 @@ impl Task for GptTask {
     }
 
     fn go_to(&mut self, place: Value) -> Result<bool, String> {
-        // Where a batch is cut follows from one number, in every text.
+        // The state is valid for every text: batches are cut at positions that depend only on it.
         self.random = serde_json::from_value(place).map_err(|error| error.to_string())?;
         Ok(true)
     }
@@ -125,7 +125,7 @@ impl Task for GptTask {
             right += ops::accuracy(forward.logits(), &batch.next)? * characters as f64;
             count += characters;
         }
-        // Each share came from a whole number of characters, which rounding gives back.
+        // Each share came from a whole number of characters, which rounding restores.
         Ok(right.round() / f64::from(u32::try_from(count).unwrap_or(u32::MAX)))
     }
 }

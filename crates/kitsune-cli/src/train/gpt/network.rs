@@ -1,7 +1,7 @@
-//! The transformer: characters and places embedded, blocks, and a head that is the table of characters again.
+//! The transformer: embeddings of characters and positions, blocks, and a head whose weights are tied to the character
+//! embedding.
 //!
-//! Sums from block to block stay in f32; what the products in between run in is up to the autocast scope
-//! around the forward pass.
+//! The residual stream stays in f32. The autocast scope around the forward pass decides the type of the products.
 
 use kitsune::ops::{self, LayerNorm, Linear};
 use kitsune::optim::Parameter;
@@ -15,7 +15,7 @@ const WIDTH: usize = 64;
 const HEADS: usize = 4;
 const BLOCKS: usize = 2;
 
-/// Entries of the tables at the beginning; as the head, they give scores near zero.
+/// Bound on the initial entries of the embeddings. As head weights, they produce scores near zero.
 const TABLE_BOUND: f32 = 0.05;
 
 /// Weights in f32.
@@ -27,7 +27,7 @@ pub(super) struct Network {
     norm: Norm,
 }
 
-/// What the forward pass leaves for the backward pass.
+/// What the forward pass keeps for the backward pass.
 #[derive(Debug)]
 pub(super) struct Forward {
     ids: Tensor,
@@ -41,7 +41,7 @@ impl Network {
     /// Weights drawn from `seed`.
     pub(super) fn new(context: &Context, vocabulary: usize, seed: u64) -> Result<Self> {
         let _tag = kitsune::memory::tag("weights");
-        // Another sequence than the one that picks the text.
+        // A different sequence from the one that selects the text.
         let mut random = Random::new(!seed);
         let mut table = |name: &str, rows| {
             let table = evenly(context, [rows, WIDTH], TABLE_BOUND, &mut random)?;
@@ -58,13 +58,13 @@ impl Network {
         })
     }
 
-    /// The sizes, for people.
+    /// The sizes, for display.
     pub(super) fn shape(&self) -> String {
         let vocabulary = self.characters.value().shape()[0];
         format!("gpt {BLOCKS}x{WIDTH}, {HEADS} heads, {vocabulary} characters")
     }
 
-    /// All parameters, from the tables to the last normalization.
+    /// All parameters, from the embeddings to the last normalization.
     pub(super) fn parameters(&self) -> Vec<Parameter> {
         let mut parameters = vec![self.characters.clone(), self.places.clone()];
         parameters.extend(self.blocks.iter().flat_map(Block::parameters));
@@ -72,7 +72,7 @@ impl Network {
         parameters
     }
 
-    /// Enqueues the forward pass over `ids[n]`, sequences of `length` characters.
+    /// Enqueues the forward pass over `ids[n]`, which are sequences of `length` characters.
     pub(super) fn forward(&self, ids: &Tensor, length: usize) -> Result<Forward> {
         let places: Vec<u32> = (0..ids.len())
             .map(|row| u32::try_from(row % length).expect("sequences are short"))
@@ -99,7 +99,7 @@ impl Network {
         })
     }
 
-    /// Enqueues the backward pass from the gradient by the logits, and adds to every gradient.
+    /// Enqueues the backward pass from the gradient of the logits, and adds to every gradient.
     pub(super) fn backward(&self, forward: &Forward, grad_logits: &Tensor) -> Result<()> {
         let gradients = forward.head.backward(grad_logits)?;
         self.characters.accumulate_grad(gradients.weight)?;
@@ -118,7 +118,7 @@ impl Network {
 }
 
 impl Forward {
-    /// The score of each character at each place, `[n, vocabulary]`.
+    /// The score of each character at each position, `[n, vocabulary]`.
     pub(super) fn logits(&self) -> &Tensor {
         self.head.output()
     }

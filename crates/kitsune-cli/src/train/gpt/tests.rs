@@ -1,4 +1,4 @@
-//! A training that is taken up again goes on as if it had never stopped, to the bit, skipped steps included.
+//! A resumed run is bit-identical to an uninterrupted one, including skipped steps.
 
 use kitsune::amp::{AmpConfig, ScalerState};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer};
@@ -6,10 +6,10 @@ use kitsune::{Device, HostConfig};
 
 use super::*;
 
-/// Two batches a step.
+/// Batches per step.
 const BATCHES: usize = 2;
 
-/// What a training goes on from.
+/// The saved state of a run.
 struct Snapshot {
     weights: Vec<Vec<f32>>,
     first: Vec<Vec<f32>>,
@@ -44,7 +44,7 @@ impl Training {
         }
     }
 
-    /// One step, which overflows if `spoil`; gives the bits of its losses.
+    /// One step, which overflows if `spoil`. Returns the bits of its losses.
     fn step(&mut self, spoil: bool) -> Vec<u32> {
         let share = Tensor::full(&self.task.context, [], DType::F32, 0.5).unwrap();
         let losses = (0..BATCHES).map(|_| {
