@@ -1,10 +1,10 @@
-//! The whole optimizer step under a scaler: check with norm, clip, AdamW, next scale; beside a copy by all cores of as
-//! many bytes as the step moves, which is counted, not assumed.
+//! Times a whole optimizer step with a scaler (check with norm, clip, AdamW, scale update), and compares it with a
+//! copy, on all cores, of as many bytes as the step moves. The bytes are counted, not assumed.
 //!
-//! Steps and copies take turns, so that what else the machine does meets both; figures are medians, with the least and
-//! the most, and the ratio of the two medians. The goal for 10⁸ parameters in f32 is at most 1.25 times the copy.
+//! Steps and copies alternate, so that other load on the machine affects both. The figures are medians with minimum and
+//! maximum, and the ratio of the two medians. The goal for 10⁸ parameters in f32 is at most 1.25 times the copy.
 //! `cargo bench --bench amp_step -- 1e8` measures one size. `tests/peers/amp_step.py` does the same with PyTorch, and
-//! takes turns with this program if it is given its path: `--in-turn` makes a step for each line of standard input.
+//! alternates with this program if given its path: `--in-turn` makes one step for each line of standard input.
 #![allow(clippy::print_stdout, reason = "figures are printed")]
 
 #[path = "../tests/it/support/device/mod.rs"]
@@ -19,10 +19,10 @@ use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
 use kitsune::{Context, DType, Device, HostConfig, Pool, PoolConfig, Tensor};
 use rayon::prelude::*;
 
-/// Tensors that the parameters are spread over.
+/// Tensors that the parameters are divided into.
 const TENSORS: usize = 20;
 
-/// What is measured: a name, types of weights and gradients, and whether sums are checked as they are made.
+/// The cases: name, types of weights and gradients, and whether gradients are checked while they are summed.
 const CASES: [(&str, DType, DType, bool); 4] = [
     ("f32", DType::F32, DType::F32, false),
     ("f32, checked when summed", DType::F32, DType::F32, true),
@@ -30,7 +30,7 @@ const CASES: [(&str, DType, DType, bool); 4] = [
     ("bf16 with f32 masters", DType::Bf16, DType::Bf16, false),
 ];
 
-/// A scaler that has scaled something, an optimizer whose parameters have gradients, and a note of what they move.
+/// A scaler that has scaled a loss, an optimizer whose parameters have gradients, and a log of the bytes moved.
 struct Trainer {
     log: Arc<counted::Log>,
     context: Context,
@@ -73,12 +73,12 @@ impl Trainer {
         }
     }
 
-    /// What comes before the step, and is not measured.
+    /// The work before the step, which is not measured.
     fn prepare(&self) {
         for parameter in self.optimizer.parameters().iter().filter(|_| self.produced) {
             let term = parameter.grad().expect("set above").duplicate();
             let term = term.expect("there is memory");
-            // Anew, as it stays from step to step and would grow.
+            // A new tensor, because the gradient stays from step to step and would grow.
             let first = Tensor::full(&self.context, term.shape(), term.dtype(), 0.125);
             let first = first.expect("there is memory");
             parameter.zero_grad();
@@ -105,7 +105,7 @@ impl Trainer {
 
     /// Bytes that a step moves.
     fn traffic(&mut self) -> u64 {
-        // The first step makes tables.
+        // The first step also builds tables.
         for _ in 0..2 {
             self.prepare();
             self.log.lock().clear();
@@ -115,7 +115,7 @@ impl Trainer {
     }
 }
 
-/// `to = from`, a share of both for each core.
+/// Copies `from` to `to`, divided among all cores.
 fn copy(from: &[u64], to: &mut [u64]) {
     let share = from.len().div_ceil(rayon::current_num_threads());
     let shares = from.par_chunks(share).zip(to.par_chunks_mut(share));
@@ -128,7 +128,7 @@ fn time(work: impl FnOnce()) -> Duration {
     start.elapsed()
 }
 
-/// Median, least and most, in milliseconds.
+/// Median, minimum and maximum, in milliseconds.
 fn summary(mut times: Vec<Duration>) -> [f64; 3] {
     times.sort();
     [times[times.len() / 2], times[0], times[times.len() - 1]].map(|time| 1e3 * time.as_secs_f64())
@@ -160,7 +160,7 @@ fn measure(parameters: usize, rounds: usize) {
     }
 }
 
-/// For each line of standard input, a step of each case with weights in f32, whose times make a line of the output.
+/// For each line of standard input, makes a step of each case with f32 weights, and prints their times on one line.
 fn in_turn(parameters: usize) {
     let cases = CASES
         .iter()
@@ -190,7 +190,7 @@ fn in_turn(parameters: usize) {
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--test") {
-        // A check that the bench runs needs no gigabytes.
+        // Only checks that the bench runs, with little memory.
         return measure(100_000, 1);
     }
     let sizes = [(1_000_000, 101), (10_000_000, 31), (100_000_000, 11)];

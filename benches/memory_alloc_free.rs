@@ -1,5 +1,5 @@
-//! A block allocated and freed at once: the price of a pool on its shortest path, beside the system's
-//! allocator and the driver without a pool. The host driver times bookkeeping only: no byte is touched.
+//! Times an allocation that is freed at once: the fastest path of a pool, compared with the system's allocator and with
+//! the driver without a pool. On the host driver this is bookkeeping only: no byte is touched.
 
 use std::hint::black_box;
 
@@ -8,7 +8,7 @@ use kitsune::units::to_usize;
 use kitsune::{Device, HostConfig, Pool, PoolConfig, Stream};
 
 const SIZES: [(&str, u64); 3] = [("512B", 512), ("64KiB", 64 << 10), ("4MiB", 4 << 20)];
-/// Blocks that stay live in between, so that the free memory has as many holes.
+/// Live blocks between the holes, so that the free memory has as many holes.
 const HOLES: [usize; 2] = [256, 4096];
 
 fn pool() -> (Pool, Stream) {
@@ -34,7 +34,7 @@ fn pair(criterion: &mut Criterion) {
         criterion.bench_function(&format!("driver/alloc_free/{name}"), |bencher| {
             bencher.iter(|| {
                 let ptr = driver.allocate(black_box(bytes)).expect("there is room");
-                #[expect(unsafe_code, reason = "memory is given back")]
+                #[expect(unsafe_code, reason = "freeing memory through the driver is unsafe")]
                 // SAFETY: the memory was just allocated, and no work was enqueued on it.
                 unsafe { driver.free(ptr) }.expect("the driver takes back what it gave");
             });
@@ -42,7 +42,7 @@ fn pair(criterion: &mut Criterion) {
     }
 }
 
-/// Every other block of many is free; the size asked for is new each time, so no cache of sizes helps.
+/// Every other of many blocks is free. The size requested differs each time, so caches by size do not help.
 fn pair_among_holes(criterion: &mut Criterion) {
     for holes in HOLES {
         let (pool, stream) = pool();

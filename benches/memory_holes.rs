@@ -1,7 +1,7 @@
-//! A block allocated and freed at once, with thousands of free holes around and with none: the holes must
-//! not be walked. The goal is at most 1.2 times the figure without holes.
+//! Times an allocation that is freed at once, with thousands of free holes and with none, to show that the pool does
+//! not walk the holes. The goal is at most 1.2 times the time without holes.
 //!
-//! One size again and again is served by the thread's lane; three large sizes in turn are not, and show the search.
+//! The thread's lane serves a single repeated size. Three alternating large sizes miss it, and show the search.
 
 use std::hint::black_box;
 
@@ -11,7 +11,7 @@ use kitsune::{Block, Device, HostConfig, Pool, PoolConfig, Stream};
 
 const HOLES: [u64; 2] = [0, 4096];
 
-/// What is allocated: a name, and the sizes in turn.
+/// The cases: a name, and the sizes to allocate in turn.
 const CASES: [(&str, [u64; 3]); 3] = [
     ("one_small", [4 * KIB; 3]),
     ("one_large", [512 * KIB; 3]),
@@ -22,7 +22,7 @@ fn allocate(pool: &Pool, bytes: u64, stream: &Stream) -> Block {
     pool.allocate(bytes, stream).expect("there is room")
 }
 
-/// Live blocks with `holes` free ones between them, half small and half large, of many sizes.
+/// Live blocks with `holes` free blocks between them, half of them small and half large, of many sizes.
 fn fragment(pool: &Pool, holes: u64, stream: &Stream) -> Vec<Block> {
     let bytes = |n: u64| match n % 4 {
         0 | 1 => 512 * (1 + n % 61),
@@ -32,7 +32,7 @@ fn fragment(pool: &Pool, holes: u64, stream: &Stream) -> Vec<Block> {
         .map(|n| allocate(pool, bytes(n), stream))
         .collect();
     let kept = blocks.into_iter().step_by(2).collect();
-    // What the thread's lane holds is a hole only in the pool.
+    // The check empties the thread's lane, so that the free blocks become holes of the pool.
     pool.check_invariants();
     kept
 }

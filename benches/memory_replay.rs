@@ -1,5 +1,5 @@
-//! A pass of a trace on a pool that knows its sizes. `kitsune replay` does this with every figure, for
-//! traces of any size; here a small one keeps the path under watch.
+//! Times a pass of a small trace on a pool that has seen its sizes, to notice regressions. `kitsune replay` reports all
+//! figures, for traces of any size.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream}
 
 const TINY: &str = include_str!("../tests/data/tiny.at");
 
-/// Plays a trace; what is live at its end is freed there. Kernels and waits enqueue nothing here.
+/// Plays a trace. Blocks live at its end are freed there. Kernels and waits are ignored.
 fn play(pool: &Pool, streams: &[Stream], events: &[Event], live: &mut HashMap<u64, Block>) {
     for event in events {
         match event {
@@ -34,7 +34,7 @@ fn replay(criterion: &mut Criterion) {
     let events = reader
         .collect::<Result<Vec<_>, _>>()
         .expect("the trace is right");
-    // Without threads, whose wake-ups would be in the figure.
+    // Without threads, because their wake-ups would add to the time.
     let config = HostConfig {
         schedule: HostSchedule::Seeded(0),
         ..HostConfig::default()

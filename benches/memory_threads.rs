@@ -1,8 +1,8 @@
-//! Two threads, each on a stream of its own, against one; and blocks handed from a thread that allocates to
-//! one that uses and frees them. The goal for two threads is at most 1.15 times the time of one, which
-//! needs two free cores.
+//! Compares two threads, each on its own stream, with one; and times blocks handed from a thread that allocates them to
+//! one that uses and frees them. The goal for two threads is at most 1.15 times the time of one, which requires two
+//! free cores.
 //!
-//! A figure is the time of the wall for one allocation and free of each thread.
+//! A figure is the wall time for one allocation and free of each thread.
 
 use std::sync::Barrier;
 use std::sync::mpsc::sync_channel;
@@ -16,19 +16,19 @@ use kitsune::{Block, Device, HostConfig, HostSchedule, Pool, PoolConfig, Stream}
 const THREADS: [usize; 2] = [1, 2];
 const STREAMS: usize = 2;
 
-/// What each thread allocates and frees, in turn: one size is served by the thread's lane, several large
-/// ones by the pool behind its lock.
+/// The sizes that each thread allocates and frees, in turn. The thread's lane serves a single size; the pool, under its
+/// lock, serves several large ones.
 const CASES: [(&str, &[u64]); 3] = [
     ("64KiB", &[64 * KIB]),
     ("8MiB", &[8 * MIB]),
     ("large_sizes", &[3 * MIB, 5 * MIB, 4 * MIB, 7 * MIB]),
 ];
 
-/// Blocks on their way from the producer to the consumer.
+/// Blocks in transit from the producer to the consumer.
 const IN_FLIGHT: usize = 64;
 
 fn pool() -> (Pool, Vec<Stream>) {
-    // Without threads of the device, which would take the cores.
+    // Without device threads, which would occupy cores.
     let config = HostConfig {
         schedule: HostSchedule::Seeded(0),
         ..HostConfig::default()
@@ -43,7 +43,7 @@ fn allocate(pool: &Pool, bytes: u64, stream: &Stream) -> Block {
     pool.allocate(bytes, stream).expect("there is room")
 }
 
-/// Time from a common start until the last of the threads is done, each with `work` on its stream.
+/// Wall time from a common start until the last thread is done. Each thread does `work` on its own stream.
 fn wall(streams: &[Stream], work: impl Fn(&Stream) + Sync) -> Duration {
     let barrier = Barrier::new(streams.len());
     let timed = |stream| {
@@ -85,7 +85,7 @@ fn threads(criterion: &mut Criterion) {
     }
 }
 
-/// Allocates blocks on `home` that a second thread records on `other` and drops; `sizes` in turn.
+/// Allocates blocks of `sizes` in turn on `home`; a second thread records each on `other` and drops it.
 fn hand_over(pool: &Pool, home: &Stream, other: &Stream, sizes: &[u64], blocks: u64) -> Duration {
     let (sender, receiver) = sync_channel::<Block>(IN_FLIGHT);
     let start = Instant::now();

@@ -1,7 +1,7 @@
-//! A trainer of one's own: two linear layers on handwritten digits, in f16, with loss scaling.
+//! A custom trainer: two linear layers on handwritten digits, in f16, with loss scaling.
 //!
 //! `cargo run --release --example custom_trainer`
-#![allow(clippy::print_stdout, reason = "an example talks")]
+#![allow(clippy::print_stdout, reason = "an example prints its results")]
 
 use kitsune::amp::{AmpConfig, GradScaler};
 use kitsune::optim::{AdamW, AdamWConfig, Optimizer, Parameter};
@@ -10,7 +10,7 @@ use kitsune::{Context, DType, Device, Result, Tensor, ops};
 const STEPS: usize = 400;
 const BATCH: usize = 64;
 
-/// Pixels from 0 to 1 and the digit they show, an image a line.
+/// Reads the images, one per line: pixels from 0 to 1, and the digit they show.
 fn digits() -> (Vec<f32>, Vec<u32>) {
     let number = |text: &str| text.parse::<u32>().expect("the file holds whole numbers");
     let mut data = (Vec::new(), Vec::new());
@@ -23,7 +23,8 @@ fn digits() -> (Vec<f32>, Vec<u32>) {
     data
 }
 
-/// A weight of `outputs` rows, spread as far as `inputs` numbers bear: fractions of the golden ratio.
+/// A weight matrix of `outputs` rows. Its entries are multiples of the golden ratio modulo 1, scaled to the usual bound
+/// for `inputs` inputs.
 fn weight(context: &Context, name: &str, outputs: usize, inputs: usize) -> Result<Parameter> {
     let bound = (6.0 / inputs as f64).sqrt();
     let value = |index: usize| (index as f64 * 0.618_033_988_749_895).fract() * 2.0 - 1.0;
@@ -65,7 +66,7 @@ fn main() -> Result<()> {
         let outcome = scaler.step(&mut optimizer)?;
         scaler.update()?;
         optimizer.zero_grad();
-        // Asking waits for the device, so not at every step.
+        // Reading results waits for the device, so do not do it at every step.
         if step % 100 == 99 {
             let (loss, applied) = (loss.value().item::<f32>()?, outcome.is_applied()?);
             println!("step {:3}  loss {loss:.4}  applied {applied}", step + 1);
@@ -73,6 +74,6 @@ fn main() -> Result<()> {
     }
     println!("{}", scaler.stats()?);
     let reserved = context.pool().stats().reserved_bytes;
-    println!("reserved at most: {} bytes", reserved.peak);
+    println!("peak reserved: {} bytes", reserved.peak);
     Ok(())
 }
