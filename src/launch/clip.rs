@@ -74,7 +74,7 @@ pub(crate) fn clip_coefficient(
     if max_norm.is_nan() || max_norm < 0.0 {
         return Err(Error::argument(
             op,
-            format!("max_norm is {max_norm}, but must be zero or more"),
+            format!("max_norm is {max_norm}, not zero or more"),
         ));
     }
     let one = |span, dtype| (span, dtype, 1);
