@@ -92,7 +92,7 @@ pub enum DeviceKind {
 pub struct DeviceProperties {
     /// What kind of device it is.
     pub kind: DeviceKind,
-    /// Its name, for people.
+    /// Its name, for display.
     pub name: String,
     /// Its place among the devices of its driver.
     pub ordinal: DeviceOrdinal,

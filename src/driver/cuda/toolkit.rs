@@ -24,7 +24,7 @@ const LIBRARIES: [(&str, &[&str]); 4] = [
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ToolkitLibrary {
-    /// Its name, for people.
+    /// Its name, for display.
     pub name: &'static str,
     /// The file it was loaded from; `None` if it cannot be loaded.
     pub file: Option<PathBuf>,
