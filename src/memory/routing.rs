@@ -1,12 +1,17 @@
-//! Which allocations go to a private heap.
+//! Routing: which allocations go to a private heap.
 //!
-//! There are two kinds of route, and the first that applies decides. A *capture* takes every allocation for a stream
-//! that it captures, whichever thread asks: for the stream that it began on and, as the driver knows, for streams that
-//! joined it. Otherwise captured work would use memory that others may get. All other streams get memory of the default
-//! heap meanwhile, also from the capturing thread. No driver knows of a *warm-up* before a capture: it takes every
-//! allocation of the thread that runs it.
+//! There are two kinds of routes, and a capture takes precedence:
 //!
-//! A pool follows one capture at a time, so a captured stream determines the heap.
+//! - A *capture* routes by stream: it takes every allocation for the stream that it began on and for streams that
+//!   joined it, whichever thread allocates. The driver knows which streams joined. Otherwise the captured work would
+//!   use memory that can be handed to others. Other streams still get memory from the default heap, also on the
+//!   capturing thread.
+//! - A *warm-up* before the capture routes by thread: it takes every allocation of the thread that runs it. No driver
+//!   knows of it.
+//!
+//! A pool has at most one capture at a time, so being captured determines a stream's heap.
+//!
+//! Must not know: the pool's lock, graphs.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -22,9 +27,9 @@ use crate::units::StreamId;
 /// The routes of a pool.
 #[derive(Debug, Default)]
 pub(crate) struct Routing {
-    /// Routes of both kinds: while there is none, an allocation costs one look at this.
-    under_way: AtomicUsize,
-    /// Whether no allocation goes anywhere any more.
+    /// Number of routes of both kinds. While it is zero, routing costs an allocation a single load.
+    active: AtomicUsize,
+    /// Whether the pool no longer allocates.
     is_closed: AtomicBool,
     capture: RwLock<Option<Capture>>,
 }
@@ -36,35 +41,35 @@ struct Capture {
 }
 
 thread_local! {
-    /// The passes of this thread as (pool number, memory), the innermost last.
+    /// The warm-ups of this thread, the innermost last.
     static WARM_UPS: RefCell<Vec<(PoolId, HeapId)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Routing {
-    /// Whether every allocation is ordinary.
+    /// Whether there is no route: every allocation goes to the default heap.
     #[inline]
     pub(crate) fn is_idle(&self) -> bool {
-        // Relaxed: a thread that gives work to a captured stream was told of the capture by other means, and
-        // those order its load after the store.
-        self.under_way.load(Ordering::Relaxed) == 0
+        // Relaxed: a thread can enqueue work on a captured stream only if it knows of the capture. The synchronization
+        // through which it learned of it orders this load after the store.
+        self.active.load(Ordering::Relaxed) == 0
     }
 
-    /// Says that nothing is allocated any more. Counts as a route for ever, so that the fast way, which looks at these
-    /// alone, is not taken again.
+    /// Stops all allocation, for good. Counts as a route that never ends, so that the fast path, which checks only
+    /// [`is_idle`](Self::is_idle), is not taken again.
     pub(crate) fn close(&self) {
-        // Relaxed, here and below: a thread that does not see it yet allocates as if it had come earlier, out of what
-        // it keeps itself. The books are guarded by their lock.
+        // Relaxed, here and below: a thread that does not see this yet allocates from its own cache, as if it had come
+        // earlier. The lock guards the pool's bookkeeping.
         if !self.is_closed.swap(true, Ordering::Relaxed) {
-            self.under_way.fetch_add(1, Ordering::Relaxed);
+            self.active.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Whether nothing is allocated any more.
+    /// Whether [`close`](Self::close) was called.
     pub(crate) fn are_closed(&self) -> bool {
         self.is_closed.load(Ordering::Relaxed)
     }
 
-    /// Where an allocation for `stream` goes in pool number `pool`.
+    /// The heap that serves an allocation for `stream` in `pool`.
     ///
     /// # Errors
     /// [`Error::Driver`] if the driver cannot tell whether the stream is being captured.
@@ -75,18 +80,18 @@ impl Routing {
         if let Some(heap) = self.captured(stream)? {
             return Ok(heap);
         }
-        let pass = WARM_UPS.try_with(|passes| {
-            let passes = passes.borrow();
-            passes.iter().rev().find(|(of, _)| *of == pool).copied()
+        let warm_up = WARM_UPS.try_with(|warm_ups| {
+            let warm_ups = warm_ups.borrow();
+            warm_ups.iter().rev().find(|(of, _)| *of == pool).copied()
         });
-        // A thread that is going down runs no pass.
-        Ok(pass
+        // A thread that is being torn down runs no warm-up.
+        Ok(warm_up
             .ok()
             .flatten()
             .map_or(HeapId::DEFAULT, |(_, heap)| heap))
     }
 
-    /// The memory of the capture that `stream` is part of, if there is one.
+    /// The heap of the capture that `stream` is part of, if it is part of one.
     ///
     /// # Errors
     /// As [`find`](Self::find).
@@ -99,21 +104,21 @@ impl Routing {
         Ok(is_part.then_some(capture.heap))
     }
 
-    /// The memory of the capture that was begun on `stream`, if there is one.
+    /// The heap of the capture that began on `stream`, if one did.
     pub(crate) fn captured_from(&self, stream: &Stream) -> Option<HeapId> {
         let capture = (*self.capture.read())?;
         (capture.origin == stream.id()).then_some(capture.heap)
     }
 
-    /// Whether a capture is under way.
+    /// Whether a capture is in progress.
     pub(crate) fn is_capturing(&self) -> bool {
         self.capture.read().is_some()
     }
 
-    /// Routes a capture begun on `origin` to `memory`, until the scope ends.
+    /// Routes a capture that begins on `origin` to `heap`, until the scope ends.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] while another capture of the pool is under way.
+    /// [`Error::InvalidArgument`] while another capture with memory of this pool is in progress.
     pub(crate) fn begin_capture(&self, origin: &Stream, heap: HeapId) -> Result<CaptureScope<'_>> {
         let mut capture = self.capture.write();
         if capture.is_some() {
@@ -124,14 +129,14 @@ impl Routing {
             origin: origin.id(),
             heap,
         });
-        self.under_way.fetch_add(1, Ordering::Relaxed);
+        self.active.fetch_add(1, Ordering::Relaxed);
         Ok(CaptureScope { routing: self })
     }
 
-    /// Routes the calling thread's allocations to `memory`, until the scope ends.
+    /// Routes the calling thread's allocations from `pool` to `heap`, until the scope ends.
     pub(crate) fn begin_warm_up(&self, pool: PoolId, heap: HeapId) -> WarmUpScope<'_> {
-        WARM_UPS.with_borrow_mut(|passes| passes.push((pool, heap)));
-        self.under_way.fetch_add(1, Ordering::Relaxed);
+        WARM_UPS.with_borrow_mut(|warm_ups| warm_ups.push((pool, heap)));
+        self.active.fetch_add(1, Ordering::Relaxed);
         WarmUpScope {
             routing: self,
             not_send: PhantomData,
@@ -139,7 +144,7 @@ impl Routing {
     }
 }
 
-/// The time of a capture.
+/// The extent of a capture.
 #[derive(Debug)]
 pub(crate) struct CaptureScope<'a> {
     routing: &'a Routing,
@@ -148,11 +153,11 @@ pub(crate) struct CaptureScope<'a> {
 impl Drop for CaptureScope<'_> {
     fn drop(&mut self) {
         *self.routing.capture.write() = None;
-        self.routing.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.routing.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// The time of a pass, on one thread.
+/// The extent of a warm-up, on one thread.
 #[derive(Debug)]
 pub(crate) struct WarmUpScope<'a> {
     routing: &'a Routing,
@@ -161,8 +166,8 @@ pub(crate) struct WarmUpScope<'a> {
 
 impl Drop for WarmUpScope<'_> {
     fn drop(&mut self) {
-        // Passes are closures, so the one that ends is the one begun last.
+        // A warm-up is one call of a closure, so the one that ends is the one that began last.
         WARM_UPS.with_borrow_mut(Vec::pop);
-        self.routing.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.routing.active.fetch_sub(1, Ordering::Relaxed);
     }
 }

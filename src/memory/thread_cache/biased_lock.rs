@@ -1,18 +1,19 @@
-//! A lock that costs its owner neither an atomic read-modify-write nor a fence.
+//! A biased lock: its owner enters without an atomic read-modify-write and without a hardware fence.
 //!
-//! One thread, the *owner*, enters all the time; other threads hardly ever do. The owner marks itself busy and checks
-//! whether another thread wants to enter: two plain stores and a load. The other thread announces itself, makes every
-//! running thread pass a memory barrier, and waits until the owner is not busy.
+//! One thread, the *owner*, enters all the time; other threads hardly ever do. To enter, the owner marks itself busy
+//! and checks whether another thread has requested entry. Entering and leaving takes two plain stores and a load.
+//! Another thread requests entry, makes every running thread execute a memory barrier, and waits until the owner is not
+//! busy.
 //!
 //! ```text
 //! owner:  busy = true;       (light fence)  if requested: busy = false, take the slow lock
 //! other:  requested = true;  (heavy fence)  wait until not busy
 //! ```
 //!
-//! This is Dekker's protocol: with a fence between store and load on both sides, at least one of the two sees the
-//! other. The *heavy* fence is the kernel's `membarrier`, which runs a fence on every processor that runs a thread of
-//! this process. So the *light* one only has to stop the compiler from reordering. Where the system has no such call,
-//! everybody takes the slow lock, the owner included.
+//! This is Dekker's entry protocol: with a fence between the store and the load on both sides, at least one of the two
+//! sees the other. The *heavy* fence is Linux's `membarrier`, which executes a fence on every processor that runs a
+//! thread of this process. The *light* fence therefore only has to stop the compiler from reordering. On systems
+//! without such a call, every thread takes the slow lock, including the owner.
 //!
 //! Must not know: blocks, pools.
 
@@ -20,23 +21,24 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard, UnsafeCell, hint, thread};
 use std::fmt;
 
-/// Checks of the owner's mark before the waiting thread yields.
+/// How often a waiting thread checks the owner's busy flag before it yields.
 const SPINS: u32 = 64;
 
-/// A value that its owner enters cheaply and everybody else at the price of a system call.
+/// A value that its owner enters cheaply, and any other thread at the cost of a system call.
 pub(crate) struct BiasedLock<T> {
     is_busy: AtomicBool,
     is_requested: AtomicBool,
-    /// Whether the owner always takes the slow lock, because no heavy fence reaches it.
+    /// Whether the owner always takes the slow lock, because there is no heavy fence.
     is_slow: bool,
-    /// The slow lock: held by whoever is inside, except the owner on its fast path.
+    /// The slow lock. Held by every thread that is inside, except an owner that entered on the fast path.
     others: Mutex<()>,
     value: UnsafeCell<T>,
 }
 
 #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
-// SAFETY: `value` is reached by the owner while it is busy and nobody wants in, or under `others` while the
-// owner is not busy: by one thread at a time.
+// SAFETY: one thread at a time reaches `value`: the owner, while it is marked busy and saw no request after that; or a
+// thread that holds `others`, while the owner is not inside by the fast path. `T: Send` suffices, because the value is
+// never shared, only handed from thread to thread.
 unsafe impl<T: Send> Sync for BiasedLock<T> {}
 
 impl<T> BiasedLock<T> {
@@ -62,37 +64,37 @@ impl<T> BiasedLock<T> {
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(crate) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
-        // Both ways end here, so that `with` is called in one place and can be inlined.
+        // Both paths end in a guard, so that `with` has a single call site and can be inlined.
         let inside = self.enter().map(Inside::Busy);
         let _inside = inside.unwrap_or_else(|| self.lock());
-        // SAFETY: this thread is the owner, and was not inside: it would have been marked busy, as it is now. Nobody
-        // wanted in after that, or others need the lock that is held.
+        // SAFETY: this thread is the owner and was not inside, or the assertion above would have failed. Either it is
+        // marked busy and saw no request after that, or it holds the slow lock, which other threads need to enter.
         self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 
-    /// Enters as the owner when no other thread is inside or wants in.
+    /// Enters as the owner through the slow lock.
     #[cold]
     #[inline(never)]
     fn lock(&self) -> Inside<'_> {
         let guard = self.others.lock();
-        // Relaxed: a thread that waits for the mark holds the lock.
+        // Relaxed: a thread that waits for the flag to clear holds the lock, so none is waiting now.
         self.is_busy.store(true, Ordering::Relaxed);
         Inside::Locked(Busy(&self.is_busy), guard)
     }
 
-    /// Marks the owner busy, unless another thread wants in.
+    /// Marks the owner busy, unless another thread has requested entry.
     #[inline]
     fn enter(&self) -> Option<Busy<'_>> {
         debug_assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
         self.is_busy.store(true, Ordering::Relaxed);
         let busy = Busy(&self.is_busy);
         heavy::light_fence();
-        // Acquire: what another thread did inside is visible once it has withdrawn its request.
+        // Acquire: pairs with the store that withdraws a request, so this thread sees what the other one did inside.
         (!self.is_requested.load(Ordering::Acquire)).then_some(busy)
     }
 
-    /// Enters as the owner on the fast path only: returns `input` if another thread wants to enter. Only debug builds
-    /// check that the owner is not inside already.
+    /// Enters as the owner by the fast path alone. Returns `input` if another thread has requested entry. Only debug
+    /// builds check that the owner is not inside already; that makes this faster than `with_owner`.
     ///
     /// # Safety
     /// As [`with_owner`](Self::with_owner); and the owner is not inside.
@@ -106,7 +108,8 @@ impl<T> BiasedLock<T> {
         let Some(busy) = self.enter() else {
             return Err(input);
         };
-        // SAFETY: this thread is the owner, was not inside and is marked busy, and nobody wanted in after that.
+        // SAFETY: this thread is the owner and was not inside, as the caller promises. It is marked busy and saw no
+        // request after that, so no other thread enters.
         let outcome = self
             .value
             .with_mut(|value| with(unsafe { &mut *value }, input));
@@ -114,49 +117,50 @@ impl<T> BiasedLock<T> {
         Ok(outcome)
     }
 
-    /// Enters from any thread except an owner that is inside, which would wait for itself. `with` must not enter again.
+    /// Enters from any thread, except from an owner that is inside: it would wait for itself. `with` must not enter
+    /// again.
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(crate) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
         let _guard = self.others.lock();
         self.is_requested.store(true, Ordering::Relaxed);
-        let _wanted = Intent(self);
+        let _request = Intent(self);
         heavy::fence();
-        let mut looks = 0;
-        // Acquire: what the owner did inside is seen.
+        let mut spins = 0;
+        // Acquire: this thread sees what the owner did inside.
         while self.is_busy.load(Ordering::Acquire) {
-            looks += 1;
-            if looks < SPINS {
+            spins += 1;
+            if spins < SPINS {
                 hint::spin_loop();
             } else {
                 thread::yield_now();
             }
         }
-        // SAFETY: the owner was not busy after everyone could see the wish, and will not enter past it;
-        // others need the lock that is held.
+        // SAFETY: the owner was not busy after the heavy fence made the request visible to it, and does not enter by
+        // the fast path while it sees the request. All other entries need the slow lock, which this thread holds.
         self.value.with_mut(|value| with(unsafe { &mut *value }))
     }
 }
 
-/// The owner is inside. Dropped on unwinding too, so that nobody waits for a thread that panicked.
+/// The owner's guard. It also leaves on unwinding, so that no thread waits for an owner that panicked.
 #[expect(dead_code, reason = "held to be dropped")]
 enum Inside<'a> {
     Busy(Busy<'a>),
-    /// The mark is reset first.
+    /// The busy flag is cleared before the lock is released.
     Locked(Busy<'a>, MutexGuard<'a, ()>),
 }
 
-/// Resets the owner's mark.
+/// Clears the busy flag when dropped.
 struct Busy<'a>(&'a AtomicBool);
 
 impl Drop for Busy<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release: what was done inside is visible to whoever finds the mark reset.
+        // Release: a thread that sees the flag cleared sees what the owner did inside.
         self.0.store(false, Ordering::Release);
     }
 }
 
-/// Withdraws the request to enter.
+/// Withdraws the request to enter when dropped.
 struct Intent<'a, T>(&'a BiasedLock<T>);
 
 impl<T> Drop for Intent<'_, T> {
@@ -167,11 +171,11 @@ impl<T> Drop for Intent<'_, T> {
 
 impl<T> fmt::Debug for BiasedLock<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Biased").finish_non_exhaustive()
+        f.debug_struct("BiasedLock").finish_non_exhaustive()
     }
 }
 
-/// The heavy fence, and the light one that it pays for.
+/// The asymmetric fence: light for the owner, heavy for other threads.
 #[cfg(all(target_os = "linux", not(miri), not(loom)))]
 mod heavy {
     use std::sync::OnceLock;
@@ -185,7 +189,7 @@ mod heavy {
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
     }
 
-    /// Whether [`fence`] reaches every thread. Called before the first owner enters.
+    /// Whether [`fence`] reaches every thread. Registers the process, so it must run before the first owner enters.
     pub(super) fn is_supported() -> bool {
         static IS_SUPPORTED: OnceLock<bool> = OnceLock::new();
         *IS_SUPPORTED.get_or_init(|| {
@@ -198,8 +202,8 @@ mod heavy {
     }
 
     pub(crate) fn fence() {
-        // Only a process forked from the one that registered is refused. It has one thread, so an ordinary fence will
-        // do until it has registered too.
+        // This fails only in a process that was forked from the registered one. It has a single thread then, so an
+        // ordinary fence suffices until it has registered as well.
         if membarrier(MembarrierCommand::PrivateExpedited).is_err() {
             register();
             std::sync::atomic::fence(Ordering::SeqCst);
@@ -207,7 +211,7 @@ mod heavy {
     }
 }
 
-/// For loom: both are full fences.
+/// Loom models full fences only, so both are full.
 #[cfg(loom)]
 mod heavy {
     use super::Ordering;
@@ -226,7 +230,7 @@ mod heavy {
     }
 }
 
-/// For systems without `membarrier`.
+/// No asymmetric fence on this system.
 #[cfg(not(any(loom, all(target_os = "linux", not(miri)))))]
 mod heavy {
     pub(super) fn is_supported() -> bool {
@@ -238,14 +242,14 @@ mod heavy {
     pub(crate) fn fence() {}
 }
 
-/// Every order of two or three threads, as loom sees memory: `.ci/run loom`.
+/// All interleavings of two or three threads under loom's memory model: `.ci/run loom`.
 #[cfg(all(test, loom))]
 mod loom_tests {
     use std::sync::Arc;
 
     use super::*;
 
-    /// The cell panics if two are inside at once, or if one does not see what another did there before.
+    /// Loom's cell panics if two threads are inside at once, or if one does not see what an earlier one did.
     fn enter_from(others: usize, entries: u64) {
         let biased = Arc::new(BiasedLock::new(0_u64));
         let others: Vec<_> = (0..others)
@@ -313,7 +317,7 @@ mod tests {
         assert_eq!(shared.0.with(|value| *value), ROUNDS + 2 * (ROUNDS / 10));
     }
 
-    /// Also in release builds, and also where the owner holds the lock because others want in.
+    /// In release builds too, and also when the owner entered through the slow lock.
     #[test]
     #[expect(unsafe_code, reason = "the test is the owner")]
     fn an_owner_that_is_inside_cannot_enter_again() {

@@ -2,25 +2,26 @@
 
 use super::record::{Home, Record};
 
-/// A list of records, each in no other list.
+/// A list of records. A record is in at most one list.
 pub(crate) type List<H> = Option<Record<H>>;
 
-/// Takes the record out that was put in last.
+/// Removes the record that was pushed last.
 #[inline]
 pub(crate) fn pop<H: Home>(list: &mut List<H>) -> Option<Record<H>> {
     let next = list.as_mut()?.next.take();
     std::mem::replace(list, next)
 }
 
-/// Puts a record in, which is in no other list.
+/// Adds a record that is in no list.
 #[inline]
 pub(crate) fn push<H: Home>(list: &mut List<H>, mut record: Record<H>) {
     std::mem::swap(&mut record.next, list);
-    // What is replaced is the record's own `next` of before: none, so that there is nothing to drop.
+    // After the swap, `list` is the record's former `next`, which is `None`: forgetting it skips a drop that would do
+    // nothing.
     std::mem::forget(list.replace(record));
 }
 
-/// The records from the last to the first.
+/// The same records in reverse order.
 #[inline]
 pub(crate) fn reversed<H: Home>(mut list: List<H>) -> List<H> {
     let mut reversed = list.take_if(|first| first.next.is_none());
@@ -30,7 +31,7 @@ pub(crate) fn reversed<H: Home>(mut list: List<H>) -> List<H> {
     reversed
 }
 
-/// Drops records one after another: a long list would drop them in as deep a recursion.
+/// Drops records one by one. Dropping a long list itself would recurse once per record.
 pub(crate) fn drop_all<H: Home>(mut list: List<H>) {
     while let Some(record) = pop(&mut list) {
         drop(record);

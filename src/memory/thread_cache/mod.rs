@@ -1,15 +1,17 @@
-//! What a thread keeps of a pool: a stream cache for each stream, an overflow, counters.
+//! The blocks that a thread keeps of a pool, so that it can free and allocate without the pool's lock.
 //!
-//! The stream cache that was used last is in *front*, and the fast path uses only that one. Large blocks that it has no
-//! room for go to the *overflow*. The pool takes the overflow back when the thread next holds its lock, before it looks
-//! for memory. So a free takes no lock, and an allocation finds what it would have found if blocks were freed at once.
+//! A [`ThreadCache`] has a [`StreamCache`] per stream. The one used last is in *front*, and only that one serves the
+//! fast path. Blocks that a stream cache has no room for go to the *overflow*. The pool takes them back when the
+//! thread next holds its lock, before it looks for memory. So a free takes no lock, and a search finds the same memory
+//! as if each block had been freed at once. The cache also counts what its thread allocates and frees.
 //!
-//! Records are generic over their [`Home`], so nothing here knows the pool. Nothing here runs foreign code either,
-//! because that could free a block of this very cache while it is being changed: it calls no driver, and drops no
-//! record, which may hold the last handle of a stream or a pool. Records without a place are returned, for the caller
-//! to drop outside. A panic leaks the records that are on their way.
+//! # Invariant
+//! Nothing here runs foreign code, because that could free a block into the cache while it is being changed. Hence
+//! nothing here calls a driver, which may run queued work inside the call. And nothing here drops a record, which may
+//! hold the last handle of a stream or a pool: records that find no place are returned, for the caller to drop outside
+//! the cache. A panic leaks the records that are being moved.
 //!
-//! Must not know: who may enter (that is `owned_cache` and its caller), locks.
+//! Must not know: which thread may enter a cache, or when.
 
 mod biased_lock;
 pub(crate) mod list;
@@ -32,38 +34,39 @@ use crate::memory::types::{CacheKey, TagId};
 use crate::units::MIB;
 use stream_cache::{Limits, RecordStack};
 
-/// Bytes of small blocks that every stream cache may keep; more in proportion to what the pool holds.
+/// Bytes of small blocks that a stream cache can keep in any case; see [`SHARE`].
 const SMALL_BYTES_MIN: u64 = MIB;
-/// A stream cache may keep one part in this many of what the pool holds. Measured: costs no peak memory.
+/// A stream cache can keep one part in this many of the pool's reserved bytes. Measured: no cost in peak memory.
 const SHARE: u64 = 200;
-/// Stream caches behind the one in front. When there are more, all of them are dropped: streams come and go.
+/// Most stream caches behind the one in front. One more and all of them are dropped, because streams come and go.
 const STREAM_CACHES_MAX: usize = 16;
-/// Most blocks in the overflow. Other threads cannot use them before the pool has taken them back.
+/// Most blocks in the overflow. Other threads reach them only by emptying the cache, as with the blocks in stream
+/// caches.
 const OVERFLOW_MAX: u32 = 16;
-/// Bytes that may be in the overflow in any case, and one part in so many of what the pool holds: a thread that only
-/// frees must not hold back much.
+/// Most bytes in the overflow: this many, or one part in [`OVERFLOW_SHARE`] of the pool's reserved bytes if that is
+/// more. A thread that only frees must not hold back much.
 const OVERFLOW_BYTES_MIN: u64 = 32 * MIB;
 const OVERFLOW_SHARE: u64 = 32;
 
 /// Why the fast path found no block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Miss<T = ()> {
-    /// The stream cache in front is the right one, but has no block of that size. `T` is the cache.
+    /// The stream cache is in front, but has no block of that size. `T` is the cache that was searched.
     Here(T),
-    /// The stream cache in front was not looked at.
+    /// The stream cache was not searched.
     Elsewhere,
 }
 
 #[derive(Debug)]
 pub(crate) struct ThreadCache<H: Home> {
-    /// The stream cache used last; a vacant one if there is none.
+    /// The stream cache used last. Its key is [`CacheKey::VACANT`] if there is none.
     front: Box<StreamCache<H>>,
     others: Vec<Box<StreamCache<H>>>,
     overflow: List<H>,
     overflow_len: u32,
     overflow_bytes: u64,
     limits: Limits,
-    /// Whether the cache keeps nothing any more.
+    /// A closed cache keeps no more blocks.
     pub(crate) is_closed: bool,
     counts: Counts,
 }
@@ -86,7 +89,7 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Brings the stream cache `key` to the front; whether there is one.
+    /// Brings the stream cache `key` to the front; returns whether there is one.
     #[inline]
     pub(crate) fn bring_to_front(&mut self, key: CacheKey) -> bool {
         if self.front.key == key {
@@ -99,25 +102,26 @@ impl<H: Home> ThreadCache<H> {
         true
     }
 
-    /// Puts a new stream cache in front, unless the cache is closed. Returns the stream caches that are dropped for it;
-    /// their blocks go to the overflow.
+    /// Puts a new stream cache in front. If there are too many behind it, moves their blocks to the overflow and
+    /// returns them, to be dropped outside the cache. Returns `None` if the cache is closed.
     pub(crate) fn add(&mut self, cache: Box<StreamCache<H>>) -> Option<Vec<Box<StreamCache<H>>>> {
         if self.is_closed {
             return None;
         }
-        let mut gone = Vec::new();
+        let mut removed = Vec::new();
         if self.others.len() == STREAM_CACHES_MAX {
-            gone = std::mem::take(&mut self.others);
-            for cache in &mut gone {
+            removed = std::mem::take(&mut self.others);
+            for cache in &mut removed {
                 cache.drain(|record| list::push(&mut self.overflow, record));
             }
         }
         let before = std::mem::replace(&mut self.front, cache);
         self.others.push(before);
-        Some(gone)
+        Some(removed)
     }
 
-    /// A block of the stream cache in front, if that is `key`, has one, and the run of counters is of `tag`.
+    /// Takes a block from the front stream cache. Misses if the front is not `key`, if it has no block of that size, or
+    /// if the thread is counting under another tag.
     #[inline]
     pub(crate) fn take(
         &mut self,
@@ -129,12 +133,12 @@ impl<H: Home> ThreadCache<H> {
             return Err(Miss::Elsewhere);
         }
         let mut record = self.front.take(bytes).ok_or(Miss::Here(()))?;
-        record.size.ask_again((requested, bytes), tag);
+        record.size.set_request((requested, bytes), tag);
         self.counts.allocate(requested, bytes);
         Ok(record)
     }
 
-    /// As [`take`](Self::take), for the stream cache that is in front, whatever was counted before.
+    /// Takes a block from the front stream cache, whatever its key, and switches the counters to `tag` first.
     pub(crate) fn take_in_front(
         &mut self,
         tag: TagId,
@@ -144,8 +148,8 @@ impl<H: Home> ThreadCache<H> {
         self.take(self.front.key, tag, sizes)
     }
 
-    /// Counts a free and keeps the block, unless the stream cache in front is not the block's or the run of counters is
-    /// of another tag.
+    /// Counts a free and keeps the block in the front stream cache. Returns [`Kept::Not`] if the front belongs to
+    /// another stream, or if the thread is counting under another tag.
     #[inline]
     pub(crate) fn keep(&mut self, record: Record<H>) -> Kept<H> {
         if self.front.key != record.key || !self.counts.is_run_of(record.size.tag()) {
@@ -154,7 +158,8 @@ impl<H: Home> ThreadCache<H> {
         self.keep_counted(record)
     }
 
-    /// As [`keep`](Self::keep), for a block that the stream cache in front is for, whatever was counted before.
+    /// As [`keep`](Self::keep), for a block that belongs in the front stream cache; switches the counters to its tag
+    /// first.
     pub(crate) fn keep_in_front(&mut self, record: Record<H>) -> Kept<H> {
         self.counts.turn_to(record.size.tag());
         self.keep_counted(record)
@@ -171,13 +176,13 @@ impl<H: Home> ThreadCache<H> {
                 list::push(&mut self.overflow, other);
                 self.check_overflow()
             }
-            // Other streams lack memory: let them see this block at once.
+            // Under contention, other streams should see the memory at once.
             Kept::Yes if self.limits.is_contended => self.check_overflow(),
             kept => kept,
         }
     }
 
-    /// Whether the pool should take the overflow back.
+    /// Whether the pool should take the overflow back now. Under contention, only one large block stays.
     #[inline]
     fn check_overflow(&mut self) -> Kept<H> {
         if self.limits.is_contended
@@ -195,31 +200,30 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// The pool of the blocks in the overflow, if there are any.
+    /// The pool that the overflow belongs to; `None` if the overflow is empty.
     pub(crate) fn overflow_home(&self) -> Option<Arc<H>> {
         self.overflow.as_ref()?.shared.clone()
     }
 
-    /// Whether the overflow has blocks.
     #[inline]
     pub(crate) fn has_overflow(&self) -> bool {
         self.overflow.is_some()
     }
 
-    /// Bytes that the stream cache in front keeps.
+    /// Bytes of the blocks in the front stream cache.
     #[inline]
     pub(crate) fn kept_bytes(&self) -> u64 {
         self.front.kept_bytes()
     }
 
-    /// A free record of the stream cache in front.
+    /// Takes a free record from the front stream cache.
     #[inline]
     pub(crate) fn take_free_record(&mut self) -> Option<Record<H>> {
         self.front.take_free_record()
     }
 
-    /// Keeps a free record in the stream cache of its stream. One without a place goes to `refused`, for the caller to
-    /// drop outside, because it holds its stream.
+    /// Keeps a free record in the stream cache of its stream. A record without a place goes to `refused`, to be dropped
+    /// outside the cache: it holds its stream.
     #[inline]
     pub(crate) fn keep_free_record(&mut self, record: Record<H>, refused: &mut List<H>) {
         if let Some(record) = self.front.keep_free_record(record) {
@@ -234,7 +238,7 @@ impl<H: Home> ThreadCache<H> {
         self.counts.allocate(requested, allocated);
     }
 
-    /// Takes the overflow out, the latest block first.
+    /// Takes the overflow, the block freed last first.
     #[inline]
     pub(crate) fn take_overflow(&mut self) -> List<H> {
         self.overflow_len = 0;
@@ -246,11 +250,11 @@ impl<H: Home> ThreadCache<H> {
     #[inline(never)]
     fn keep_free_record_elsewhere(&mut self, record: Record<H>, refused: &mut List<H>) {
         let cache = self.others.iter_mut().find(|cache| cache.key == record.key);
-        let back = match cache {
+        let rejected = match cache {
             Some(cache) => cache.keep_free_record(record),
             None => Some(record),
         };
-        if let Some(record) = back {
+        if let Some(record) = rejected {
             list::push(refused, record);
         }
     }
@@ -263,14 +267,14 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Moves all blocks of the stream cache in front to the overflow, and a block that it has no room for.
+    /// Moves all blocks of the front stream cache to the overflow, and then `record`, for which it has no room.
     pub(crate) fn overflow_front(&mut self, record: Record<H>) {
         let overflow = &mut self.overflow;
         self.front.drain(|record| list::push(overflow, record));
         list::push(overflow, record);
     }
 
-    /// Moves all blocks to the overflow.
+    /// Moves all blocks of all stream caches to the overflow.
     pub(crate) fn overflow_all(&mut self) {
         let overflow = &mut self.overflow;
         for cache in self.others.iter_mut().chain([&mut self.front]) {
@@ -278,13 +282,14 @@ impl<H: Home> ThreadCache<H> {
         }
     }
 
-    /// Takes the free records out, by stream cache.
+    /// Takes the free records of every stream cache.
     pub(crate) fn take_free_records(&mut self) -> Vec<RecordStack<H>> {
         let caches = self.others.iter_mut().chain([&mut self.front]);
         caches.map(|cache| cache.take_free_records()).collect()
     }
 
-    /// Takes all stream caches out. They keep no block any more, only free records.
+    /// Removes all stream caches, which must hold no blocks. The caller drops them, and their free records, outside the
+    /// cache.
     pub(crate) fn forget_stream_caches(&mut self) -> Vec<Box<StreamCache<H>>> {
         let mut caches = std::mem::take(&mut self.others);
         caches.push(std::mem::replace(
@@ -300,8 +305,8 @@ impl<H: Home> ThreadCache<H> {
         self.counts.fold_into(usage, tags);
     }
 
-    /// Sets how much may be kept, for a pool that holds `held` bytes. `is_contended` says whether other streams lack
-    /// memory.
+    /// Sets the limits for a pool that has reserved `held` bytes. `is_contended`: other streams want memory that they
+    /// could not get.
     pub(crate) fn set_limits(&mut self, held: u64, is_contended: bool) {
         self.limits = Limits {
             small_bytes: SMALL_BYTES_MIN.max(held / SHARE),

@@ -1,10 +1,11 @@
-//! The cache of one thread for one pool, and who may enter it.
+//! A thread cache behind its biased lock.
 
 use super::{BiasedLock, Home, ThreadCache};
 use crate::memory::thread_locals;
 use crate::memory::types::PoolId;
 
-/// A cache that its thread enters without an atomic read-modify-write, and other threads at the price of a system call.
+/// The cache of one thread for one pool. Its thread enters without an atomic read-modify-write, other threads at the
+/// cost of a system call.
 #[derive(Debug)]
 pub(crate) struct OwnedCache<H: Home> {
     pub(crate) pool: PoolId,
@@ -22,31 +23,38 @@ impl<H: Home> OwnedCache<H> {
     /// Enters as the owner.
     ///
     /// # Safety
-    /// The calling thread is the owner: all calls for this cache, of this and of [`if_alone`](Self::if_alone), come
-    /// from one thread. `with` does not call `if_alone` for it.
+    /// The calling thread is the owner: all calls of this and of [`if_alone`](Self::if_alone) for this cache come from
+    /// one thread. `with` does not call `if_alone` for this cache.
     #[inline]
-    #[expect(unsafe_code, reason = "the owner is known by where it found the cache")]
+    #[expect(
+        unsafe_code,
+        reason = "only the caller can know that its thread is the owner"
+    )]
     pub(crate) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut ThreadCache<H>) -> R) -> R {
-        // SAFETY: the caller promises the same.
+        // SAFETY: the caller promises what the lock requires: one owner thread, no `if_alone` inside.
         thread_locals::inside(|| unsafe { self.cache.with_owner(with) })
     }
 
-    /// As [`with_owner`](Self::with_owner), unless another thread wants in: then `input` comes back.
+    /// As [`with_owner`](Self::with_owner), unless another thread has requested entry: then returns `input`.
     ///
     /// # Safety
-    /// As `with_owner`; and the owner is not inside.
+    /// As for `with_owner`; in addition, the owner is not inside.
     #[inline]
-    #[expect(unsafe_code, reason = "the owner is known by where it found the cache")]
+    #[expect(
+        unsafe_code,
+        reason = "only the caller can know that its thread is the owner"
+    )]
     pub(crate) unsafe fn if_alone<I, R>(
         &self,
         input: I,
         with: impl FnOnce(&mut ThreadCache<H>, I) -> R,
     ) -> Result<R, I> {
-        // SAFETY: the caller promises the same.
+        // SAFETY: the caller promises what the lock requires: one owner thread, which is not inside.
         thread_locals::inside(|| unsafe { self.cache.try_with_owner(input, with) })
     }
 
-    /// Enters from any thread but an owner that is inside, which would wait for itself. `with` must not enter again.
+    /// Enters from any thread, except from an owner that is inside: it would wait for itself. `with` must not enter
+    /// again.
     pub(crate) fn with_any<R>(&self, with: impl FnOnce(&mut ThreadCache<H>) -> R) -> R {
         self.cache.with(with)
     }

@@ -1,12 +1,13 @@
-//! What the pool must know to take a block back, one cache line for each block.
+//! The record of a block: all that the pool needs to take the block back, in one cache line.
 //!
-//! With tens of thousands of blocks in use, most of those that are freed have not been touched for long, and the cache
-//! miss costs more than the work on the record. So records have memory of their own, in chunks that are large pages of
-//! the host. A chunk is kept until the process ends and its slots are used again. There are as many slots as there were
-//! records at once, over all pools, the free records that threads keep included.
+//! With tens of thousands of blocks in use, most blocks have left the processor's caches by the time they are freed,
+//! and the cache miss costs more than the work on the record. So records have an allocator of their own: slots of one
+//! cache line, in chunks the size of a huge page. Chunks live until the process ends, and vacated slots are reused.
+//! There are as many slots as there were records at the peak, over all pools, including the free records that threads
+//! keep.
 //!
-//! Lock order: the lock of the slots comes last. Nothing is allocated or dropped under it, so a free never waits for
-//! another thread's allocation. Loom does not model it, because no thread can be switched under it.
+//! Lock order: the lock on the slots comes last. Nothing is allocated or dropped under it, so a free never waits for
+//! another thread's allocation. Loom does not model this lock; no switch of threads can happen while it is held.
 
 use std::alloc::{Layout, alloc, handle_alloc_error};
 use std::fmt;
@@ -22,52 +23,52 @@ use crate::driver::{DevicePtr, Stream};
 use crate::memory::thread_locals;
 use crate::memory::types::{CacheKey, Location};
 
-/// What keeps the memory of a block: its pool. A type parameter of records, so that thread caches need not know pools.
+/// The pool that a block belongs to. Records take it as a type parameter, so that thread caches need not know pools.
 pub(crate) trait Home: fmt::Debug + Sized {
-    /// What only few blocks have, such as other streams that use them.
+    /// Data that few blocks have, such as the other streams that use them.
     type Extras: fmt::Debug;
 }
 
-/// What the pool must know to take a block back. A thread cache keeps it together with the block, so that reuse changes
-/// no reference count. Most records are read for the first time in long when their block is freed: they are small, and
-/// the fields that a free reads lie side by side.
+/// All that the pool needs to take a block back. A thread cache keeps the record together with the block, so that reuse
+/// changes no reference count. A free usually finds the record out of the processor's caches, so a record takes a
+/// single cache line.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(crate) struct BlockRecord<H: Home> {
     pub(crate) ptr: DevicePtr,
     /// The next record of the same list.
     pub(crate) next: List<H>,
-    /// The stream cache that may keep the block as it is, if any.
+    /// The stream cache that can keep the block; [`CacheKey::NONE`] if none can.
     pub(crate) key: CacheKey,
     pub(crate) size: Size,
     pub(crate) location: Location,
     pub(crate) home: Stream,
     /// The pool, while a caller or a thread cache has the block. `None` inside the pool.
     pub(crate) shared: Option<Arc<H>>,
-    /// A block with extras has the key of no stream cache.
+    /// A block with extras has the key [`CacheKey::NONE`].
     pub(crate) extras: Option<Box<H::Extras>>,
 }
 
 const _: () =
     assert!(size_of::<BlockRecord<()>>() == SLOT && align_of::<BlockRecord<()>>() == SLOT);
 
-/// Stands for a pool where none is needed.
+/// Stands in for a pool where none is needed.
 impl Home for () {
     type Extras = ();
 }
 
-/// A record, owned as by a box.
+/// An owning pointer to a record, like a `Box`.
 pub(crate) struct Record<H: Home>(NonNull<BlockRecord<H>>);
 
-/// Bytes of a chunk, and its alignment: a large page.
+/// Size and alignment of a chunk: a huge page.
 const CHUNK: usize = 2 << 20;
-/// Bytes of a slot, and its alignment: a cache line.
+/// Size and alignment of a slot: a cache line.
 const SLOT: usize = 64;
 const SLOTS_PER_CHUNK: usize = CHUNK / SLOT;
 
 static SLOTS: Mutex<Slots> = Mutex::new(Slots { vacant: None });
 
-/// Room for a record. A vacant slot holds the next one.
+/// Room for one record. A vacant slot stores the pointer to the next vacant slot.
 #[derive(Clone, Copy)]
 struct Slot(NonNull<Line>);
 
@@ -76,73 +77,88 @@ struct Line(#[expect(dead_code, reason = "gives the line its size")] [u8; SLOT])
 
 const _: () = assert!(size_of::<Option<Slot>>() <= SLOT);
 
-/// The slots without a record.
+/// The vacant slots.
 struct Slots {
     vacant: Option<Slot>,
 }
 
-#[expect(unsafe_code, reason = "a pointer says nothing of who may use it")]
-// SAFETY: a slot is memory without an owner, whichever thread takes it.
+#[expect(
+    unsafe_code,
+    reason = "a raw pointer is not `Send` or `Sync` by itself"
+)]
+// SAFETY: a slot is plain memory that is not tied to a thread.
 unsafe impl Send for Slot {}
 
-#[expect(unsafe_code, reason = "a pointer says nothing of who may use it")]
-// SAFETY: it owns what it points to, as a box does.
+#[expect(
+    unsafe_code,
+    reason = "a raw pointer is not `Send` or `Sync` by itself"
+)]
+// SAFETY: a record owns what it points to, like a `Box`.
 unsafe impl<H: Home> Send for Record<H> where BlockRecord<H>: Send {}
 
-#[expect(unsafe_code, reason = "a pointer says nothing of who may use it")]
-// SAFETY: as a box.
+#[expect(
+    unsafe_code,
+    reason = "a raw pointer is not `Send` or `Sync` by itself"
+)]
+// SAFETY: a record owns what it points to, like a `Box`, and `&Record` gives only `&BlockRecord`.
 unsafe impl<H: Home> Sync for Record<H> where BlockRecord<H>: Sync {}
 
-#[expect(unsafe_code, reason = "vacant slots are a list in themselves")]
+#[expect(
+    unsafe_code,
+    reason = "vacant slots are linked through their own memory"
+)]
 impl Slots {
     fn take(&mut self) -> Option<Slot> {
         let slot = self.vacant?;
-        // SAFETY: a vacant slot holds the next one.
+        // SAFETY: the slot is in the list, so `put` or `chunk` has written its link.
         self.vacant = unsafe { slot.link().read() };
         Some(slot)
     }
 
-    /// Puts slots in, from `first` to `last`, which are linked.
+    /// Adds the vacant slots from `first` to `last`, which are linked to each other.
     fn put(&mut self, first: Slot, last: Slot) {
-        let before = self.vacant.replace(first);
-        // SAFETY: the slot is large enough and aligned, and nothing else is in it.
-        unsafe { last.link().write(before) };
+        let next = self.vacant.replace(first);
+        // SAFETY: a slot is large enough for a link and aligned, and a vacant one contains nothing else.
+        unsafe { last.link().write(next) };
     }
 }
 
 impl Slot {
-    /// Where a vacant slot holds the next one.
+    /// Where a vacant slot stores the next one.
     fn link(self) -> NonNull<Option<Self>> {
         self.0.cast()
     }
 }
 
-/// A new chunk: its first slot, and its last. They are linked in order.
+/// Allocates a chunk and links its slots in order; returns the first and the last.
 #[cold]
 #[expect(unsafe_code, reason = "the chunk is laid out by hand")]
 fn chunk() -> (Slot, Slot) {
     let layout = Layout::from_size_align(CHUNK, CHUNK).expect("a power of two");
-    // SAFETY: the layout has bytes.
+    // SAFETY: the layout's size is not zero.
     let start = unsafe { alloc(layout) };
     let Some(first) = NonNull::new(start.cast::<Line>()) else {
         handle_alloc_error(layout);
     };
     advise_large_pages(start);
-    // SAFETY: the chunk has that many slots.
+    // SAFETY: `nth` is below `SLOTS_PER_CHUNK`, so the slot is inside the chunk.
     let slot = |nth| Slot(unsafe { first.add(nth) });
     for nth in 1..SLOTS_PER_CHUNK {
-        // SAFETY: as in `put`.
+        // SAFETY: the slot is part of the new chunk: large enough for a link, aligned, and used by nothing else.
         unsafe { slot(nth - 1).link().write(Some(slot(nth))) };
     }
     (slot(0), slot(SLOTS_PER_CHUNK - 1))
 }
 
-/// Tells the system that a chunk is best kept in one large page. Without one it is as good as any memory.
+/// Advises the system to back a chunk with a huge page. The chunk works without one as well.
 #[cfg(target_os = "linux")]
-#[expect(unsafe_code, reason = "a system call on memory that is ours")]
+#[expect(
+    unsafe_code,
+    reason = "a system call on memory that was allocated here"
+)]
 fn advise_large_pages(chunk: *mut u8) {
     use rustix::mm::{Advice, madvise};
-    // SAFETY: the memory was allocated just now, and the advice does not change what is in it.
+    // SAFETY: the chunk was just allocated with `CHUNK` bytes, and this advice does not change its contents.
     let _ = unsafe { madvise(chunk.cast(), CHUNK, Advice::LinuxHugepage) };
 }
 
@@ -154,7 +170,8 @@ impl<H: Home> Record<H> {
     pub(crate) fn new(record: BlockRecord<H>) -> Self {
         const { assert!(size_of::<BlockRecord<H>>() == SLOT && align_of::<BlockRecord<H>>() == SLOT) };
         let slot = vacant_slot().0.cast::<BlockRecord<H>>();
-        // SAFETY: the slot has the size and alignment of a record, and nobody else has it.
+        // SAFETY: the slot has the size and alignment of a record (asserted above), and it was taken out of the list of
+        // vacant slots, so nothing else uses it.
         unsafe { slot.write(record) };
         Self(slot)
     }
@@ -175,31 +192,31 @@ impl<H: Home> Deref for Record<H> {
     type Target = BlockRecord<H>;
 
     #[inline(always)]
-    #[expect(unsafe_code, reason = "owned as by a box")]
+    #[expect(unsafe_code, reason = "a record owns its slot, like a `Box`")]
     fn deref(&self) -> &BlockRecord<H> {
-        // SAFETY: from `new` to `drop` the slot holds a record, which is borrowed with its owner.
+        // SAFETY: the slot contains a record from `new` to `drop`, and the reference borrows the owner.
         unsafe { self.0.as_ref() }
     }
 }
 
 impl<H: Home> DerefMut for Record<H> {
     #[inline(always)]
-    #[expect(unsafe_code, reason = "owned as by a box")]
+    #[expect(unsafe_code, reason = "a record owns its slot, like a `Box`")]
     fn deref_mut(&mut self) -> &mut BlockRecord<H> {
-        // SAFETY: as in `deref`.
+        // SAFETY: as in `deref`; the owner is borrowed mutably, so the reference is unique.
         unsafe { self.0.as_mut() }
     }
 }
 
 impl<H: Home> Drop for Record<H> {
-    // Most records are used again as they are.
+    // Cold: most records are reused rather than dropped.
     #[cold]
     #[inline(never)]
     #[expect(unsafe_code, reason = "the slot is emptied by hand")]
     fn drop(&mut self) {
-        // With it may go the last handle of a stream or a pool.
+        // The record may hold the last handle of a stream or a pool.
         thread_locals::assert_outside("a record");
-        // SAFETY: the slot holds a record, which nobody uses after its owner.
+        // SAFETY: the slot contains a record, and its owner is being dropped, so nothing uses it afterwards.
         unsafe { ptr::drop_in_place(self.0.as_ptr()) };
         let slot = Slot(self.0.cast());
         SLOTS.lock().put(slot, slot);

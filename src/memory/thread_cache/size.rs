@@ -1,13 +1,13 @@
-//! The size and the tag of a block, packed in eight bytes so that a record takes one cache line.
+//! The size and the tag of a block, packed into eight bytes so that a record fits in one cache line.
 
 use crate::memory::types::{GRANULARITY, REQUEST_MAX, TagId, Units};
 
-/// Bytes asked for, those rounded up to the granularity, and the tag under which they count.
+/// The bytes requested, the bytes allocated (rounded up to the granularity), and the tag they count under.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Size {
     units: Units,
-    /// Bytes of the last unit that were not asked for.
-    unasked: u16,
+    /// Bytes allocated beyond the request: less than a unit.
+    padding: u16,
     tag: TagId,
 }
 
@@ -15,7 +15,7 @@ const _: () = assert!(GRANULARITY <= 1 << u16::BITS);
 const _: () = assert!(REQUEST_MAX / GRANULARITY <= Units::MAX as u64);
 
 impl Size {
-    /// `bytes` are those requested, rounded up. They fit: larger requests are refused before there is a block.
+    /// `bytes` is `requested` rounded up. It fits: larger requests are refused before a block is made.
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,
@@ -25,24 +25,24 @@ impl Size {
         debug_assert!(bytes <= REQUEST_MAX && requested.next_multiple_of(GRANULARITY) == bytes);
         Self {
             units: (bytes / GRANULARITY) as Units,
-            unasked: (bytes - requested) as u16,
+            padding: (bytes - requested) as u16,
             tag,
         }
     }
 
-    /// Makes it that of another request for as many bytes.
+    /// Changes the request and the tag; the allocated size stays the same.
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,
-        reason = "less than a unit was not asked for"
+        reason = "padding is less than a unit"
     )]
-    pub(super) fn ask_again(&mut self, (requested, bytes): (u64, u64), tag: TagId) {
+    pub(super) fn set_request(&mut self, (requested, bytes): (u64, u64), tag: TagId) {
         debug_assert_eq!(bytes, self.allocated());
-        self.unasked = (bytes - requested) as u16;
+        self.padding = (bytes - requested) as u16;
         self.tag = tag;
     }
 
-    /// Whether it is that of a block of `bytes`.
+    /// Whether `bytes`, a multiple of the granularity, are allocated.
     #[inline]
     pub(crate) fn is_of(self, bytes: u64) -> bool {
         u64::from(self.units) == bytes / GRANULARITY
@@ -50,7 +50,7 @@ impl Size {
 
     #[inline]
     pub(crate) fn requested(self) -> u64 {
-        self.allocated() - u64::from(self.unasked)
+        self.allocated() - u64::from(self.padding)
     }
 
     #[inline]

@@ -1,9 +1,9 @@
-//! Freed blocks of one stream, kept by the thread that freed them for its next allocation on that stream.
+//! The stream cache: freed blocks that a thread keeps for its next allocation on the same stream.
 //!
-//! A stream cache keeps blocks of up to [`SMALL_MAX`] in one list for each size, last in, first out, and the two large
-//! blocks freed last: one large allocation in four has the size of one of these. What it keeps counts as reserved, not
-//! as allocated. It also keeps *free records*, whose blocks went back to the pool, so that the next allocation changes
-//! no reference count.
+//! Blocks of up to [`SMALL_MAX`] are kept in one list per size, last in, first out. Of larger blocks, only the two
+//! freed last are kept, in two slots: one large allocation in four has the size of one of these. Kept blocks count as
+//! reserved, not as allocated. A stream cache also keeps *free records*: the records of blocks that went back to the
+//! pool. An allocation that reuses one touches no reference count.
 //!
 //! Must not know: threads, locks.
 
@@ -14,32 +14,32 @@ use crate::units::to_usize;
 
 const SIZES: usize = to_usize(SMALL_MAX / GRANULARITY) + 1;
 
-/// Most free records of a stream cache.
+/// Most free records of a stream cache. To have that many, the thread had as many blocks in use at once.
 const FREE_RECORDS_MAX: usize = 1 << 16;
 
-/// Free records in a vector, not a list: taking one reads nothing of the others, which may not have been touched for
-/// long.
+/// A stack of free records. Unlike a [`List`], it can be popped without reading the record, which has likely left the
+/// processor's caches.
 pub(crate) type RecordStack<H> = Vec<Record<H>>;
 
 /// The blocks that a thread keeps for one stream.
 #[derive(Debug)]
 pub(crate) struct StreamCache<H: Home> {
     pub(crate) key: CacheKey,
-    /// By size in units: the block freed last, which links to the one before.
+    /// By size in units: a list that starts with the block freed last.
     small: [List<H>; SIZES],
     large: LargeSlots<H>,
     small_bytes: u64,
     free_records: RecordStack<H>,
 }
 
-/// How much a stream cache may keep.
+/// How much a thread cache can keep.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Bytes of small blocks.
+    /// Most bytes of small blocks in one stream cache.
     pub(super) small_bytes: u64,
-    /// Whether other streams lack memory: then one large block is enough.
+    /// Whether other streams want memory that they could not get. Then a stream cache keeps only one large block.
     pub(super) is_contended: bool,
-    /// Bytes in the overflow.
+    /// Most bytes of large blocks in the overflow.
     pub(super) overflow_bytes: u64,
 }
 
@@ -51,7 +51,7 @@ struct LargeSlots<H: Home> {
 }
 
 impl<H: Home> LargeSlots<H> {
-    /// The block of exactly `bytes` that was freed last.
+    /// Takes a block of exactly `bytes`, of two the one freed last.
     #[inline]
     fn take(&mut self, bytes: u64) -> List<H> {
         let fits = |record: &mut Record<H>| record.size.is_of(bytes);
@@ -60,16 +60,16 @@ impl<H: Home> LargeSlots<H> {
             .or_else(|| self.older.take_if(fits))
     }
 
-    /// Keeps a block; returns the one that has no room.
+    /// Keeps a block and returns the one that it displaces.
     #[inline]
     fn keep(&mut self, record: Record<H>) -> List<H> {
-        let before = self.newest.replace(record)?;
-        self.older.replace(before)
+        let previous = self.newest.replace(record)?;
+        self.older.replace(previous)
     }
 
-    fn drain(&mut self, give: impl FnMut(Record<H>)) {
+    fn drain(&mut self, sink: impl FnMut(Record<H>)) {
         let all = [self.older.take(), self.newest.take()];
-        all.into_iter().flatten().for_each(give);
+        all.into_iter().flatten().for_each(sink);
     }
 
     fn bytes(&self) -> u64 {
@@ -78,18 +78,18 @@ impl<H: Home> LargeSlots<H> {
     }
 }
 
-/// What became of a block that a stream cache was asked to keep. A block that is returned goes to the pool.
+/// The outcome of keeping a block. A record that is returned goes to the pool.
 #[derive(Debug)]
 pub(crate) enum Kept<H: Home> {
-    /// It is kept.
+    /// The block was kept.
     Yes,
-    /// It is kept in place of another block.
+    /// The block was kept and displaced this one.
     InPlaceOf(Record<H>),
-    /// It is kept, and the pool should take the overflow back.
+    /// The block was kept, and the pool should take back the overflow.
     OverBudget,
-    /// The stream cache is full. It should be emptied: its blocks are not of the sizes that the program asks for.
+    /// The stream cache is full. Empty it: it holds other sizes than the thread allocates.
     Full(Record<H>),
-    /// The stream cache does not keep such blocks.
+    /// This cache cannot keep the block.
     Not(Record<H>),
 }
 
@@ -107,7 +107,7 @@ impl<H: Home> StreamCache<H> {
         })
     }
 
-    /// Takes a block of exactly `bytes`, a rounded size.
+    /// Takes a block of exactly `bytes`, a multiple of [`GRANULARITY`].
     #[inline]
     pub(crate) fn take(&mut self, bytes: u64) -> Option<Record<H>> {
         if bytes > SMALL_MAX {
@@ -137,47 +137,47 @@ impl<H: Home> StreamCache<H> {
         Kept::Yes
     }
 
-    /// Takes the older of the large blocks out.
+    /// Takes the older of the two large blocks.
     pub(super) fn take_older(&mut self) -> List<H> {
         self.large.older.take()
     }
 
-    /// Bytes of all blocks kept.
+    /// Bytes of all kept blocks.
     pub(crate) fn kept_bytes(&self) -> u64 {
         self.small_bytes + self.large.bytes()
     }
 
-    /// Gives each large block to `give`: what they merge to might serve a request that none of them fits.
-    pub(super) fn drain_large(&mut self, give: impl FnMut(Record<H>)) {
-        self.large.drain(give);
+    /// Passes the large blocks to `sink`. Merged with their neighbors, they may serve a request that none of them fits.
+    pub(super) fn drain_large(&mut self, sink: impl FnMut(Record<H>)) {
+        self.large.drain(sink);
     }
 
-    /// Empties the stream cache, each block to `give`.
-    pub(crate) fn drain(&mut self, mut give: impl FnMut(Record<H>)) {
-        self.large.drain(&mut give);
+    /// Passes all blocks to `sink`.
+    pub(crate) fn drain(&mut self, mut sink: impl FnMut(Record<H>)) {
+        self.large.drain(&mut sink);
         if self.small_bytes == 0 {
             return;
         }
         for list in self.small.iter_mut() {
             while let Some(record) = pop(list) {
-                give(record);
+                sink(record);
             }
         }
         self.small_bytes = 0;
     }
 
-    /// Takes the free records out.
+    /// Takes all free records.
     pub(crate) fn take_free_records(&mut self) -> RecordStack<H> {
         std::mem::take(&mut self.free_records)
     }
 
-    /// A free record of this stream.
+    /// Takes a free record, which is of this stream.
     #[inline]
     pub(crate) fn take_free_record(&mut self) -> Option<Record<H>> {
         self.free_records.pop()
     }
 
-    /// Keeps a free record. Returns it if it belongs to another stream or there are too many.
+    /// Keeps a free record. Returns it if it belongs to another stream cache or if there are too many.
     #[inline]
     pub(crate) fn keep_free_record(&mut self, record: Record<H>) -> Option<Record<H>> {
         if record.key != self.key || self.free_records.len() == FREE_RECORDS_MAX {
