@@ -14,34 +14,34 @@
 //! - A *thread cache* keeps blocks that its thread freed. Its *overflow* waits for the pool to take it back.
 //! - An *adaptor* is an allocator around another one: a limit, a log, a table of live blocks.
 //!
-//! Four sums of bytes, each at least the one before: *requested* (asked for), *allocated* (rounded up, in callers'
+//! Four totals in bytes, each at least the one before: *requested* (asked for), *allocated* (rounded up, in callers'
 //! hands), *active* (with deferred frees), *reserved* (held from the driver).
 //!
 //! # The protocol
-//! A block is freed in stream order: as soon as its owner drops it, the next allocation on the home stream may have it,
-//! because everything that stream will do comes after everything it was given so far. This needs no event and no wait.
+//! A block is freed in stream order: as soon as its owner drops it, the next allocation on the home stream can reuse
+//! it, because work enqueued later on that stream runs after all work enqueued before. This needs no event and no wait.
 //! It holds only if the host enqueued the last use before it dropped the block. Rust's ownership ensures that, also
 //! across threads: handing a block over and freeing it through the pool's lock or queue are release/acquire edges.
 //!
-//! Name every other stream that touches the block through [`Block::record_stream`]. The free then defers until the home
-//! stream has passed a fence in each of them. [`Block::record_use`] sets the fence at the call.
+//! Name every other stream that touches the block through [`Block::record_stream`]. The free is then deferred until the
+//! home stream has passed a fence in each of them. [`Block::record_use`] sets the fence at the call.
 //!
 //! Another stream can take a free block once it has passed the block's fence. [`ReusePolicy`] says how the pool may
 //! find that out (record an event when the memory is wanted, and query it) or bring it about (a wait on the device).
 //! The host waits only when memory has run out.
 //!
-//! When nobody but the pool holds a stream, the stream gets no more work. Once it has run what it was given, the pool
-//! drops it, and every stream may use its free blocks.
+//! A stream that only the pool still holds can get no new work. Once its work is done, the pool drops it, and every
+//! stream may use its free blocks.
 //!
 //! A captured graph needs memory that nobody else uses: a [`PrivatePool`] has a heap of its own under the same lock,
 //! and allocations for captured streams are routed to it.
 //!
 //! # Where a block comes from
 //! `pool/allocate.rs` has the path, in this order: the thread cache; a free block of the stream; a free block of
-//! another stream, behind its fence; new pages, within a small slack of the most ever in use; free pages from anywhere,
-//! stitched in a new mapping; new pages. When the device or the limit refuses, `pool/reclaim.rs` goes on: room among
-//! other streams' small blocks; the program's callbacks; waits on the host, stream by stream; returning idle pages;
-//! failure with a report.
+//! another stream, behind its fence; new pages, while the pool holds little more than its peak in use; free pages from
+//! anywhere, stitched in a new mapping; new pages; room among other streams' small blocks. When the device or the limit
+//! refuses, `pool/reclaim.rs` goes on: the threads' caches; the program's callbacks; waits on the host, stream by
+//! stream; returning idle pages; failure with a report.
 //!
 //! # Rooms
 //! Each module below uses only modules declared before it, and nothing before `pool` knows the pool. `cargo tidy`

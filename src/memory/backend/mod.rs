@@ -4,9 +4,9 @@
 //! [`SegmentedBackend`] carves plain allocations where the device cannot map pages. [`Heaps`] has the backends of a
 //! pool: the default one, and one for each private pool. What a private pool leaves is [`SpareMemory`].
 //!
-//! Words: a *mapping* gives pages a second address, a *reservation* is a range of addresses that mappings are cut from.
-//! Invariant: the mapped pages of a page heap are exactly the pages that its backend holds. Must not know: threads, the
-//! pool's lock.
+//! Words: a *stitched mapping* gives pages a second address, a *reservation* is a range of addresses that mappings are
+//! cut from. Invariant: the mapped pages of a page heap are exactly the pages that its backend holds. Must not know:
+//! threads, the pool's lock.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

@@ -301,7 +301,7 @@ impl Backend for SegmentedBackend {
         let tiling = self
             .tilings
             .get_mut(&(fence.owner, is_small))
-            .expect("an arena outlives its blocks");
+            .expect("a tiling outlives its blocks");
         let segment = tiling.tiling.segment_of(index);
         tiling.tiling.free(index);
         // A deferred free can be returned with an epoch before that of later frees.
@@ -451,7 +451,7 @@ impl Backend for SegmentedBackend {
         for tiling in self.tilings.values() {
             let (bytes, in_use) = tiling.tiling.check_invariants();
             let sum: u64 = tiling.segments.values().map(|(_, bytes)| bytes).sum();
-            assert_eq!(bytes, sum, "segment bytes of an arena");
+            assert_eq!(bytes, sum, "segment bytes of a tiling");
             held += bytes;
             in_blocks += in_use;
         }

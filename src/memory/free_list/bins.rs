@@ -64,7 +64,7 @@ const fn scales() -> [Scale; Units::BITS as usize] {
     scales
 }
 
-/// Links of a free block within its bin. The arena stores one for every block.
+/// Links of a free block within its bin. The tiling stores one for every block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Link {
     pub(crate) units: Units,
@@ -82,7 +82,7 @@ impl Link {
     }
 }
 
-/// Where the bins find the links: the arena's slab. That of [`NONE`] may be written and says nothing.
+/// Where the bins find the links: the tiling's slab. That of [`NONE`] may be written and says nothing.
 pub(crate) trait Links {
     fn link(&self, index: Index) -> &Link;
     fn link_mut(&mut self, index: Index) -> &mut Link;

@@ -15,7 +15,7 @@ fn bytes_of(units: Units) -> u64 {
     u64::from(units) * GRANULARITY
 }
 
-/// A block as the arena sees it, in half a cache line.
+/// A block as the tiling sees it, in half a cache line.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(32))]
 struct Tile {
@@ -38,7 +38,7 @@ pub(crate) struct TiledBlock {
     pub(crate) offset: u64,
 }
 
-/// A segment as the arena sees it.
+/// A segment as the tiling sees it.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     units: Units,

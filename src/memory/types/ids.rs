@@ -11,7 +11,7 @@ pub(crate) type PageIndex = usize;
 /// The index of a stitched mapping in its table.
 pub(crate) type MappingIndex = u32;
 
-/// The index of a segment in its arena.
+/// The index of a segment in its tiling.
 pub(crate) type SegmentIndex = u32;
 
 /// The number of a heap in its pool.
