@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{LINE_BYTES_MAX, STREAMS_MAX};
+use super::{LINE_BYTES_MAX, STREAMS_MAX, THREADS_MAX};
 
 /// A trace that cannot be read or written. Displays as `LINE: REASON`.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub enum Reason {
     #[error("header: {0}")]
     Header(String),
     /// The first field names no event.
-    #[error("unknown event {0:?}")]
+    #[error("unknown event {0:?}: alloctrace v1 has the events a, f, h, k, m, r, s, t and w")]
     UnknownEvent(String),
     /// Too few or too many fields.
     #[error("event {event} takes {expected} fields, but has {found}")]
@@ -66,6 +66,14 @@ pub enum Reason {
         stream: u64,
         /// The header's count.
         streams: u32,
+    },
+    /// A host thread that the header does not announce.
+    #[error("host thread {thread} does not exist: the header says threads={threads}")]
+    NoSuchThread {
+        /// The thread of the line.
+        thread: u64,
+        /// The header's count.
+        threads: u32,
     },
     /// An allocation under an id that is taken.
     #[error("id {id} is already live, allocated on line {since}")]
@@ -115,6 +123,12 @@ impl Reason {
     pub(super) fn streams_out_of_range(text: &str) -> Self {
         Self::Header(format!(
             "streams={text} is not a number from 1 to {STREAMS_MAX}"
+        ))
+    }
+
+    pub(super) fn threads_out_of_range(text: &str) -> Self {
+        Self::Header(format!(
+            "threads={text} is not a number from 1 to {THREADS_MAX}"
         ))
     }
 }

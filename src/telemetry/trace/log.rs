@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use super::{Event, Header, Reason, TraceError, TraceWriter};
+use super::{Event, Header, Reason, THREADS_MAX, TraceError, TraceWriter};
 use crate::memory::{LogAction, LogEvent, LogSink};
 use crate::units::StreamId;
 
@@ -12,7 +12,8 @@ use crate::units::StreamId;
 /// it a buffered writer.
 ///
 /// Streams are numbered in the order in which they come up; one more than the header announces is an
-/// error. Events of several threads stand in the order of the log, as if of one. A failure becomes a mark.
+/// error. Host threads are numbered likewise: an `h` line comes before the events of another thread than the last one,
+/// in the order of the log. The 64th and all later threads share the last number. A failure becomes a mark.
 /// What orders streams (waits, synchronization) does not pass an allocator and is not in the trace.
 ///
 /// # Examples
@@ -30,6 +31,9 @@ use crate::units::StreamId;
 pub struct TraceLog<W> {
     writer: TraceWriter<W>,
     streams: HashMap<StreamId, u32>,
+    threads: HashMap<u64, u32>,
+    /// The thread of the last event.
+    thread: u32,
 }
 
 impl<W: Write> TraceLog<W> {
@@ -41,13 +45,32 @@ impl<W: Write> TraceLog<W> {
     pub fn new(output: W, name: &str, streams: u32) -> Result<Self, TraceError> {
         let header = Header {
             streams,
+            threads: THREADS_MAX,
             name: name.to_owned(),
             others: Vec::new(),
         };
         Ok(Self {
             writer: TraceWriter::new(output, &header)?,
             streams: HashMap::new(),
+            threads: HashMap::new(),
+            thread: 0,
         })
+    }
+
+    /// Writes an event, behind a line that names its thread if that is not the last one's.
+    fn write_on(&mut self, thread: u64, event: &Event) -> Result<(), TraceError> {
+        let next = u32::try_from(self.threads.len()).unwrap_or(u32::MAX);
+        let last = THREADS_MAX - 1;
+        let thread = match self.threads.get(&thread) {
+            Some(thread) => *thread,
+            None if next < last => *self.threads.entry(thread).or_insert(next),
+            None => last,
+        };
+        if thread != self.thread {
+            self.writer.write(&Event::Thread { thread })?;
+            self.thread = thread;
+        }
+        self.writer.write(event)
     }
 
     /// The number of a stream. The writer refuses one too many.
@@ -61,13 +84,14 @@ impl<W: Write> TraceLog<W> {
 impl<W: Write + Send> LogSink for TraceLog<W> {
     fn write(&mut self, event: &LogEvent) -> io::Result<()> {
         let (id, bytes, stream) = (event.request, event.bytes, self.stream(event.stream));
+        let thread = event.thread;
         let event = match event.action {
             LogAction::Allocate => Event::Allocate { id, bytes, stream },
             LogAction::Free => Event::Free { id, stream: None },
             LogAction::RecordStream => Event::RecordStream { id, stream },
             LogAction::Failure => Event::Mark(format!("no room for {bytes} on {stream}")),
         };
-        self.writer.write(&event).map_err(|error| match error {
+        self.write_on(thread, &event).map_err(|error| match error {
             TraceError {
                 reason: Reason::Io(error),
                 ..

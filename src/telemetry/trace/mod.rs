@@ -2,9 +2,10 @@
 //!
 //! # The format: `alloctrace v1`
 //! One event a line, fields separated by blanks, numbers in decimal, every line ended by a newline. The
-//! first line is `#alloctrace v1 streams=<n> name=<word> [key=value ...]`; further keys are free. Streams
-//! are `0..n`, and 0 is the default stream. Later lines that are empty or start with `#` mean nothing. A byte-order mark
-//! in front means nothing either, nor do blanks after the last newline.
+//! first line is `#alloctrace v1 streams=<n> name=<word> [threads=<n>] [key=value ...]`; further keys are free. Streams
+//! are `0..n`, and 0 is the default stream. Host threads are `0..n` too, up to [`THREADS_MAX`]; without `threads=` there
+//! is one. Later lines that are empty or start with `#` mean nothing. A byte-order mark in front means nothing either,
+//! nor do blanks after the last newline.
 //!
 //! | line | event |
 //! | --- | --- |
@@ -14,11 +15,13 @@
 //! | `w waiter signaller` | [`Wait`](Event::Wait) |
 //! | `s [stream]` | [`Synchronize`](Event::Synchronize) |
 //! | `t` | [`Trim`](Event::Trim) |
+//! | `h thread` | [`Thread`](Event::Thread) |
 //! | `k stream` | [`Kernel`](Event::Kernel) |
 //! | `m text` | [`Mark`](Event::Mark) |
 //!
 //! Ids are below 2^63 and may be used again after the free. Blocks that are live at the end of a file are
-//! freed there, so that a trace can be repeated. One file is one host thread.
+//! freed there, so that a trace can be repeated. Host threads of one file take turns: thread 0 makes the calls until an
+//! `h` line names another, and a thread has returned from all its calls before the next one begins.
 //!
 //! [`TraceReader`] refuses everything else with the line and the reason; what [`TraceWriter`] accepts,
 //! the reader gives back unchanged.
@@ -49,6 +52,9 @@ pub use writer::TraceWriter;
 /// Most streams that a header may announce.
 pub const STREAMS_MAX: u32 = 1 << 16;
 
+/// Most host threads that a header may announce.
+pub const THREADS_MAX: u32 = 64;
+
 /// Most bytes of a line without its newline. No event but a mark comes near it; a file without newlines
 /// must not be taken into memory as a whole.
 pub const LINE_BYTES_MAX: usize = 1 << 16;
@@ -61,6 +67,8 @@ const ID_END: u64 = 1 << 63;
 pub struct Header {
     /// Streams are numbered from 0 to one less than this; from 1 to [`STREAMS_MAX`].
     pub streams: u32,
+    /// Host threads are numbered from 0 to one less than this; from 1 to [`THREADS_MAX`].
+    pub threads: u32,
     /// What was traced: one word.
     pub name: String,
     /// All other keys with their values, in the file's order. Neither contains blanks.
@@ -107,6 +115,11 @@ pub enum Event {
     },
     /// The program asks the allocator to return cached memory.
     Trim,
+    /// From here on, another host thread makes the calls. The one before it has returned from all of its own.
+    Thread {
+        /// The thread.
+        thread: u32,
+    },
     /// A kernel is launched.
     Kernel {
         /// Where it runs.

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use super::error::{Reason, shortened};
-use super::{Event, Header, STREAMS_MAX};
+use super::{Event, Header, STREAMS_MAX, THREADS_MAX};
 
 /// Reads the first line.
 pub(super) fn header(line: &str) -> Result<Header, Reason> {
@@ -16,7 +16,7 @@ pub(super) fn header(line: &str) -> Result<Header, Reason> {
         Some(version) => return Err(Reason::Version(shortened(version))),
         None => return Err(Reason::NoHeader),
     }
-    let (mut streams, mut name, mut others) = (None, None, Vec::new());
+    let (mut streams, mut threads, mut name, mut others) = (None, None, None, Vec::new());
     for word in words {
         let Some((key, value)) = word.split_once('=') else {
             return Err(Reason::Header(format!(
@@ -26,6 +26,7 @@ pub(super) fn header(line: &str) -> Result<Header, Reason> {
         };
         let earlier = match key {
             "streams" => streams.replace(stream_count(value)?).is_some(),
+            "threads" => threads.replace(thread_count(value)?).is_some(),
             "name" => name.replace(value.to_owned()).is_some(),
             _ => {
                 others.push((key.to_owned(), value.to_owned()));
@@ -39,6 +40,7 @@ pub(super) fn header(line: &str) -> Result<Header, Reason> {
     let missing = |key| Reason::Header(format!("{key}= is missing"));
     Ok(Header {
         streams: streams.ok_or_else(|| missing("streams"))?,
+        threads: threads.unwrap_or(1),
         name: name.ok_or_else(|| missing("name"))?,
         others,
     })
@@ -51,8 +53,15 @@ fn stream_count(text: &str) -> Result<u32, Reason> {
     }
 }
 
+fn thread_count(text: &str) -> Result<u32, Reason> {
+    match text.parse() {
+        Ok(count @ 1..=THREADS_MAX) => Ok(count),
+        _ => Err(Reason::threads_out_of_range(&shortened(text))),
+    }
+}
+
 /// Reads a later line; `None` for one that means nothing.
-pub(super) fn event(line: &str, streams: u32) -> Result<Option<Event>, Reason> {
+pub(super) fn event(line: &str, header: &Header) -> Result<Option<Event>, Reason> {
     let line = line.trim_ascii();
     if line.is_empty() || line.starts_with('#') {
         return Ok(None);
@@ -63,7 +72,7 @@ pub(super) fn event(line: &str, streams: u32) -> Result<Option<Event>, Reason> {
     if name == "m" {
         return Ok(Some(Event::Mark(rest.trim_ascii().to_owned())));
     }
-    let stream = |text: &str| stream(text, streams);
+    let stream = |text: &str| stream(text, header.streams);
     let fields: SmallVec<[&str; 4]> = rest.split_ascii_whitespace().collect();
     let event = match (name, fields.as_slice()) {
         ("a", [id, bytes]) => Event::Allocate {
@@ -97,6 +106,9 @@ pub(super) fn event(line: &str, streams: u32) -> Result<Option<Event>, Reason> {
             stream: Some(stream(only)?),
         },
         ("t", []) => Event::Trim,
+        ("h", [next]) => Event::Thread {
+            thread: thread(next, header.threads)?,
+        },
         ("k", [place]) => Event::Kernel {
             stream: stream(place)?,
         },
@@ -113,7 +125,7 @@ fn no_event(name: &str, found: usize) -> Reason {
         "r" | "w" => "2",
         "s" => "0 or 1",
         "t" => "0",
-        "k" => "1",
+        "h" | "k" => "1",
         _ => return Reason::UnknownEvent(shortened(name)),
     };
     Reason::FieldCount {
@@ -132,6 +144,14 @@ fn stream(text: &str, streams: u32) -> Result<u32, Reason> {
     match u32::try_from(stream) {
         Ok(stream) if stream < streams => Ok(stream),
         _ => Err(Reason::NoSuchStream { stream, streams }),
+    }
+}
+
+fn thread(text: &str, threads: u32) -> Result<u32, Reason> {
+    let thread = number("thread", text, 32)?;
+    match u32::try_from(thread) {
+        Ok(thread) if thread < threads => Ok(thread),
+        _ => Err(Reason::NoSuchThread { thread, threads }),
     }
 }
 

@@ -40,6 +40,7 @@ impl<R: BufRead> TraceReader<R> {
     pub fn new(input: R) -> Result<Self, TraceError> {
         let header = Header {
             streams: 0,
+            threads: 1,
             name: String::new(),
             others: Vec::new(),
         };
@@ -103,7 +104,7 @@ impl<R: BufRead> TraceReader<R> {
     fn next_event(&mut self) -> Result<Option<Event>, Reason> {
         while self.next_line()? {
             let text = std::str::from_utf8(&self.text).map_err(|_| Reason::NotText)?;
-            if let Some(event) = parse::event(text, self.header.streams)? {
+            if let Some(event) = parse::event(text, &self.header)? {
                 self.follow(&event)?;
                 return Ok(Some(event));
             }

@@ -31,10 +31,11 @@ fn refusal(body: &str) -> String {
 
 #[test]
 fn every_event_is_read_and_written_back() {
-    let text = "#alloctrace v1 streams=3 name=all source=by-hand steps=1\n\
-                m step 1\na 7 4096 0\na 8 0 2\nr 7 1\nw 1 0\nk 1\nf 7 1\nf 8\ns 1\ns\nt\na 7 1 1\n";
+    let text = "#alloctrace v1 streams=3 name=all threads=2 source=by-hand steps=1\n\
+                m step 1\na 7 4096 0\na 8 0 2\nr 7 1\nw 1 0\nk 1\nf 7 1\nh 1\nf 8\ns 1\ns\nt\na 7 1 1\n";
     let (header, events) = read(text.as_bytes()).unwrap();
-    assert_eq!((header.streams, header.name.as_str()), (3, "all"));
+    assert_eq!((header.streams, header.threads), (3, 2));
+    assert_eq!(header.name, "all");
     assert_eq!(header.others[1], ("steps".to_owned(), "1".to_owned()));
     assert_eq!(events[0], Event::Mark("step 1".to_owned()));
     assert_eq!(
@@ -52,8 +53,9 @@ fn every_event_is_read_and_written_back() {
             stream: Some(1)
         }
     );
-    assert_eq!(events[9], Event::Synchronize { stream: None });
-    assert_eq!(events.len(), 12);
+    assert_eq!(events[7], Event::Thread { thread: 1 });
+    assert_eq!(events[10], Event::Synchronize { stream: None });
+    assert_eq!(events.len(), 13);
     assert_eq!(String::from_utf8(written(&header, &events)).unwrap(), text);
 }
 
@@ -120,6 +122,18 @@ fn headers_that_are_none_are_refused() {
             "#alloctrace v1 streams=-1 name=x\n",
             "1: header: streams=-1 is not",
         ),
+        (
+            "#alloctrace v1 streams=1 name=x threads=0\n",
+            "1: header: threads=0 is not a number from 1 to 64",
+        ),
+        (
+            "#alloctrace v1 streams=1 name=x threads=65\n",
+            "1: header: threads=65 is not a number from 1 to 64",
+        ),
+        (
+            "#alloctrace v1 streams=1 threads=2 name=x threads=2\n",
+            "1: header: threads is given twice",
+        ),
     ];
     for (text, expected) in cases {
         let message = read(text.as_bytes()).expect_err(text).to_string();
@@ -130,7 +144,19 @@ fn headers_that_are_none_are_refused() {
 #[test]
 fn lines_that_are_wrong_by_themselves_are_refused() {
     let cases = [
-        ("x 1\n", "2: unknown event \"x\""),
+        (
+            "x 1\n",
+            "2: unknown event \"x\": alloctrace v1 has the events a, f, h, k, m, r, s, t and w",
+        ),
+        ("h\n", "2: event h takes 1 fields, but has 0"),
+        (
+            "h 1\n",
+            "2: host thread 1 does not exist: the header says threads=1",
+        ),
+        (
+            "h 4294967296\n",
+            "2: thread 4294967296 is too large: it must be below 2^32",
+        ),
         ("allocate 1 2\n", "2: unknown event \"allocate\""),
         ("m ok\n\u{1b}[2J\n", "3: unknown event \"\\u{1b}[2J\""),
         ("a 1\n", "2: event a takes 2 or 3 fields, but has 1"),
@@ -215,6 +241,7 @@ fn what_is_not_text_is_refused() {
 fn the_longest_line_goes_both_ways() {
     let header = Header {
         streams: 1,
+        threads: 1,
         name: "x".to_owned(),
         others: Vec::new(),
     };
@@ -232,6 +259,7 @@ fn the_longest_line_goes_both_ways() {
 fn the_writer_refuses_what_would_not_come_back() {
     let header = Header {
         streams: 2,
+        threads: 1,
         name: "x".to_owned(),
         others: Vec::new(),
     };
@@ -255,6 +283,7 @@ fn the_writer_refuses_what_would_not_come_back() {
             id: 1,
             stream: Some(5),
         },
+        Event::Thread { thread: 1 },
         Event::Mark("two\nlines".to_owned()),
         Event::Mark(" leading".to_owned()),
     ];
@@ -263,6 +292,13 @@ fn the_writer_refuses_what_would_not_come_back() {
     }
     writer.write(&Event::Trim).unwrap();
     assert_eq!(writer.into_inner(), b"#alloctrace v1 streams=2 name=x\nt\n");
+    for threads in [0, 65] {
+        let header = Header {
+            threads,
+            ..header.clone()
+        };
+        assert!(TraceWriter::new(Vec::new(), &header).is_err(), "{threads}");
+    }
     for name in ["", "two words", "a\nb"] {
         let header = Header {
             name: name.to_owned(),
@@ -277,12 +313,12 @@ fn the_writer_refuses_what_would_not_come_back() {
 }
 
 /// Events that name live ids only, from arbitrary choices.
-fn events(choices: &[(u8, u64, u32)], streams: u32) -> Vec<Event> {
+fn events(choices: &[(u8, u64, u32)], (streams, threads): (u32, u32)) -> Vec<Event> {
     let (mut live, mut next) = (Vec::new(), 0);
     let events = choices.iter().map(|&(kind, number, stream)| {
-        let stream = stream % streams;
+        let (stream, thread) = (stream % streams, stream % threads);
         let chosen = usize::try_from(number).unwrap() % live.len().max(1);
-        match kind % 8 {
+        match kind % 9 {
             1 if !live.is_empty() => {
                 let stream = (number % 2 == 0).then_some(stream);
                 Event::Free {
@@ -303,7 +339,8 @@ fn events(choices: &[(u8, u64, u32)], streams: u32) -> Vec<Event> {
             },
             5 => Event::Trim,
             6 => Event::Kernel { stream },
-            7 => Event::Mark(format!("step {number}")),
+            7 => Event::Thread { thread },
+            8 => Event::Mark(format!("step {number}")),
             _ => {
                 live.push(next);
                 next += 1;
@@ -323,11 +360,12 @@ proptest! {
     fn reading_gives_back_what_was_written(
         choices in prop::collection::vec(any::<(u8, u64, u32)>(), 0..200),
         streams in 1..9u32,
+        threads in 1..=64u32,
         name in "[a-z0-9_=]{0,12}",
     ) {
         let others = vec![("steps".to_owned(), "3".to_owned())];
-        let header = Header { streams, name, others };
-        let events = events(&choices, streams);
+        let header = Header { streams, threads, name, others };
+        let events = events(&choices, (streams, threads));
         let text = written(&header, &events);
         let (header_read, events_read) = read(&text).unwrap();
         prop_assert_eq!(written(&header_read, &events_read), text);
@@ -341,7 +379,7 @@ proptest! {
     }
 
     #[test]
-    fn no_text_of_the_formats_own_letters_makes_the_reader_panic(body in "[afrwstkm#0-9 \n]{0,300}") {
+    fn no_text_of_the_formats_own_letters_makes_the_reader_panic(body in "[afhrwstkm#0-9 \n]{0,300}") {
         drop(read(format!("{HEADER}{body}").as_bytes()));
     }
 }

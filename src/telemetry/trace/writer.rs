@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use super::error::Reason;
-use super::{Event, Header, ID_END, LINE_BYTES_MAX, STREAMS_MAX, TraceError, parse};
+use super::{Event, Header, ID_END, LINE_BYTES_MAX, STREAMS_MAX, THREADS_MAX, TraceError, parse};
 
 /// Writes a trace that [`TraceReader`](super::TraceReader) gives back event for event.
 ///
@@ -13,6 +13,7 @@ use super::{Event, Header, ID_END, LINE_BYTES_MAX, STREAMS_MAX, TraceError, pars
 pub struct TraceWriter<W> {
     output: W,
     streams: u32,
+    threads: u32,
     /// Lines written.
     line: u64,
 }
@@ -27,17 +28,24 @@ impl<W: Write> TraceWriter<W> {
             "#alloctrace v1 streams={} name={}",
             header.streams, header.name
         );
+        if header.threads != 1 {
+            text.push_str(&format!(" threads={}", header.threads));
+        }
         for (key, value) in &header.others {
             text.push_str(&format!(" {key}={value}"));
         }
         let mut writer = Self {
             output,
             streams: header.streams,
+            threads: header.threads,
             line: 0,
         };
         // What a key may look like is the reader's knowledge: a header is good if it reads back.
         if !(1..=STREAMS_MAX).contains(&header.streams) {
             return Err(Reason::streams_out_of_range(&header.streams.to_string()).at(1));
+        }
+        if !(1..=THREADS_MAX).contains(&header.threads) {
+            return Err(Reason::threads_out_of_range(&header.threads.to_string()).at(1));
         }
         if parse::header(&text).ok().as_ref() != Some(header) {
             return Err(Reason::Header("a key or value is not one word".to_owned()).at(1));
@@ -49,7 +57,7 @@ impl<W: Write> TraceWriter<W> {
     /// Writes one event.
     ///
     /// # Errors
-    /// [`TraceError`] for a stream, id or mark that the format does not allow, with nothing written; or if
+    /// [`TraceError`] for a stream, thread, id or mark that the format does not allow, with nothing written; or if
     /// the output fails.
     pub fn write(&mut self, event: &Event) -> Result<(), TraceError> {
         self.check(event)
@@ -68,6 +76,7 @@ impl<W: Write> TraceWriter<W> {
                 stream: Some(stream),
             } => format!("s {stream}"),
             Event::Trim => "t".to_owned(),
+            Event::Thread { thread } => format!("h {thread}"),
             Event::Kernel { stream } => format!("k {stream}"),
             Event::Mark(text) => format!("m {text}"),
         };
@@ -96,7 +105,7 @@ impl<W: Write> TraceWriter<W> {
             Event::Wait { waiter, signaller } => (None, [Some(waiter), Some(signaller)]),
             Event::Synchronize { stream } => (None, [stream, None]),
             Event::Kernel { stream } => (None, [Some(stream), None]),
-            Event::Trim | Event::Mark(_) => (None, [None, None]),
+            Event::Thread { .. } | Event::Trim | Event::Mark(_) => (None, [None, None]),
         };
         if let Some(id) = id.filter(|id| *id >= ID_END) {
             return Err(Reason::TooLarge {
@@ -116,6 +125,10 @@ impl<W: Write> TraceWriter<W> {
             });
         }
         match event {
+            Event::Thread { thread } if *thread >= self.threads => Err(Reason::NoSuchThread {
+                thread: (*thread).into(),
+                threads: self.threads,
+            }),
             Event::Mark(text) if text.contains('\n') || text.trim_ascii() != text => {
                 Err(Reason::Mark)
             }

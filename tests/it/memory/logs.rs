@@ -180,7 +180,7 @@ fn a_logged_run_reads_back_and_repeats() {
         (output.text(), pool.stats())
     };
     let (text, stats) = logged(&|log, streams| run(log, streams), 20 * MIB);
-    assert!(text.starts_with("#alloctrace v1 streams=2 name=run\n"));
+    assert!(text.starts_with("#alloctrace v1 streams=2 name=run threads=64\n"));
     let (again, repeated) = logged(&|log, streams| replay(&text, log, streams), u64::MAX);
     let events = |text: &str| -> Vec<String> {
         // Requests that failed were not repeated, so later ones have lower numbers.
@@ -230,7 +230,14 @@ fn threads_make_one_log_in_a_sound_order() {
     let text = output.text();
     // The reader refuses ids that are freed before they are live.
     let events: Result<Vec<Event>, _> = TraceReader::new(text.as_bytes()).unwrap().collect();
-    assert_eq!(events.unwrap().len(), 3 * 499 * 4);
+    let (turns, calls): (Vec<_>, Vec<_>) =
+        (events.unwrap().into_iter()).partition(|event| matches!(event, Event::Thread { .. }));
+    assert_eq!(calls.len(), 3 * 499 * 4);
+    // Three threads allocate; this one frees.
+    for thread in 0..4 {
+        assert!(turns.contains(&Event::Thread { thread }), "thread {thread}");
+    }
+    assert!(!turns.contains(&Event::Thread { thread: 4 }));
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! Runs players on threads. All start each pass together; one of them, the leader, decides what comes next.
+//! Runs players on their host threads. All start each pass together; one of them, the leader, decides what comes next.
 
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::thread;
@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::backend::{Backend, Trouble};
 use super::player::Player;
+use super::program::HostThread;
+use super::shift::Shift;
 
 /// What stopped a player.
 #[derive(Debug)]
@@ -39,7 +41,8 @@ struct Told {
 }
 
 /// The state that the threads of a crew share.
-struct Crew {
+struct Crew<'a, B: Backend> {
+    shifts: Vec<Shift<'a, B>>,
     /// Before and after each pass.
     together: Barrier,
     /// Rounds of the next pass; 0 ends the run.
@@ -47,45 +50,35 @@ struct Crew {
     told: Mutex<Told>,
 }
 
-impl Crew {
-    /// Waits for the next pass and plays it. Returns false once the run is over.
-    fn work<B: Backend>(&self, number: usize, player: &mut Option<Player<'_, B>>) -> bool {
+impl<B: Backend> Crew<'_, B> {
+    /// Waits for the next pass and plays the turns of one host thread of a program. Returns false once the run is over.
+    fn work(&self, number: usize, thread: HostThread) -> bool {
         self.together.wait();
         // Relaxed: the barrier orders it.
-        let rounds = self.rounds.load(Ordering::Relaxed);
-        if rounds == 0 {
+        if self.rounds.load(Ordering::Relaxed) == 0 {
             return false;
         }
-        if let Some(playing) = player {
-            let began = Instant::now();
-            // A panic must not leave the other threads waiting at the barrier forever.
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                (0..rounds).try_for_each(|_| playing.pass())
-            }));
-            let elapsed = began.elapsed();
-            let ooms = playing.take_ooms();
-            if !matches!(outcome, Ok(Ok(()))) {
-                // Closes this end of a hand-off, so that the partner does not wait for more blocks.
-                *player = None;
-            }
-            self.tell(number, elapsed, ooms, outcome);
+        let began = Instant::now();
+        self.shifts[number].work(thread);
+        if thread == 0 {
+            self.tell(number, began.elapsed());
         }
         self.together.wait();
         true
     }
 
-    /// Leads all passes and takes part in them. Returns the last report, after ending the run for all threads.
-    fn lead<B: Backend>(
-        &self,
-        own: Player<'_, B>,
-        mut lead: impl FnMut(Option<(Pass, u64)>) -> u32,
-    ) -> Told {
-        let (mut own, mut told, mut before) = (Some(own), Told::default(), None);
+    /// Leads all passes and takes part in them as host thread 0 of the first program. Returns the last report, after
+    /// ending the run for all threads.
+    fn lead(&self, mut lead: impl FnMut(Option<(Pass, u64)>) -> u32) -> Told {
+        let (mut told, mut before) = (Told::default(), None);
         loop {
             let goes_on = told.stop.is_none() && told.panic.is_none();
             let rounds = if goes_on { lead(before) } else { 0 };
+            for shift in &self.shifts {
+                shift.prepare(rounds);
+            }
             self.rounds.store(rounds, Ordering::Relaxed);
-            if !self.work(0, &mut own) {
+            if !self.work(0, 0) {
                 return told;
             }
             told = self.take_told();
@@ -94,13 +87,10 @@ impl Crew {
         }
     }
 
-    fn tell(
-        &self,
-        player: usize,
-        elapsed: Duration,
-        ooms: u64,
-        outcome: thread::Result<Result<(), (u64, Trouble)>>,
-    ) {
+    fn tell(&self, player: usize, elapsed: Duration) {
+        let Some((ooms, outcome)) = self.shifts[player].take_outcome() else {
+            return;
+        };
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.elapsed = told.elapsed.max(elapsed);
         told.ooms += ooms;
@@ -124,8 +114,8 @@ impl Crew {
     }
 }
 
-/// Plays the players' programs together, pass after pass. `lead` receives the previous pass and its number of failed
-/// allocations, and returns the number of rounds of the next pass; 0 ends the run.
+/// Plays the players' programs together, pass after pass, each on its host threads. `lead` receives the previous pass
+/// and its number of failed allocations, and returns the number of rounds of the next pass; 0 ends the run.
 ///
 /// # Errors
 /// What stopped a player. No further pass is played then.
@@ -136,25 +126,25 @@ pub(crate) fn play<B: Backend>(
     players: Vec<Player<'_, B>>,
     lead: impl FnMut(Option<(Pass, u64)>) -> u32,
 ) -> Result<(), Stop> {
+    let shifts: Vec<_> = players.into_iter().map(Shift::new).collect();
+    let threads: Vec<(usize, HostThread)> = (shifts.iter().enumerate())
+        .flat_map(|(number, shift)| (0..).take(shift.threads()).map(move |t| (number, t)))
+        .collect();
+    if threads.is_empty() {
+        return Ok(());
+    }
     let crew = Crew {
-        together: Barrier::new(players.len()),
+        shifts,
+        together: Barrier::new(threads.len()),
         rounds: AtomicU32::new(0),
         told: Mutex::default(),
     };
-    let mut players = players.into_iter().enumerate();
-    let Some((_, own)) = players.next() else {
-        return Ok(());
-    };
     let last = thread::scope(|scope| {
         let crew = &crew;
-        let spawn = |(number, player)| {
-            scope.spawn(move || {
-                let mut player = Some(player);
-                while crew.work(number, &mut player) {}
-            })
-        };
-        let threads: Vec<_> = players.map(spawn).collect();
-        let last = crew.lead(own, lead);
+        // The first one leads, on this thread.
+        let spawn = |(number, thread)| scope.spawn(move || while crew.work(number, thread) {});
+        let threads: Vec<_> = threads.into_iter().skip(1).map(spawn).collect();
+        let last = crew.lead(lead);
         // The scope waits until the threads' closures return, but not for their thread-local destructors, which return
         // an allocator's thread caches. Joining waits for those, too.
         for thread in threads {
@@ -171,6 +161,8 @@ pub(crate) fn play<B: Backend>(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{HashMap, HashSet};
+    use std::sync::Arc;
     use std::sync::mpsc::sync_channel;
 
     use kitsune::telemetry::trace::Event;
@@ -272,6 +264,98 @@ mod tests {
         assert_eq!(ooms.len(), 1, "the second pass failed");
         let stop = outcome.unwrap_err();
         assert_eq!((stop.player, stop.line), (0, 7));
+    }
+
+    /// Notes which thread makes each allocation.
+    struct Noting(Arc<Mutex<Vec<(u64, thread::ThreadId)>>>);
+
+    impl Backend for Noting {
+        type Block = u64;
+
+        fn allocate(&mut self, bytes: u64, _: StreamIndex) -> Result<Option<u64>, Trouble> {
+            let calls = &mut self.0.lock().unwrap();
+            calls.push((bytes, thread::current().id()));
+            Ok(Some(bytes))
+        }
+
+        fn bytes(block: &u64) -> u64 {
+            *block
+        }
+
+        fn record_stream(&mut self, _: &mut u64, _: StreamIndex) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn free(&mut self, _: u64) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn synchronize(&mut self, _: Option<StreamIndex>) -> Result<(), Trouble> {
+            Ok(())
+        }
+
+        fn trim(&mut self) -> Result<(), Trouble> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn host_threads_take_turns_in_the_order_of_the_program() {
+        let mut builder = Builder::default();
+        let turns = [0, 2, 1, 2, 0, 1];
+        for (id, thread) in (0..).zip(turns) {
+            builder.push(&Event::Thread { thread }, 0);
+            let (bytes, stream) = (id, 0);
+            builder.push(&Event::Allocate { id, bytes, stream }, 0);
+        }
+        let program = builder.finish();
+        let calls = Arc::default();
+        let player = Player::new(
+            &program,
+            Noting(Arc::clone(&calls)),
+            Handoff::None,
+            Tools::default(),
+        );
+        let mut passes = 0;
+        play(vec![player], |_| {
+            passes += 1;
+            // The second pass has two rounds.
+            [1, 2, 0][passes - 1]
+        })
+        .unwrap();
+        let calls = calls.lock().unwrap();
+        assert_eq!(calls.len(), 3 * turns.len());
+        let mut threads = HashMap::new();
+        for (round, calls) in calls.chunks(turns.len()).enumerate() {
+            for (at, (bytes, thread)) in calls.iter().enumerate() {
+                assert_eq!(*bytes, at as u64, "round {round}");
+                let known = threads.entry(turns[at]).or_insert(*thread);
+                assert_eq!(known, thread, "round {round}");
+            }
+        }
+        let distinct: HashSet<_> = threads.values().collect();
+        assert_eq!((threads.len(), distinct.len()), (3, 3));
+        assert_eq!(threads[&0], thread::current().id());
+    }
+
+    #[test]
+    fn a_failure_on_any_host_thread_stops_all_of_them() {
+        let mut builder = Builder::default();
+        for id in 0..10 {
+            let thread = u32::try_from(id % 2).unwrap();
+            builder.push(&Event::Thread { thread }, 0);
+            let (bytes, stream) = (8, 0);
+            builder.push(&Event::Allocate { id, bytes, stream }, id + 2);
+        }
+        let program = builder.finish();
+        // The eighth allocation fails, on thread 1.
+        let failing = Failing {
+            left: 8,
+            panics: false,
+        };
+        let player = Player::new(&program, failing, Handoff::None, Tools::default());
+        let stop = play(vec![player], |_| 1).unwrap_err();
+        assert_eq!((stop.player, stop.line), (0, 9));
     }
 
     #[test]

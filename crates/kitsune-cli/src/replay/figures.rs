@@ -10,6 +10,10 @@ use crate::summary::table;
 pub(crate) struct Figures {
     /// Name of the device.
     pub(crate) device: String,
+    /// Host threads that made calls.
+    pub(crate) host_threads: u64,
+    /// Steps in one pass, by the marks of the trace.
+    pub(crate) steps: u64,
     /// Allocations in one pass.
     pub(crate) allocs: u64,
     /// Peak of the bytes live at once, as requested.
@@ -26,6 +30,19 @@ pub(crate) struct Figures {
     pub(crate) driver_calls_steady: u64,
     /// Driver calls about memory per pass of the last repeat; `null` without allocations.
     pub(crate) driver_calls_settled: Option<f64>,
+    /// Pages of 2 MiB that the first pass mapped, whatever the size of the handles.
+    pub(crate) pages_mapped_first: u64,
+    /// Pages mapped per step, the mean of the timed repeats; a pass without marks counts as one step. `null` without
+    /// allocations.
+    pub(crate) pages_mapped_per_step: Option<f64>,
+    /// Pages mapped per step in the second half of the first pass; `null` without steps.
+    pub(crate) pages_mapped_per_step_late: Option<f64>,
+    /// Mapping calls in the first pass, each of one or several handles.
+    pub(crate) map_calls_first: u64,
+    /// Time that the driver calls of the first pass take by the price list, in milliseconds.
+    pub(crate) driver_ms_first: f64,
+    /// The same per step, the mean of the timed repeats; `null` without allocations.
+    pub(crate) driver_ms_per_step: Option<f64>,
     /// Events that the pool recorded in the first pass.
     pub(crate) events_recorded: u64,
     /// How often the pool made the host wait for streams in the first pass.
@@ -88,6 +105,8 @@ impl Figures {
                     self.driver_allocs, self.driver_calls_steady
                 ),
             ),
+            ("pages mapped", self.pages_mapped()),
+            ("driver time", self.driver_time()),
             ("events recorded", self.events_recorded.to_string()),
             ("host waits", self.host_syncs.to_string()),
             ("out of memory", format!("{} allocations", self.ooms)),
@@ -105,6 +124,25 @@ impl Figures {
             rows.push(("check", "all blocks kept their contents".to_owned()));
         }
         table(&rows)
+    }
+
+    fn pages_mapped(&self) -> String {
+        let late = self
+            .pages_mapped_per_step_late
+            .map_or(String::new(), |pages| {
+                format!(" ({pages:.1} per step in its second half)")
+            });
+        let warm = self.pages_mapped_per_step.map_or(String::new(), |pages| {
+            format!(", {pages:.1} per step once warm")
+        });
+        format!("{} in the first pass{late}{warm}", self.pages_mapped_first)
+    }
+
+    fn driver_time(&self) -> String {
+        let warm = self.driver_ms_per_step.map_or(String::new(), |time| {
+            format!(", {time:.3} ms per step once warm")
+        });
+        format!("{:.1} ms in the first pass{warm}", self.driver_ms_first)
     }
 
     fn time(&self) -> String {
@@ -158,6 +196,11 @@ mod tests {
             ns_per_pair: Some(45.25),
             driver_allocs: 1,
             driver_calls_settled: Some(0.5),
+            pages_mapped_first: 7,
+            pages_mapped_per_step_late: Some(1.5),
+            pages_mapped_per_step: Some(0.25),
+            driver_ms_first: 12.345,
+            driver_ms_per_step: Some(0.02),
             address_digest: Some("00ff00ff00ff00ff".to_owned()),
             malloc_ns_per_pair: Some(None),
             min_device_bytes: Some(1 << 21),
@@ -173,6 +216,8 @@ peak reserved      2.0 MiB, 2.000 times as much
 time per pair      45.2 ns (from 40.0 ns to 90.0 ns, 3 repeats)
 malloc, same work  none: it ran out of memory
 driver calls       1 allocations in the first pass, 0 memory calls in the second, 0.5 per pass in the last repeat
+pages mapped       7 in the first pass (1.5 per step in its second half), 0.2 per step once warm
+driver time        12.3 ms in the first pass, 0.020 ms per step once warm
 events recorded    0
 host waits         0
 out of memory      0 allocations

@@ -4,6 +4,7 @@
 //! the second with a pool that has seen the sizes; the timed passes follow. Memory is not touched, except in a check,
 //! which is a separate run.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
@@ -20,6 +21,7 @@ use super::crew::{Pass, Stop, play};
 use super::figures::{Figures, median};
 use super::meter::Meter;
 use super::player::{HANDOFF_CAPACITY, Handoff, Player, Tools};
+use super::prices::Prices;
 use super::probe::ProbeDriver;
 use super::program::{Operation, Program};
 use crate::args::DeviceChoice;
@@ -55,6 +57,11 @@ pub(crate) struct Setup {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) event_lag: u64,
 
+    /// Prices of driver calls in microseconds, a JSON file: `{"map_us": 2, ...}`. Prices that it does not name are the
+    /// published ones.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prices: Option<PathBuf>,
+
     /// Seed of the order in which the host device's streams make progress, and of random workloads.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
@@ -74,21 +81,30 @@ pub(crate) struct Setup {
     /// Whether the pool is deterministic. Only for one program.
     #[arg(skip)]
     pub(crate) deterministic: bool,
+
+    /// What `prices` contains.
+    #[arg(skip)]
+    pub(crate) price_list: Prices,
 }
 
 impl Setup {
-    /// Resolves `--device auto`.
+    /// Resolves `--device auto` and reads the price list.
     ///
     /// # Errors
-    /// [`Failure::Input`] for settings that need the host device.
+    /// [`Failure::Input`] for settings that need the host device, and for a price list that is none.
     pub(crate) fn decided(&self) -> Result<Self, Failure> {
         let device = self.device.decided();
         if device == DeviceChoice::Cuda && self.device_bytes.is_some() {
             let reason = "--device-bytes: the memory of a CUDA device is fixed; see --limit";
             return Err(Failure::Input(reason.to_owned()));
         }
+        let price_list = match &self.prices {
+            Some(file) => Prices::read(file)?,
+            None => Prices::default(),
+        };
         Ok(Self {
             device,
+            price_list,
             ..self.clone()
         })
     }
@@ -261,6 +277,27 @@ impl Stopwatch {
     }
 }
 
+/// What the timed repeats cost in driver calls.
+#[derive(Default)]
+struct Warm {
+    rounds: u64,
+    pages_mapped: u64,
+    driver_ms: f64,
+}
+
+impl Warm {
+    fn add(&mut self, pass: Pass, pages_mapped: u64, driver_ms: f64) {
+        self.rounds += u64::from(pass.rounds);
+        self.pages_mapped += pages_mapped;
+        self.driver_ms += driver_ms;
+    }
+
+    /// A total per step, where a pass has `steps` steps; a pass without any counts as one.
+    fn per_step(&self, total: f64, steps: u64) -> Option<f64> {
+        (self.rounds > 0).then(|| total / (self.rounds * steps.max(1)) as f64)
+    }
+}
+
 /// Plays `programs` together on a new pool.
 pub(crate) fn measure(
     setup: &Setup,
@@ -269,7 +306,7 @@ pub(crate) fn measure(
 ) -> Result<Figures, Halt> {
     let Bench { probe, backend } = Bench::new(setup, setup.host_bytes(), programs)?;
     let streams = backend.streams.len() as u64;
-    let meter = Arc::new(Meter::default());
+    let meter = Arc::new(Meter::new(Arc::clone(&probe)));
     let tools = Tools {
         meter: Some(Arc::clone(&meter)),
         ..tools(&probe)
@@ -277,43 +314,60 @@ pub(crate) fn measure(
     let players = players(programs, &tools, |_| Ok(backend.clone()))?;
     let mut figures = Figures {
         device: backend.pool.device().properties().name.clone(),
+        host_threads: programs
+            .iter()
+            .map(|program| program.threads() as u64)
+            .sum(),
+        steps: programs.iter().map(|program| program.steps).sum(),
         allocs: programs.iter().map(|program| program.allocations).sum(),
         ..Figures::default()
     };
     let mut watch = Stopwatch::new(programs, setup.repeats);
     let (mut passes, mut calls) = (0, probe.calls());
+    let mut warm = Warm::default();
     play(players, |before| {
         let Some((pass, ooms)) = before else { return 1 };
         bar.inc(1);
         passes += 1;
         let earlier = std::mem::replace(&mut calls, probe.calls());
+        let made = calls.since(&earlier);
         match passes {
             1 => {
                 // Not from the pool's statistics, which add up the peaks of threads.
                 figures.peak_requested_bytes = meter.peak();
                 figures.peak_reserved_bytes = backend.pool.stats().reserved_bytes.peak;
-                figures.driver_allocs = calls.allocations - earlier.allocations;
-                figures.events_recorded = calls.records - earlier.records;
+                figures.driver_allocs = made.allocations;
+                figures.events_recorded = made.records;
+                figures.pages_mapped_first = made.pages_mapped;
+                figures.pages_mapped_per_step_late = meter.pages_mapped_late();
+                figures.map_calls_first = made.map_calls;
+                figures.driver_ms_first = setup.price_list.milliseconds(&made);
                 let told = programs
                     .iter()
                     .map(|program| program.synchronizations(streams));
-                figures.host_syncs = calls.host_syncs - earlier.host_syncs - told.sum::<u64>();
+                figures.host_syncs = made.host_syncs - told.sum::<u64>();
                 figures.ooms = ooms;
                 1
             }
             2 => {
-                figures.driver_calls_steady = calls.memory - earlier.memory;
+                figures.driver_calls_steady = made.memory;
                 watch.start(pass)
             }
             _ => {
-                let settled = calls.memory - earlier.memory;
-                figures.driver_calls_settled = Some(settled as f64 / f64::from(pass.rounds));
+                figures.driver_calls_settled = Some(made.memory as f64 / f64::from(pass.rounds));
+                warm.add(
+                    pass,
+                    made.pages_mapped,
+                    setup.price_list.milliseconds(&made),
+                );
                 watch.lap(pass)
             }
         }
     })?;
     let (requested, reserved) = (figures.peak_requested_bytes, figures.peak_reserved_bytes);
     figures.ratio = (requested > 0).then(|| reserved as f64 / requested as f64);
+    figures.pages_mapped_per_step = warm.per_step(warm.pages_mapped as f64, figures.steps);
+    figures.driver_ms_per_step = warm.per_step(warm.driver_ms, figures.steps);
     figures.times = watch.into_times();
     figures.ns_per_pair = median(&figures.times);
     Ok(figures)

@@ -1,8 +1,9 @@
 //! `kitsune replay`: replays allocation traces on a pool.
 //!
 //! A trace becomes a `program`. A `player` plays it on a `backend`: the pool, a pool with a `check`, or the system's
-//! allocator. A `crew` runs one player per thread. A `probe` between pool and device counts driver calls. `measure`
-//! puts these together, and `figures` reports the result, with a digest of all `addresses` in deterministic mode.
+//! allocator. A `crew` runs the players; the host threads of each take turns in a `shift`. A `probe` between pool and
+//! device counts driver calls, and `prices` says what they cost on a GPU. `measure` puts these together, and `figures`
+//! reports the result, with a digest of all `addresses` in deterministic mode.
 //! `kitsune churn` runs its workloads the same way.
 
 mod addresses;
@@ -14,8 +15,10 @@ mod measure;
 mod meter;
 mod min_device;
 mod player;
+mod prices;
 mod probe;
 pub(crate) mod program;
+mod shift;
 
 use std::path::{Path, PathBuf};
 
@@ -36,7 +39,7 @@ use crate::output;
 /// Arguments of `kitsune replay`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct ReplayArgs {
-    /// Traces: plain, .gz or .zst. Several traces are played concurrently, each by its own host thread.
+    /// Traces: plain, .gz or .zst. The host threads of a trace take turns; several traces are played concurrently.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
@@ -45,7 +48,7 @@ pub(crate) struct ReplayArgs {
     min_device: bool,
 
     /// Use a deterministic pool, and report a digest of the addresses of all blocks, which is the same on every run.
-    /// One thread then plays all traces, an event of each in turn.
+    /// One thread then plays all traces, an event of each in turn; a single trace keeps its host threads.
     #[arg(long)]
     deterministic: bool,
 

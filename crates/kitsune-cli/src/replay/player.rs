@@ -1,4 +1,4 @@
-//! Plays the program of one host thread, pass after pass.
+//! Plays a program, pass after pass. Its host threads take turns with the player.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -6,18 +6,20 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use super::backend::{Backend, Trouble};
 use super::meter::{Meter, Metering};
 use super::probe::AllocationClock;
-use super::program::{Operation, Program};
+use super::program::{HostThread, Operation, Program};
 
 /// The most blocks in transit from one thread to its partner.
 pub(crate) const HANDOFF_CAPACITY: usize = 256;
 
-/// One thread's program with its blocks.
+/// A program with its blocks.
 pub(crate) struct Player<'a, B: Backend> {
     program: &'a Program,
     backend: B,
     slots: Vec<Option<B::Block>>,
     handoff: Handoff<B::Block>,
     tools: Tools,
+    /// The operation that comes next.
+    next: usize,
     /// Failed allocations since the last [`take_ooms`](Self::take_ooms).
     ooms: u64,
 }
@@ -53,16 +55,27 @@ impl<'a, B: Backend> Player<'a, B> {
             slots,
             handoff,
             tools,
+            next: 0,
             ooms: 0,
         }
     }
 
-    /// Plays the program once. After an error the player must not be used again.
-    pub(super) fn pass(&mut self) -> Result<(), (u64, Trouble)> {
-        match self.tools.meter.take() {
-            None => self.pass_with(()),
-            Some(meter) => self.pass_with(&*meter),
+    /// The number of host threads that play the program.
+    pub(super) fn threads(&self) -> usize {
+        self.program.threads()
+    }
+
+    /// Plays up to the next turn and returns the host thread whose turn it is, or up to the end of the pass. After an
+    /// error the player must not be used again.
+    pub(super) fn turn(&mut self) -> Result<Option<HostThread>, (u64, Trouble)> {
+        let Some(meter) = self.tools.meter.clone() else {
+            return self.turn_with(());
+        };
+        let turn = self.turn_with(&*meter);
+        if matches!(turn, Ok(None)) {
+            self.tools.meter = None;
         }
+        turn
     }
 
     /// Returns the number of failed allocations since the last call.
@@ -70,12 +83,20 @@ impl<'a, B: Backend> Player<'a, B> {
         std::mem::take(&mut self.ooms)
     }
 
-    fn pass_with(&mut self, meter: impl Metering) -> Result<(), (u64, Trouble)> {
-        for (at, operation) in self.program.operations.iter().enumerate() {
+    fn turn_with(&mut self, meter: impl Metering) -> Result<Option<HostThread>, (u64, Trouble)> {
+        let program = self.program;
+        let from = self.next;
+        for (at, operation) in program.operations.iter().enumerate().skip(from) {
+            if let Operation::Turn { thread } = *operation {
+                self.next = at + 1;
+                return Ok(Some(thread));
+            }
             let outcome = self.play(*operation, meter);
-            outcome.map_err(|trouble| (self.program.line(at), trouble))?;
+            outcome.map_err(|trouble| (program.line(at), trouble))?;
         }
-        self.backend.finish().map_err(|trouble| (0, trouble))
+        self.next = 0;
+        self.backend.finish().map_err(|trouble| (0, trouble))?;
+        Ok(None)
     }
 
     #[inline]
@@ -111,6 +132,11 @@ impl<'a, B: Backend> Player<'a, B> {
             Operation::Wait { waiter, signaller } => self.backend.wait(waiter, signaller),
             Operation::Synchronize { stream } => self.backend.synchronize(stream),
             Operation::Trim => self.backend.trim(),
+            Operation::Step => {
+                meter.step();
+                Ok(())
+            }
+            Operation::Turn { .. } => unreachable!("a turn ends here"),
             Operation::Send { slot } => {
                 let block = self.slots[slot as usize].take();
                 if let Handoff::To(partner) = &self.handoff {

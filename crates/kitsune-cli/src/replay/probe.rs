@@ -5,7 +5,7 @@
 //! allocations have followed its record (the *lag*), or once the host has waited for the event or its stream. With a
 //! lag of 0, an event is complete when queried, so that results do not depend on a scheduler.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,8 +14,12 @@ use kitsune::driver::{
     DeviceProperties, DevicePtr, Driver, Kernel, MemoryInfo, PageHandle, RawEvent, RawGraph,
     RawStream,
 };
+use kitsune::units::MIB;
 
 use super::addresses::Ranges;
+
+/// The unit in which mappings are counted.
+const PAGE: u64 = 2 * MIB;
 
 /// Counts the allocations of all threads.
 #[derive(Debug, Default)]
@@ -44,6 +48,58 @@ pub(crate) struct Calls {
     pub(crate) records: u64,
     /// Calls that block the host until a stream or an event is complete.
     pub(crate) host_syncs: u64,
+    /// Handles of physical memory created.
+    pub(crate) creates: u64,
+    /// Their bytes.
+    pub(crate) created_bytes: u64,
+    /// Calls that map handles.
+    pub(crate) map_calls: u64,
+    /// Handles mapped by them.
+    pub(crate) handles_mapped: u64,
+    /// Bytes mapped by them, in pages of 2 MiB, whatever the size of the handles.
+    pub(crate) pages_mapped: u64,
+    /// Handles unmapped.
+    pub(crate) handles_unmapped: u64,
+    /// Handles destroyed.
+    pub(crate) destroys: u64,
+    /// Plain allocations.
+    pub(crate) mallocs: u64,
+    /// Events created.
+    pub(crate) event_creates: u64,
+    /// Queries of events.
+    pub(crate) event_queries: u64,
+    /// Waits of a stream for an event.
+    pub(crate) event_waits: u64,
+}
+
+impl Calls {
+    /// The calls since `earlier`.
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
+        Self {
+            allocations: self.allocations - earlier.allocations,
+            memory: self.memory - earlier.memory,
+            records: self.records - earlier.records,
+            host_syncs: self.host_syncs - earlier.host_syncs,
+            creates: self.creates - earlier.creates,
+            created_bytes: self.created_bytes - earlier.created_bytes,
+            map_calls: self.map_calls - earlier.map_calls,
+            handles_mapped: self.handles_mapped - earlier.handles_mapped,
+            pages_mapped: self.pages_mapped - earlier.pages_mapped,
+            handles_unmapped: self.handles_unmapped - earlier.handles_unmapped,
+            destroys: self.destroys - earlier.destroys,
+            mallocs: self.mallocs - earlier.mallocs,
+            event_creates: self.event_creates - earlier.event_creates,
+            event_queries: self.event_queries - earlier.event_queries,
+            event_waits: self.event_waits - earlier.event_waits,
+        }
+    }
+}
+
+/// Physical memory of the device.
+#[derive(Debug, Default)]
+struct Handles {
+    bytes: HashMap<PageHandle, u64>,
+    mapped: BTreeMap<u64, PageHandle>,
 }
 
 /// The wrapper.
@@ -52,10 +108,9 @@ pub(crate) struct ProbeDriver {
     inner: Arc<dyn Driver>,
     clock: Arc<AllocationClock>,
     lag: u64,
-    allocations: AtomicU64,
-    memory: AtomicU64,
-    records: AtomicU64,
-    host_syncs: AtomicU64,
+    calls: Mutex<Calls>,
+    /// The bytes of each handle, and the handles that are mapped, by address.
+    handles: Mutex<Handles>,
     /// Recorded events that the host has not waited for, with their stream and the time of the record. Empty if the lag
     /// is 0.
     marks: Mutex<HashMap<RawEvent, (RawStream, u64)>>,
@@ -69,10 +124,8 @@ impl ProbeDriver {
             inner,
             clock: Arc::default(),
             lag,
-            allocations: AtomicU64::new(0),
-            memory: AtomicU64::new(0),
-            records: AtomicU64::new(0),
-            host_syncs: AtomicU64::new(0),
+            calls: Mutex::default(),
+            handles: Mutex::default(),
             marks: Mutex::default(),
             ranges: Mutex::default(),
         }
@@ -85,13 +138,15 @@ impl ProbeDriver {
 
     /// All calls so far.
     pub(crate) fn calls(&self) -> Calls {
-        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Calls {
-            allocations: load(&self.allocations),
-            memory: load(&self.memory),
-            records: load(&self.records),
-            host_syncs: load(&self.host_syncs),
-        }
+        *self.counts()
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Calls> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handles(&self) -> MutexGuard<'_, Handles> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Locates an address, like [`Ranges::find`].
@@ -124,11 +179,6 @@ impl ProbeDriver {
     }
 }
 
-fn count(counter: &AtomicU64) {
-    // Relaxed: the counts are read between passes, which a barrier orders.
-    counter.fetch_add(1, Ordering::Relaxed);
-}
-
 #[expect(
     unsafe_code,
     reason = "calls are forwarded unchanged, with their promises"
@@ -148,15 +198,18 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn allocate(&self, bytes: u64) -> Result<DevicePtr> {
-        count(&self.allocations);
-        count(&self.memory);
+        let mut counts = self.counts();
+        counts.allocations += 1;
+        counts.memory += 1;
+        counts.mallocs += 1;
+        drop(counts);
         let ptr = self.inner.allocate(bytes)?;
         self.ranges().take(ptr);
         Ok(ptr)
     }
 
     unsafe fn free(&self, ptr: DevicePtr) -> Result<()> {
-        count(&self.memory);
+        self.counts().memory += 1;
         // SAFETY: the caller promises what the inner driver asks for.
         unsafe { self.inner.free(ptr) }?;
         self.ranges().give_back(ptr);
@@ -173,39 +226,72 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn reserve(&self, bytes: u64) -> Result<DevicePtr> {
-        count(&self.memory);
+        self.counts().memory += 1;
         let ptr = self.inner.reserve(bytes)?;
         self.ranges().take(ptr);
         Ok(ptr)
     }
 
     fn release(&self, ptr: DevicePtr, bytes: u64) -> Result<()> {
-        count(&self.memory);
+        self.counts().memory += 1;
         self.inner.release(ptr, bytes)?;
         self.ranges().give_back(ptr);
         Ok(())
     }
 
     fn create_page(&self, bytes: u64) -> Result<PageHandle> {
-        count(&self.allocations);
-        count(&self.memory);
-        self.inner.create_page(bytes)
+        let mut counts = self.counts();
+        counts.allocations += 1;
+        counts.memory += 1;
+        drop(counts);
+        let handle = self.inner.create_page(bytes)?;
+        self.handles().bytes.insert(handle, bytes);
+        let mut counts = self.counts();
+        counts.creates += 1;
+        counts.created_bytes += bytes;
+        Ok(handle)
     }
 
     fn destroy_page(&self, page: PageHandle) -> Result<()> {
-        count(&self.memory);
-        self.inner.destroy_page(page)
+        let mut counts = self.counts();
+        counts.memory += 1;
+        counts.destroys += 1;
+        drop(counts);
+        self.inner.destroy_page(page)?;
+        self.handles().bytes.remove(&page);
+        Ok(())
     }
 
     fn map(&self, ptr: DevicePtr, pages: &[PageHandle]) -> Result<()> {
-        count(&self.memory);
-        self.inner.map(ptr, pages)
+        self.counts().memory += 1;
+        self.inner.map(ptr, pages)?;
+        let mut handles = self.handles();
+        let (mut end, mut mapped) = (ptr.0, 0);
+        for page in pages {
+            handles.mapped.insert(end, *page);
+            let bytes = handles.bytes.get(page).copied().unwrap_or(0);
+            end += bytes;
+            mapped += bytes.div_ceil(PAGE);
+        }
+        let mut counts = self.counts();
+        counts.map_calls += 1;
+        counts.handles_mapped += pages.len() as u64;
+        counts.pages_mapped += mapped;
+        Ok(())
     }
 
     unsafe fn unmap(&self, ptr: DevicePtr, bytes: u64) -> Result<()> {
-        count(&self.memory);
+        self.counts().memory += 1;
         // SAFETY: the caller promises what the inner driver asks for.
-        unsafe { self.inner.unmap(ptr, bytes) }
+        unsafe { self.inner.unmap(ptr, bytes) }?;
+        let mut handles = self.handles();
+        let range = handles.mapped.range(ptr.0..ptr.0 + bytes);
+        let gone: Vec<u64> = range.map(|(address, _)| *address).collect();
+        for address in &gone {
+            handles.mapped.remove(address);
+        }
+        self.counts().handles_unmapped += gone.len() as u64;
+        Ok(())
     }
 
     fn prefault(&self, ptr: DevicePtr, bytes: u64) {
@@ -221,7 +307,7 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn synchronize_stream(&self, stream: RawStream) -> Result<()> {
-        count(&self.host_syncs);
+        self.counts().host_syncs += 1;
         self.inner.synchronize_stream(stream)?;
         self.waited_for(|_, marked| marked == stream);
         Ok(())
@@ -232,6 +318,7 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn create_event(&self) -> Result<RawEvent> {
+        self.counts().event_creates += 1;
         self.inner.create_event()
     }
 
@@ -241,7 +328,7 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn record(&self, event: RawEvent, stream: RawStream) -> Result<()> {
-        count(&self.records);
+        self.counts().records += 1;
         self.inner.record(event, stream)?;
         if self.lag > 0 {
             self.marks().insert(event, (stream, self.clock.now()));
@@ -250,6 +337,7 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn query_event(&self, event: RawEvent) -> Result<bool> {
+        self.counts().event_queries += 1;
         if self.lags(event) {
             return Ok(false);
         }
@@ -260,13 +348,14 @@ unsafe impl Driver for ProbeDriver {
     }
 
     fn synchronize_event(&self, event: RawEvent) -> Result<()> {
-        count(&self.host_syncs);
+        self.counts().host_syncs += 1;
         self.inner.synchronize_event(event)?;
         self.waited_for(|marked, _| marked == event);
         Ok(())
     }
 
     fn stream_wait(&self, stream: RawStream, event: RawEvent) -> Result<()> {
+        self.counts().event_waits += 1;
         self.inner.stream_wait(stream, event)
     }
 
@@ -360,6 +449,8 @@ mod tests {
             Calls {
                 records: 3,
                 host_syncs: 2,
+                event_creates: 3,
+                event_queries: 6,
                 ..Calls::default()
             }
         );
@@ -389,9 +480,19 @@ mod tests {
         unsafe { driver.free(ptr) }.unwrap();
         let range = driver.reserve(pages).unwrap();
         let page = driver.create_page(pages).unwrap();
+        driver.map(range, &[page]).unwrap();
+        // SAFETY: nothing was enqueued on the memory.
+        #[expect(unsafe_code, reason = "the test unmaps its own memory")]
+        unsafe { driver.unmap(range, pages) }.unwrap();
         driver.destroy_page(page).unwrap();
         driver.release(range, pages).unwrap();
         let calls = probe.calls();
-        assert_eq!((calls.allocations, calls.memory), (2, 6));
+        assert_eq!((calls.allocations, calls.memory), (2, 8));
+        let handles = (calls.creates, calls.handles_mapped, calls.handles_unmapped);
+        assert_eq!((handles, calls.destroys), ((1, 1, 1), 1));
+        assert_eq!((calls.mallocs, calls.map_calls), (1, 1));
+        assert_eq!(calls.pages_mapped, pages.div_ceil(PAGE));
+        assert_eq!(calls.created_bytes, pages);
+        assert_eq!(calls.since(&calls), Calls::default());
     }
 }

@@ -12,6 +12,8 @@ use kitsune::telemetry::trace::Event;
 pub(crate) type Slot = u32;
 /// Number of a stream, from 0.
 pub(crate) type StreamIndex = u16;
+/// Number of a host thread of a program, from 0.
+pub(crate) type HostThread = u16;
 
 /// One operation. Sixteen bytes, so that a program stays small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,9 +41,13 @@ pub(crate) enum Operation {
     Send { slot: Slot },
     /// Takes a block from the partner thread into an empty slot.
     Receive { slot: Slot },
+    /// From here on, another host thread plays the program.
+    Turn { thread: HostThread },
+    /// A step of the training program begins.
+    Step,
 }
 
-/// The operations of one host thread in one pass.
+/// The operations of one pass, in order. Host thread 0 plays them until a [`Turn`](Operation::Turn) names another.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Program {
     pub(crate) operations: Vec<Operation>,
@@ -51,11 +57,20 @@ pub(crate) struct Program {
     pub(crate) slots: usize,
     /// One more than the highest stream number used.
     pub(crate) streams: u32,
+    /// One less than the number of host threads.
+    last_thread: HostThread,
     /// Allocations in one pass.
     pub(crate) allocations: u64,
+    /// Steps in one pass.
+    pub(crate) steps: u64,
 }
 
 impl Program {
+    /// The number of host threads that play the program.
+    pub(crate) fn threads(&self) -> usize {
+        usize::from(self.last_thread) + 1
+    }
+
     /// The line of the trace for an operation.
     pub(crate) fn line(&self, operation: usize) -> u64 {
         self.lines[operation]
@@ -78,9 +93,12 @@ impl Program {
     }
 }
 
-/// Merges the programs of several threads into one that plays an operation of each in turn. No operation may hand a
-/// block over.
+/// Merges several programs into one, which host thread 0 plays, an operation of each in turn. No operation may hand a
+/// block over. A program that is alone keeps its host threads: they take turns already.
 pub(crate) fn in_turn(programs: &[Program]) -> Program {
+    if let [alone] = programs {
+        return alone.clone();
+    }
     let mut all = Program::default();
     let first_slots: Vec<_> = programs
         .iter()
@@ -89,6 +107,7 @@ pub(crate) fn in_turn(programs: &[Program]) -> Program {
             all.slots += program.slots;
             all.streams = all.streams.max(program.streams);
             all.allocations += program.allocations;
+            all.steps += program.steps;
             first
         })
         .collect();
@@ -99,13 +118,12 @@ pub(crate) fn in_turn(programs: &[Program]) -> Program {
     for at in 0..longest.unwrap_or(0) {
         for (program, first) in programs.iter().zip(&first_slots) {
             if let Some(operation) = program.operations.get(at) {
+                if matches!(operation, Operation::Turn { .. }) {
+                    continue;
+                }
                 all.operations.push(operation.shifted(*first));
                 // With several files, a line number alone is ambiguous.
-                all.lines.push(if programs.len() == 1 {
-                    program.lines[at]
-                } else {
-                    0
-                });
+                all.lines.push(0);
             }
         }
     }
@@ -121,7 +139,11 @@ impl Operation {
             | Self::RecordStream { slot, .. }
             | Self::Send { slot }
             | Self::Receive { slot } => *slot += first,
-            Self::Wait { .. } | Self::Synchronize { .. } | Self::Trim => {}
+            Self::Wait { .. }
+            | Self::Synchronize { .. }
+            | Self::Trim
+            | Self::Turn { .. }
+            | Self::Step => {}
         }
         self
     }
@@ -137,7 +159,7 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// Appends the operations for `event`, which is on `line`. Kernels and marks have none.
+    /// Appends the operations for `event`, which is on `line`. Kernels and marks other than those of steps have none.
     pub(crate) fn push(&mut self, event: &Event, line: u64) {
         match *event {
             Event::Allocate { id, bytes, stream } => {
@@ -173,6 +195,15 @@ impl Builder {
                 self.append(Operation::Synchronize { stream }, line);
             }
             Event::Trim => self.append(Operation::Trim, line),
+            Event::Thread { thread } => {
+                let thread = HostThread::try_from(thread).expect("a header has at most 64");
+                self.program.last_thread = self.program.last_thread.max(thread);
+                self.append(Operation::Turn { thread }, line);
+            }
+            Event::Mark(ref text) if text.starts_with("step ") => {
+                self.program.steps += 1;
+                self.append(Operation::Step, line);
+            }
             Event::Kernel { .. } | Event::Mark(_) => {}
         }
     }
@@ -284,7 +315,9 @@ mod tests {
             3,
         );
         builder.push(&Event::Mark("step 1".to_owned()), 4);
-        builder.push(&allocate(7), 5);
+        builder.push(&Event::Mark("stepping aside".to_owned()), 4);
+        builder.push(&Event::Thread { thread: 2 }, 5);
+        builder.push(&allocate(7), 6);
         let program = builder.finish();
         let expected = [
             Operation::Allocate {
@@ -294,6 +327,8 @@ mod tests {
             },
             Operation::RecordStream { slot: 0, stream: 0 },
             Operation::Free { slot: 0 },
+            Operation::Step,
+            Operation::Turn { thread: 2 },
             Operation::Allocate {
                 slot: 0,
                 stream: 1,
@@ -302,6 +337,7 @@ mod tests {
             Operation::Free { slot: 0 },
         ];
         assert_eq!(program.operations, expected);
+        assert_eq!((program.steps, program.threads()), (1, 3));
         assert_eq!(
             (program.slots, program.allocations, program.line(2)),
             (1, 2, 3)

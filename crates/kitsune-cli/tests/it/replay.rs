@@ -35,6 +35,8 @@ fn the_json_object_has_its_keys_and_right_figures() {
         .collect();
     let mut expected = [
         "device",
+        "host_threads",
+        "steps",
         "allocs",
         "peak_requested_bytes",
         "peak_reserved_bytes",
@@ -43,6 +45,12 @@ fn the_json_object_has_its_keys_and_right_figures() {
         "driver_allocs",
         "driver_calls_steady",
         "driver_calls_settled",
+        "pages_mapped_first",
+        "pages_mapped_per_step",
+        "pages_mapped_per_step_late",
+        "map_calls_first",
+        "driver_ms_first",
+        "driver_ms_per_step",
         "events_recorded",
         "host_syncs",
         "ooms",
@@ -70,6 +78,57 @@ fn the_json_object_has_its_keys_and_right_figures() {
     let steady = number(&report, "driver_calls_steady");
     assert!(steady > 0);
     assert_eq!(report["driver_calls_settled"], steady as f64);
+}
+
+#[test]
+fn host_threads_steps_and_prices_are_counted() {
+    let trace = "#alloctrace v1 streams=1 name=turns threads=3\n\
+                 a 1 41943040\nm step 1\nh 2\na 2 512\nf 1\nh 0\nm step 2\na 3 512\nf 2\n";
+    let trace = scratch("turns.at", trace.as_bytes());
+    let trace = trace.to_str().unwrap();
+    let report = json(&["replay", trace, "--json", "--repeats", "1", "--check"]);
+    // Three threads are announced, and two of them are numbered 0 and 2.
+    assert_eq!(number(&report, "host_threads"), 3);
+    assert_eq!(number(&report, "steps"), 2);
+    assert_eq!(number(&report, "peak_requested_bytes"), 41_943_040 + 512);
+    assert!(number(&report, "pages_mapped_first") >= 20);
+    assert!(number(&report, "map_calls_first") > 0);
+    assert_eq!(report["pages_mapped_per_step_late"], 0.0);
+    assert!(report["pages_mapped_per_step"].as_f64().unwrap() <= 1.0);
+    assert!(report["driver_ms_per_step"].as_f64().unwrap() <= 0.1);
+    let free = scratch(
+        "free.json",
+        b"{\"create_us\": 0, \"create_us_per_mib\": 0, \"map_us\": 1000, \
+          \"set_access_us\": 0, \"set_access_us_per_handle\": 0}",
+    );
+    let prices = free.to_str().unwrap();
+    let priced = json(&[
+        "replay",
+        trace,
+        "--json",
+        "--repeats",
+        "1",
+        "--prices",
+        prices,
+    ]);
+    let handles = priced["driver_ms_first"].as_f64().unwrap();
+    assert!(handles >= 1.0 && handles <= number(&report, "pages_mapped_first") as f64);
+
+    let wrong = scratch("wrong.json", b"{\"map_us\": -1}");
+    let wrong = wrong.to_str().unwrap();
+    let message = refusal(&["replay", trace, "--prices", wrong], 2);
+    assert!(
+        message.contains("wrong.json: map_us must not be negative"),
+        "{message}"
+    );
+    let message = refusal(&["replay", trace, "--prices", "/no/such/list"], 2);
+    assert!(message.contains("/no/such/list: "), "{message}");
+    let many = scratch(
+        "many.at",
+        b"#alloctrace v1 streams=1 name=many threads=65\n",
+    );
+    let message = refusal(&["replay", many.to_str().unwrap()], 2);
+    assert!(message.contains(":1: header: threads=65"), "{message}");
 }
 
 #[test]
