@@ -107,6 +107,35 @@ fn a_block_freed_by_another_thread_is_found_when_memory_is_short() {
 }
 
 #[test]
+fn a_block_freed_by_the_thread_before_is_found_at_once() {
+    check(3, |subject| {
+        let pool = subject.pool();
+        let stream = subject.streams[0].clone();
+        let block = pool.allocate(LARGE, &stream).unwrap();
+        let is_freed = Arc::new(AtomicBool::new(false));
+        let other = {
+            let (is_freed, pool, stream) = (is_freed.clone(), pool.clone(), stream.clone());
+            thread::spawn(move || {
+                drop(block);
+                drop(pool.allocate(LARGE, &stream).unwrap());
+                is_freed.store(true, Ordering::Release);
+                // Loom ends the thread before its cache is emptied.
+            })
+        };
+        if is_freed.load(Ordering::Acquire) {
+            let again = pool.allocate(LARGE, &stream).unwrap();
+            let stats = pool.stats();
+            assert_eq!(stats.num_device_alloc, 1);
+            assert_eq!(stats.num_alloc_retries, 0);
+            assert_eq!(stats.allocated_bytes.peak, LARGE);
+            assert_live(&pool, &[&again]);
+        }
+        other.join().unwrap();
+        assert_live(&pool, &[]);
+    });
+}
+
+#[test]
 fn threads_on_one_stream_never_get_the_same_block() {
     // Three threads: with one preemption more, the orders are too many.
     check(2, |subject| {

@@ -57,6 +57,9 @@ fn allocate_past_cache(
     let key = CacheKey::new(shared.id, stream.id());
     let (mut core, fuse) = shared.lock_with_fuse()?;
     reclaim::prepare(shared, &mut core, stream);
+    if shared.caches.is_separate() && shared.caches.is_due() {
+        shared.join_caches(&mut core);
+    }
     let record = match fetch(caller, shared, &mut core, key, &request) {
         Ok(record) => {
             fuse.defuse();
@@ -126,7 +129,7 @@ fn fetch(
         if !cache.bring_to_front(key) {
             return Err(0);
         }
-        if shared.has_threads() {
+        if shared.caches.is_separate() {
             core.fold(cache);
         }
         let found = place(cache, shared, core, (request, tag));
@@ -250,6 +253,7 @@ impl Shared {
         if counted == Counted::No
             && let Ok(mut core) = self.lock()
         {
+            threads::fold_of_thread(self, &mut core);
             core.count(tag, requested, allocated);
         }
         tag

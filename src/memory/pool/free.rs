@@ -87,8 +87,8 @@ fn free_in_pool(mut record: Record, counted: Counted) -> Option<Record> {
         shared.take_in_if_free();
         return None;
     };
-    if counted == Counted::No || shared.has_threads() {
-        threads::fold_of_thread(shared.id, &mut core);
+    if counted == Counted::No || shared.caches.is_separate() {
+        threads::fold_of_thread(&shared, &mut core);
     }
     let record = core.free(record, counted);
     fuse.defuse();

@@ -128,10 +128,11 @@ impl Shared {
         })
     }
 
-    /// As [`look`](Self::look), with the counters of every cache folded in.
+    /// As [`look`](Self::look), with the counters of every cache folded in. Separate caches are joined.
     pub(super) fn lock_and_fold(&self) -> CoreGuard<'_> {
         let mut core = self.look();
         if !core.is_broken {
+            self.join_caches(&mut core);
             self.fold_caches(&mut core);
         }
         core
@@ -166,7 +167,7 @@ impl Shared {
         // Acquire: a thread fills the queues before it marks them. Whoever comes later marks them again.
         self.has_queued.swap(false, Ordering::AcqRel);
         // Fold first, so that frees that are not counted yet come after what this thread has counted.
-        threads::fold_of_thread(self.id(), core);
+        threads::fold_of_thread(self, core);
         while let Some((record, counted)) = self.freed.pop() {
             drop(core.free(record, counted));
         }

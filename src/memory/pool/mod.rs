@@ -84,11 +84,10 @@ impl Pool {
             core: Mutex::new(Core::new(device, &config)?),
             config,
             routing: Routing::default(),
-            caches: Mutex::default(),
+            caches: Arc::default(),
             freed: SegQueue::new(),
             released: SegQueue::new(),
             has_queued: AtomicBool::new(false),
-            has_threads: std::sync::atomic::AtomicBool::new(false),
             hooks: Arc::default(),
         };
         Ok(Self {
@@ -158,8 +157,9 @@ impl Pool {
         report.into()
     }
 
-    /// The statistics now. Peaks are exact while one thread uses the pool; with several they are at most
-    /// off by what the threads' caches held.
+    /// The statistics now. They are exact, peaks included, if one thread at a time calls the pool, whichever that is.
+    /// Where calls overlap, `current` is exact at some moment during this call, and a peak may miss what several threads
+    /// held together for a moment.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         self.shared().lock_and_fold().stats()

@@ -96,7 +96,10 @@ fn climb(
     mut core: CoreGuard<'_>,
     request: Request<'_>,
 ) -> Result<Placement, Failure> {
-    shared.fold_among_threads(&mut core);
+    if shared.caches.is_separate() {
+        // Other threads have blocks that would serve.
+        shared.empty_caches(&mut core, Close::No);
+    }
     shared.fold_before_returns(&mut core);
     if request.heap != HeapId::DEFAULT {
         prepare(shared, &mut core, request.stream);

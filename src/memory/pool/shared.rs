@@ -10,9 +10,9 @@ use crate::driver::{Device, Stream};
 use crate::error::{Error, Result};
 use crate::memory::config::PoolConfig;
 use crate::memory::routing::Routing;
-use crate::memory::thread_cache::{self, Home, OwnedCache};
+use crate::memory::thread_cache::{self, Home, Registry};
 use crate::memory::types::{Counted, HeapId, PoolId};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::AtomicBool;
 use crate::sync::{Mutex, SegQueue};
 
 /// The record of a block of a pool.
@@ -41,25 +41,15 @@ pub(crate) struct Shared {
     pub(crate) config: PoolConfig,
     pub(crate) routing: Routing,
     pub(crate) core: Mutex<Core>,
-    /// Every thread's cache. Taken after `core` where both are needed, and before a cache's own lock.
-    pub(super) caches: Mutex<Caches>,
+    /// Every thread's cache. Locked after `core` where both are needed.
+    pub(super) caches: Arc<Registry<Self>>,
     /// Blocks freed while another thread held the lock. The next thread that holds it takes them back.
     pub(crate) freed: SegQueue<(Record, Counted)>,
     /// Private heaps whose last holder was dropped meanwhile.
     pub(crate) released: SegQueue<HeapId>,
     /// Whether either queue may hold something.
     pub(super) has_queued: AtomicBool,
-    /// Whether several threads have had a cache.
-    pub(super) has_threads: std::sync::atomic::AtomicBool,
     pub(super) hooks: Arc<Hooks>,
-}
-
-/// The threads' caches of a pool.
-#[derive(Default)]
-pub(crate) struct Caches {
-    pub(super) all: Vec<Arc<OwnedCache<Shared>>>,
-    /// Set when the last clone of the pool is dropped: caches made later, for blocks still out, keep nothing.
-    pub(super) is_closed: bool,
 }
 
 impl Shared {
@@ -72,13 +62,6 @@ impl Shared {
             "allocate",
             "the stream belongs to another device",
         ))
-    }
-
-    /// Whether several threads have had a cache.
-    #[inline]
-    pub(super) fn has_threads(&self) -> bool {
-        // Relaxed: it only decides how soon counters are folded.
-        self.has_threads.load(Ordering::Relaxed)
     }
 
     #[inline]

@@ -1,9 +1,10 @@
 //! The caches of threads: who has which, and who may enter it.
 //!
 //! A thread finds its caches in thread-local storage, and the one it used last through a single pointer there. It
-//! enters as the owner of a biased lock, without an atomic read-modify-write. Other threads enter only to empty a cache
-//! or to fold its counters into the pool's. Reuse is in stream order as everywhere: the thread that allocates is the
-//! one that freed, so it enqueued the block's last work before.
+//! enters as the owner of a biased lock, without an atomic read-modify-write. Other threads enter to take its contents
+//! over (`thread_cache::registry`), to empty it, or to fold its counters into the pool's. Reuse is in stream order as
+//! everywhere: the thread that allocates is the one that freed, or took over what that one freed, so the block's last
+//! work was enqueued before.
 //!
 //! A stream cache is emptied when it is full. The whole cache is emptied when its thread turns to a stream that is new
 //! to it or ends, when memory runs short, and when the pool's last handle is dropped; after that it keeps nothing.
@@ -27,10 +28,9 @@ use std::sync::Arc;
 use super::core::Core;
 use super::shared::{Handle, Record, Shared, ThreadCache};
 use crate::driver::Stream;
-use crate::memory::thread_cache::{Kept, Miss, OwnedCache, StreamCache, list};
+use crate::memory::thread_cache::{Kept, List, Miss, OwnedCache, StreamCache, list};
 use crate::memory::thread_locals::LOCAL;
 use crate::memory::types::{CacheKey, Counted, GRANULARITY, PoolId, TagId};
-use crate::sync::atomic::Ordering;
 use crate::sync::thread_local;
 
 /// The cache of one thread for a pool.
@@ -56,7 +56,7 @@ impl Drop for ThreadCaches {
     fn drop(&mut self) {
         set_current(ptr::null());
         for cache in std::mem::take(&mut self.all) {
-            leave_streams(&cache);
+            end(&cache);
         }
     }
 }
@@ -198,23 +198,26 @@ pub(super) fn count(pool: PoolId, requested: u64, allocated: u64) -> (TagId, Cou
     (tag, Counted::Yes)
 }
 
-/// Folds the calling thread's counters into the pool's.
-pub(super) fn fold_of_thread(pool: PoolId, core: &mut Core) {
+/// Folds what was counted before the calling thread's call into the pool's counters. While caches are separate, that is
+/// what this thread has counted.
+pub(super) fn fold_of_thread(shared: &Shared, core: &mut Core) {
     let mut fold = |cache: &Cache| {
         with_owner(cache, |cache| {
             cache.fold_counts(&mut core.usage, &mut core.tags);
         });
     };
-    if let Some(cache) = current().filter(|cache| cache.pool == pool) {
+    if let Some(cache) = current().filter(|cache| cache.pool == shared.id()) {
         return fold(cache);
     }
-    // The counters of a thread that is ending are folded by whoever folds all.
-    let _ = CACHES.try_with(|caches| {
+    let found = CACHES.try_with(|caches| {
         let caches = caches.borrow();
-        if let Some(cache) = caches.all.iter().find(|cache| cache.pool == pool) {
-            fold(cache);
-        }
+        let cache = caches.all.iter().find(|cache| cache.pool == shared.id());
+        cache.map(|cache| fold(cache))
     });
+    // A thread without a cache, or one that is ending, folds what others have counted.
+    if !matches!(found, Ok(Some(()))) && !shared.caches.is_separate() {
+        shared.fold_caches(core);
+    }
 }
 
 /// The calling thread's cache of a pool, made if there is none, and current from then on. `None` if the thread is
@@ -238,13 +241,11 @@ fn find<'a>(shared: &Arc<Shared>) -> Option<&'a Cache> {
         set_current(ptr::null());
         // Caches of dropped pools have no other holder.
         all.retain(|cache| Arc::strong_count(cache) > 1);
-        let cache = Arc::new(Cache::new(shared.id()));
-        shared.register(&cache);
+        let cache = shared.caches.add(shared.id());
         set_current(Arc::as_ptr(&cache));
         all.push(cache);
     });
     found.ok()?;
-    shared.fold_if_free();
     current()
 }
 
@@ -374,56 +375,78 @@ fn leave_streams(cache: &Cache) {
 
 /// Runs `leave`, and puts the overflow into the pool's queue. Only for the owner.
 fn leave_to_queue(cache: &Cache, leave: impl FnOnce(&mut ThreadCache)) {
-    let mut pool = None;
-    with_owner(cache, |cache| {
+    let pool = with_owner(cache, |cache| {
         leave(cache);
-        // From inside the cache, so that whoever empties all caches and then looks into the queue misses no block.
-        let mut overflow = cache.take_overflow();
-        while let Some(record) = list::pop(&mut overflow) {
-            pool.clone_from(&record.shared);
-            queue(record, Counted::Yes);
-        }
+        queue_overflow(cache)
     });
     if let Some(pool) = pool {
         pool.take_in_if_free();
     }
 }
 
-/// Makes a cache that is empty keep nothing.
-fn close_empty(cache: &Cache) {
-    cache.with_any(|cache| cache.is_closed = true);
-}
-
-/// Empties the cache from any thread into the pool, and drops the stream caches. The caller holds the pool.
-fn empty(cache: &Cache, close: Close, core: &mut Core) {
-    let (mut overflow, stream_caches) = cache.with_any(|cache| {
-        cache.is_closed |= close == Close::Yes;
-        core.fold(cache);
-        cache.overflow_all();
-        (cache.take_overflow(), cache.forget_stream_caches())
-    });
+/// Puts the overflow into the pool's queue; returns the pool if there was any. Inside the cache, so that whoever empties
+/// all caches and then looks into the queue misses no block.
+fn queue_overflow(cache: &mut ThreadCache) -> Option<Arc<Shared>> {
+    let mut pool = None;
+    let mut overflow = cache.take_overflow();
     while let Some(record) = list::pop(&mut overflow) {
-        core.take_back(&record);
+        pool.clone_from(&record.shared);
+        queue(record, Counted::Yes);
     }
-    core.record_due_events();
-    drop(stream_caches);
+    pool
 }
 
-/// Makes the cache of a broken pool keep nothing, from any thread: the pool takes nothing back, only the records are
-/// dropped.
-fn abandon(cache: &Cache) {
-    let (overflow, stream_caches) = cache.with_any(|cache| {
-        cache.is_closed = true;
+/// Empties the cache of a thread that ends, unless another thread has what it contained. The counters stay, for the
+/// thread that takes them over or folds them.
+fn end(cache: &Cache) {
+    let left = cache.if_in_use(|cache| {
         cache.overflow_all();
-        (cache.take_overflow(), cache.forget_stream_caches())
+        (queue_overflow(cache), cache.take_free_records())
     });
-    list::drop_all(overflow);
-    drop(stream_caches);
+    if let Some((pool, free_records)) = left {
+        if let Some(pool) = pool {
+            pool.take_in_if_free();
+        }
+        // Outside the cache, because they may hold the pool's last references.
+        drop(free_records);
+    }
 }
 
-/// Folds the counters from any thread.
-fn fold(cache: &Cache, core: &mut Core) {
-    cache.with_any(|cache| core.fold(cache));
+/// What a cache contained, to be taken back and dropped outside the cache.
+struct Contents {
+    overflow: List<Shared>,
+    /// They have no blocks, but free records, which hold streams.
+    stream_caches: Vec<Box<StreamCache<Shared>>>,
+}
+
+impl Contents {
+    /// Takes all blocks out of a cache.
+    fn of(cache: &mut ThreadCache) -> Self {
+        cache.overflow_all();
+        Self {
+            overflow: cache.take_overflow(),
+            stream_caches: cache.forget_stream_caches(),
+        }
+    }
+
+    /// Takes the blocks back. The caller holds the pool.
+    fn take_back(self, core: &mut Core) {
+        let Self {
+            mut overflow,
+            stream_caches,
+        } = self;
+        while let Some(record) = list::pop(&mut overflow) {
+            core.take_back(&record);
+        }
+        core.record_due_events();
+        drop(stream_caches);
+    }
+
+    /// Drops the records: a broken pool takes nothing back.
+    fn abandon(self) {
+        list::drop_all(self.overflow);
+        drop(self.stream_caches);
+    }
 }
 
 /// Queues a block for the next thread that has the pool's lock. The caller holds the pool.
@@ -434,74 +457,54 @@ fn queue(mut record: Record, counted: Counted) {
 }
 
 impl Shared {
-    pub(crate) fn register(&self, cache: &Arc<Cache>) {
-        let mut caches = self.caches.lock();
-        if caches.is_closed {
-            close_empty(cache);
-        }
-        caches.all.push(cache.clone());
-        if caches.all.len() > 1 {
-            // Relaxed: this only decides how soon counters are folded.
-            self.has_threads.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Folds the calling thread's counters if other threads count as well: the sooner, the more exact is the peak. The
-    /// counters of a thread that is alone are exact whenever they are folded.
-    pub(super) fn fold_among_threads(&self, core: &mut Core) {
-        if self.has_threads() {
-            fold_of_thread(self.id, core);
-        }
-    }
-
-    /// Folds the calling thread's counters before deferred frees may be returned, which the pool itself counts: the
-    /// peak of active bytes lies before that.
+    /// Folds the counters before deferred frees may be returned, which the pool itself counts: the peak of active bytes
+    /// lies before that.
     pub(super) fn fold_before_returns(&self, core: &mut Core) {
         if !core.deferred.is_empty() {
-            fold_of_thread(self.id, core);
+            fold_of_thread(self, core);
         }
     }
 
-    /// Folds every thread's counters, unless another thread has the lock.
-    pub(super) fn fold_if_free(&self) {
-        if let Some(mut core) = self.try_lock() {
-            self.fold_caches(&mut core);
-        }
-    }
-
+    /// Folds the counters of all caches.
     pub(super) fn fold_caches(&self, core: &mut Core) {
-        self.caches.lock().all.retain_mut(|cache| {
-            // Checked before the fold: a cache that nobody else holds is folded for the last time.
-            let is_of_ended_thread = Arc::get_mut(cache).is_some();
-            fold(cache, core);
-            !is_of_ended_thread
+        self.caches.for_each(|cache| core.fold(cache));
+    }
+
+    /// Makes separate caches one again, and takes back what they contained.
+    pub(super) fn join_caches(&self, core: &mut Core) {
+        let mut contents = Vec::new();
+        self.caches.join(|cache| {
+            core.fold(cache);
+            contents.push(Contents::of(cache));
         });
+        for contents in contents {
+            contents.take_back(core);
+        }
     }
 
     /// Takes back every block that a cache keeps or that is queued.
     pub(super) fn empty_caches(&self, core: &mut Core, close: Close) {
-        let all = {
-            let mut caches = self.caches.lock();
-            caches.is_closed |= close == Close::Yes;
-            caches.all.clone()
+        // Taken back without the registry's lock, because that may call the driver, which may run work that frees a
+        // block on this thread, and that may need a cache.
+        let mut all = Vec::new();
+        let mut take = |cache: &mut ThreadCache| {
+            core.fold(cache);
+            all.push(Contents::of(cache));
         };
-        // Without the lock of the list: taking back may call the driver, which may run work that frees a block on this
-        // thread, and that may need a cache.
-        for cache in all {
-            empty(&cache, close, core);
+        match close {
+            Close::Yes => self.caches.close(&mut take),
+            Close::No => self.caches.for_each(&mut take),
+        }
+        for contents in all {
+            contents.take_back(core);
         }
         self.take_in_queued(core);
     }
 
     /// Drops what every cache of a broken pool keeps.
     pub(super) fn abandon_caches(&self) {
-        let all = {
-            let mut caches = self.caches.lock();
-            caches.is_closed = true;
-            std::mem::take(&mut caches.all)
-        };
-        for cache in all {
-            abandon(&cache);
-        }
+        let mut all = Vec::new();
+        self.caches.close(|cache| all.push(Contents::of(cache)));
+        all.into_iter().for_each(Contents::abandon);
     }
 }

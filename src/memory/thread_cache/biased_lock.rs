@@ -15,6 +15,9 @@
 //! thread of this process. The *light* fence therefore only has to stop the compiler from reordering. On systems
 //! without such a call, every thread takes the slow lock, including the owner.
 //!
+//! Another thread can also *revoke* the bias: the owner then enters neither way until it has restored the bias. That
+//! is how one value among several becomes the only one in use.
+//!
 //! Must not know: blocks, pools.
 
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -30,14 +33,15 @@ pub(crate) struct BiasedLock<T> {
     is_requested: AtomicBool,
     /// Whether the owner always takes the slow lock, because there is no heavy fence.
     is_slow: bool,
-    /// The slow lock. Held by every thread that is inside, except an owner that entered on the fast path.
-    others: Mutex<()>,
+    /// The slow lock. Held by every thread that is inside, except an owner that entered on the fast path. It guards
+    /// whether the bias is revoked.
+    slow: Mutex<bool>,
     value: UnsafeCell<T>,
 }
 
 #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
 // SAFETY: one thread at a time reaches `value`: the owner, while it is marked busy and saw no request after that; or a
-// thread that holds `others`, while the owner is not inside by the fast path. `T: Send` suffices, because the value is
+// thread that holds `slow`, while the owner is not inside by the fast path. `T: Send` suffices, because the value is
 // never shared, only handed from thread to thread.
 unsafe impl<T: Send> Sync for BiasedLock<T> {}
 
@@ -47,26 +51,30 @@ impl<T> BiasedLock<T> {
             is_busy: AtomicBool::new(false),
             is_requested: AtomicBool::new(!heavy::is_supported()),
             is_slow: !heavy::is_supported(),
-            others: Mutex::new(()),
+            slow: Mutex::new(false),
             value: UnsafeCell::new(value),
         }
     }
 
-    /// Enters as the owner.
+    /// Enters as the owner. Calls `restore` if the bias is revoked; that has to [restore](Self::restore) it.
     ///
     /// # Panics
     /// If the owner is inside already.
     ///
     /// # Safety
-    /// All calls for this value, of this and of [`try_with_owner`](Self::try_with_owner), come from one thread. `with`
-    /// does not call `try_with_owner` for it.
+    /// All calls for this value, of this, of [`try_with_owner`](Self::try_with_owner) and of
+    /// [`restore`](Self::restore), come from one thread. `with` does not call the other two for it.
     #[inline]
     #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
-    pub(crate) unsafe fn with_owner<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
+    pub(crate) unsafe fn with_owner<R>(
+        &self,
+        restore: impl FnMut(),
+        with: impl FnOnce(&mut T) -> R,
+    ) -> R {
         assert!(!self.is_busy.load(Ordering::Relaxed), "entered twice");
         // Both paths end in a guard, so that `with` has a single call site and can be inlined.
         let inside = self.enter().map(Inside::Busy);
-        let _inside = inside.unwrap_or_else(|| self.lock());
+        let _inside = inside.unwrap_or_else(|| self.lock(restore));
         // SAFETY: this thread is the owner and was not inside, or the assertion above would have failed. Either it is
         // marked busy and saw no request after that, or it holds the slow lock, which other threads need to enter.
         self.value.with_mut(|value| with(unsafe { &mut *value }))
@@ -75,11 +83,34 @@ impl<T> BiasedLock<T> {
     /// Enters as the owner through the slow lock.
     #[cold]
     #[inline(never)]
-    fn lock(&self) -> Inside<'_> {
-        let guard = self.others.lock();
-        // Relaxed: a thread that waits for the flag to clear holds the lock, so none is waiting now.
-        self.is_busy.store(true, Ordering::Relaxed);
-        Inside::Locked(Busy(&self.is_busy), guard)
+    fn lock(&self, mut restore: impl FnMut()) -> Inside<'_> {
+        loop {
+            let is_revoked = self.slow.lock();
+            if !*is_revoked {
+                // Relaxed: a thread that waits for the flag to clear holds the lock, so none is waiting now.
+                self.is_busy.store(true, Ordering::Relaxed);
+                return Inside::Locked(Busy(&self.is_busy), is_revoked);
+            }
+            drop(is_revoked);
+            restore();
+        }
+    }
+
+    /// Makes the owner enter as before, after `with`. Does nothing if the bias is not revoked.
+    ///
+    /// # Safety
+    /// As [`with_owner`](Self::with_owner); and the owner is not inside.
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    pub(super) unsafe fn restore(&self, with: impl FnOnce(&mut T)) {
+        let mut is_revoked = self.slow.lock();
+        if !*is_revoked {
+            return;
+        }
+        // SAFETY: the owner is this thread and not inside, as the caller promises. Other threads need the slow lock,
+        // which this thread holds.
+        self.value.with_mut(|value| with(unsafe { &mut *value }));
+        *is_revoked = false;
+        self.is_requested.store(self.is_slow, Ordering::Release);
     }
 
     /// Marks the owner busy, unless another thread has requested entry.
@@ -119,11 +150,35 @@ impl<T> BiasedLock<T> {
 
     /// Enters from any thread, except from an owner that is inside: it would wait for itself. `with` must not enter
     /// again.
-    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
     pub(crate) fn with<R>(&self, with: impl FnOnce(&mut T) -> R) -> R {
-        let _guard = self.others.lock();
+        let is_revoked = self.slow.lock();
+        self.with_locked(*is_revoked, with)
+    }
+
+    /// As [`with`](Self::with), unless the bias is revoked; and revokes it.
+    pub(super) fn revoke<R>(&self, with: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let mut is_revoked = self.slow.lock();
+        if *is_revoked {
+            return None;
+        }
+        *is_revoked = true;
+        Some(self.with_locked(true, with))
+    }
+
+    /// As [`with`](Self::with), unless the bias is revoked.
+    pub(super) fn with_biased<R>(&self, with: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let is_revoked = self.slow.lock();
+        (!*is_revoked).then(|| self.with_locked(false, with))
+    }
+
+    /// Enters with the slow lock held.
+    #[expect(unsafe_code, reason = "the protocol gives out one reference at a time")]
+    fn with_locked<R>(&self, is_revoked: bool, with: impl FnOnce(&mut T) -> R) -> R {
+        let _request = Intent {
+            lock: self,
+            is_revoked,
+        };
         self.is_requested.store(true, Ordering::Relaxed);
-        let _request = Intent(self);
         heavy::fence();
         let mut spins = 0;
         // Acquire: this thread sees what the owner did inside.
@@ -146,7 +201,7 @@ impl<T> BiasedLock<T> {
 enum Inside<'a> {
     Busy(Busy<'a>),
     /// The busy flag is cleared before the lock is released.
-    Locked(Busy<'a>, MutexGuard<'a, ()>),
+    Locked(Busy<'a>, MutexGuard<'a, bool>),
 }
 
 /// Clears the busy flag when dropped.
@@ -160,12 +215,16 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// Withdraws the request to enter when dropped.
-struct Intent<'a, T>(&'a BiasedLock<T>);
+/// Withdraws the request to enter when dropped, unless the bias is revoked.
+struct Intent<'a, T> {
+    lock: &'a BiasedLock<T>,
+    is_revoked: bool,
+}
 
 impl<T> Drop for Intent<'_, T> {
     fn drop(&mut self) {
-        self.0.is_requested.store(self.0.is_slow, Ordering::Release);
+        let remains = self.lock.is_slow || self.is_revoked;
+        self.lock.is_requested.store(remains, Ordering::Release);
     }
 }
 
@@ -262,7 +321,7 @@ mod loom_tests {
             #[expect(unsafe_code, reason = "the test is the owner")]
             // SAFETY: only this thread enters as the owner.
             unsafe {
-                biased.with_owner(|value| *value += 1);
+                biased.with_owner(|| unreachable!("nobody revokes"), |value| *value += 1);
             }
         }
         let total = entries + others.len() as u64;
@@ -270,6 +329,54 @@ mod loom_tests {
             other.join().expect("no panic");
         }
         assert_eq!(biased.with(|value| *value), total);
+    }
+
+    /// Two locks, of which one is in use: its value moves to the owner that enters.
+    struct Pair {
+        locks: [BiasedLock<u64>; 2],
+        moves: Mutex<()>,
+    }
+
+    impl Pair {
+        fn enter(&self, mine: usize) {
+            let (lock, other) = (&self.locks[mine], &self.locks[1 - mine]);
+            let take_over = || {
+                let _moves = self.moves.lock();
+                #[expect(unsafe_code, reason = "each thread is the owner of one lock")]
+                // SAFETY: only this thread enters `mine` as the owner.
+                unsafe {
+                    lock.restore(|value| {
+                        other.revoke(|other| std::mem::swap(value, other));
+                    });
+                }
+            };
+            #[expect(unsafe_code, reason = "each thread is the owner of one lock")]
+            // SAFETY: only this thread enters `mine` as the owner.
+            unsafe {
+                lock.with_owner(take_over, |value| *value += 1);
+            }
+        }
+    }
+
+    #[test]
+    fn loom_a_value_moves_from_owner_to_owner() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(|| {
+            let pair = Arc::new(Pair {
+                locks: [BiasedLock::new(0), BiasedLock::new(0)],
+                moves: Mutex::new(()),
+            });
+            pair.locks[1].revoke(|_| {});
+            let other = {
+                let pair = pair.clone();
+                thread::spawn(move || (0..2).for_each(|_| pair.enter(1)))
+            };
+            (0..2).for_each(|_| pair.enter(0));
+            other.join().expect("no panic");
+            let values = [0, 1].map(|lock| pair.locks[lock].with(|value| *value));
+            assert!(values == [4, 0] || values == [0, 4], "{values:?}");
+        });
     }
 
     #[test]
@@ -309,7 +416,11 @@ mod tests {
             .collect();
         for _ in 0..ROUNDS {
             // SAFETY: only this thread enters as the owner.
-            unsafe { shared.0.with_owner(|value| *value += 1) };
+            unsafe {
+                shared
+                    .0
+                    .with_owner(|| unreachable!("nobody revokes"), |value| *value += 1)
+            };
         }
         for other in others {
             other.join().expect("no panic");
@@ -329,11 +440,16 @@ mod tests {
             }
             let enter_again = || {
                 // SAFETY: only this thread enters as the owner.
-                unsafe { biased.with_owner(|value| *value += 1) }
+                unsafe { biased.with_owner(|| unreachable!("nobody revokes"), |value| *value += 1) }
             };
             let try_again = std::panic::AssertUnwindSafe(enter_again);
             // SAFETY: as above.
-            let entered = unsafe { biased.with_owner(|_| std::panic::catch_unwind(try_again)) };
+            let entered = unsafe {
+                biased.with_owner(
+                    || unreachable!("nobody revokes"),
+                    |_| std::panic::catch_unwind(try_again),
+                )
+            };
             let panic = entered.unwrap_err();
             assert_eq!(panic.downcast_ref::<&str>(), Some(&"entered twice"));
             assert_eq!(biased.with(|value| *value), 1, "nobody is inside any more");
@@ -346,7 +462,7 @@ mod tests {
         let biased = BiasedLock::new(0);
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // SAFETY: only this thread enters as the owner.
-            unsafe { biased.with_owner(|_| panic!("inside")) }
+            unsafe { biased.with_owner(|| unreachable!("nobody revokes"), |_| panic!("inside")) }
         }));
         assert!(panicked.is_err());
         assert_eq!(biased.with(|value| *value), 0);

@@ -17,6 +17,7 @@ mod biased_lock;
 pub(crate) mod list;
 mod owned_cache;
 mod record;
+mod registry;
 mod size;
 mod stream_cache;
 
@@ -26,6 +27,7 @@ use biased_lock::BiasedLock;
 pub(crate) use list::List;
 pub(crate) use owned_cache::OwnedCache;
 pub(crate) use record::{BlockRecord, Home, Record};
+pub(crate) use registry::Registry;
 pub(crate) use size::Size;
 pub(crate) use stream_cache::{Kept, StreamCache};
 
@@ -72,7 +74,7 @@ pub(crate) struct ThreadCache<H: Home> {
 }
 
 impl<H: Home> ThreadCache<H> {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(is_closed: bool) -> Self {
         Self {
             front: StreamCache::new(CacheKey::VACANT),
             others: Vec::new(),
@@ -84,7 +86,7 @@ impl<H: Home> ThreadCache<H> {
                 is_contended: false,
                 overflow_bytes: OVERFLOW_BYTES_MIN,
             },
-            is_closed: false,
+            is_closed,
             counts: Counts::default(),
         }
     }

@@ -22,4 +22,5 @@ mod private_gone;
 mod shortage;
 mod streams;
 mod tags;
+mod turns;
 mod wrappers;
