@@ -31,6 +31,7 @@ pub(super) const MAPPED_PER_HELD: u64 = 8;
 pub(crate) struct DevicePages {
     driver: Arc<dyn Driver>,
     limit: u64,
+    device_bytes: u64,
     base: DevicePtr,
     reserved_pages: u64,
     held: Vec<Option<PageHandle>>,
@@ -60,6 +61,7 @@ impl DevicePages {
 
     fn with_reservation(device: &Device, limit: Option<u64>, reserved_pages: u64) -> Result<Self> {
         let reserved_pages = reserved_pages.min(PAGES_MAX);
+        let device_bytes = device.properties().total_memory;
         let base = device.driver().reserve(reserved_pages * PAGE)?;
         let driver = device.driver().clone();
         let addresses = AddressSpace::new(driver.clone());
@@ -67,6 +69,7 @@ impl DevicePages {
         Ok(Self {
             driver,
             limit,
+            device_bytes,
             base,
             reserved_pages,
             held: Vec::new(),
@@ -75,6 +78,11 @@ impl DevicePages {
             totals: Totals::default(),
             addresses,
         })
+    }
+
+    /// Bytes of the device's memory.
+    pub(super) fn device_bytes(&self) -> u64 {
+        self.device_bytes
     }
 
     /// Address of the byte at `offset` in the page heap.
@@ -121,7 +129,7 @@ impl DevicePages {
     }
 
     /// Takes `count` pages, spare ones first, and maps them at the addresses of pages `first` and up. All or nothing.
-    fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
+    pub(super) fn take(&mut self, first: PageIndex, count: usize) -> Result<(), Refusal> {
         let spare = self.spare.len().min(count);
         let new = count - spare;
         if !self.allows(new) {
@@ -286,10 +294,7 @@ impl PagedBackend {
     /// Takes pages at the end of the page heap, where they extend its last free block: some more than asked for, if the
     /// slack allows it.
     fn append(&mut self, count: usize, owner: StreamIndex) -> Result<(), Refusal> {
-        let held = self.pages.bytes_held();
-        let batch = (to_usize(held / PAGE) / BATCH_SHARE).min(BATCH_MAX);
-        let room = with_slack(self.live_peak.max(self.in_use)).saturating_sub(held) / PAGE;
-        let batch = count.max(batch.min(to_usize(room)));
+        let batch = count.max(self.batch());
         let first = self.page_heap.pages();
         let mut taken = batch;
         if !self.has_room_at_end(batch) || self.pages.take(first, batch).is_err() {
@@ -298,6 +303,14 @@ impl PagedBackend {
         }
         self.page_heap.append(taken, owner);
         Ok(())
+    }
+
+    /// Pages to take at once if fewer are needed: as many as the slack allows.
+    pub(super) fn batch(&self) -> usize {
+        let held = self.pages.bytes_held();
+        let batch = (to_usize(held / PAGE) / BATCH_SHARE).min(BATCH_MAX);
+        let room = with_slack(self.live_peak.max(self.in_use)).saturating_sub(held) / PAGE;
+        batch.min(to_usize(room))
     }
 
     /// Takes pages for addresses whose pages were returned.

@@ -22,6 +22,7 @@ mod heaps;
 mod mappings;
 mod paged;
 mod segments;
+mod small_region;
 mod stitch;
 
 pub(crate) use device_pages::DevicePages;

@@ -12,9 +12,10 @@ use smallvec::SmallVec;
 
 use super::device_pages::DevicePages;
 use super::mappings::Mappings;
+use super::small_region::SmallRegion;
 use super::{Backend, SpareMemory, Totals};
 use crate::error::Result;
-use crate::memory::page_heap::{FreeBlock, PageHeap, SmallHeap, SmallPage};
+use crate::memory::page_heap::{FreeBlock, PageHeap, SmallHeap};
 use crate::memory::streams::Fences;
 use crate::memory::types::{
     Fence, GRANULARITY, Index, Location, MappingIndex, PAGE, PAGE_UNITS, Place, Placement, Refusal,
@@ -39,6 +40,7 @@ pub(crate) struct PagedBackend {
     /// Whether pages may be mapped a second time. The addresses of a stitched mapping are reused later.
     stitches: bool,
     small: BTreeMap<StreamIndex, SmallHeap>,
+    pub(super) region: SmallRegion,
     /// Bytes in blocks.
     pub(crate) in_use: u64,
     /// The most that callers ever had of them. Deferred frees do not count: they are no reason to hold more.
@@ -47,9 +49,15 @@ pub(crate) struct PagedBackend {
 
 impl PagedBackend {
     pub(crate) fn new(pages: DevicePages) -> Self {
+        let region = SmallRegion::new(pages.device_bytes());
+        Self::with_region(pages, region)
+    }
+
+    fn with_region(pages: DevicePages, region: SmallRegion) -> Self {
         Self {
             pages,
-            page_heap: PageHeap::new(),
+            page_heap: PageHeap::starting_at(region.pages),
+            region,
             ranges: Mappings::default(),
             stitches: true,
             small: BTreeMap::new(),
@@ -62,7 +70,7 @@ impl PagedBackend {
     pub(crate) fn unstitched(pages: DevicePages) -> Self {
         Self {
             stitches: false,
-            ..Self::new(pages)
+            ..Self::with_region(pages, SmallRegion::default())
         }
     }
 
@@ -320,29 +328,9 @@ impl PagedBackend {
         })
     }
 
-    /// Takes a whole page for small blocks, from the smallest free block that has one.
-    fn lease_small_page(
-        &mut self,
-        search: Search,
-        fences: &mut Fences,
-    ) -> Result<SmallPage, Refusal> {
-        loop {
-            if let Some(page) = self.free_pages(1, search, fences).pop() {
-                let free_block = self
-                    .page_heap
-                    .free_block_over_page(page)
-                    .expect("the page was found free");
-                let block = self
-                    .page_heap
-                    .take(&free_block, page as u64 * PAGE_UNITS, PAGE_UNITS);
-                return Ok(SmallPage { page, block });
-            }
-            self.grow(1, search.owner)?;
-        }
-    }
-
-    /// Returns the cached pages of small blocks to the page heap.
+    /// Returns the pages without small blocks to the page heap.
     fn return_cached_pages(&mut self) {
+        self.return_idle_pages();
         for (owner, small) in &mut self.small {
             if let Some((page, epoch)) = small.take_cached() {
                 self.page_heap.free(page.block, *owner, epoch);
@@ -361,7 +349,7 @@ impl PagedBackend {
         let small = self.small.get_mut(&fence.owner);
         let small = small.expect("small blocks outlive their blocks");
         if let Some(page) = small.free(index, fence.epoch) {
-            self.free_large(page.block, fence);
+            self.return_small_page(page, fence);
         }
     }
 
@@ -417,6 +405,7 @@ impl Backend for PagedBackend {
         if let Some((page, epoch)) = self.small.get_mut(&owner).and_then(SmallHeap::take_cached) {
             self.page_heap.free(page.block, owner, epoch);
         }
+        self.region.release_stream(owner);
         self.small
             .retain(|small_owner, small| *small_owner != owner || !small.is_empty());
         self.page_heap.merge_complete(|fence| fence.owner == owner);
@@ -455,6 +444,9 @@ impl Backend for PagedBackend {
         {
             *behind.entry(free_block.owner).or_default() += free_block.units * GRANULARITY;
         }
+        for fence in self.region.fences().filter(|fence| is_behind(*fence)) {
+            *behind.entry(fence.owner).or_default() += PAGE;
+        }
         for (owner, small) in &self.small {
             let (bytes, _) = small.free_blocks();
             let (owner, epoch) = (*owner, small.epoch());
@@ -475,11 +467,13 @@ impl Backend for PagedBackend {
         let at_home: u64 = usable
             .map(|free_block| free_block.whole_pages().len() as u64 * PAGE)
             .sum();
-        at_home + self.pages.bytes_spare()
+        at_home + self.region.idle_bytes(is_usable) + self.pages.bytes_spare()
     }
 
     fn holds_nothing_of(&self, owner: StreamIndex) -> bool {
-        self.page_heap.has_no_free_block_of(owner) && !self.small.contains_key(&owner)
+        self.page_heap.has_no_free_block_of(owner)
+            && !self.small.contains_key(&owner)
+            && self.region.fences().all(|fence| fence.owner != owner)
     }
 
     fn largest_free(&self) -> u64 {
@@ -524,7 +518,7 @@ impl Backend for PagedBackend {
             leased += pages * PAGE;
             in_blocks += in_use;
         }
-        in_blocks += taken * GRANULARITY - leased;
+        in_blocks += taken * GRANULARITY - leased - self.region.idle_bytes(|_| true);
         assert_eq!(in_blocks, self.in_use, "bytes in blocks");
         for range in self.ranges.live() {
             for page in &range.pages {

@@ -26,6 +26,7 @@ use crate::memory::free_list::{Bins, Link, Links, NONE};
 use crate::memory::types::{
     FIRST_EPOCH, Fence, Index, PAGE_UNITS, PageIndex, StreamIndex, UNOWNED, Units,
 };
+use crate::units::to_usize;
 use blocks::{Claim, HeapBlock, HeapBlocks};
 pub(crate) use free_block::FreeBlock;
 use page_epochs::PageEpochs;
@@ -76,14 +77,20 @@ pub(crate) struct PageHeap {
 }
 
 impl PageHeap {
-    pub(crate) fn new() -> Self {
-        Self {
+    /// A page heap whose first `unmapped` pages are not mapped.
+    pub(crate) fn starting_at(unmapped: PageIndex) -> Self {
+        let mut heap = Self {
             blocks: HeapBlocks::new(HeapBlock::BORDER),
             bins: Vec::new(),
             page_map: PageMap::default(),
             freed: PageEpochs::default(),
             tracks_page_epochs: false,
+        };
+        if unmapped > 0 {
+            let (_, index) = heap.extend(unmapped);
+            heap.unmap(index);
         }
+        heap
     }
 
     /// Pages of the heap, mapped or not.
@@ -400,6 +407,14 @@ impl PageHeap {
 
     /// Adds `count` mapped pages at the end, free for `owner`; returns the first.
     pub(crate) fn append(&mut self, count: usize, owner: StreamIndex) -> PageIndex {
+        let (first, index) = self.extend(count);
+        // Memory that was never used: epoch 0 is complete from the start.
+        self.free(index, owner, 0);
+        first
+    }
+
+    /// Adds a taken block of `count` pages at the end; returns its first page, and the block.
+    fn extend(&mut self, count: usize) -> (PageIndex, Index) {
         let first = self.page_map.len();
         let (start, end) = (begin_of(first), begin_of(first + count));
         let before = self.blocks.at(NONE).before;
@@ -415,9 +430,7 @@ impl PageHeap {
         self.page_map.extend(first + count);
         self.page_map.note(first, index);
         self.freed.extend(first + count);
-        // Memory that was never used: epoch 0 is complete from the start.
-        self.free(index, owner, 0);
-        first
+        (first, index)
     }
 
     /// Marks the pages of a taken block unmapped, and merges them with unmapped neighbors.
@@ -445,6 +458,12 @@ impl PageHeap {
         };
         let mut blocks = self.in_order().map(|(_, block)| block);
         blocks.find(fits).map(|block| page_of(block.start))
+    }
+
+    /// Adjacent unmapped pages from `first` on, where unmapped pages begin.
+    pub(crate) fn unmapped_from(&mut self, first: PageIndex) -> usize {
+        let index = self.over(first);
+        to_usize(u64::from(self.blocks.at(index).link.units) / PAGE_UNITS)
     }
 
     /// Marks `count` unmapped pages from `first` on mapped again, free for `owner`.

@@ -5,7 +5,7 @@ use crate::memory::types::GRANULARITY;
 use crate::units::to_usize;
 
 fn one_owner(pages: usize) -> PageHeap {
-    let mut page_heap = PageHeap::new();
+    let mut page_heap = PageHeap::starting_at(0);
     page_heap.append(pages, 0);
     page_heap
 }
