@@ -337,8 +337,9 @@ fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass
     }
 }
 
-/// Refuses three kinds of gradients: already unscaled through another optimizer (PyTorch divides those twice),
-/// multiplied by a scale other than this iteration's, or with terms from before the moment `restored`.
+/// Refuses gradients that were already unscaled through another optimizer (PyTorch divides those twice), were
+/// multiplied by a scale other than this iteration's, or have terms from before the moment `restored` or from both
+/// sides of an update.
 fn check_origin(
     op: &'static str,
     parameter: &Parameter,
