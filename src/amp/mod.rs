@@ -55,14 +55,15 @@
 //!
 //! # Where the scale changes
 //! [`GradScaler::update`] enqueues one kernel, `kernels/scale_update.cu`, which halves or doubles the scale.
-//! `src/launch/scale_update.rs` launches it and states the rule; [`next_scale`] is the rule as a plain function.
+//! `src/launch/scale_update.rs` launches it, contains its twin for the host device, and states the rule;
+//! [`next_scale`] is the rule as a plain function.
 //!
 //! # The state of an optimizer
 //!
 //! | state \ call | `unscale` | `check` | `clip_grad_norm` | `step` | `update` |
 //! |---|---|---|---|---|---|
 //! | ready | → unscaled | → checked | → checked | check, step → stepped | error, unless another was checked |
-//! | checked | error | error | clips anew | step, clipping → stepped | → ready |
+//! | checked | error | error | clips again | step, clipping → stepped | → ready |
 //! | unscaled | error | error | multiplies in place | step → stepped | → ready |
 //! | stepped | error | error | error | error | → ready |
 //!
