@@ -1,4 +1,4 @@
-//! When skipped steps are an alarm.
+//! Decides when skipped steps raise an alarm.
 
 use crate::amp::{AmpConfig, NanPolicy, ScalingMode};
 use crate::error::{AlarmKind, ScalerAlarm};
@@ -7,7 +7,7 @@ use crate::launch::journal::{
     counter,
 };
 
-/// What `journal` has to be alarmed about under `config`, the gravest first.
+/// The alarm that `journal` calls for under `config`; the most severe one if there are several.
 pub(super) fn alarm(journal: &[f64], config: &AmpConfig, scale: f64) -> Option<ScalerAlarm> {
     let count = |which| counter(journal, which) as u64;
     let in_a_row = count(NAN_IN_A_ROW);
@@ -31,7 +31,7 @@ pub(super) fn alarm(journal: &[f64], config: &AmpConfig, scale: f64) -> Option<S
     })
 }
 
-/// The scale of the last step that was applied.
+/// The scale of the last applied step.
 pub(super) fn last_good(journal: &[f64]) -> Option<f64> {
     Some(journal[LAST_GOOD]).filter(|scale| *scale > 0.0)
 }

@@ -1,13 +1,13 @@
-//! Counting the steps that were applied, without waiting for them.
+//! Counts applied steps without waiting for them.
 //!
-//! A schedule of learning rates should not move when a step is skipped, but whether one was is known on the
-//! host only when the device has got there. [`AppliedSteps`] therefore counts late, and always equally late:
-//! a step is taken for applied until [`LAG`] later ones were enqueued, and only then for what it was. So the
-//! count before each step depends on the outcomes alone and not on the pace of the device: the same training
-//! has the same learning rates each time, also when it was stopped and resumed in between.
+//! A learning-rate schedule should not advance when a step is skipped, but the host learns of a skip only when the
+//! device gets there. [`AppliedSteps`] therefore counts with a fixed delay: it takes a step as applied until [`LAG`]
+//! later ones were enqueued, and only then uses its outcome. The count before each step thus depends on the outcomes
+//! alone and not on the device's pace, so the same run always has the same learning rates, even if it was stopped and
+//! resumed.
 //!
-//! What decided a step, its flag, is copied to pinned memory behind it. The host reads a copy when it is
-//! [`LAG`] steps old, which as a rule it has long been made by then.
+//! The flag that decides a step is copied to pinned memory behind it. The host reads the copy when it is [`LAG`]
+//! steps old; by then it has usually arrived.
 
 use std::collections::VecDeque;
 
@@ -16,14 +16,14 @@ use crate::error::{Error, Result};
 use crate::memory::{PinnedBlock, PinnedPool};
 use crate::storage::Tensor;
 
-/// Steps by which the count is late.
+/// Steps by which the count lags.
 const LAG: usize = 8;
 
 /// The count of an optimizer's applied steps.
 ///
-/// [`count`](Self::count) before step *k* is *k* less the steps that were skipped among those up to *k* − 9;
-/// the last eight are taken for applied. The host waits only if the device is more than eight steps behind, and
-/// only for the oldest of them: the device still has eight steps of work.
+/// [`count`](Self::count) before step *k*, from 0, is *k* less the skipped steps among those up to *k* − 9; the last
+/// eight are taken as applied. The host waits only if the device is more than eight steps behind, and only for the
+/// oldest of them, so the device still has eight steps of work.
 ///
 /// ```
 /// # use kitsune::{amp::*, optim::*, *};
@@ -43,7 +43,7 @@ const LAG: usize = 8;
 #[derive(Debug, Default)]
 pub struct AppliedSteps {
     steps: u64,
-    /// Among those before the recent ones.
+    /// Skipped steps, not counting the recent ones.
     skipped: u64,
     /// The last steps, oldest first.
     recent: VecDeque<Recent>,
@@ -52,7 +52,7 @@ pub struct AppliedSteps {
 
 #[derive(Debug)]
 enum Recent {
-    /// A copy of the flag, under way.
+    /// A copy of the flag that has not been read yet.
     Pending(PinnedBlock),
     Known {
         applied: bool,
@@ -65,7 +65,7 @@ enum Recent {
 pub struct AppliedStepsState {
     /// Steps recorded.
     pub steps: u64,
-    /// Those of them that were skipped and count as such by now.
+    /// The skipped ones among those older than the last eight.
     pub skipped: u64,
     /// Which of the last eight were applied, oldest first.
     pub recent: Vec<bool>,
@@ -78,11 +78,11 @@ impl AppliedSteps {
         Self::default()
     }
 
-    /// Takes in the step before, by the flag that decided it: an f32 on the device, or `None` for one that could
-    /// not be skipped. To be called between [`step`](crate::amp::GradScaler::step) and
+    /// Records the last step by the flag that decided it: an f32 on the device, or `None` for a step that could not
+    /// be skipped. Call it between [`step`](crate::amp::GradScaler::step) and
     /// [`update`](crate::amp::GradScaler::update), which clears the flag.
     ///
-    /// A step that is being captured is not run and does not count, and neither do its replays.
+    /// A captured step does not run and is not counted, and neither are its replays.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a flag that is not one f32; [`Error::OutOfMemory`] in the first calls;
@@ -122,7 +122,7 @@ impl AppliedSteps {
         Ok(block)
     }
 
-    /// Steps applied, as far as the type says they count.
+    /// Steps applied, with the delay that the type describes.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.steps - self.skipped
@@ -134,7 +134,7 @@ impl AppliedSteps {
         self.steps
     }
 
-    /// The steps applied in truth. Waits for the device; [`count`](Self::count) stays as it is.
+    /// The exact number of applied steps. Waits for the device; [`count`](Self::count) is unaffected.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed.
@@ -144,7 +144,7 @@ impl AppliedSteps {
         Ok(self.count() - skipped as u64)
     }
 
-    /// The count as a value, from which it goes on as it would have. Waits for the device.
+    /// The count as a value, to resume from exactly. Waits for the device.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed.
@@ -160,10 +160,10 @@ impl AppliedSteps {
         })
     }
 
-    /// Goes on from `state`.
+    /// Resumes from `state`.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for counts that cannot be. Nothing was changed.
+    /// [`Error::InvalidState`] for impossible counts. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &AppliedStepsState) -> Result<()> {
         *self = Self::from_state(state)?;
         Ok(())

@@ -8,12 +8,12 @@ use crate::launch::journal::RECENT_STEPS;
 use crate::launch::{Refill, ScalePolicy};
 use crate::ops::autocast::{AutocastGuard, autocast};
 
-/// Settings of [`GradScaler`](crate::amp::GradScaler) and autocast. Defaults as in PyTorch; floor and cap of
-/// the scale are ours.
+/// Settings of [`GradScaler`](crate::amp::GradScaler) and autocast. Defaults match PyTorch, which has no floor and no
+/// cap.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AmpConfig {
-    /// What operations run in under autocast: f16 or bf16. Default f16.
+    /// The type that operations run in under autocast: f16 or bf16. Default f16.
     pub dtype: DType,
     /// Off: scaling does nothing, steps are always applied, autocast casts nothing. Default on.
     pub enabled: bool,
@@ -27,35 +27,36 @@ pub struct AmpConfig {
     pub growth_factor: f64,
     /// Scale to begin with, between floor and cap. Default 65536.
     pub init_scale: f64,
-    /// Floor of the scale. Default 2⁻¹²⁶. Without one, a training that overflows for another reason than
-    /// its scale ends at a scale of 0, and with NaN weights.
+    /// Floor of the scale. Default 2⁻¹²⁶. Without a floor, a run that overflows for another reason than its scale
+    /// ends with a scale of 0 and NaN weights.
     pub min_scale: f64,
     /// Cap of the scale. Default 2¹²⁶.
     pub max_scale: f64,
-    /// Overflows at which the scale backs off; fewer are tolerated. At least 1, the default.
+    /// The overflow, counted from 1, at which the scale backs off; earlier ones are tolerated. At least 1, the
+    /// default.
     pub hysteresis: u32,
     /// When tolerated overflows are forgotten. Default at every clean update.
     pub refill: Refill,
-    /// The scale grows at the clean update after a whole interval, not at the interval's last. Default no.
+    /// Whether the scale grows at the clean update after a whole interval, rather than at the interval's last.
+    /// Default no.
     pub late_growth: bool,
-    /// Whose steps are skipped if one of several optimizers overflows. Default that one's.
+    /// Which steps are skipped if one of several optimizers overflows. Default only that optimizer's.
     pub skip_policy: SkipPolicy,
-    /// What NaN among the gradients means. Default an overflow.
+    /// How NaN among the gradients is treated. Default as an overflow.
     pub nan_policy: NanPolicy,
-    /// Skipped steps among the last 32 that are an alarm, from 0, for none, to 32. Steps before the first that
-    /// was applied do not count: the scale is still being found. Default 16.
+    /// Skipped steps among the last 32 that raise an alarm, up to 32; 0 for no such alarm. Steps before the first
+    /// applied one do not count, because the scale is still being found. Default 16.
     pub storm_skips: u32,
-    /// Whether an overflow at the floor of the scale is an alarm. Default yes.
+    /// Whether an overflow at the floor of the scale raises an alarm. Default yes.
     pub floor_alarm: bool,
-    /// Updates between two looks for an alarm, at which [`update`](crate::amp::GradScaler::update) has the
-    /// counters copied to the host without waiting for them. 0 for none: then only
-    /// [`alarm`](crate::amp::GradScaler::alarm) looks. Default 64.
+    /// Updates between two alarm checks, for which [`update`](crate::amp::GradScaler::update) has the counters copied
+    /// to the host without waiting for them. With 0 only [`alarm`](crate::amp::GradScaler::alarm) checks. Default 64.
     pub alarm_interval: u32,
-    /// Whether the device times checks, clipping and steps, with six more kernels a step. Default no.
+    /// Whether the device times checks, clipping and steps, at a cost of six more kernels per step. Default no.
     pub timing: bool,
 }
 
-/// The smallest scale whose inverse, and the largest whose inverse, is a normal f32.
+/// The range in which both a scale and its inverse are normal f32 numbers.
 const SCALE_LIMITS: (f64, f64) = (f32::MIN_POSITIVE as f64, 1.0 / f32::MIN_POSITIVE as f64);
 
 impl Default for AmpConfig {
@@ -84,8 +85,9 @@ impl Default for AmpConfig {
 }
 
 impl AmpConfig {
-    /// What suits the device: bf16 without scaling where it is native, from compute capability 8.0 on; else
-    /// f16 with scaling. The host computes neither natively, and gets bf16: its range makes scaling needless.
+    /// The settings that suit `device`: bf16 without scaling where it is native, from compute capability 8.0 on;
+    /// otherwise f16 with scaling. The host computes neither natively and gets bf16, whose range makes scaling
+    /// unnecessary.
     #[must_use]
     pub fn for_device(device: &Device) -> Self {
         Self::for_properties(device.properties())
@@ -111,7 +113,7 @@ impl AmpConfig {
         }
     }
 
-    /// Refuses values that cannot work, which PyTorch for the most part accepts.
+    /// Refuses values that cannot work. PyTorch accepts most of them.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of the first such field.
@@ -154,10 +156,10 @@ impl AmpConfig {
 
     fn validate_counts(&self) -> Result<()> {
         if self.hysteresis == 0 {
-            return Err(Error::config("hysteresis", "0 is not at least 1"));
+            return Err(Error::config("hysteresis", "must be at least 1, not 0"));
         }
         if self.nan_policy == NanPolicy::ErrorAfter(0) {
-            return Err(Error::config("nan_policy", "0 steps are not at least 1"));
+            return Err(Error::config("nan_policy", "needs at least 1 step, not 0"));
         }
         if self.storm_skips > RECENT_STEPS {
             let reason = format!("{} is not from 0 to {RECENT_STEPS}", self.storm_skips);
@@ -166,7 +168,7 @@ impl AmpConfig {
         Ok(())
     }
 
-    /// What a scaler does under these settings.
+    /// The mode that applies under these settings: [`ScalingMode::Off`] if disabled.
     #[must_use]
     pub fn effective_mode(&self) -> ScalingMode {
         if self.enabled {
@@ -176,8 +178,8 @@ impl AmpConfig {
         }
     }
 
-    /// Opens a scope in which operations run in these settings' type, or as they come if disabled. It ends
-    /// with the guard; [`autocast`] tells more.
+    /// Opens a scope in which operations run in these settings' type, or unchanged if disabled. It ends when the
+    /// guard is dropped; see [`autocast`].
     #[must_use = "the scope ends when its guard is dropped"]
     pub fn autocast(&self) -> AutocastGuard {
         autocast(self.enabled, self.dtype)
@@ -189,7 +191,7 @@ impl AmpConfig {
         body()
     }
 
-    /// Why `scale` cannot be the scale under these settings.
+    /// Refuses a `scale` that these settings do not allow, with the reason.
     pub(super) fn check_scale(&self, scale: f64) -> Result<(), String> {
         if (self.min_scale..=self.max_scale).contains(&scale) {
             return Ok(());
@@ -202,7 +204,7 @@ impl AmpConfig {
 
     pub(super) fn policy(&self) -> ScalePolicy {
         let (min_scale, max_scale) = match self.mode {
-            // Between these it cannot move.
+            // With floor and cap equal, the scale cannot move.
             ScalingMode::CheckOnly => (1.0, 1.0),
             _ => (narrow(self.min_scale), narrow(self.max_scale)),
         };
@@ -266,7 +268,7 @@ mod tests {
     fn no_number_that_cannot_work_passes() {
         AmpConfig::default().validate().unwrap();
         let (nan, inf) = (f64::NAN, f64::INFINITY);
-        // Numbers that no field takes, and those that one of them does not.
+        // Numbers that every field refuses, followed by those that only one of them refuses.
         let bad = [nan, -nan, 0.0, -0.0, -1.0, -f64::MIN_POSITIVE, inf, -inf];
         let fields: [(&str, Set, &[f64]); 5] = [
             (
@@ -319,7 +321,7 @@ mod tests {
         for dtype in [DType::F32, DType::F64, DType::U32] {
             assert_eq!(refused(|config| config.dtype = dtype), "dtype");
         }
-        // Floor and cap that cross, and a scale that is not between them.
+        // A floor above the cap, and initial scales outside of floor and cap.
         let crossed = refused(|config| (config.min_scale, config.max_scale) = (8.0, 4.0));
         assert_eq!(crossed, "min_scale");
         assert_eq!(refused(|config| config.max_scale = 1024.0), "init_scale");

@@ -1,6 +1,6 @@
-//! The host's side of a scaler's journal: reading it, and putting names to numbers.
+//! The host side of a scaler's journal: reads it and maps numbers to names.
 //!
-//! The device writes (see [`launch::journal`](crate::launch::journal)); nothing here is called in a step.
+//! The device writes it (see [`launch::journal`](crate::launch::journal)). No step reads it.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -20,11 +20,11 @@ use crate::launch::journal::{
 use crate::optim::WeightOverflow;
 use crate::storage::{Context, Meter, Metered, Tensor};
 
-/// Sets of parameter names that are kept although their optimizer is gone or has others: the journal may
-/// still speak of them.
+/// Sets of parameter names kept after their optimizer was dropped or changed its parameters: the journal may still
+/// refer to them.
 const RETIRED_NAMES: usize = 4 * OVERFLOWS;
 
-/// A journal on the device, and the names of the parameters it speaks of.
+/// A journal on the device, and the names of the parameters it refers to.
 #[derive(Debug)]
 pub(super) struct Journal {
     words: Metered,
@@ -34,11 +34,11 @@ pub(super) struct Journal {
     steps: AtomicU64,
 }
 
-/// Names by the number under which an optimizer's steps are recorded.
+/// Parameter names by the number under which an optimizer's steps are recorded.
 #[derive(Debug, Default)]
 struct Names {
     known: HashMap<u64, Arc<[String]>>,
-    /// Numbers that no step is recorded under any more, oldest first.
+    /// Numbers under which no more steps are recorded, oldest first.
     retired: VecDeque<u64>,
 }
 
@@ -64,12 +64,12 @@ impl Journal {
         self.words.narrow(0, index, 1)
     }
 
-    /// Steps recorded under `optimizer` concern parameters of these names.
+    /// Sets the parameter names for steps recorded under `optimizer`.
     pub(super) fn name(&self, optimizer: u64, names: Arc<[String]>) {
         self.names.lock().known.insert(optimizer, names);
     }
 
-    /// No later step is recorded under `optimizer`.
+    /// Declares that no later step will be recorded under `optimizer`.
     pub(super) fn retire(&self, optimizer: u64) {
         let Names { known, retired } = &mut *self.names.lock();
         retired.push_back(optimizer);
@@ -79,13 +79,13 @@ impl Journal {
         }
     }
 
-    /// Optimizers, and former ones, whose names are kept.
+    /// Number of current and former optimizers whose names are kept.
     #[cfg(test)]
     pub(super) fn names_len(&self) -> usize {
         self.names.lock().known.len()
     }
 
-    /// Step `step` was enqueued.
+    /// Notes that step `step` was enqueued.
     pub(super) fn stepped(&self, step: u64) {
         self.steps.store(step, Ordering::Release);
     }
@@ -95,12 +95,12 @@ impl Journal {
         self.words.to_vec()
     }
 
-    /// Waits, and tells what became of step `step`, from 1.
+    /// Waits, and returns the outcome of step `step`, from 1.
     pub(super) fn outcome(&self, step: u64) -> Result<Outcome> {
         self.outcome_in(&self.read()?, step)
     }
 
-    /// As [`outcome`](Self::outcome), without waiting; `None` if that is not known yet.
+    /// As [`outcome`](Self::outcome), without waiting; `None` if the outcome is not known yet.
     pub(super) fn poll(&self, step: u64) -> Result<Option<Outcome>> {
         let steps = self.steps.load(Ordering::Acquire);
         let mut readback = self.readback.lock();
@@ -108,8 +108,8 @@ impl Journal {
         words.map(|words| self.outcome_in(words, step)).transpose()
     }
 
-    /// The journal as it was some time ago, when a copy of it has arrived that was enqueued since the last
-    /// [`outdate`](Self::outdate); enqueues another one if `again`. Does not wait.
+    /// An earlier copy of the journal, once, if one has arrived that was enqueued since the last
+    /// [`outdate`](Self::outdate). Enqueues another copy if `again`. Does not wait.
     pub(super) fn late(&self, again: bool) -> Result<Option<Vec<f64>>> {
         let mut readback = self.readback.lock();
         let words = readback.take_in()?.map(<[f64]>::to_vec);
@@ -119,7 +119,7 @@ impl Journal {
         Ok(words)
     }
 
-    /// The state that the copy under way tells of was replaced.
+    /// Marks a pending copy as outdated, because the state it describes was replaced.
     pub(super) fn outdate(&self) {
         self.readback.lock().outdate();
     }
@@ -131,7 +131,7 @@ impl Journal {
         if let Some(report) = reports.into_iter().rev().find(|report| report.step == step) {
             return Ok(Outcome::Skipped(report));
         }
-        // Every skipped step since the oldest that is remembered is remembered.
+        // All skipped steps from `oldest` on are remembered, so a later step that is not among them was applied.
         if forgotten && step < oldest {
             let reason =
                 format!("step {step} was followed by more skipped steps than are remembered");
@@ -140,7 +140,7 @@ impl Journal {
         Ok(Outcome::Applied)
     }
 
-    /// Waits, and tells which weights step `step`, from 1, made infinite or NaN.
+    /// Waits, and reports the weights that step `step`, from 1, made infinite or NaN.
     pub(super) fn lost_weights(&self, step: u64) -> Result<Option<WeightReport>> {
         let words = self.read()?;
         let reports = self.weight_overflows(&words);
@@ -154,7 +154,7 @@ impl Journal {
         Ok(found)
     }
 
-    /// The steps that made weights infinite or NaN, as far as they are remembered, oldest first.
+    /// The remembered steps that made weights infinite or NaN, oldest first.
     pub(super) fn weight_overflows(&self, words: &[f64]) -> Vec<WeightReport> {
         let count = counter(words, LOSSES);
         let names = self.names.lock();
@@ -163,7 +163,7 @@ impl Journal {
         reports.map(of_weights).collect()
     }
 
-    /// The skipped steps that are remembered, oldest first.
+    /// The remembered skipped steps, oldest first.
     pub(super) fn overflows(&self, words: &[f64]) -> Vec<OverflowReport> {
         let count = counter(words, SKIPPED);
         let names = self.names.lock();
@@ -173,7 +173,7 @@ impl Journal {
     }
 }
 
-/// The scale changes that are remembered, oldest first.
+/// The remembered scale changes, oldest first.
 pub(super) fn scale_changes(words: &[f64]) -> Vec<ScaleChange> {
     let count = counter(words, CHANGES);
     (count.saturating_sub(SCALE_CHANGES)..count)
@@ -187,7 +187,7 @@ pub(super) fn scale_changes(words: &[f64]) -> Vec<ScaleChange> {
         .collect()
 }
 
-/// A report that speaks of weights.
+/// `report` as a report about weights.
 fn of_weights(report: OverflowReport) -> WeightReport {
     let tensors = report.tensors.into_iter().map(|tensor| WeightOverflow {
         name: tensor.name,

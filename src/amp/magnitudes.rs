@@ -1,4 +1,4 @@
-//! How large the elements of a tensor are.
+//! A histogram of the magnitudes of a tensor's elements.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,8 +7,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::storage::Tensor;
 
-/// Elements of a tensor by their power of two. Shows whether gradients overflow a type, or vanish in it, and
-/// by how much a scale would have to move them.
+/// Counts a tensor's elements by power of two. Shows whether gradients would overflow or vanish in a type, and how
+/// far a scale would have to move them.
 ///
 /// # Examples
 /// ```
@@ -32,13 +32,13 @@ pub struct Magnitudes {
     pub infs: u64,
     /// Elements that are NaN.
     pub nans: u64,
-    /// The other elements: how many have a magnitude from 2ᵉ to below 2ᵉ⁺¹, by e.
+    /// All other elements: the number with a magnitude from 2ᵉ to below 2ᵉ⁺¹, by e.
     pub by_exponent: BTreeMap<i32, u64>,
 }
 
 impl Magnitudes {
-    /// Those of `tensor`, any float type. Waits for the device and copies the tensor to the host: meant for
-    /// a look at a gradient that a report named, not for every step.
+    /// The magnitudes of `tensor`, of any float type. Waits for the device and copies the tensor to the host: meant
+    /// for inspecting a gradient that a report named, not for every step.
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) for integers;
@@ -70,8 +70,7 @@ impl Magnitudes {
         }
     }
 
-    /// Elements that are not zero, but would be in `dtype`: below half of its smallest number. None for
-    /// integers.
+    /// Nonzero elements that would become 0 in `dtype`: those below half of its smallest number. 0 for integers.
     #[must_use]
     pub fn vanishing(&self, dtype: DType) -> u64 {
         let Some((least, _)) = exponents(dtype) else {
@@ -83,7 +82,7 @@ impl Magnitudes {
             .sum()
     }
 
-    /// Finite elements of 2ᵉ and more, e being the first power of two that `dtype` cannot hold. None for
+    /// Finite elements of magnitude 2ᵉ or more, where 2ᵉ is the first power of two that `dtype` cannot hold. 0 for
     /// integers.
     #[must_use]
     pub fn overflowing(&self, dtype: DType) -> u64 {
@@ -97,7 +96,7 @@ impl Magnitudes {
     }
 }
 
-/// e of a finite number from 2ᵉ to below 2ᵉ⁺¹ in magnitude.
+/// The exponent e of a finite nonzero number with a magnitude from 2ᵉ to below 2ᵉ⁺¹.
 fn exponent(value: f64) -> i32 {
     const FRACTION_BITS: u32 = f64::MANTISSA_DIGITS - 1;
     let bits = value.abs().to_bits();
@@ -105,12 +104,12 @@ fn exponent(value: f64) -> i32 {
     if field > 0 {
         return field - 1023;
     }
-    // Subnormal: the highest bit of the fraction tells.
+    // Subnormal: the exponent follows from the highest bit set in the fraction.
     let highest = i32::try_from(bits.ilog2()).expect("below 64");
     highest - 1074
 }
 
-/// Exponents of the smallest and the largest number of a type.
+/// Exponents of the smallest and the largest positive number of a type.
 fn exponents(dtype: DType) -> Option<(i32, i32)> {
     match dtype {
         DType::F16 => Some((-24, 15)),
@@ -174,7 +173,7 @@ mod tests {
         ] {
             magnitudes.add(value);
         }
-        // The smallest f16 is 2^-24; half of it still rounds to it or to zero, less vanishes.
+        // The smallest f16 is 2^-24. Its half is on the edge and is not counted; anything smaller vanishes.
         for exponent in [-24, -25, -26, -30] {
             magnitudes.add(2f64.powi(exponent));
         }

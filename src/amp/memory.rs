@@ -1,7 +1,7 @@
 //! A scaler's device memory.
 //!
-//! Scale, inverse, trackers, flags and journal are made once and lie where they are as long as the scaler
-//! lives: a captured step finds them there.
+//! Scale, inverse, trackers, flags and journal are allocated once and keep their addresses for the life of the
+//! scaler, so captured steps stay valid.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,11 +20,11 @@ use crate::memory;
 use crate::optim::Parameter;
 use crate::storage::{Context, HostTensor, Meter, Metered, Tensor};
 
-/// Optimizers one scaler can drive at a time: the size of its block of flags.
+/// The most optimizers one scaler can drive at a time: the length of its array of flags.
 pub(super) const OPTIMIZERS: usize = 256;
 
-/// Words of the journal that tell how the training goes on, beside the totals, which count for as long as the scaler
-/// lives. A training that is restored begins with 0 in each.
+/// Journal words that describe the current run. Restoring a state resets them to 0; the totals count for the life of
+/// the scaler.
 const RUNNING_WORDS: [usize; 9] = [
     SKIPPED_IN_A_ROW,
     CHANGES,
@@ -45,18 +45,18 @@ pub(super) struct ScaleMemory {
     trackers: Metered,
     flags: Metered,
     pub(super) journal: Arc<Journal>,
-    /// Counts all device memory that serves the scaler, beyond this struct too.
+    /// Counts all device memory that serves the scaler, including memory outside this struct.
     pub(super) meter: Arc<Meter>,
     names: AtomicU64,
     timing: bool,
 }
 
-/// How the trackers stand.
+/// The values of the trackers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Trackers {
     /// Clean updates since the scale last changed.
     pub(super) growth: u32,
-    /// Overflows that were tolerated and not forgotten.
+    /// Tolerated overflows that are not forgotten yet.
     pub(super) overflows: u32,
 }
 
@@ -91,9 +91,9 @@ impl ScaleMemory {
             .copy_from_slice(&[trackers.growth, trackers.overflows])
     }
 
-    /// What is to be written to restore `scale` and `trackers`: all flags are cleared, and nothing that is noted about
-    /// the training so far counts for the restored one. Skipped steps up to the next applied one are expected, as after
-    /// the start.
+    /// The writes that restore `scale` and `trackers`. They clear all flags, and what the journal noted about the run
+    /// so far does not count for the restored one. Skipped steps before the next applied one are expected, as at the
+    /// start.
     pub(super) fn writes(
         &self,
         scale: f64,
@@ -118,7 +118,7 @@ impl ScaleMemory {
         Ok(writes)
     }
 
-    /// Waits for the device.
+    /// The trackers. Waits for the device.
     pub(super) fn trackers(&self) -> Result<Trackers> {
         let words = self.trackers.to_vec::<u32>()?;
         Ok(Trackers {
@@ -127,9 +127,9 @@ impl ScaleMemory {
         })
     }
 
-    /// Enqueues `work`; if steps are timed, the device adds what it takes to word `total` of the journal. An error says
-    /// that nothing was enqueued, or is that of `work`. If only the end of the measurement cannot be enqueued, `work`
-    /// is done all the same, so the time is left out.
+    /// Enqueues `work`. If steps are timed, the device adds the time it takes to word `total` of the journal. Fails
+    /// if the start of the measurement cannot be enqueued, in which case nothing was, or if `work` fails. If only the
+    /// end of the measurement cannot be enqueued, the time is lost and the call succeeds.
     pub(super) fn timed<R>(&self, total: usize, work: impl FnOnce() -> Result<R>) -> Result<R> {
         if !self.timing {
             return work();
@@ -139,7 +139,7 @@ impl ScaleMemory {
         let total = self.journal.word(total)?.span()?;
         stopwatch(stream, &clock, None)?;
         let result = work()?;
-        // What stopped this stops the next call as well, if it lasts, and that one tells.
+        // A lasting failure also fails the next call, which reports it.
         let _ = stopwatch(stream, &clock, Some(&total));
         Ok(result)
     }
@@ -149,8 +149,8 @@ impl ScaleMemory {
         self.flags.narrow(0, index, 1)?.reshape([])
     }
 
-    /// The number under which the journal will know optimizers with these parameters, and their names. It may
-    /// forget those under `old`.
+    /// Registers these parameters with the journal: returns a new number for them, and their names. The journal may
+    /// forget the names under `old`.
     pub(super) fn name(&self, parameters: &[Parameter], old: Option<u64>) -> (u64, Arc<[String]>) {
         // Relaxed: the number only has to be unique.
         let number = self.names.fetch_add(1, Ordering::Relaxed);
@@ -181,7 +181,7 @@ mod tests {
     use super::*;
     use crate::driver::{Device, HostConfig};
 
-    /// An optimizer whose parameters change at every step costs no more names than one that is made anew.
+    /// An optimizer whose parameters change at every step retires its old names, so they do not accumulate.
     #[test]
     fn names_of_changing_parameters_do_not_pile_up() {
         let device = Device::host(HostConfig::default()).unwrap();

@@ -8,9 +8,8 @@
 //! S    = S · 2 or S / 2  update     after 2,000 clean steps; after an overflow
 //! ```
 //!
-//! The calls, their order and their numbers are those of PyTorch's `GradScaler`, to the bit. Where that one
-//! corrupts a training silently, this one does not; each such difference is told at the function it
-//! concerns.
+//! Calls, their order and their numbers match PyTorch's `GradScaler` bit for bit. Where PyTorch silently corrupts a
+//! run, this scaler does not; each difference is documented at the function it concerns.
 //!
 //! # Example
 //! ```
@@ -40,7 +39,7 @@
 //!     scaler.clip_grad_norm(&optimizer, 1.0)?;
 //!     let outcome = scaler.step(&mut optimizer)?;
 //!     scaler.update()?;
-//!     // Waits for the device; a real loop asks some steps later, or not at all.
+//!     // Waits for the device. A real loop asks a few steps later, or never.
 //!     assert!(outcome.is_applied()?);
 //! }
 //! assert_eq!(scaler.scale_factor()?, 65536.0);
@@ -49,26 +48,30 @@
 //! ```
 //!
 //! # Nothing waits
-//! Scale, inverse, growth tracker, overflow flags, counters and norms lie in pool memory, at addresses that
-//! never change. [`GradScaler::step`] enqueues a check of all gradients, the step, which skips itself if
-//! the flag is set, and a note in a journal, and returns. Whether the step was skipped is known when the
-//! device gets there; [`StepOutcome`] can be asked then, later, or never. After the first step nothing is
-//! allocated.
+//! Scale, inverse, growth tracker, overflow flags, counters and norms lie in pool memory, at addresses that never
+//! change. [`GradScaler::step`] enqueues three things and returns: a check of all gradients, the step, which skips
+//! itself if the flag is set, and a journal entry. Whether the step was skipped is known once the device gets there;
+//! [`StepOutcome`] can be asked then, later, or never. After the first step nothing is allocated.
+//!
+//! # Where the scale changes
+//! [`GradScaler::update`] enqueues one kernel, `kernels/scale_update.cu`, which halves or doubles the scale.
+//! `src/launch/scale_update.rs` launches it, contains its twin for the host device, and states the rule;
+//! [`next_scale`] is the rule as a plain function.
 //!
 //! # The state of an optimizer
 //!
 //! | state \ call | `unscale` | `check` | `clip_grad_norm` | `step` | `update` |
 //! |---|---|---|---|---|---|
-//! | ready | → unscaled | → checked | → checked | check, step → stepped | counts if another was checked |
-//! | checked | error | error | again | step, clipping → stepped | → ready |
+//! | ready | → unscaled | → checked | → checked | check, step → stepped | error, unless another was checked |
+//! | checked | error | error | clips again | step, clipping → stepped | → ready |
 //! | unscaled | error | error | multiplies in place | step → stepped | → ready |
 //! | stepped | error | error | error | error | → ready |
 //!
-//! Loading a state makes every optimizer ready, and the gradients from before are refused.
+//! Loading a state makes every optimizer ready. Gradients from before the load are refused.
 //!
-//! An optimizer has one scaler: a second one is refused as long as the first is there. A gradient is unscaled
-//! once, and all its terms have the scale of one iteration; other ones are refused as far as can be told from
-//! the calls that made them.
+//! An optimizer has one scaler: a second one is refused while the first exists. A gradient is unscaled once, and all
+//! its terms must have the scale of one iteration. Other gradients are refused as far as the calls that made them
+//! reveal it.
 //!
 //! Must not know: how an optimizer moves a weight.
 

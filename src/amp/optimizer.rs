@@ -1,8 +1,8 @@
 //! An optimizer with its scaler: the common loop in three calls.
 //!
-//! What belongs between two iterations happens in [`AmpOptimizer::step`], in the one order that is right: the
-//! schedule's learning rate, clipping, the step, averages and count while the flag still stands, the scale's
-//! update. Nothing in it waits for the device; with a schedule, there is the limit that [`AppliedSteps`] tells of.
+//! [`AmpOptimizer::step`] does everything that belongs between two iterations, in the one correct order: set the
+//! schedule's learning rate, clip, step, update averages and step count while the flag is still set, update the
+//! scale. It does not wait for the device, except as far as [`AppliedSteps`] does for a schedule.
 //!
 //! Must not know: how an optimizer moves a weight.
 
@@ -24,12 +24,12 @@ use crate::storage::{Load, Tensor};
 
 /// The setting that a schedule moves.
 const LEARNING_RATE: &str = "learning_rate";
-/// The names by which the limit of the norm, the schedule's form and the averages' decay can be kept.
+/// The names under which a load can keep the norm limit, the schedule's form and the averages' decay.
 const CLIP: &str = "clip";
 const SCHEDULE: &str = "schedule";
 const EMA_DECAY: &str = "ema_decay";
 
-/// An optimizer, a [`GradScaler`] that drives it, and what else moves from step to step.
+/// An optimizer, the [`GradScaler`] that drives it, and optionally clipping, a schedule and averages.
 ///
 /// ```
 /// use kitsune::amp::{AmpConfig, AmpOptimizer};
@@ -70,11 +70,11 @@ pub struct AmpOptimizer<O> {
     ema: Option<Ema>,
 }
 
-/// A schedule, what it multiplies, and what moves it.
+/// A schedule, the rates it multiplies, and the step count that advances it.
 #[derive(Debug)]
 struct Scheduled {
     schedule: Schedule,
-    /// The learning rate of each group.
+    /// The base learning rate of each group.
     base_rates: Vec<f64>,
     applied: AppliedSteps,
 }
@@ -82,20 +82,21 @@ struct Scheduled {
 /// An [`AmpOptimizer`] as a value.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AmpOptimizerState {
-    /// The optimizer's.
+    /// The state of the optimizer.
     pub optimizer: OptimizerState,
-    /// The limit of the gradients' norm. `None` in files of version 1: the limit stays as it is.
+    /// The limit of the gradients' norm. `None` in files of version 1: loading leaves the limit unchanged.
     pub clip: Option<ClipState>,
-    /// The scaler's.
+    /// The state of the scaler.
     pub scaler: ScalerState,
-    /// Where the schedule is, if there is one.
+    /// The position in the schedule, if there is one.
     pub schedule: Option<ScheduleState>,
     /// The averages, if there are any.
     pub ema: Option<EmaState>,
 }
 
 impl AmpOptimizerState {
-    /// What it does not say of all but the scaler, as `part/what`: an optimizer that loads it goes on with its own.
+    /// Keys missing from this state, scaler aside, as `part/key`. An optimizer that loads it keeps its own values for
+    /// them.
     #[must_use]
     pub fn lacks(&self) -> Vec<String> {
         let rule = self.optimizer.lacks().into_iter();
@@ -109,33 +110,33 @@ impl AmpOptimizerState {
     }
 }
 
-/// Whether and to what norm an [`AmpOptimizer`] clips.
+/// Whether an [`AmpOptimizer`] clips, and to which norm.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClipState {
-    /// Not at all.
+    /// No clipping.
     Off,
-    /// To an L2 norm of this.
+    /// Clips to this L2 norm.
     MaxNorm(f64),
-    /// It takes the norm, and no finite one is too large.
+    /// Computes the norm but never clips a finite one.
     Unlimited,
 }
 
-/// Where the schedule of an [`AmpOptimizer`] is.
+/// The position of an [`AmpOptimizer`] in its schedule.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScheduleState {
-    /// What it multiplies: the learning rate of each group.
+    /// The rates that the schedule multiplies: the learning rate of each group.
     pub base_rates: Vec<f64>,
     /// The count of applied steps.
     pub applied: AppliedStepsState,
-    /// The schedule itself, which is not loaded but compared. `None` in files of version 1.
+    /// The schedule itself. Loading compares it and does not replace it. `None` in files of version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub form: Option<Schedule>,
 }
 
 impl<O: Optimizer> AmpOptimizer<O> {
-    /// `optimizer` with a new scaler on its stream.
+    /// Wraps `optimizer` with a new scaler on its stream.
     ///
     /// # Errors
     /// As [`GradScaler::new`]; [`Error::InvalidArgument`] for an optimizer without parameters, or with two of one name.
@@ -161,8 +162,8 @@ impl<O: Optimizer> AmpOptimizer<O> {
     /// Clips gradients to a total L2 norm of `max_norm` in each step.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a negative or NaN norm, or one above 0 that becomes 0 in the type in which one of
-    /// the parameters is computed.
+    /// [`Error::InvalidArgument`] for a negative or NaN norm, or a positive one that becomes 0 in the compute type of
+    /// one of the parameters.
     pub fn with_clip(mut self, max_norm: f64) -> Result<Self> {
         self.check_max_norm(max_norm)
             .map_err(|reason| Error::argument("with_clip", reason))?;
@@ -170,7 +171,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(self)
     }
 
-    /// Why `max_norm` cannot be the limit.
+    /// Refuses an invalid `max_norm`, with the reason.
     fn check_max_norm(&self, max_norm: f64) -> Result<(), String> {
         if max_norm.is_nan() || max_norm < 0.0 {
             return Err(format!("max_norm is {max_norm}, not zero or more"));
@@ -187,8 +188,8 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(())
     }
 
-    /// Multiplies the learning rates that the optimizer's groups have now by the schedule's factor, before each
-    /// step. The factor moves on applied steps only, as [`AppliedSteps`] counts them.
+    /// Before each step, multiplies the learning rates that the optimizer's groups have now by the schedule's factor.
+    /// The factor advances on applied steps only, as [`AppliedSteps`] counts them.
     ///
     /// # Errors
     /// As [`Schedule::validate`]; [`Error::InvalidArgument`] for an optimizer with no `learning_rate` among its
@@ -210,7 +211,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(self)
     }
 
-    /// Keeps averages of the parameters, or of their f32 masters, which move on applied steps only.
+    /// Keeps averages of the parameters, or of their f32 masters. They move on applied steps only.
     ///
     /// # Errors
     /// As [`Ema::of`].
@@ -219,13 +220,13 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(self)
     }
 
-    /// Runs operations in 16 bits while the guard lives, as the settings say.
+    /// Runs operations in the settings' 16-bit type while the guard lives.
     #[must_use]
     pub fn autocast(&self) -> AutocastGuard {
         self.scaler.config().autocast()
     }
 
-    /// The gradient by the logits of the scaled loss: what the backward pass begins with.
+    /// The gradient of the scaled loss with respect to the logits, from which the backward pass starts.
     ///
     /// # Errors
     /// As [`GradScaler::scale`] and [`Loss::backward`].
@@ -233,8 +234,9 @@ impl<O: Optimizer> AmpOptimizer<O> {
         self.scaler.scale(loss)?.backward()
     }
 
-    /// Adds `grad`, which came of [`backward`](Self::backward), to the gradient of `parameter`, marked as scaled. Whether
-    /// the parameter is one of this optimizer's is not looked at: that of another stays scaled until its own unscales it.
+    /// Adds `grad`, a result of [`backward`](Self::backward), to the gradient of `parameter` and marks it as scaled.
+    /// `parameter` need not belong to this optimizer: another's gradient stays scaled until its own optimizer
+    /// unscales it.
     ///
     /// # Errors
     /// As [`Parameter::accumulate_scaled_grad`], and [`Error::InvalidArgument`] if a state was loaded after the last loss
@@ -244,15 +246,15 @@ impl<O: Optimizer> AmpOptimizer<O> {
         parameter.accumulate_scaled_grad(grad, self.scaler.tag())
     }
 
-    /// Enqueues a whole step, in the order that the module tells. Gradients stay until
+    /// Enqueues a whole step, in the order described at the top of this module. Gradients stay until
     /// [`zero_grad`](Self::zero_grad).
     ///
     /// # Errors
-    /// As the calls it is made of. What fails before the optimizer's step leaves weights, optimizer state and averages
-    /// as they were: make the same call again, or update the [scaler](Self::scaler_mut) and go on with other gradients.
-    /// What fails after it keeps nothing else from being done: the step's record, the averages, the count of applied
-    /// steps, the scale's update, for which `scaler_mut().update()` makes up. [`Error::ScalerAlarm`] comes after all was
-    /// enqueued. The training may go on.
+    /// As the calls it is made of. A failure before the optimizer's step leaves weights, optimizer state and averages
+    /// as they were: repeat the call, or update the [scaler](Self::scaler_mut) and continue with other gradients. A
+    /// failure after it does not stop the remaining parts: the step's record, the averages, the count of applied
+    /// steps, the scale's update. If the scale's update itself fails, call `scaler_mut().update()`.
+    /// [`Error::ScalerAlarm`] is returned after everything was enqueued; training may continue.
     pub fn step(&mut self) -> Result<StepOutcome> {
         self.set_rates()?;
         if let Some((max_norm, kind)) = self.clip {
@@ -280,7 +282,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         self.optimizer.zero_grad();
     }
 
-    /// What the learning rates are multiplied by in the next step; 1 without a schedule.
+    /// The factor on the learning rates in the next step; 1 without a schedule.
     #[must_use]
     pub fn schedule_factor(&self) -> f64 {
         self.schedule.as_ref().map_or(1.0, Scheduled::factor)
@@ -320,7 +322,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         self.ema.as_ref()
     }
 
-    /// All of it as a value, but for the parameters. Waits for the device.
+    /// The whole state as a value, except the parameters. Waits for the device.
     ///
     /// # Errors
     /// As [`GradScaler::state_dict`], [`Optimizer::state_dict`] and [`AppliedSteps::state_dict`].
@@ -338,22 +340,23 @@ impl<O: Optimizer> AmpOptimizer<O> {
         })
     }
 
-    /// Goes on from `state`, at any time: the optimizer as [`Optimizer::load_state_dict`] tells, and with the clipping,
-    /// averages and place in the schedule that were saved. The schedule itself must be the one that was saved. An
-    /// iteration under way is abandoned, as by [`GradScaler::load_state_dict`]. Waits for the device.
+    /// Resumes from `state`, at any time. The optimizer loads as [`Optimizer::load_state_dict`] describes; clipping,
+    /// averages and the position in the schedule become the saved ones. The schedule itself must equal the saved one.
+    /// An iteration in progress is abandoned, as by [`GradScaler::load_state_dict`]. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] with what does not fit, also a schedule or averages that are on one side only;
-    /// [`Error::Driver`] if the driver refuses. Nothing was changed.
+    /// [`Error::InvalidState`] with the part that does not fit, including a schedule or averages that only one side
+    /// has; [`Error::Driver`] if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &AmpOptimizerState) -> Result<()> {
         self.load_state_dict_keeping(state, &[])
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), but what is named in `kept` stays as it is here: settings of the
-    /// optimizer (`learning_rate` with what the schedule multiplies), `clip`, `schedule` and `ema_decay`.
+    /// [`load_state_dict`](Self::load_state_dict), except that settings named in `kept` are left unchanged: settings
+    /// of the optimizer (`learning_rate` includes the rates that the schedule multiplies), `clip`, `schedule` and
+    /// `ema_decay`.
     ///
     /// # Errors
-    /// As [`load_state_dict`](Self::load_state_dict), and for a name that is none of these.
+    /// As [`load_state_dict`](Self::load_state_dict), and for any other name.
     pub fn load_state_dict_keeping(
         &mut self,
         state: &AmpOptimizerState,
@@ -361,13 +364,13 @@ impl<O: Optimizer> AmpOptimizer<O> {
     ) -> Result<()> {
         let known = self.setting_names();
         if let Some(name) = kept.iter().find(|name| !known.contains(*name)) {
-            let reason = format!("is no setting here, only {}", known.join(", "));
+            let reason = format!("is not a setting; the settings are {}", known.join(", "));
             return Err(Error::state(*name, reason));
         }
         self.load(state, kept)?.carry_out()
     }
 
-    /// The names of all that can be kept.
+    /// The names of all settings that a load can keep.
     pub(crate) fn setting_names(&self) -> Vec<&'static str> {
         let names = setting_names(&self.optimizer).into_iter();
         let scheduled = self.schedule.is_some().then_some(SCHEDULE);
@@ -379,7 +382,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
             .collect()
     }
 
-    /// [`load_state_dict_keeping`](Self::load_state_dict_keeping), checked and ready.
+    /// [`load_state_dict_keeping`](Self::load_state_dict_keeping), checked but not carried out yet.
     pub(crate) fn load(&mut self, state: &AmpOptimizerState, kept: &[&str]) -> Result<Load<'_>> {
         let is_kept = |name: &str| kept.contains(&name);
         let clip = match state.clip.filter(|_| !is_kept(CLIP)) {
@@ -422,7 +425,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(load.then(move || *limit = clip))
     }
 
-    /// The limit that was saved, if it can be.
+    /// The saved limit, checked.
     fn clip_of(&self, saved: ClipState) -> Result<Option<(f64, NormKind)>> {
         let max_norm = match saved {
             ClipState::Off => return Ok(None),
@@ -434,7 +437,7 @@ impl<O: Optimizer> AmpOptimizer<O> {
         Ok(Some((max_norm, NormKind::L2)))
     }
 
-    /// Gives each group the learning rate of the next step.
+    /// Sets the learning rate of each group for the next step.
     fn set_rates(&mut self) -> Result<()> {
         let factor = self.schedule_factor();
         let Some(scheduled) = &self.schedule else {
@@ -464,13 +467,13 @@ impl Scheduled {
         })
     }
 
-    /// Refuses to go on with another schedule than the saved one, if that is known.
+    /// Refuses a schedule that differs from the saved one, if that is known.
     fn check_form(&self, saved: Option<Schedule>) -> Result<()> {
         match saved.filter(|saved| *saved != self.schedule) {
             None => Ok(()),
             Some(saved) => {
                 let reason = format!(
-                    "saved from {saved:?}, this is {:?}; keep `{SCHEDULE}` to go on with this one",
+                    "saved from {saved:?}, this is {:?}; keep `{SCHEDULE}` to continue with this one",
                     self.schedule
                 );
                 Err(Error::state("schedule/form", reason))
@@ -478,7 +481,7 @@ impl Scheduled {
         }
     }
 
-    /// The rates of the groups here, of those of the saved groups that their parameters were in.
+    /// The rate of each group here, taken from the saved groups that its parameters were in.
     fn regrouped(&self, saved: &[f64], sources: &[Vec<usize>]) -> Result<Vec<f64>> {
         let refuse = |reason| Err(Error::state("schedule/base_rates", reason));
         let groups = sources.iter().zip(&self.base_rates).enumerate();
@@ -502,7 +505,7 @@ impl Scheduled {
         rates.collect()
     }
 
-    /// What `state` says, saved with `groups` groups, if it can be.
+    /// The contents of `state`, which was saved with `groups` groups, checked.
     fn check(state: &ScheduleState, groups: usize) -> Result<(Vec<f64>, AppliedSteps)> {
         let ScheduleState {
             base_rates,
@@ -533,11 +536,11 @@ fn learning_rate<O: Optimizer>(optimizer: &O, group: usize) -> Option<f64> {
         .find_map(|(name, value)| (name == LEARNING_RATE).then_some(value))
 }
 
-/// The error of a part that only one side has.
+/// The error for a part that only one side has.
 fn one_sided(part: &'static str, is_here: bool) -> Error {
     let reason = match is_here {
         true => "the saved state has no such part",
-        false => "was saved, and is not here",
+        false => "was saved, but this optimizer has none",
     };
     Error::state(part, reason)
 }

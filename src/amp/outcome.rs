@@ -1,4 +1,4 @@
-//! What became of a step.
+//! The outcome of a step.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,12 +7,10 @@ use crate::amp::journal::Journal;
 use crate::error::Result;
 use crate::optim::WeightOverflow;
 
-/// A step that was enqueued. Whether it was applied is decided on the device; asking waits for it, not
-/// asking costs nothing.
+/// An enqueued step. The device decides whether it is applied. Asking waits for the device; not asking costs nothing.
 ///
-/// It may be asked at any time, even many steps later. Only if sixteen later steps were skipped in the
-/// meantime can the answer be lost; the totals in
-/// [`ScalerStats`](crate::amp::ScalerStats) are exact for ever.
+/// Ask at any time, even many steps later. The answer can be lost only after sixteen later steps were skipped; the
+/// totals in [`ScalerStats`](crate::amp::ScalerStats) always stay exact.
 #[derive(Clone, Debug)]
 #[must_use = "a step may have been skipped; ask `is_applied` or `wait`, or drop the outcome with `let _ =`"]
 pub struct StepOutcome {
@@ -20,7 +18,7 @@ pub struct StepOutcome {
     pending: Option<(Arc<Journal>, u64)>,
 }
 
-/// What became of one step.
+/// The outcome of one step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The weights were moved.
@@ -40,8 +38,8 @@ impl StepOutcome {
         }
     }
 
-    /// Waits for the step and tells whether the weights were moved. Advance schedulers and averages by
-    /// this, not by the number of calls.
+    /// Waits for the step and returns whether it moved the weights. Advance schedules and averages by this, not by
+    /// the number of calls.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -49,9 +47,9 @@ impl StepOutcome {
         Ok(matches!(self.wait()?, Outcome::Applied))
     }
 
-    /// What became of the step, if that is known by now; `None` while it is pending. Does not wait: the first
-    /// call asks the device for its counters, a later one finds them. One such question answers for all
-    /// steps that were enqueued before it.
+    /// The outcome, if it is known by now; `None` while the step is pending. Does not wait: the first call asks the
+    /// device for its counters, and a later one finds them. One copy of the counters answers for all steps enqueued
+    /// before it.
     ///
     /// # Errors
     /// As [`wait`](Self::wait), and [`Error::Capturing`](crate::Error::Capturing) during a capture.
@@ -62,11 +60,11 @@ impl StepOutcome {
         }
     }
 
-    /// Waits for the step and tells what became of it.
+    /// Waits for the step and returns its outcome.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver) if work of the stream failed;
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the answer was lost, as the type says.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if the answer was lost, as the type describes.
     pub fn wait(&self) -> Result<Outcome> {
         match &self.pending {
             None => Ok(Outcome::Applied),
@@ -76,11 +74,11 @@ impl StepOutcome {
 }
 
 impl StepOutcome {
-    /// Waits for the step and tells which weights it made infinite or NaN, if it was applied and did: gradients that
-    /// are finite can do that, above all to weights of 16 bits, whose f32 masters may still be finite. Elements that
-    /// were not finite before the step do not count. `None` if the scaler is disabled, as nothing is recorded then
-    /// ([`Optimizer::take_weight_overflows`](crate::optim::Optimizer::take_weight_overflows) tells), and if the
-    /// optimizer is none of this crate's.
+    /// Waits for the step and reports the weights that it made infinite or NaN; `None` if there are none. Finite
+    /// gradients can do this, above all to 16-bit weights, whose f32 masters may still be finite. Elements that were
+    /// not finite before the step do not count. Also `None` if the scaler is disabled, because nothing is recorded
+    /// then (use [`Optimizer::take_weight_overflows`](crate::optim::Optimizer::take_weight_overflows)), and for
+    /// optimizers from outside this crate.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -92,7 +90,7 @@ impl StepOutcome {
     }
 }
 
-/// What an applied step did to weights.
+/// The weights that an applied step made infinite or NaN.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct WeightReport {
@@ -134,13 +132,13 @@ pub struct OverflowReport {
     pub tensors: Vec<TensorOverflow>,
     /// How many there are.
     pub tensor_count: u64,
-    /// The total norm, if it was taken. It alone can be the reason: of finite f64 gradients too large to
-    /// square. If there is neither a gradient nor a norm to blame, another optimizer's gradients are, of this
-    /// process or of another one.
+    /// The total norm, if it was computed. It can be the only cause: finite f64 gradients may be too large to square.
+    /// If neither a gradient nor the norm is infinite or NaN, another optimizer overflowed, in this process or in
+    /// another one.
     pub total_norm: Option<f64>,
 }
 
-/// What is not finite in one gradient.
+/// The elements of one gradient that are not finite.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorOverflow {
@@ -150,8 +148,8 @@ pub struct TensorOverflow {
     pub inf_count: u64,
     /// NaN elements; stops counting at 2³² − 1.
     pub nan_count: u64,
-    /// Place of the first such element, in elements from the first in memory. For a gradient in index
-    /// order this is its index.
+    /// Position of the first such element, counted in elements from the start of the gradient's memory. For a
+    /// gradient in index order this is its index.
     pub first_index: u64,
 }
 
@@ -159,9 +157,9 @@ pub struct TensorOverflow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OverflowKind {
-    /// Infinity: the scale is too large, as a rule.
+    /// Infinity: usually the scale is too large.
     Inf,
-    /// Not a number: often a fault that no scale repairs.
+    /// Not a number: often a fault that no scale can fix.
     NaN,
 }
 

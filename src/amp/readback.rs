@@ -1,22 +1,22 @@
-//! A copy of the journal on the host that is made without waiting for it.
+//! Copies the journal to the host without waiting.
 //!
-//! [`Readback::poll`] enqueues a copy to pinned memory and returns; a later call finds it complete. So the
-//! host learns what happened some steps late, and never stops for it.
+//! [`Readback::poll`] enqueues a copy to pinned memory and returns; a later call finds it complete. The host thus
+//! learns of events a few steps late and never waits.
 
 use crate::error::Result;
 use crate::launch::journal::JOURNAL_WORDS;
 use crate::memory::{PinnedBlock, PinnedPool};
 use crate::storage::{Context, Tensor};
 
-/// The newest copy that arrived, and the one under way.
+/// The newest copy that arrived, and the pending one.
 #[derive(Debug)]
 pub(super) struct Readback {
     block: PinnedBlock,
-    /// What the copy under way will know: all steps up to this one.
+    /// The last step that the pending copy will contain.
     under_way: Option<u64>,
-    /// Whether the scaler's state was replaced after the copy under way was enqueued.
+    /// Whether the scaler's state was replaced after the pending copy was enqueued.
     is_outdated: bool,
-    /// The copy that arrived last, and the steps it knows.
+    /// The copy that arrived last, and the last step it contains.
     arrived: Option<(u64, Vec<f64>)>,
 }
 
@@ -31,8 +31,8 @@ impl Readback {
         })
     }
 
-    /// A copy of `journal` that knows step `step`, if one arrived. Otherwise sees to it that one is under way,
-    /// in which all steps up to `steps` will be.
+    /// A copy of `journal` that contains step `step`, if one arrived. Otherwise makes sure that a copy is pending;
+    /// `steps` is the last step that a copy enqueued now contains.
     pub(super) fn poll(
         &mut self,
         journal: &Tensor,
@@ -51,7 +51,7 @@ impl Readback {
             .map(|(_, words)| words.as_slice()))
     }
 
-    /// Puts a copy under way, unless one is.
+    /// Enqueues a copy, unless one is pending.
     pub(super) fn start(&mut self, journal: &Tensor, steps: u64) -> Result<()> {
         if self.under_way.is_none() {
             journal.copy_to_pinned(&mut self.block)?;
@@ -60,12 +60,13 @@ impl Readback {
         Ok(())
     }
 
-    /// The copy under way answers questions about the steps that it knows, and is no news of the scaler's state.
+    /// Marks the pending copy as outdated: it still answers for the steps it contains, but says nothing about the
+    /// scaler's current state.
     pub(super) fn outdate(&mut self) {
         self.is_outdated = self.under_way.is_some();
     }
 
-    /// The copy that was under way, once, when it has arrived and is not outdated.
+    /// The pending copy, once, if it has arrived and is not outdated.
     pub(super) fn take_in(&mut self) -> Result<Option<&[f64]>> {
         let Some(known) = self.under_way.filter(|_| self.block.is_idle()) else {
             return Ok(None);

@@ -1,8 +1,7 @@
-//! Saving a scaler, and going on from what was saved.
+//! Saves and restores a scaler.
 //!
-//! A restored scaler is in the state of one that has just been updated: whatever it did for its optimizers since its
-//! last update belongs to an iteration that no longer exists. Device memory stays where it is, so that captured graphs
-//! go on.
+//! A restored scaler is in the state of one that has just been updated: what it did for its optimizers since its last
+//! update belongs to an abandoned iteration. Device memory keeps its addresses, so captured graphs stay valid.
 
 use crate::amp::slot::Stage;
 use crate::amp::{GradScaler, ScalerState};
@@ -11,8 +10,8 @@ use crate::optim::moment;
 use crate::storage::Load;
 
 impl GradScaler {
-    /// What is needed to go on later. A disabled scaler gives the state that was loaded last, or an empty one. Gradients
-    /// are no part of it: save between an update and the first backward pass after it. Waits for the device.
+    /// The state needed to resume later. A disabled scaler returns the state it last loaded, or an empty one.
+    /// Gradients are not included: save between an update and the first backward pass after it. Waits for the device.
     ///
     /// # Errors
     /// [`ScalerMisuse::MidIteration`] if an update is due; [`Error::Driver`](crate::Error::Driver) if work of the stream
@@ -31,36 +30,37 @@ impl GradScaler {
         })
     }
 
-    /// Goes on from a saved state: scale, trackers, factors, interval and limits become those of `state`. What the
-    /// state lacks stays as it is here; [`keeps_on_load`](Self::keeps_on_load) lists it. Waits for the device.
+    /// Resumes from a saved state: scale, trackers, factors, interval and limits become those of `state`. Keys that
+    /// the state lacks keep their current value; [`keeps_on_load`](Self::keeps_on_load) lists them. Waits for the
+    /// device.
     ///
-    /// Allowed at any time. An iteration under way is abandoned: all optimizers are ready, and no flag, norm or clip
-    /// coefficient of it counts, whether or not its step was made. Gradients with a term from before this call are
-    /// refused by name, marked or not; drop them with [`zero_grad`](crate::optim::Optimizer::zero_grad), or set others.
-    /// So is a gradient whose [`tag`](Self::tag) was taken before. Graphs that were captured before go on with the
-    /// restored scale, and with the factors and limits that were captured.
+    /// Allowed at any time. An iteration in progress is abandoned: all optimizers are ready, and its flags, norms and
+    /// clip coefficients do not count, whether or not its step was made. Gradients with a term from before this call
+    /// are refused by name, marked or not: drop them with [`zero_grad`](crate::optim::Optimizer::zero_grad), or set
+    /// others. A gradient whose [`tag`](Self::tag) was taken before is refused too. Graphs captured before use the
+    /// restored scale, but keep the factors and limits they were captured with.
     ///
-    /// A state from another [`ScalingMode`](crate::amp::ScalingMode) is converted, so that a scale outlasts a phase that
-    /// needs none:
+    /// A state from another [`ScalingMode`](crate::amp::ScalingMode) is converted, so that a scale survives a phase
+    /// without scaling:
     ///
-    /// | state of \ into | scaling | only checking | disabled |
+    /// | state of \ loaded into | scaling | only checking | disabled |
     /// |---|---|---|---|
-    /// | scaling | taken | scale and trackers are kept aside, and saved again | kept, and saved again |
-    /// | only checking, with a scale kept aside | that scale and its trackers are taken | taken, with what it keeps | kept, and saved again |
-    /// | only checking | the initial scale, with trackers of 0; all else is taken | taken | kept, and saved again |
-    /// | disabled (empty) | refused | refused | taken |
+    /// | scaling | loaded | scale and trackers are set aside and saved again | kept and saved again |
+    /// | only checking, with a scale set aside | that scale and its trackers are loaded | loaded, including the scale set aside | kept and saved again |
+    /// | only checking | initial scale, trackers of 0; everything else is loaded | loaded | kept and saved again |
+    /// | disabled (empty) | refused | refused | loaded |
     ///
-    /// A state that does not tell its mode, as of PyTorch or of version 1, is one of the scaler's own mode; if that only
-    /// checks and the state's scale is not 1, it is one of a scaling scaler.
+    /// A state without a mode, from PyTorch or of version 1, is taken to have the scaler's own mode; but if that only
+    /// checks and the state's scale is not 1, the state is taken to be of a scaling scaler.
     ///
     /// # Errors
-    /// [`Error::InvalidState`](crate::Error::InvalidState) with the first key that is missing or cannot work;
+    /// [`Error::InvalidState`](crate::Error::InvalidState) with the first key that is missing or invalid;
     /// [`Error::Driver`](crate::Error::Driver) if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &ScalerState) -> Result<()> {
         self.load(state)?.carry_out()
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    /// [`load_state_dict`](Self::load_state_dict), checked but not carried out yet.
     pub(crate) fn load(&mut self, state: &ScalerState) -> Result<Load<'_>> {
         let Some(memory) = &self.memory else {
             state.check_version()?;
@@ -74,7 +74,7 @@ impl GradScaler {
             let now = moment();
             (self.since, self.restored) = (now, now);
             self.slots.iter_mut().for_each(|slot| slot.abandon(now));
-            // A copy of the journal that is on its way tells of the abandoned training.
+            // A pending copy of the journal describes the abandoned run.
             journal.outdate();
             self.unwatched = 0;
             self.kept_scale = restored.kept_scale;
@@ -82,9 +82,9 @@ impl GradScaler {
         }))
     }
 
-    /// The keys that `state` has no value for and that [`load_state_dict`](Self::load_state_dict) would leave as they
-    /// are in this scaler: [`ScalerState::lacks`], and the scale if losses are scaled here and `state` is of a scaler
-    /// that only checked. None for a disabled scaler.
+    /// The keys that `state` lacks and that [`load_state_dict`](Self::load_state_dict) would leave unchanged in this
+    /// scaler: [`ScalerState::lacks`], and the scale if this scaler scales losses and `state` comes from one that
+    /// only checked. Empty for a disabled scaler.
     #[must_use]
     pub fn keeps_on_load(&self, state: &ScalerState) -> Vec<&'static str> {
         if !self.is_enabled() {

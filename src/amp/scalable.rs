@@ -1,4 +1,4 @@
-//! What can be scaled: tensors, losses, and collections of them.
+//! Values that can be scaled: tensors, losses, and collections of them.
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -8,10 +8,10 @@ use crate::storage::Tensor;
 
 /// Something [`GradScaler::scale`](crate::amp::GradScaler::scale) can multiply by the loss scale.
 pub trait Scalable {
-    /// What it becomes.
+    /// The type of the scaled value.
     type Output;
 
-    /// Multiplied by `scale`, an f32 on the device; or the same, sharing memory, for `None`.
+    /// The value multiplied by `scale`, an f32 on the device; for `None` the value itself, sharing its memory.
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`] for integers and 8-bit types; [`Error::InvalidArgument`] on another stream than the
@@ -22,8 +22,8 @@ pub trait Scalable {
 impl Scalable for Tensor {
     type Output = Self;
 
-    /// The product is f32, or f64 for f64. PyTorch keeps 16 bits for tensors of one dimension or more,
-    /// where 1 times the initial scale is infinite in f16.
+    /// The product is f32, or f64 for f64. PyTorch keeps 16 bits for tensors of one dimension or more, although 1
+    /// times the initial scale is infinite in f16.
     fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self> {
         let Some(scale) = scale else {
             return Ok(self.clone());
@@ -58,7 +58,7 @@ impl Scalable for Loss {
     /// The value and the gradient that its backward pass starts from are both multiplied.
     fn scaled_by(&self, scale: Option<&Tensor>) -> Result<Self> {
         match scale {
-            // Named in full: the trait's method of the same name is this one.
+            // Calls `Loss::scaled_by`, an inherent method, which takes precedence over this trait's.
             Some(scale) => {
                 expect_stream(self.value(), scale)?;
                 Self::scaled_by(self, scale)
@@ -68,7 +68,7 @@ impl Scalable for Loss {
     }
 }
 
-/// Refuses what no kernel may multiply by `scale`.
+/// Refuses `outputs` on another stream than `scale`.
 fn expect_stream(outputs: &Tensor, scale: &Tensor) -> Result<()> {
     if outputs.context().stream().id() == scale.context().stream().id() {
         return Ok(());

@@ -20,10 +20,10 @@ use crate::launch::{Change, NormKind, scale_update};
 use crate::optim::{CheckAtOnce, Optimizer, OptimizerId, Parameter, ScaleTag, UnscaleMark, moment};
 use crate::storage::{Context, Tensor};
 
-/// Scales losses so that small gradients survive 16 bits, keeps steps with infinite or NaN gradients from
-/// being applied, and adapts the scale. [`amp`](crate::amp) tells the order of calls.
+/// Scales losses so that small gradients survive 16 bits, skips steps with infinite or NaN gradients, and adapts the
+/// scale. See [`amp`](crate::amp) for the order of calls.
 ///
-/// One scaler serves one stream. No call but those that say so waits for the device.
+/// One scaler serves one stream. Only calls that say so wait for the device.
 ///
 /// ```no_run
 /// # use kitsune::{amp::*, optim::*, *};
@@ -41,31 +41,31 @@ use crate::storage::{Context, Tensor};
 /// ```
 #[derive(Debug)]
 pub struct GradScaler {
-    /// Goes with the scaler. Optimizers hold it weakly, to know the scaler that drives them.
+    /// Lives as long as the scaler. Optimizers hold it weakly, to know which scaler drives them.
     id: Arc<u64>,
     pub(super) config: AmpConfig,
     /// `None` if disabled: a disabled scaler takes no memory.
     pub(super) memory: Option<ScaleMemory>,
     pub(super) slots: Vec<Slot>,
-    /// Since when the scale is what it is, as far as the host can tell: the moment of the last update. Tells
-    /// this iteration's gradients from older ones.
+    /// The moment of the last update, from which on the scale has its current value as far as the host knows.
+    /// Distinguishes this iteration's gradients from older ones.
     pub(super) since: u64,
-    /// When the state was loaded last; 0 if it never was.
+    /// The moment the state was last loaded; 0 if never.
     pub(super) restored: u64,
     steps: u64,
-    /// Updates since the host last looked for an alarm.
+    /// Updates since the last alarm check.
     pub(super) unwatched: u32,
-    /// `since` when a loss was scaled last; 0 if none ever was. Atomic so that `scale` needs no exclusive access;
-    /// nothing is published through it.
+    /// The value of `since` when a loss was last scaled; 0 if none ever was. Atomic so that `scale` needs no
+    /// exclusive access; it publishes nothing.
     scaled: AtomicU64,
-    /// If only checking: the scale of the scaling phase before.
+    /// If only checking: the scale of the preceding scaling phase.
     pub(super) kept_scale: Option<KeptScale>,
-    /// If disabled: the state that was loaded last, to be saved again.
+    /// If disabled: the state that was last loaded, to be saved again.
     pub(super) held: ScalerState,
 }
 
 impl GradScaler {
-    /// A scaler for gradients on the context's stream. The scale exists from now on.
+    /// A scaler for gradients on the context's stream. Allocates the scale.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`]; [`Error::OutOfMemory`].
@@ -95,9 +95,9 @@ impl GradScaler {
         })
     }
 
-    /// `outputs` multiplied by the scale, on the device: a tensor, a loss, or a tuple, slice or vector of
-    /// such. The same, sharing memory, if disabled or if only checking. Tensors become f32 (f64 stays f64), so
-    /// that no product overflows 16 bits.
+    /// Multiplies `outputs` by the scale, on the device: a tensor, a loss, or a tuple, slice or vector of such.
+    /// Returns them unchanged, sharing their memory, if disabled or only checking. Tensors become f32 (f64 stays
+    /// f64), so that no product overflows 16 bits.
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`] for integers and 8-bit types; [`Error::InvalidArgument`] on another stream than the
@@ -110,11 +110,11 @@ impl GradScaler {
         Ok(scaled)
     }
 
-    /// What gradients of losses scaled since the last update can be marked with, by
-    /// [`Parameter::set_scaled_grad`](crate::optim::Parameter::set_scaled_grad); `None` if losses are not scaled.
+    /// The tag for gradients of losses scaled since the last update, to pass to
+    /// [`Parameter::set_scaled_grad`](crate::optim::Parameter::set_scaled_grad). `None` if losses are not scaled.
     ///
-    /// Take it where the loss is scaled if an update, or the loading of a state, may come before the gradient is set:
-    /// the tag then says so, and the gradient is refused.
+    /// If an update or a load may happen before the gradient is set, take the tag where the loss is scaled: the
+    /// gradient of an outdated tag is refused.
     #[must_use]
     pub fn tag(&self) -> Option<ScaleTag> {
         self.is_scaling().then(|| ScaleTag {
@@ -127,11 +127,11 @@ impl GradScaler {
     /// [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad) does with this
     /// scaler's [`tag`](Self::tag), and checks the sum in the pass that writes it.
     ///
-    /// [`check`](Self::check), [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) then do not read that
-    /// gradient to check it: what they find, norm included, is the same to the bit. They read it as ever if it was
-    /// made by no such sum (the first term becomes the gradient as it is), or belongs to another iteration, for norms
-    /// other than L2, and if it was written since through this crate. Who writes it otherwise, say in an all-reduce,
-    /// calls [`Tensor::mark_written`] on it.
+    /// [`check`](Self::check), [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) then need not read
+    /// that gradient to check it; their results, norm included, are bit-identical. They still read it if it has only
+    /// one term (the first term becomes the gradient as it is), belongs to another iteration, was written since
+    /// through this crate, or for norms other than L2. Code that writes it in another way, say in an all-reduce, must
+    /// call [`Tensor::mark_written`] on it.
     ///
     /// # Errors
     /// As [`Parameter::accumulate_scaled_grad`](crate::optim::Parameter::accumulate_scaled_grad), and
@@ -157,8 +157,8 @@ impl GradScaler {
         parameter.accumulate(op, grad, self.tag(), Some(&check))
     }
 
-    /// Checks the optimizer's gradients for infinities and NaN without changing them. [`step`](Self::step) does
-    /// it by itself; before it, only [`SkipPolicy::AllOrNone`] needs it.
+    /// Checks the optimizer's gradients for infinities and NaN without changing them. [`step`](Self::step) does so
+    /// itself; only [`SkipPolicy::AllOrNone`] needs this call before it.
     ///
     /// # Errors
     /// As [`unscale`](Self::unscale).
@@ -170,15 +170,15 @@ impl GradScaler {
         }
     }
 
-    /// Divides the optimizer's gradients by the scale in place, and checks them, so that they can be looked
-    /// at or clipped before [`step`](Self::step). Gradients may be of any float type, f16 too. Unlike
-    /// PyTorch's, the check sees a gradient that dividing by a scale below 1 made infinite.
+    /// Divides the optimizer's gradients by the scale in place, and checks them, so that they can be inspected or
+    /// clipped before [`step`](Self::step). Gradients may have any float type, including f16. Unlike PyTorch's, the
+    /// check catches a gradient that became infinite when it was divided by a scale below 1.
     ///
     /// # Errors
-    /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, if no parameter has a gradient, if another
-    /// scaler drives the optimizer, or if [`SkipPolicy`] forbids it by now; [`Error::InvalidArgument`] if a
-    /// gradient was already unscaled through another optimizer, was made with another scale or has terms of
-    /// two, lies on another stream, or shares memory with another one. Nothing was changed.
+    /// [`ScalerMisuse`] as in the table of [`amp`](crate::amp), if no parameter has a gradient, if another scaler
+    /// drives the optimizer, or if [`SkipPolicy`] no longer allows the call; [`Error::InvalidArgument`] if a gradient
+    /// was already unscaled through another optimizer, was made with another scale or has terms of two, lies on
+    /// another stream, or shares memory with another one. Nothing was changed.
     pub fn unscale<O: Optimizer + ?Sized>(&mut self, optimizer: &O) -> Result<()> {
         let mark = self.mark(optimizer.id());
         match self.slot("unscale", optimizer)? {
@@ -195,8 +195,8 @@ impl GradScaler {
         self.unscale(optimizer)
     }
 
-    /// Clips the optimizer's gradients to a total L2 norm of `max_norm`, and gives the norm that they had
-    /// (unscaled): an f64 on the device. As [`clip_grad_norm_by`](Self::clip_grad_norm_by).
+    /// Clips the optimizer's gradients to a total L2 norm of `max_norm`, and returns the unscaled norm they had: an
+    /// f64 on the device. See [`clip_grad_norm_by`](Self::clip_grad_norm_by).
     ///
     /// # Errors
     /// As [`clip_grad_norm_by`](Self::clip_grad_norm_by).
@@ -222,13 +222,13 @@ impl GradScaler {
 
     /// Clips to a total norm of the given kind.
     ///
-    /// After [`unscale`](Self::unscale) gradients are multiplied in place, as in PyTorch. Without it they stay
-    /// as they are, scaled: the one pass that checks them also takes the norm, and the step unscales and
-    /// clips as it reads. That saves two passes over all gradients.
+    /// After [`unscale`](Self::unscale), gradients are multiplied in place, as in PyTorch. Without it they stay
+    /// scaled and unchanged: the pass that checks them also computes the norm, and the step unscales and clips as it
+    /// reads. This saves two passes over all gradients.
     ///
-    /// The norm is taken in f64 over all gradients. An infinite or NaN norm is an overflow: the step is
-    /// skipped and the scale backs off, where PyTorch steps with gradients of zero. If disabled, clips in
-    /// place. [`optim::clip_grad_norm`](crate::optim::clip_grad_norm) tells how exact results are.
+    /// The norm is computed in f64 over all gradients. An infinite or NaN norm is an overflow: the step is skipped
+    /// and the scale backs off, where PyTorch would step with gradients of zero. A disabled scaler clips in place.
+    /// [`optim::clip_grad_norm`](crate::optim::clip_grad_norm) describes the accuracy.
     ///
     /// # Errors
     /// As [`unscale`](Self::unscale), and [`Error::InvalidArgument`] for a negative or NaN `max_norm`.
@@ -251,17 +251,17 @@ impl GradScaler {
         }
     }
 
-    /// Enqueues the optimizer's step, which skips itself on the device if a gradient is infinite or NaN.
-    /// Gradients are checked first unless that was done. The host does not wait; the outcome can be asked.
+    /// Enqueues the optimizer's step, which skips itself on the device if a gradient is infinite or NaN. Checks the
+    /// gradients first if that was not done yet. The host does not wait; ask the returned outcome.
     ///
     /// A skipped step leaves weights, optimizer state and step counts as they were, to the bit. Gradients
     /// that were not unscaled stay scaled: the step divides them as it reads.
     ///
     /// # Errors
-    /// [`ScalerMisuse`] as the table in [`amp`](crate::amp) says, or if no parameter has a gradient;
-    /// otherwise as [`unscale`](Self::unscale) and the optimizer's step. Nothing was stepped, and the same call may be
-    /// made again: but for an [`Error::Driver`] that says "the step is enqueued, and only its record is missing".
-    /// After that one go on with [`update`](Self::update); statistics and reports lack the step.
+    /// [`ScalerMisuse`] as in the table of [`amp`](crate::amp), or if no parameter has a gradient; otherwise as
+    /// [`unscale`](Self::unscale) and the optimizer's step. Nothing was stepped, and the call may be repeated. The
+    /// exception is an [`Error::Driver`] that says "the step is enqueued, and only its record is missing": continue
+    /// with [`update`](Self::update) then; statistics and reports lack the step.
     pub fn step<O: Optimizer + ?Sized>(&mut self, optimizer: &mut O) -> Result<StepOutcome> {
         let mark = self.mark(optimizer.id());
         let number = self.steps + 1;
@@ -282,16 +282,19 @@ impl GradScaler {
         }
     }
 
-    /// Adapts the scale to what the optimizers' checks found since the last update, and makes all of them
-    /// ready. However many overflowed, the scale backs off once.
+    /// Adapts the scale to the results of the optimizers' checks since the last update, and makes all optimizers
+    /// ready. The scale backs off once, however many optimizers overflowed.
     ///
-    /// From time to time ([`AmpConfig::alarm_interval`]) the device is asked for its counters, and a later
-    /// call tells if they are alarming. Replays of a captured update do not ask; [`alarm`](Self::alarm) does.
+    /// Enqueues one kernel; `src/launch/scale_update.rs` states the rule.
+    ///
+    /// Every [`AmpConfig::alarm_interval`] updates it requests the device's counters, and a later call raises an
+    /// alarm if they call for one. Replays of a captured update do not request them; call [`alarm`](Self::alarm)
+    /// there.
     ///
     /// # Errors
-    /// [`ScalerMisuse::NothingToUpdate`] if no optimizer was unscaled, clipped or stepped;
-    /// [`ScalerMisuse::NotScaled`] if no loss was ever scaled; [`Error::ScalerAlarm`] if steps go on being
-    /// skipped: then the update was enqueued all the same, and the training may go on.
+    /// [`ScalerMisuse::NothingToUpdate`] if no optimizer was checked, unscaled, clipped or stepped;
+    /// [`ScalerMisuse::NotScaled`] if no loss was ever scaled; [`Error::ScalerAlarm`] if steps keep being skipped.
+    /// The update was enqueued in spite of the alarm, and training may continue.
     pub fn update(&mut self) -> Result<()> {
         if self.memory.is_some() {
             self.require_scaled("update")?;
@@ -304,11 +307,11 @@ impl GradScaler {
         self.watch()
     }
 
-    /// Sets the scale, whatever was found, and makes all optimizers ready. The growth tracker keeps its
-    /// value. Does nothing if disabled or only checking.
+    /// Sets the scale regardless of the checks, and makes all optimizers ready. The growth tracker keeps its value.
+    /// Does nothing if disabled or only checking.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a scale outside of floor and cap.
+    /// [`Error::InvalidArgument`] for a scale below the floor or above the cap.
     pub fn update_to(&mut self, new_scale: f64) -> Result<()> {
         if !self.is_scaling() {
             return Ok(());
@@ -329,7 +332,7 @@ impl GradScaler {
         Ok(())
     }
 
-    /// Looks for an alarm if it is time to, without waiting.
+    /// Checks for an alarm if one is due, without waiting.
     fn watch(&mut self) -> Result<()> {
         let Some(memory) = &self.memory else {
             return Ok(());
@@ -358,8 +361,7 @@ impl GradScaler {
         }
     }
 
-    /// What there is to be alarmed about, whether or not [`update`](Self::update) looks for it. Waits for the
-    /// device.
+    /// The current alarm, if any, whether or not [`update`](Self::update) checks for alarms. Waits for the device.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed.
@@ -390,17 +392,16 @@ impl GradScaler {
         self.scale_factor()
     }
 
-    /// The optimizer's overflow flag: an f32 that is not 0 if one of its gradients was found not finite since
-    /// the last update. Combine it over all ranks with a maximum between [`unscale`](Self::unscale) and
-    /// [`step`](Self::step); a sum does as well. `None` if disabled, or before the first call for the
-    /// optimizer.
+    /// The optimizer's overflow flag: an f32 that is nonzero if one of its gradients was infinite or NaN since the
+    /// last update. Across ranks, combine it with a maximum between [`unscale`](Self::unscale) and
+    /// [`step`](Self::step); a sum also works. `None` if disabled, or before the first call for the optimizer.
     #[must_use]
     pub fn found_inf<O: Optimizer + ?Sized>(&self, optimizer: &O) -> Option<&Tensor> {
         let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
         slot.map(Slot::found_inf)
     }
 
-    /// What was done for the optimizer since the last update.
+    /// The stage that the optimizer has reached since the last update.
     pub(super) fn stage<O: Optimizer + ?Sized>(&self, optimizer: &O) -> Stage {
         let slot = self.slots.iter().find(|slot| slot.is_for(optimizer.id()));
         slot.map_or(Stage::Ready, Slot::stage)
@@ -411,7 +412,7 @@ impl GradScaler {
         self.config.effective_mode() == ScalingMode::Scale
     }
 
-    /// Names this scaler among all that ever were, and tells whether it is gone.
+    /// Identifies this scaler uniquely, and reveals whether it was dropped.
     #[cfg(feature = "metrics")]
     pub(crate) fn token(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
         let id: std::sync::Weak<u64> = Arc::downgrade(&self.id);
@@ -424,13 +425,13 @@ impl GradScaler {
         self.memory.is_some()
     }
 
-    /// The settings now in force.
+    /// The current settings.
     #[must_use]
     pub fn config(&self) -> &AmpConfig {
         &self.config
     }
 
-    /// Factor after an interval without overflow. Also answers if disabled.
+    /// Factor after an interval without overflow. Also valid if disabled.
     #[must_use]
     pub fn growth_factor(&self) -> f64 {
         self.config.growth_factor
@@ -448,7 +449,7 @@ impl GradScaler {
         self.config.growth_interval
     }
 
-    /// What happened so far. Waits for the device.
+    /// Statistics so far. Waits for the device.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed.
@@ -489,15 +490,15 @@ impl GradScaler {
     }
 
     fn require_scaled(&self, call: &'static str) -> Result<()> {
-        // Relaxed: see the field. Where losses are not scaled, nothing can have been forgotten.
+        // Relaxed: see the field. Without scaling, `scale` is optional.
         if self.scaled.load(Ordering::Relaxed) > 0 || !self.is_scaling() {
             return Ok(());
         }
         Err(ScalerMisuse::NotScaled { call }.into())
     }
 
-    /// Refuses a gradient for `parameter` that cannot be of this iteration: the last loss was scaled before the state
-    /// was loaded.
+    /// Refuses a gradient for `parameter` if the last loss was scaled before the state was loaded: it cannot belong
+    /// to this iteration.
     pub(super) fn expect_fresh_loss(&self, op: &'static str, parameter: &Parameter) -> Result<()> {
         // Relaxed: see the field.
         let scaled = self.scaled.load(Ordering::Relaxed);
@@ -506,8 +507,8 @@ impl GradScaler {
         }
         let name = parameter.name();
         let reason = format!(
-            "the gradient of `{name}` comes of a loss that was scaled before the scaler's state was loaded; scale a \
-             loss first, or vouch for the gradient with accumulate_scaled_grad"
+            "the gradient of `{name}` comes from a loss scaled before the scaler's state was loaded; scale a \
+             loss first, or add the gradient with accumulate_scaled_grad, which does not check"
         );
         Err(Error::argument(op, reason))
     }
@@ -520,7 +521,7 @@ impl GradScaler {
         }
     }
 
-    /// The optimizer's slot, made at its first call; `None` if disabled.
+    /// The optimizer's slot, created at its first call; `None` if disabled.
     fn slot<O: Optimizer + ?Sized>(
         &mut self,
         call: &'static str,
@@ -547,7 +548,7 @@ impl GradScaler {
             None => self.slots.len(),
         };
         if known.is_none() {
-            // Before the optimizer is claimed: another scaler may be the right one.
+            // Checked before the optimizer is claimed, because another scaler may be the right one.
             let stream = memory.context().stream().id();
             let is_elsewhere =
                 |parameter: &&Parameter| parameter.value().context().stream().id() != stream;
@@ -558,7 +559,7 @@ impl GradScaler {
                 let parameters = told(optimizer.parameters());
                 return Err(ScalerMisuse::OtherScaler { parameters }.into());
             }
-            // With one flag for all, whoever overflows skips all steps.
+            // With a shared flag, one overflow skips all steps.
             let flag = memory.flag(if all_or_none { 0 } else { index })?;
             let slot = Slot::new(id, memory, flag, self.restored);
             if index == self.slots.len() {

@@ -1,4 +1,4 @@
-//! What a scaler keeps for one optimizer.
+//! The state that a scaler keeps for one optimizer.
 
 use std::sync::Arc;
 
@@ -12,10 +12,10 @@ use crate::optim::{
 };
 use crate::storage::Tensor;
 
-/// Where an optimizer is between two updates.
+/// The stage of an optimizer between two updates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nothing was done with its gradients.
+    /// Its gradients were not touched yet.
     Ready,
     /// Gradients were checked, and are still scaled; the step unscales and clips as it reads them.
     Checked,
@@ -30,19 +30,20 @@ pub(super) enum Stage {
 pub(super) struct Slot {
     optimizer: OptimizerLife,
     number: u64,
-    /// When the scaler's state was loaded last, 0 if never: gradients with a term from before are those of an iteration
-    /// that was abandoned.
+    /// The moment the scaler's state was last loaded, 0 if never. Gradients with a term from before it belong to an
+    /// abandoned iteration.
     restored: u64,
-    /// The number under which the journal knows it: a new one whenever the parameters changed.
+    /// The number under which the journal knows the optimizer; a new one whenever its parameters change.
     recorded_as: Option<u64>,
-    /// The names that the journal has under that number.
+    /// The names the journal holds under that number.
     names: Arc<[String]>,
     stage: Stage,
     found_inf: Tensor,
     gradients: Gradients,
-    /// What the last pass went over: for each parameter the moment of its gradient's last term, if it had a gradient.
+    /// The gradients of the last pass: for each parameter the moment of its gradient's last term, `None` without a
+    /// gradient.
     seen: Vec<Option<u64>>,
-    /// Taken since the last update; the factors too if the step is to apply them.
+    /// Whether the norm was computed since the last update.
     norm_taken: bool,
     clip: Option<Clip>,
 }
@@ -73,12 +74,12 @@ impl Slot {
         self.number == id.number()
     }
 
-    /// Whether another optimizer may have it: its own is gone, and no flag of it is waiting for an update.
+    /// Whether another optimizer may reuse the slot: its own was dropped, and its flag is not waiting for an update.
     pub(super) fn is_free(&self) -> bool {
         self.optimizer.is_over() && self.stage == Stage::Ready
     }
 
-    /// The number under which the journal knows it.
+    /// The number under which the journal knows the optimizer.
     pub(super) fn recorded_as(&self) -> Option<u64> {
         self.recorded_as
     }
@@ -98,7 +99,7 @@ impl Slot {
         self.clip = None;
     }
 
-    /// Abandons the iteration under way: the scaler's state was loaded at the moment `restored`.
+    /// Abandons the iteration in progress, because the scaler's state was loaded at the moment `restored`.
     pub(super) fn abandon(&mut self, restored: u64) {
         self.reset();
         self.restored = restored;
@@ -146,12 +147,12 @@ impl Slot {
         }
         let pass = still_scaled(memory, mark, NormKind::L2);
         self.pass(op, memory, parameters, mark, pass)?;
-        // Should the step fail, the flag still counts in the next update, which clears it.
+        // If the step fails, the flag still counts in the next update, which clears it.
         self.stage = Stage::Checked;
         Ok(())
     }
 
-    /// Takes the norm and clips: in place if gradients are unscaled, else within the step.
+    /// Computes the norm and clips: in place if gradients are unscaled, otherwise within the step.
     pub(super) fn clip(
         &mut self,
         memory: &ScaleMemory,
@@ -179,7 +180,7 @@ impl Slot {
         };
         self.pass(op, memory, parameters, mark, pass)?;
         if !in_place {
-            // Should the rest fail, the flag still counts in the next update, which clears it.
+            // If the rest fails, the flag still counts in the next update, which clears it.
             self.stage = Stage::Checked;
         }
         let flag = self.found_inf.span()?;
@@ -187,8 +188,8 @@ impl Slot {
         let inv_scale = (!in_place).then_some(&*memory.inv_scale);
         let (norm, clip) = memory.timed(CLIP_TIME, || {
             let clip = gradients.clip(parameters, inv_scale, (max_norm, kind), Some(&flag))?;
-            // The slot's own norm is overwritten in the next iteration; the caller gets one to keep. Before anything
-            // is clipped, which after an error must not be.
+            // The slot's own norm is overwritten in the next iteration, so the caller gets a copy. Copied before
+            // clipping, because an error must leave the gradients unclipped.
             let norm = clip.total_norm.duplicate()?;
             if in_place {
                 gradients.multiply(parameters, &clip)?;
@@ -202,7 +203,7 @@ impl Slot {
         Ok(norm)
     }
 
-    /// Checks if that was not done yet, and steps. After an error nothing was stepped.
+    /// Checks the gradients if that was not done yet, and steps. After an error nothing was stepped.
     pub(super) fn step<O: Optimizer + ?Sized>(
         &mut self,
         memory: &ScaleMemory,
@@ -238,7 +239,7 @@ impl Slot {
         Ok(())
     }
 
-    /// Records the step of optimizer `id` that was just enqueued as step `number`.
+    /// Records the step of optimizer `id` just enqueued, as step `number`.
     pub(super) fn record(&self, memory: &ScaleMemory, id: &OptimizerId, number: u64) -> Result<()> {
         let counts = self.gradients.counts().expect("a pass came before");
         let norm = self.gradients.total_norm().filter(|_| self.norm_taken);
@@ -276,7 +277,7 @@ impl Slot {
         let (gradients, flag) = (&mut self.gradients, self.found_inf.span()?);
         let any = memory.timed(CHECK_TIME, || gradients.pass(parameters, pass, &flag));
         if any.is_err() && self.gradients.is_half_done() {
-            // The flag that may be set counts in the next update, which clears it.
+            // The flag may be set. It counts in the next update, which clears it.
             self.stage = Stage::Checked;
         }
         if !any? {
@@ -287,12 +288,12 @@ impl Slot {
         Ok(())
     }
 
-    /// Refuses gradients that the last pass did not go over. One that was dropped since is no harm: its parameter
-    /// stays where it is. Unscaled ones may have been replaced by others, which the caller vouches for.
+    /// Refuses gradients that the last pass did not cover. A gradient dropped since does no harm: its parameter does
+    /// not move. Unscaled gradients may have been replaced; the caller is responsible for those.
     fn check_unchanged(&self, op: &'static str, parameters: &[Parameter]) -> Result<()> {
         if parameters.len() != self.seen.len() {
             let reason = format!(
-                "the optimizer has {} parameters, and had {} when its gradients were checked",
+                "the optimizer has {} parameters, but had {} when its gradients were checked",
                 parameters.len(),
                 self.seen.len()
             );
@@ -304,14 +305,14 @@ impl Slot {
             };
             let is_same = *seen == Some(origin.until);
             let what = match (seen, self.stage) {
-                (None, _) => "was not there when the optimizer's gradients were checked",
+                (None, _) => "was missing when the optimizer's gradients were checked",
                 (_, Stage::Checked) if !is_same => "changed after it was checked",
                 (_, Stage::Unscaled) if origin.tag.is_some() => "is still scaled",
                 _ => continue,
             };
             let name = parameter.name();
             let reason = format!(
-                "the gradient of `{name}` {what}; check, unscale or clip when all are there"
+                "the gradient of `{name}` {what}; check, unscale or clip once all gradients are set"
             );
             return Err(Error::argument(op, reason));
         }
@@ -324,7 +325,7 @@ fn last_term(parameter: &Parameter) -> Option<u64> {
     parameter.origin().map(|origin| origin.until)
 }
 
-/// The pass over gradients that are still multiplied by the scale.
+/// The pass for gradients that are still multiplied by the scale.
 fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass<'_> {
     match kind {
         NormKind::L2 => Pass::CheckUnlessProduced(CheckAtOnce {
@@ -336,8 +337,9 @@ fn still_scaled(memory: &ScaleMemory, mark: UnscaleMark, kind: NormKind) -> Pass
     }
 }
 
-/// Refuses a gradient that another optimizer's call already unscaled, which PyTorch divides twice, one that is
-/// multiplied by another scale than this iteration's, and one with terms from before the moment `restored`.
+/// Refuses gradients that were already unscaled through another optimizer (PyTorch divides those twice), were
+/// multiplied by a scale other than this iteration's, or have terms from before the moment `restored` or from both
+/// sides of an update.
 fn check_origin(
     op: &'static str,
     parameter: &Parameter,
@@ -355,7 +357,7 @@ fn check_origin(
     };
     if origin.since < restored {
         return refuse(
-            "has terms from before the scaler's state was loaded; drop it with zero_grad, or set one that was made since",
+            "has terms from before the scaler's state was loaded; drop it with zero_grad, or set a newer one",
         );
     }
     if let Some(unscaled) = origin.unscaled {
@@ -367,18 +369,18 @@ fn check_origin(
     if let Some(tag) = origin.tag
         && (tag.scaler, tag.since) != (mark.scaler, mark.since)
     {
-        return refuse("was made with another scale than this scaler has since its last update");
+        return refuse("was made with another scale than this scaler's current one");
     }
     if origin.since < mark.since && mark.since < origin.until {
         return refuse(
             "has terms from before and after an update, which may differ in scale; \
-             update once all are there, or use another scaler",
+             update after all terms are added, or use another scaler",
         );
     }
     Ok(())
 }
 
-/// An optimizer by its parameters: the first, and how many more.
+/// Describes an optimizer by its parameters: the name of the first, and how many more there are.
 pub(super) fn told(parameters: &[Parameter]) -> String {
     match parameters {
         [] => "no parameters".to_owned(),

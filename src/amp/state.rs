@@ -10,19 +10,20 @@ use crate::amp::{AmpConfig, ScalingMode};
 use crate::error::{Error, Result};
 use crate::launch::Refill;
 
-/// Version of the keys. Absent in what PyTorch saved, whose five keys mean the same. Version 1 had neither `mode` nor
+/// Version of the keys. Absent in PyTorch's states, whose five keys mean the same. Version 1 had neither `mode` nor
 /// `kept_scale`.
 const VERSION: u32 = 2;
 
-/// What a scaler needs to go on where it was: PyTorch's five keys, and those for what PyTorch does not have, of which a
-/// scaler keeps its own where they are absent ([`lacks`](Self::lacks)). All absent for a disabled scaler. A state that
-/// PyTorch saved can be loaded. Which state goes into which scaler is told at
-/// [`GradScaler::load_state_dict`](crate::amp::GradScaler::load_state_dict).
+/// The state a scaler needs to resume: PyTorch's five keys, and keys for what PyTorch does not have. Where one of the
+/// latter is absent, a scaler keeps its own value ([`lacks`](Self::lacks)). All keys are absent for a disabled
+/// scaler. States saved by PyTorch can be loaded.
+/// [`GradScaler::load_state_dict`](crate::amp::GradScaler::load_state_dict) lists which states load into which
+/// scaler.
 ///
-/// Not saved are the settings that concern the program and not the scale: type, policies, alarms, timing.
+/// Settings that concern the program rather than the scale are not saved: type, policies, alarms, timing.
 ///
-/// It is read from formats that tell what they hold, as JSON does. Reading one of a later version fails with that
-/// version, whatever else is in it; of this version and earlier ones, keys that are unknown or hold something else are
+/// It can only be read from self-describing formats such as JSON. A state of a later version is refused by its
+/// version, whatever else it contains. In states of this version or earlier ones, unknown and invalid keys are
 /// refused by name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(remote = "Self", deny_unknown_fields)]
@@ -30,10 +31,10 @@ pub struct ScalerState {
     /// Version of this layout.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<u32>,
-    /// What the scaler did: [`ScalingMode::Scale`] or [`ScalingMode::CheckOnly`].
+    /// The scaler's mode: [`ScalingMode::Scale`] or [`ScalingMode::CheckOnly`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<ScalingMode>,
-    /// The scale; 1 of a scaler that only checks.
+    /// The scale; 1 for a scaler that only checks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
     /// As in [`AmpConfig`].
@@ -63,15 +64,15 @@ pub struct ScalerState {
     /// As in [`AmpConfig`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub late_growth: Option<bool>,
-    /// Overflows that were tolerated and not forgotten; none if absent.
+    /// Tolerated overflows that are not forgotten yet; 0 if absent.
     #[serde(rename = "_overflows", skip_serializing_if = "Option::is_none")]
     pub overflows: Option<u32>,
-    /// Of a scaler that only checks: the scale of the scaling phase before it, for the next one.
+    /// For a scaler that only checks: the scale of the preceding scaling phase, for the next one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kept_scale: Option<KeptScale>,
 }
 
-/// A scale that nobody uses for now, and what it had seen since it last changed.
+/// A scale set aside while losses are not scaled, with its trackers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeptScale {
@@ -80,7 +81,7 @@ pub struct KeptScale {
     /// Clean updates since it last changed.
     #[serde(rename = "_growth_tracker")]
     pub growth_tracker: u32,
-    /// Overflows that were tolerated and not forgotten.
+    /// Tolerated overflows that are not forgotten yet.
     #[serde(rename = "_overflows")]
     pub overflows: u32,
 }
@@ -110,7 +111,7 @@ impl<'de> Deserialize<'de> for ScalerState {
     }
 }
 
-/// What is wrong with the first key of `state` that cannot be. Every key can do without the others.
+/// The error of the first invalid key of `state`. All keys are optional, so each can be parsed alone.
 fn culprit(state: &Value) -> Option<String> {
     state.as_object()?.iter().find_map(|(key, value)| {
         let alone = Value::Object([(key.clone(), value.clone())].into_iter().collect());
@@ -139,16 +140,16 @@ impl ScalerState {
         }
     }
 
-    /// Whether nothing is in it: it was saved from a disabled scaler.
+    /// Whether the state is empty: it was saved from a disabled scaler.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// The keys that this state has no value for and a scaler fills in from its own settings when it loads the state.
-    /// None for an empty state.
+    /// The keys missing from this state, for which a scaler that loads it keeps its own settings. Empty for an empty
+    /// state.
     ///
-    /// A state of version 1 lacks `mode`, one that PyTorch saved all keys that PyTorch does not have.
+    /// A state of version 1 lacks `mode`. One saved by PyTorch lacks all keys that PyTorch does not have.
     #[must_use]
     pub fn lacks(&self) -> Vec<&'static str> {
         if self.is_empty() {
@@ -166,12 +167,12 @@ impl ScalerState {
         lacking.map(|(key, _)| key).collect()
     }
 
-    /// Whether it was saved by a scaler that only checked and keeps no scale for others.
+    /// Whether the state comes from a scaler that only checked and has no scale set aside.
     pub(super) fn has_no_scale(&self) -> bool {
         self.mode == Some(ScalingMode::CheckOnly) && self.kept_scale.is_none()
     }
 
-    /// Refuses versions that are not known.
+    /// Refuses unknown versions.
     pub(super) fn check_version(&self) -> Result<()> {
         match self.version {
             Some(version) if !(1..=VERSION).contains(&version) => {
@@ -182,10 +183,10 @@ impl ScalerState {
         }
     }
 
-    /// What a scaler with the settings `here`, which is enabled, is to go on with.
+    /// The values that an enabled scaler with the settings `here` resumes with.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for an empty state, a missing key, or a value that cannot work.
+    /// [`Error::InvalidState`] for an empty state, a missing key, or an invalid value.
     pub(super) fn apply(&self, here: &AmpConfig) -> Result<Restored> {
         if self.is_empty() {
             let reason = "the state is empty; it was saved from a disabled scaler".to_owned();
@@ -253,7 +254,8 @@ impl ScalerState {
         })
     }
 
-    /// Whether losses were scaled by the scaler that this was saved from, to go into one of the mode `here`.
+    /// Whether the scaler that saved this state scaled losses. Without a saved mode, the answer depends on `here`,
+    /// the mode of the scaler that loads it.
     fn was_scaling(&self, here: ScalingMode, scale: f64) -> Result<bool> {
         let refuse = |key, reason: String| Err(Error::state(key, reason));
         let mode = match self.mode {
@@ -264,7 +266,7 @@ impl ScalerState {
                 );
             }
             Some(mode) => mode,
-            // Of a scaler that only checks it would be 1.
+            // A scaler that only checks would have saved 1.
             None if scale.to_bits() != 1f64.to_bits() => ScalingMode::Scale,
             None => here,
         };
@@ -276,7 +278,7 @@ impl ScalerState {
             ),
             Some(_) if is_scaling => refuse(
                 "kept_scale",
-                "only a scaler that checks keeps a scale aside".to_owned(),
+                "only a scaler that checks sets a scale aside".to_owned(),
             ),
             Some(kept) => {
                 check_tracker("kept_scale/_growth_tracker", kept.growth_tracker)?;
@@ -287,10 +289,10 @@ impl ScalerState {
     }
 }
 
-/// What a scaler goes on with.
+/// The values that a scaler resumes with.
 #[derive(Debug)]
 pub(super) struct Restored {
-    /// Settings; the initial scale is the one that a scaling scaler would go on with.
+    /// Settings; the initial scale is the one that a scaling scaler would resume with.
     pub(super) config: AmpConfig,
     pub(super) scale: f64,
     pub(super) trackers: Trackers,

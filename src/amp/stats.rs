@@ -1,4 +1,4 @@
-//! What a scaler did so far.
+//! Statistics of a scaler.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,20 +11,20 @@ use crate::units::Bytes;
 /// One change of the scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScaleChange {
-    /// The update that made it, from 1.
+    /// The number of the update that made it, from 1.
     pub update: u64,
     /// The scale after it.
     pub scale: f64,
 }
 
-/// What the device spent, replays included, as its own clock shows.
+/// Time spent on the device, by its own clock, replays included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTimes {
-    /// In checking and unscaling gradients, norms included.
+    /// Checking and unscaling gradients, norms included.
     pub check: Duration,
-    /// In clipping beyond that: the coefficient, and multiplying in place.
+    /// Clipping beyond that: computing the coefficient, and multiplying in place.
     pub clip: Duration,
-    /// In optimizer steps.
+    /// Optimizer steps.
     pub step: Duration,
 }
 
@@ -41,13 +41,13 @@ impl StepTimes {
 
 /// Counts of a scaler since it was made. Totals are exact; lists hold the newest entries only.
 ///
-/// Loading a state keeps the totals and the reports, and begins anew with what describes the training's course:
+/// Loading a state keeps the totals and the reports. It resets the fields that describe the current run:
 /// [`skipped_in_a_row`](Self::skipped_in_a_row), [`last_good_scale`](Self::last_good_scale),
 /// [`scale_history`](Self::scale_history) and [`alarm`](Self::alarm).
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct ScalerStats {
-    /// The scale now.
+    /// The current scale.
     pub scale: f64,
     /// Clean updates since the scale last changed.
     pub growth_tracker: u32,
@@ -57,15 +57,15 @@ pub struct ScalerStats {
     pub applied: u64,
     /// Steps that were skipped.
     pub skipped: u64,
-    /// Steps that were skipped since the last one that was not.
+    /// Steps skipped since the last applied one.
     pub skipped_in_a_row: u64,
     /// Skipped steps that had a NaN among their gradients.
     pub nan_steps: u64,
-    /// The scale of the last step that was applied.
+    /// The scale of the last applied step.
     pub last_good_scale: Option<f64>,
     /// Calls of `update`.
     pub updates: u64,
-    /// Updates that made the scale larger after a clean interval.
+    /// Updates that grew the scale after a clean interval.
     pub growths: u64,
     /// Updates that saw an overflow.
     pub backoffs: u64,
@@ -75,19 +75,19 @@ pub struct ScalerStats {
     pub overflows: Vec<OverflowReport>,
     /// Elements of weights that applied steps made infinite or NaN.
     pub infinite_weights: u64,
-    /// The last 16 applied steps that did, oldest first.
+    /// The last 16 applied steps that did so, oldest first.
     pub weight_overflows: Vec<WeightReport>,
-    /// What there is to be alarmed about.
+    /// The current alarm, if any.
     pub alarm: Option<ScalerAlarm>,
     /// Times, if [`AmpConfig::timing`](crate::amp::AmpConfig::timing) is on.
     pub times: Option<StepTimes>,
-    /// Bytes of the pool that this scaler holds, rounded as the pool rounds them: scale, trackers, flags and journal;
-    /// for each optimizer it drives, or drove until another takes its place, the table of its gradients and what a check
-    /// finds out about them; and what
-    /// [`GradScaler::accumulate`](crate::amp::GradScaler::accumulate) found, which the parameters keep. Not the
-    /// gradients, nor the tables of optimizers. The journal's copy in pinned memory is not the pool's, and not counted.
+    /// Pool memory that this scaler holds, rounded as the pool rounds it. Includes scale, trackers, flags and
+    /// journal; for each optimizer that it drives, or drove until another took its slot, the table of its gradients
+    /// and the results of its checks; and the results of
+    /// [`GradScaler::accumulate`](crate::amp::GradScaler::accumulate), which the parameters keep. Excludes the
+    /// gradients, the tables of the optimizers, and the journal's copy in pinned memory.
     pub scratch_bytes: u64,
-    /// The most bytes it held at one time.
+    /// The most bytes it has held at once.
     pub scratch_peak_bytes: u64,
 }
 

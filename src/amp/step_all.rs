@@ -1,7 +1,8 @@
-//! Steps of several optimizers in one call.
+//! Steps several optimizers in one call.
 //!
-//! All are checked before the first step, so that [`SkipPolicy::AllOrNone`](crate::amp::SkipPolicy::AllOrNone) finds
-//! in time who overflows. Steps cannot be taken back: a failure among them tells which were made.
+//! All optimizers are checked before the first step, so that
+//! [`SkipPolicy::AllOrNone`](crate::amp::SkipPolicy::AllOrNone) knows of every overflow in time. Steps cannot be
+//! undone, so the error of a failed call lists the steps that were made.
 
 use std::fmt;
 
@@ -10,13 +11,13 @@ use crate::amp::{GradScaler, StepOutcome};
 use crate::error::{Error, Result};
 use crate::optim::Optimizer;
 
-/// Why [`GradScaler::step_all`] ended early, and what it had done by then.
+/// Why [`GradScaler::step_all`] ended early, and the steps it had enqueued by then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub struct StepAllError {
     /// What went wrong.
     pub error: Error,
-    /// Outcomes of the steps that came before, in the order of their optimizers; they are enqueued.
+    /// Outcomes of the steps already enqueued, in the order of their optimizers.
     pub stepped: Vec<StepOutcome>,
 }
 
@@ -32,7 +33,7 @@ impl fmt::Display for StepAllError {
 }
 
 impl From<Error> for StepAllError {
-    /// Before any step.
+    /// An error before any step.
     fn from(error: Error) -> Self {
         let stepped = Vec::new();
         Self { error, stepped }
@@ -40,7 +41,7 @@ impl From<Error> for StepAllError {
 }
 
 impl From<StepAllError> for Error {
-    /// What went wrong, without the outcomes.
+    /// The underlying error, without the outcomes.
     fn from(failed: StepAllError) -> Self {
         failed.error
     }
@@ -48,12 +49,12 @@ impl From<StepAllError> for Error {
 
 impl GradScaler {
     /// Checks the gradients of all `optimizers` that were not checked yet, then enqueues all steps. Under
-    /// [`SkipPolicy::AllOrNone`](crate::amp::SkipPolicy::AllOrNone) they are skipped if one of them overflows.
+    /// [`SkipPolicy::AllOrNone`](crate::amp::SkipPolicy::AllOrNone) all of them are skipped if one overflows.
     ///
     /// # Errors
-    /// Those of [`step`](Self::step), beside the outcomes of the steps before; if a check fails, nothing was stepped.
-    /// The call may be made again for the optimizers that are left: those from `stepped.len()` on, or from one later
-    /// on if the error says "the step is enqueued, and only its record is missing".
+    /// Those of [`step`](Self::step), with the outcomes of the steps before it. If a check fails, nothing was
+    /// stepped. Repeat the call with the remaining optimizers: those from `stepped.len()` on, or from the one after
+    /// it if the error says "the step is enqueued, and only its record is missing".
     pub fn step_all(
         &mut self,
         optimizers: &mut [&mut dyn Optimizer],

@@ -1,15 +1,15 @@
-//! Reading saved states that carry a version.
+//! Reads saved states that carry a version.
 //!
-//! A state of another version is refused with that version, whatever else is in it: so it is taken apart only after
-//! its version was looked at. That takes a format that tells what it holds, as JSON does.
+//! The version is checked before the rest is parsed, so a state of an unknown version is refused by its version,
+//! whatever else it contains. This requires a self-describing format such as JSON.
 //!
-//! Must not know: what a state means.
+//! Must not know: the meaning of a state.
 
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-/// A state that has a version from 1 to `version`, or none, to be taken apart.
+/// The raw state, if its version is from 1 to `version` or absent.
 pub(super) fn checked<'de, D: Deserializer<'de>>(
     deserializer: D,
     version: u32,

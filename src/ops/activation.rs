@@ -1,7 +1,7 @@
 //! Activation functions on tensors.
 //!
-//! They run in the type of their input, inside autocast scopes too. Their gradients need nothing but that
-//! input, so forward and backward are plain functions.
+//! They run in the type of their input, also inside autocast scopes. Their gradients need only that input, so forward
+//! and backward are plain functions.
 
 use super::check_same_shape;
 use crate::error::Result;
@@ -17,7 +17,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
     forward(Activation::Relu, x)
 }
 
-/// The gradient by `x`, given the one by `relu(x)`: in the type of `x`.
+/// The gradient with respect to `x`, given the one with respect to `relu(x)`. It has the type of `x`.
 ///
 /// # Errors
 /// As [`relu`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for different shapes.
@@ -25,7 +25,7 @@ pub fn relu_backward(x: &Tensor, grad_out: &Tensor) -> Result<Tensor> {
     backward("relu_backward", Activation::Relu, x, grad_out)
 }
 
-/// `x·Φ(x)` with the exact normal distribution `Φ`, in the shape and type of `x`.
+/// `x·Φ(x)`, where `Φ` is the exact normal distribution, in the shape and type of `x`.
 ///
 /// # Errors
 /// As [`relu`].
@@ -33,7 +33,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     forward(Activation::Gelu, x)
 }
 
-/// The gradient by `x`, given the one by `gelu(x)`: in the type of `x`.
+/// The gradient with respect to `x`, given the one with respect to `gelu(x)`. It has the type of `x`.
 ///
 /// # Errors
 /// As [`relu_backward`].

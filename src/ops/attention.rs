@@ -1,7 +1,7 @@
-//! Causal attention of several heads, and its gradient.
+//! Causal multi-head attention, and its gradient.
 //!
-//! Made of matrix products, a head of a sequence at a time, around one softmax over all of them. Scores are
-//! kept in f32 (f64 for f64) until the softmax has been taken.
+//! Matrix products run for one head of one sequence at a time; a single softmax covers all of them. Scores stay in
+//! f32 (f64 for f64) until the softmax.
 
 use super::autocast::operand;
 use super::matmul::{multiply_into, view};
@@ -10,14 +10,14 @@ use crate::error::{Error, Result};
 use crate::launch::{self, Accumulate, Matrix};
 use crate::storage::Tensor;
 
-/// The name by which autocast knows it.
+/// The op's name in autocast's lists.
 const OP: &str = "scaled_dot_product_attention";
 
-/// The result of [`causal_attention`], with what its gradient needs.
+/// The result of [`causal_attention`], with the tensors that its gradient needs.
 #[derive(Clone, Debug)]
 pub struct Attention {
     output: Tensor,
-    /// Queries, keys and values, `[3, sequences, heads, length, width]`, in the type they were multiplied in.
+    /// Queries, keys and values, `[3, sequences, heads, length, width]`, in the type of the products.
     packed: Tensor,
     /// `[sequences · heads · length, length]`, in that type.
     probabilities: Tensor,
@@ -25,7 +25,7 @@ pub struct Attention {
     dtype: crate::dtype::DType,
 }
 
-/// How the columns and rows are divided.
+/// How rows and columns divide into sequences and heads.
 #[derive(Clone, Copy, Debug)]
 struct Heads {
     sequences: usize,
@@ -35,21 +35,21 @@ struct Heads {
 }
 
 impl Heads {
-    /// Heads of all sequences.
+    /// The number of heads of all sequences.
     fn blocks(self) -> usize {
         self.sequences * self.heads
     }
 
-    /// By which products are multiplied before the softmax.
+    /// The factor on the scores before the softmax.
     #[expect(clippy::cast_precision_loss, reason = "no head is 2^53 wide")]
     fn scale(self) -> f64 {
         1.0 / (self.width as f64).sqrt()
     }
 }
 
-/// Attention of every position to those before it and itself, in each of the sequences of `length` rows that
-/// `qkv[n, 3·heads·width]` consists of: columns are queries, keys and values, each head after head. Gives
-/// `[n, heads·width]`. In an autocast scope it runs, and gives its result, in the type of the scope.
+/// Attention of every position to itself and those before it. `qkv[n, 3·heads·width]` consists of sequences of
+/// `length` rows; its columns are queries, keys and values, each head after head. Returns `[n, heads·width]`. In an
+/// autocast scope, computation and result have the type of the scope.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes that do not fit; [`Error::UnsupportedDtype`] for u32 and 8-bit types;
@@ -138,14 +138,14 @@ fn rows_of(matrix: &Tensor, shape: Heads, block: usize) -> Result<Tensor> {
 }
 
 impl Attention {
-    /// What each position took from those it sees, `[n, heads·width]`.
+    /// The result for each position, `[n, heads·width]`.
     #[must_use]
     pub fn output(&self) -> &Tensor {
         &self.output
     }
 
-    /// The gradient by `qkv`, in its shape and type, given the one by the output. Computed in the type of the
-    /// forward products and rounded to it, so that what overflows there shows.
+    /// The gradient with respect to `qkv`, in its shape and type, given the one with respect to the output. Computed
+    /// in the type of the forward products and rounded to it, so that an overflow in that type shows.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;

@@ -1,7 +1,7 @@
 //! Sums and products of two tensors, element by element.
 //!
-//! Shapes must be equal; nothing is broadcast. Different float types give the wider of the two, and f16
-//! with bf16 gives f32, inside autocast scopes too.
+//! Shapes must be equal; nothing is broadcast. Different float types give the wider of the two, and f16 with bf16
+//! gives f32, also inside autocast scopes.
 
 use super::{check_same_shape, promoted};
 use crate::error::Result;

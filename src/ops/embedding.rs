@@ -1,12 +1,12 @@
-//! Rows of a table picked by number.
+//! Looks up rows of a table by index.
 
 use super::{check_one_stream, matrix_shape};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::storage::Tensor;
 
-/// The rows of `table[v, d]` that `ids[n]` (u32) name, `[n, d]`, in the type of the table. A number that is no
-/// row gives NaN: to refuse it, the host would have to wait.
+/// The rows of `table[v, d]` at the indices `ids[n]` (u32), `[n, d]`, in the type of the table. An index out of range
+/// gives NaN: refusing it would make the host wait.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
@@ -26,8 +26,8 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// The gradient by the table, in its shape and type, given the one by the rows that `ids` picked: each row is
-/// the sum over its uses, taken in f64 in their order.
+/// The gradient with respect to the table, in its shape and type, given the one with respect to the looked-up rows.
+/// Each row is the sum over its uses, computed in f64 in their order.
 ///
 /// # Errors
 /// As [`embedding`].

@@ -9,17 +9,17 @@ use crate::storage::Tensor;
 
 const OP: &str = "layer_norm";
 
-/// Keeps the root from being 0; PyTorch's value.
+/// Keeps the square root above 0; PyTorch's value.
 const EPSILON: f64 = 1e-5;
 
-/// The result of [`layer_norm`], with what its gradients need. Operands that were not cast are shared, so
+/// The result of [`layer_norm`], with the tensors that its gradients need. Operands that were not cast are shared, so
 /// write to them (as an optimizer does) only after the backward pass.
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
     output: Tensor,
     x: Tensor,
     weight: Tensor,
-    /// Mean and inverse root of each row.
+    /// Mean and inverse standard deviation of each row.
     stats: Tensor,
     x_dtype: DType,
     weight_dtype: DType,
@@ -30,17 +30,17 @@ pub struct LayerNorm {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct LayerNormGradients {
-    /// By the input, `[n, d]`.
+    /// With respect to the input, `[n, d]`.
     pub input: Tensor,
-    /// By the weight, `[d]`.
+    /// With respect to the weight, `[d]`.
     pub weight: Tensor,
-    /// By the bias, `[d]`.
+    /// With respect to the bias, `[d]`.
     pub bias: Tensor,
 }
 
-/// Each row of `x[n, d]` less its mean and divided by the root of its variance plus 10⁻⁵, times `weight[d]`
-/// plus `bias[d]`. Computed in f32 (f64 as soon as an operand is f64) and given in the type of `x`; in an
-/// autocast scope all operands are cast to f32 first.
+/// Each row of `x[n, d]` minus its mean, divided by the square root of its variance plus 10⁻⁵, then times `weight[d]`
+/// plus `bias[d]`. Computed in f32 (f64 as soon as an operand is f64) and returned in the type of `x`. In an autocast
+/// scope all operands are cast to f32 first.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes or streams that do not fit; [`Error::UnsupportedDtype`] for u32 and
@@ -89,7 +89,7 @@ impl LayerNorm {
         &self.output
     }
 
-    /// The gradients, given the one by the output.
+    /// The gradients, given the one with respect to the output.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;

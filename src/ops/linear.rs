@@ -10,15 +10,15 @@ use crate::storage::Tensor;
 
 const OP: &str = "linear";
 
-/// The result of [`linear`], with what its gradients need: the operands in the type they were multiplied
-/// in, which autocast may have chosen. Operands that were not cast are shared, so write to them (as an
-/// optimizer does) only after the backward pass.
+/// The result of [`linear`], with the operands that its gradients need, in the type of the product, which autocast
+/// may have chosen. Operands that were not cast are shared, so write to them (as an optimizer does) only after the
+/// backward pass.
 #[derive(Clone, Debug)]
 pub struct Linear {
     output: Tensor,
     x: Tensor,
     weight: Tensor,
-    /// Types of the operands as they were given, which are those of their gradients.
+    /// Types of the operands as given. Their gradients have the same types.
     x_dtype: DType,
     weight_dtype: DType,
     bias_dtype: Option<DType>,
@@ -28,16 +28,16 @@ pub struct Linear {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct LinearGradients {
-    /// By the input, `[n, i]`.
+    /// With respect to the input, `[n, i]`.
     pub input: Tensor,
-    /// By the weight, `[o, i]`.
+    /// With respect to the weight, `[o, i]`.
     pub weight: Tensor,
-    /// By the bias, `[o]`; `None` if there was none.
+    /// With respect to the bias, `[o]`; `None` without a bias.
     pub bias: Option<Tensor>,
 }
 
-/// `x[n, i] · weight[o, i]ᵀ + bias[o]`, which is `[n, o]`: summed in f32 (f64 for f64), bias included, and
-/// rounded once. In an autocast scope the operands are cast to its type first, and the output has it.
+/// `x[n, i] · weight[o, i]ᵀ + bias[o]`, of shape `[n, o]`: summed in f32 (f64 for f64), bias included, and rounded
+/// once. In an autocast scope the operands are first cast to its type, which the output then has.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
@@ -92,8 +92,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Line
     })
 }
 
-/// Enqueues writing `row` to every row of `out`: the product is added to it in the wide type, so that the
-/// bias costs no rounding of its own.
+/// Enqueues a copy of `row` to every row of `out`. The product is then added to it in the wide type, so the bias adds
+/// no extra rounding.
 fn repeat_rows(row: &Tensor, out: &Tensor) -> Result<()> {
     let copy = StridedCopy {
         shape: out.shape(),
@@ -112,16 +112,16 @@ impl Linear {
         &self.output
     }
 
-    /// The output alone, when no gradient is wanted.
+    /// The output alone, if no gradient is needed.
     #[must_use]
     pub fn into_output(self) -> Tensor {
         self.output
     }
 
-    /// The gradients, given the one by the output.
+    /// The gradients, given the one with respect to the output.
     ///
-    /// They are computed in the type of the forward product, rounded to it (so that what overflows there
-    /// shows), and then cast to the types of the operands: the gradient of a cast is a cast.
+    /// They are computed in the type of the forward product, rounded to it (so that an overflow in that type shows),
+    /// and then cast to the types of the operands: the gradient of a cast is a cast.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `grad_out` of another shape than the output or of another stream;

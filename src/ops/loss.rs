@@ -6,26 +6,26 @@ use crate::error::{Error, Result};
 use crate::launch;
 use crate::storage::Tensor;
 
-/// A loss, and what its gradient needs.
+/// A loss, with the tensors that its gradient needs.
 ///
-/// Its *seed* is the gradient that the backward pass starts from: 1, times every scale the loss was
-/// multiplied by. Scaling a loss and its seed together is all that loss scaling is.
+/// Its *seed* is the gradient that the backward pass starts from: 1, times every scale the loss was multiplied by.
+/// Loss scaling consists of scaling a loss together with its seed.
 #[derive(Clone, Debug)]
 pub struct Loss {
     value: Tensor,
     seed: Tensor,
     probabilities: Tensor,
     labels: Tensor,
-    /// The label of rows that count for nothing, and the number of rows that count.
+    /// The label of ignored rows, and the number of rows that count.
     ignored: Option<(u32, Tensor)>,
     logits_dtype: DType,
 }
 
-/// The mean cross entropy between the softmax of `logits[n, c]` and `labels[n]`, the u32 numbers of the
-/// right classes.
+/// The mean cross entropy between the softmax of `logits[n, c]` and `labels[n]`, the u32 indices of the correct
+/// classes.
 ///
-/// Computed in f32 whatever the type of the logits (f64 for f64), which is what an autocast scope asks for.
-/// A label that is no class makes the loss NaN: to refuse it, the host would have to wait.
+/// Computed in f32 for logits of any type (f64 for f64), as an autocast scope requires. An invalid label makes the
+/// loss NaN: refusing it would make the host wait.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
@@ -34,12 +34,12 @@ pub fn softmax_cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Loss> {
     cross_entropy("softmax_cross_entropy", logits, labels, None)
 }
 
-/// As [`softmax_cross_entropy`], but rows whose label is `ignore` count for nothing, whatever their logits are: the
-/// loss is the mean over the other rows, and gradients of ignored rows are 0. If all rows are ignored, or there are
-/// none, the loss is 0. How many rows count is found out on the device; the host does not wait.
+/// As [`softmax_cross_entropy`], but ignores rows whose label is `ignore`, whatever their logits: the loss is the
+/// mean over the other rows, and gradients of ignored rows are 0. If all rows are ignored, or there are none, the
+/// loss is 0. The device counts the rows; the host does not wait.
 ///
-/// `ignore` may be the number of a class or not. Data made for PyTorch's default of −100 has, as u32,
-/// `-100i32 as u32`. Any other label that is no class makes the loss NaN.
+/// `ignore` may be a class index or not. In data made for PyTorch, the default of −100 is `-100i32 as u32`. Any other
+/// invalid label makes the loss NaN.
 ///
 /// # Examples
 /// ```
@@ -126,7 +126,7 @@ fn cross_entropy(
     })
 }
 
-/// Enqueues the losses of logits and labels, their mean, and the probabilities.
+/// Enqueues the losses of the rows, their mean, and the probabilities.
 fn enqueue(operands: [&Tensor; 5], ignored: Option<&(u32, Tensor)>) -> Result<()> {
     let stream = operands[0].context().stream();
     let [logits, labels, losses, value, probabilities] = operands;
@@ -146,7 +146,7 @@ fn enqueue(operands: [&Tensor; 5], ignored: Option<&(u32, Tensor)>) -> Result<()
     }
 }
 
-/// Ignored rows for a kernel.
+/// The ignored rows as operands of a kernel.
 fn spans((label, counted): &(u32, Tensor)) -> Result<launch::Ignored> {
     Ok(launch::Ignored {
         label: *label,
@@ -167,12 +167,11 @@ impl Loss {
         &self.seed
     }
 
-    /// This loss times `scale`, one f32 or f64 that the device reads. This one stays as it is; both share
-    /// what the gradient needs.
+    /// This loss times `scale`, one f32 or f64 that the device reads. The original is unchanged; both share the
+    /// tensors that the gradient needs.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `scale` is not one such number, or of another stream;
-    /// [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] if `scale` is not one such number, or is on another stream; [`Error::OutOfMemory`].
     pub fn scaled_by(&self, scale: &Tensor) -> Result<Self> {
         Ok(Self {
             value: scaled(&self.value, scale)?,
@@ -181,11 +180,11 @@ impl Loss {
         })
     }
 
-    /// The gradient by the logits, times the seed, in their shape and type. In f16 a large seed may
-    /// overflow it: that is what a scaler looks for.
+    /// The gradient with respect to the logits, times the seed, in their shape and type. In f16 a large seed may make
+    /// it overflow, which the scaler detects.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; [`Error::Driver`] if it cannot be enqueued.
+    /// [`Error::OutOfMemory`]; [`Error::Driver`] if the kernel cannot be enqueued.
     pub fn backward(&self) -> Result<Tensor> {
         let context = self.probabilities.context();
         let grad = Tensor::uninit(context, self.probabilities.shape(), self.logits_dtype)?;

@@ -8,8 +8,8 @@ use crate::launch::{self, Accumulate, Matrix};
 use crate::storage::Tensor;
 use crate::units::to_usize;
 
-/// `a[m, k] · b[k, n]`, summed in f32 (f64 for f64) and rounded once. Transposed views cost nothing. In an
-/// autocast scope it runs, and gives its result, in the type of the scope.
+/// `a[m, k] · b[k, n]`, summed in f32 (f64 for f64) and rounded once. Transposed views cost nothing. In an autocast
+/// scope, computation and result have the type of the scope.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for shapes, types or streams that do not fit;
@@ -31,7 +31,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// A tensor of two dimensions, in whatever order it lies, as an operand of the kernel.
+/// A matrix of any memory layout, as an operand of the kernel.
 pub(super) fn view(tensor: &Tensor) -> Result<Matrix> {
     let shape = matrix_shape("matmul", "an operand", tensor)?;
     let strides = [tensor.strides()[0], tensor.strides()[1]];
@@ -50,7 +50,7 @@ pub(super) fn multiply_into(
     let workspace = match launch::matmul_workspace(stream, a, b, &span, accumulate) {
         0 => None,
         bytes => {
-            // Without room, the product is made by a kernel that needs none.
+            // Without memory for it, a kernel that needs no workspace computes the product.
             let words = to_usize(bytes.div_ceil(4));
             Tensor::uninit(context, [words], DType::F32).ok()
         }

@@ -1,15 +1,13 @@
-//! The few tensor operations that a trainer needs around mixed precision.
+//! The tensor operations that mixed-precision training needs.
 //!
-//! Each op takes tensors, checks that their shapes and types fit, allocates its result on the stream of its
-//! first operand and enqueues the kernels; nothing waits for the device unless it returns a number. There is
-//! no tape: an op whose gradient needs more than its inputs returns a value ([`Linear`], [`Loss`]) that keeps
-//! what it needs and has a `backward`.
+//! Each op checks that shapes and types fit, allocates its result on the stream of its first operand and enqueues the
+//! kernels. It waits for the device only if it returns a number. There is no tape: an op whose gradient needs more
+//! than its inputs returns a value ([`Linear`], [`Loss`]) that holds what the gradient needs and has a `backward`.
 //!
-//! Words. *Autocast* is the scope in which ops choose the type they compute in ([`autocast`]). The *seed* of
-//! a loss is the gradient that its backward pass starts from; a loss scale is multiplied into it.
+//! Terms. *Autocast* is a scope in which ops choose their compute type ([`autocast`]). The *seed* of a loss is the
+//! gradient that its backward pass starts from; scaling a loss also scales its seed.
 //!
-//! Invariants: a result has memory of its own; operands are never written. Gradients have the types of what
-//! they are gradients of.
+//! Invariants: a result has its own memory; operands are never written. A gradient has the type of its operand.
 //!
 //! Must not know: scalers, optimizers.
 
@@ -39,7 +37,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::storage::Tensor;
 
-/// The narrowest float type that holds all values of both.
+/// The narrowest float type that holds all values of both types.
 fn promoted(a: DType, b: DType) -> DType {
     if a == b {
         a
@@ -50,7 +48,7 @@ fn promoted(a: DType, b: DType) -> DType {
     }
 }
 
-/// Refuses operands of different types, and those of 8 bits, which no cast of autocast's helps.
+/// Refuses operands of different types, and of 8-bit types, which autocast does not cast.
 fn check_same_dtype(op: &'static str, first: &Tensor, second: &Tensor) -> Result<()> {
     if let Some(narrow) = [first, second]
         .into_iter()
@@ -85,7 +83,7 @@ fn check_same_shape(op: &'static str, first: &Tensor, second: &Tensor) -> Result
     ))
 }
 
-/// Refuses operands on other streams than the first: a result is made in the order of one.
+/// Refuses operands on other streams than the first: a result is ordered on one stream only.
 fn check_one_stream(op: &'static str, operands: &[(&str, &Tensor)]) -> Result<()> {
     let [(first, home), others @ ..] = operands else {
         return Ok(());
@@ -103,12 +101,12 @@ fn check_one_stream(op: &'static str, operands: &[(&str, &Tensor)]) -> Result<()
     }
 }
 
-/// The two lengths of a matrix.
+/// The two dimensions of a matrix.
 fn matrix_shape(op: &'static str, name: &str, tensor: &Tensor) -> Result<[usize; 2]> {
     <[usize; 2]>::try_from(&tensor.shape()[..]).map_err(|_| {
         Error::argument(
             op,
-            format!("{name} has shape {}, which is no matrix", tensor.shape()),
+            format!("{name} has shape {}, which is not a matrix", tensor.shape()),
         )
     })
 }

@@ -1,7 +1,6 @@
-//! Sums, means, and how often a classifier is right.
+//! Sums, means, and the accuracy of a classifier.
 //!
-//! Sums are taken in f64 and given as f32 (f64 for f64) whatever the type of the input, which is what an
-//! autocast scope asks for.
+//! Sums are computed in f64 and returned as f32 (f64 for f64) for inputs of any type, as an autocast scope requires.
 
 use super::matrix_shape;
 use crate::dtype::DType;
@@ -29,12 +28,12 @@ pub fn mean(x: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// For each row of `x[n, c]` the column of its largest element, as u32: the first of equals, and NaN before
-/// all.
+/// For each row of `x[n, c]` the column of its largest element, as u32. The first of equal elements wins, and NaN
+/// counts as largest.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if `x` is no matrix or has no columns; [`Error::UnsupportedDtype`] for u32 and
-/// 8-bit types; [`Error::OutOfMemory`].
+/// [`Error::InvalidArgument`] if `x` is not a matrix or has no columns; [`Error::UnsupportedDtype`] for u32 and 8-bit
+/// types; [`Error::OutOfMemory`].
 pub fn argmax(x: &Tensor) -> Result<Tensor> {
     let [rows, _] = matrix_shape("argmax", "x", x)?;
     let out = Tensor::uninit(x.context(), [rows], DType::U32)?;
@@ -42,12 +41,12 @@ pub fn argmax(x: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// The fraction of rows of `logits[n, c]` whose largest element is in the column that `labels[n]` names;
-/// NaN if there are no rows. Waits for the device.
+/// The fraction of rows of `logits[n, c]` whose largest element is in the column given by `labels[n]`; NaN if there
+/// are no rows. Waits for the device.
 ///
 /// # Errors
-/// As [`argmax`]; [`Error::InvalidArgument`] for labels that are not u32 or not as many;
-/// [`Error::Driver`] if work enqueued before failed.
+/// As [`argmax`]; [`Error::InvalidArgument`] for labels that are not u32 or whose number differs from the rows;
+/// [`Error::Driver`] if earlier work failed.
 pub fn accuracy(logits: &Tensor, labels: &Tensor) -> Result<f64> {
     let [rows, _] = matrix_shape("accuracy", "logits", logits)?;
     if labels.shape()[..] != [rows] {

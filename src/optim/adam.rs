@@ -16,10 +16,10 @@ use crate::optim::{
 };
 use crate::storage::Tensor;
 
-/// Settings of [`Adam`], whose weight decay is added to gradients. Defaults as in PyTorch.
+/// Settings of [`Adam`], whose weight decay is added to gradients. Defaults match PyTorch.
 pub type AdamConfig = AdamFamilyConfig<false>;
 
-/// Settings of [`AdamW`], whose weight decay is decoupled from gradients. Defaults as in PyTorch.
+/// Settings of [`AdamW`], whose weight decay is decoupled from gradients. Defaults match PyTorch.
 pub type AdamWConfig = AdamFamilyConfig<true>;
 
 /// Adam, with weight decay added to gradients.
@@ -28,28 +28,28 @@ pub type Adam = AdamFamily<false>;
 /// Adam with decoupled weight decay.
 pub type AdamW = AdamFamily<true>;
 
-/// Settings of [`Adam`] or, with `DECOUPLED` weight decay, of [`AdamW`]. Defaults as in PyTorch.
+/// Settings of [`Adam`] or, with `DECOUPLED` weight decay, of [`AdamW`]. Defaults match PyTorch.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default = "AdamFamilyConfig::default", deny_unknown_fields)]
 pub struct AdamFamilyConfig<const DECOUPLED: bool> {
-    /// Step width; finite, not negative. Default 0.001.
+    /// Step size; finite, not negative. Default 0.001.
     pub learning_rate: f64,
-    /// Shares of the first and second moment that are kept; from 0 to below 1. Default (0.9, 0.999).
+    /// Share of the first and of the second moment that each step keeps; from 0 to below 1. Default (0.9, 0.999).
     pub betas: (f64, f64),
-    /// Added to the root of the second moment; finite, not negative, and not so small that it becomes 0 in the type of
-    /// the computation. Default 10⁻⁸.
+    /// Added to the square root of the second moment; finite, not negative, and not so small that it becomes 0 in the
+    /// compute type. Default 10⁻⁸.
     pub epsilon: f64,
-    /// Decoupled: share of the weight that a step of width 1 takes off; default 0.01. Else: share of the weight
+    /// Decoupled: share of the weight that a step of size 1 subtracts; default 0.01. Otherwise: share of the weight
     /// that is added to its gradient; default 0. Finite, not negative.
     pub weight_decay: f64,
-    /// Divides by the largest second moment that there was, not by the last. Default off.
+    /// Divides by the largest second moment so far, not by the current one. Default off.
     pub amsgrad: bool,
     /// Where the f32 values of 16-bit parameters are kept. Default beside them, in f32.
     pub master_weights: MasterWeights,
-    /// In what type moments are kept. Default that of the computation.
+    /// The type of the moments. Default the compute type.
     pub moments: Moments,
-    /// Seed of the random numbers by which [`Moments::Bf16`] are rounded: the same seed gives the same
-    /// training, on every device. Default 0.
+    /// Seed of the random numbers that round [`Moments::Bf16`]. The same seed gives the same run, on every device.
+    /// Default 0.
     pub seed: u64,
 }
 
@@ -69,7 +69,7 @@ impl<const DECOUPLED: bool> Default for AdamFamilyConfig<DECOUPLED> {
 }
 
 impl<const DECOUPLED: bool> AdamFamilyConfig<DECOUPLED> {
-    /// Refuses values that cannot work.
+    /// Refuses invalid values.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of the field.
@@ -170,34 +170,35 @@ impl<const DECOUPLED: bool> Settings for AdamFamilyConfig<DECOUPLED> {
 }
 
 /// [`Adam`] or, with `DECOUPLED` weight decay, [`AdamW`]. Each parameter counts its own steps, on the device. A step
-/// is two launches, whatever the number of groups and parameters.
+/// takes two launches for any number of groups and parameters.
 #[derive(Debug)]
 pub struct AdamFamily<const DECOUPLED: bool> {
     rows: Rows,
     groups: Groups<AdamFamilyConfig<DECOUPLED>>,
-    /// u32, one a parameter.
+    /// u32, one per parameter.
     steps: Tensor,
-    /// f64, scratch of a step.
+    /// f64, scratch memory of a step.
     numbers: Tensor,
 }
 
 impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
     const NAME: &str = if DECOUPLED { "AdamW" } else { "Adam" };
 
-    /// An optimizer for `parameters`, all of one stream, with moments and step counts zeroed.
+    /// An optimizer for `parameters`, all on one stream, with moments and step counts zeroed.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the type of the computation, f64 for
+    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the compute type, which is f64 for
     /// f64 parameters and f32 for others; [`Error::InvalidArgument`] for no parameters, one given twice, two of one
     /// name, or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: Vec<Parameter>, config: AdamFamilyConfig<DECOUPLED>) -> Result<Self> {
         Self::with_groups(vec![ParamGroup::new(parameters, config)])
     }
 
-    /// An optimizer for several groups of parameters, each with its settings; all move in the same launches.
+    /// An optimizer for several groups of parameters, each with its own settings. All groups move in the same
+    /// launches.
     ///
     /// # Errors
-    /// As [`new`](Self::new); a setting that cannot work is named with its group.
+    /// As [`new`](Self::new); an invalid setting is named with its group.
     pub fn with_groups(groups: Vec<ParamGroup<AdamFamilyConfig<DECOUPLED>>>) -> Result<Self> {
         let op = Self::NAME;
         let (parameters, ranges, settings) = take_apart(groups)?;
@@ -227,11 +228,11 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
         self.groups.get(group)
     }
 
-    /// Changes all settings of a group, as [`set_settings`](Optimizer::set_settings) does some.
+    /// Replaces all settings of a group; see [`set_settings`](Optimizer::set_settings).
     ///
     /// # Errors
-    /// As [`set_settings`](Optimizer::set_settings); also if something would have to be kept in another way:
-    /// `amsgrad`, `master_weights`, `moments` and `seed` stay as the optimizer was made.
+    /// As [`set_settings`](Optimizer::set_settings); also if `amsgrad`, `master_weights`, `moments` or `seed` differ,
+    /// which are fixed when the optimizer is made.
     pub fn set_group_config(
         &mut self,
         group: usize,
@@ -240,10 +241,10 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
         self.groups.set(group, config)
     }
 
-    /// Steps enqueued from now on are this wide, in all groups.
+    /// Sets the learning rate of all groups for steps enqueued from now on.
     ///
     /// # Errors
-    /// As [`set_settings`](Optimizer::set_settings); the old ones stay.
+    /// As [`set_settings`](Optimizer::set_settings); the old rates stay.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
         self.groups.set_everywhere("learning_rate", learning_rate)
     }
@@ -278,16 +279,16 @@ impl<const DECOUPLED: bool> AdamFamily<DECOUPLED> {
         self.rows.master(index)
     }
 
-    /// Lower halves of the master weights of parameter `index`, two a u32, or `None` if they are not
+    /// Lower halves of the master weights of parameter `index`, two per u32, or `None` if they are not
     /// [split](MasterWeights::Split).
     #[must_use]
     pub fn master_remainder(&self, index: usize) -> Option<&Tensor> {
         self.rows.remainder(index)
     }
 
-    /// Copies the parameters into the master weights. A step does it by itself for parameters that were written through
-    /// their tensors since the last one; call it before a step is captured, and between launches of a graph that
-    /// captured one, if something else wrote the parameters.
+    /// Copies the parameters into the master weights. A step does this itself for parameters written through their
+    /// tensors since the last one. If something else wrote the parameters, call it before capturing a step, and
+    /// between launches of a graph that captured one.
     ///
     /// # Errors
     /// [`Error::Driver`] if a copy cannot be enqueued.

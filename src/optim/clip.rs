@@ -1,4 +1,4 @@
-//! Clipping gradients without a scaler.
+//! Clips gradients without a scaler.
 
 use std::sync::Arc;
 
@@ -9,24 +9,26 @@ use crate::optim::gradients::Pass;
 use crate::optim::{Gradients, Parameter};
 use crate::storage::{Context, Tensor};
 
-/// Multiplies the gradients of `parameters` by min(1, `max_norm` / (norm + ε)) in place, and gives the
-/// norm they had: an f64 on the device, 0 if there are no gradients. Nobody waits.
+/// Multiplies the gradients of `parameters` by min(1, `max_norm` / (norm + ε)) in place, and returns the norm they
+/// had: an f64 on the device, 0 if there are no gradients. The host does not wait.
 ///
-/// The norm is taken in f64 over all gradients at once, so f16 and large f32 gradients do not overflow it. The
-/// L2 norm of f64 gradients must lie between 10⁻¹⁵⁴ and 10¹⁵⁴, where their squares are in the range of f64.
+/// The norm is computed in f64 over all gradients at once, so f16 and large f32 gradients do not overflow it. The L2
+/// norm of f64 gradients must lie between 10⁻¹⁵⁴ and 10¹⁵⁴, where their squares are within the range of f64.
 ///
-/// ε is 10⁻⁶ for limits of 0.1 and more: there the coefficient has PyTorch's bits, and clipped gradients are too
-/// small by at most 10⁻⁶ / `max_norm`, so 10⁻⁵. For smaller limits, at which PyTorch's results are off by more (9 %
-/// at 10⁻⁵), ε is 0. Beyond that, results are right to the rounding of the gradients' type: factors and norm are
-/// f64 if a gradient is f64, and no factor leaves the normal numbers of its type. A limit of 0 gives gradients of 0.
+/// For limits of 0.1 and more ε is 10⁻⁶: the coefficient then matches PyTorch's bit for bit, and clipped gradients
+/// are too small by at most 10⁻⁶ / `max_norm`, so by 10⁻⁵ or less. For smaller limits ε is 0, because PyTorch's
+/// results are off by more there (9 % at 10⁻⁵). Apart from ε, results are exact up to the rounding of the gradients'
+/// type: factors and norm are f64 if a gradient is f64, and no factor leaves the normal numbers of its type. A limit
+/// of 0 gives gradients of 0.
 ///
-/// If it is infinite or NaN nevertheless, gradients become 0 or NaN as in PyTorch; under a scaler use
-/// [`GradScaler::clip_grad_norm`](../amp/struct.GradScaler.html#method.clip_grad_norm), which skips such a
-/// step. Scratch memory is taken from the pool at each call.
+/// If the norm is infinite or NaN, gradients become 0 or NaN as in PyTorch. With a scaler, use
+/// [`GradScaler::clip_grad_norm`](../amp/struct.GradScaler.html#method.clip_grad_norm), which skips such a step. Each
+/// call takes scratch memory from the pool.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a negative or NaN `max_norm`, gradients on
-/// several streams, that share memory, or that say they are still multiplied by a loss scale; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a negative or NaN `max_norm`, and for gradients that
+/// are on several streams, share memory, or are marked as still multiplied by a loss scale;
+/// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn clip_grad_norm(
     context: &Context,
     parameters: &[Parameter],

@@ -1,4 +1,4 @@
-//! Finding what stands twice, in time linear in the number.
+//! Finds duplicates in linear time.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -6,7 +6,7 @@ use std::hash::Hash;
 use crate::error::{Error, Result};
 use crate::optim::Parameter;
 
-/// Places of the first key that equals one before it, and of that one.
+/// Indices of the earlier and the later of the first two equal keys.
 pub(crate) fn first_repeated<K: Hash + Eq>(
     keys: impl IntoIterator<Item = K>,
 ) -> Option<(usize, usize)> {
@@ -16,7 +16,7 @@ pub(crate) fn first_repeated<K: Hash + Eq>(
         .find_map(|(place, key)| places.insert(key, place).map(|earlier| (earlier, place)))
 }
 
-/// Refuses parameters of one name, which no saved state could tell apart.
+/// Refuses parameters with the same name, which a saved state could not tell apart.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for `op` with the name.
@@ -69,7 +69,7 @@ mod tests {
         let count = Cell::new(0);
         let keys = (0..32_000).map(|key| Counting(key, &count));
         assert_eq!(first_repeated(keys), None);
-        // Each pair would be 512 million.
+        // Comparing every pair would take 512 million.
         assert!(count.get() < 32_000, "{}", count.get());
     }
 }

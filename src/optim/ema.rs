@@ -1,15 +1,15 @@
-//! Averages of weights over a training, which often predict better than the last weights.
+//! Averages of weights over a run, which often predict better than the final weights.
 //!
 //! ```text
 //! average = average + (1 − decay) · (weight − average)        after each applied step
 //! ```
 //!
-//! Whether a step was applied is decided on the device, by the flag that decided the step itself: an average is
-//! left alone, to the bit, exactly when its weight was.
+//! The flag that decides the step also decides, on the device, whether averages move: an average keeps its bits
+//! exactly when its weight did.
 //!
-//! Averages are f32 (f64 of f64 weights): with a decay near 1 the summands are too small for 16 bits. For the same reason
-//! a 16-bit weight is best averaged by its f32 master, which [`Ema::of`] does, whole or cut in two: steps too small to
-//! show in 16 bits would show in no average of them either.
+//! Averages are f32 (f64 for f64 weights), because with a decay near 1 the increments are too small for 16 bits. For
+//! the same reason the average of a 16-bit weight should follow its f32 master, as [`Ema::of`] does, split or not:
+//! steps too small to change the 16-bit weight would not change its average either.
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -22,7 +22,7 @@ use crate::optim::table::DeviceTable;
 use crate::optim::{Optimizer, Parameter};
 use crate::storage::{HostTensor, Load, Tensor};
 
-/// Exponential moving averages of parameters, which begin as their values.
+/// Exponential moving averages of parameters, starting from their current values.
 ///
 /// ```
 /// use kitsune::optim::{Ema, Parameter};
@@ -49,12 +49,12 @@ pub struct Ema {
     table: DeviceTable,
 }
 
-/// What is averaged: a value, or a master of it.
+/// The averaged tensor: a parameter's value or its master.
 #[derive(Debug)]
 struct Weight {
-    /// The value or master; the upper halves of masters that are cut in two.
+    /// The value or master; for split masters the upper halves.
     tensor: Tensor,
-    /// Their lower halves.
+    /// The lower halves of split masters.
     remainder: Option<Tensor>,
 }
 
@@ -96,7 +96,7 @@ impl Weight {
 }
 
 impl Ema {
-    /// Averages of the values of `parameters`, all of one stream, of which each step keeps the share `decay`. For 16-bit
+    /// Averages of the values of `parameters`, all on one stream. Each step keeps the share `decay`. For 16-bit
     /// parameters of an optimizer use [`of`](Self::of).
     ///
     /// # Errors
@@ -107,11 +107,11 @@ impl Ema {
         Self::averaging(parameters, values.collect(), decay)
     }
 
-    /// Averages of the parameters of `optimizer`: of their f32 master weights where it has them, also if those are
-    /// [split](crate::optim::MasterWeights::Split), else of their values.
+    /// Averages of the parameters of `optimizer`: of their f32 master weights where it has them,
+    /// [split](crate::optim::MasterWeights::Split) or not, otherwise of their values.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`Error::InvalidArgument`] for an optimizer of the caller's whose masters do not fit its
+    /// As [`new`](Self::new); [`Error::InvalidArgument`] for a custom optimizer whose masters do not fit its
     /// parameters.
     pub fn of<O: Optimizer + ?Sized>(optimizer: &O, decay: f64) -> Result<Self> {
         let parameters = optimizer.parameters();
@@ -122,7 +122,7 @@ impl Ema {
         Self::averaging(parameters, weights.collect::<Result<_>>()?, decay)
     }
 
-    /// Averages of `weights`, those of `parameters`.
+    /// Averages of `weights`, which belong to `parameters`.
     fn averaging(parameters: &[Parameter], weights: Vec<Weight>, decay: f64) -> Result<Self> {
         check_decay(decay)?;
         let Some(first) = parameters.first() else {
@@ -137,12 +137,12 @@ impl Ema {
                 let reason = format!("parameter `{}` is on another stream", parameter.name());
                 return Err(Error::argument("Ema", reason));
             }
-            // The kernel takes f64 averages for those of f64 weights.
+            // The kernel expects f64 averages exactly for f64 weights.
             let dtype = match weight.tensor.dtype() {
                 DType::F64 => DType::F64,
                 _ => DType::F32,
             };
-            // Going all the way from here ends at any weight to the bit: −0 − (−0 − w) is w, also for zeros.
+            // From −0, an update with share 1 gives exactly the weight: −0 − (−0 − w) is w, for both zeros too.
             Tensor::full(context, value.shape(), dtype, -0.0)
         };
         let averages = parameters.iter().zip(&weights).map(average);
@@ -159,17 +159,16 @@ impl Ema {
         Ok(ema)
     }
 
-    /// Enqueues one update, which leaves the averages as they are unless `found_inf`, an f32 on the device, is
-    /// 0; without it they always move. The host does not wait.
+    /// Enqueues one update. It changes the averages only if `found_inf`, an f32 on the device, is 0; without a flag
+    /// they always move. The host does not wait.
     ///
-    /// The flag is that of the step before: enqueue this between
-    /// [`step`](../amp/struct.GradScaler.html#method.step) and
-    /// [`update`](../amp/struct.GradScaler.html#method.update) of the scaler, with its
+    /// The flag is that of the preceding step: call this between [`step`](../amp/struct.GradScaler.html#method.step)
+    /// and [`update`](../amp/struct.GradScaler.html#method.update) of the scaler, with its
     /// [`found_inf`](../amp/struct.GradScaler.html#method.found_inf). The scaler's update clears the flag.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a flag that is not one f32 of this stream; [`Error::Driver`] if it cannot be
-    /// enqueued.
+    /// [`Error::InvalidArgument`] for a flag that is not one f32 on this stream; [`Error::Driver`] if the update
+    /// cannot be enqueued.
     pub fn update(&mut self, found_inf: Option<&Tensor>) -> Result<()> {
         if let Some(flag) = found_inf {
             self.check_flag(flag)?;
@@ -212,10 +211,10 @@ impl Ema {
         ))
     }
 
-    /// Runs `f` while the parameters have the values of their averages, rounded to their types; then they are
-    /// as before, to the bit, whatever `f` returns. Takes device memory for a copy of the parameters.
+    /// Runs `f` with the parameters set to their averages, rounded to their types. Afterwards the parameters have
+    /// their old bits again, whatever `f` returns. Takes device memory for a copy of the parameters.
     ///
-    /// Master weights of optimizers stay, and go on from where they were: do not step in `f`.
+    /// Master weights of optimizers are not replaced, so do not step in `f`.
     ///
     /// # Errors
     /// Those of `f`; [`Error::OutOfMemory`]; [`Error::Driver`] if a copy cannot be enqueued.
@@ -239,7 +238,7 @@ impl Ema {
         result
     }
 
-    /// Average of parameter `index`, in the order given.
+    /// The average of parameter `index`.
     #[must_use]
     pub fn average(&self, index: usize) -> Option<&Tensor> {
         self.averages.get(index)
@@ -257,18 +256,18 @@ impl Ema {
         self.decay
     }
 
-    /// Updates enqueued from now on keep this share, and so do launches of graphs that captured one.
+    /// Sets the share that updates enqueued from now on keep. Launches of graphs that captured an update use it too.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] unless it is from 0 to below 1; [`Error::Capturing`] while an update is being
-    /// captured; [`Error::Driver`] if the write cannot be enqueued. The old one stays.
+    /// [`Error::InvalidConfig`] unless it is from 0 to below 1; [`Error::Capturing`] during a capture;
+    /// [`Error::Driver`] if the write cannot be enqueued. The old share stays.
     pub fn set_decay(&mut self, decay: f64) -> Result<()> {
         check_decay(decay)?;
         if decay == self.decay {
             return Ok(());
         }
         let stream = self.share.context().stream();
-        // A write in a graph would bring this share back at every launch.
+        // A captured write would restore this share at every launch of the graph.
         if stream.driver().is_capturing(stream.raw())? {
             return Err(Error::Capturing { call: "set_decay" });
         }
@@ -288,16 +287,17 @@ impl Ema {
         })
     }
 
-    /// Goes on from `state`. Waits for the device.
+    /// Resumes from `state`. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] with the name of what does not fit; [`Error::Driver`] if the driver refuses.
+    /// [`Error::InvalidState`] with the name of the part that does not fit; [`Error::Driver`] if the driver refuses.
     /// Nothing was changed.
     pub fn load_state_dict(&mut self, state: &EmaState) -> Result<()> {
         self.load(state, false)?.carry_out()
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready; with the decay from here if it is kept.
+    /// [`load_state_dict`](Self::load_state_dict), checked but not carried out yet; `keeps_decay` leaves the decay
+    /// unchanged.
     pub(crate) fn load(&mut self, state: &EmaState, keeps_decay: bool) -> Result<Load<'_>> {
         let decay = if keeps_decay { self.decay } else { state.decay };
         if check_decay(decay).is_err() {
@@ -330,7 +330,7 @@ pub struct EmaState {
     pub averages: NamedTensors,
 }
 
-/// Refuses a decay that no average can have.
+/// Refuses a decay that is not from 0 to below 1.
 fn check_decay(decay: f64) -> Result<()> {
     if (0.0..1.0).contains(&decay) {
         return Ok(());
@@ -339,11 +339,11 @@ fn check_decay(decay: f64) -> Result<()> {
     Err(Error::config("decay", reason))
 }
 
-/// Values that parameters get back, at the latest when this is dropped: `f` may panic.
+/// The parameters' own values, restored at the latest on drop, because `f` may panic.
 struct Before<'a> {
     parameters: &'a [Parameter],
     values: Vec<Tensor>,
-    /// The versions of the values, and those that they had as averages.
+    /// The versions of the parameters before, and after the averages were written.
     versions: Vec<Option<u64>>,
     averaged: Vec<Option<u64>>,
 }
@@ -364,11 +364,12 @@ impl Before<'_> {
         let values = std::mem::take(&mut self.values);
         let inside = versions(self.parameters);
         let pairs = self.parameters.iter().zip(&values);
-        // Each is tried: one that fails must not keep the others from their values.
+        // Every copy is tried, so that one failure does not leave the other parameters unrestored.
         let outcomes: Vec<_> = pairs
             .map(|(parameter, value)| parameter.value().copy_from(value))
             .collect();
-        // Where nobody else wrote, the value is what it was, and what was made from it holds again.
+        // If nothing else wrote a parameter, its value is what it was, so its old version and everything derived from
+        // it are valid again.
         let places = outcomes.iter().enumerate().filter(|(_, one)| one.is_ok());
         for (place, _) in places {
             let is_alone = self.averaged.get(place) == Some(&inside[place]);
@@ -382,7 +383,7 @@ impl Before<'_> {
 
 impl Drop for Before<'_> {
     fn drop(&mut self) {
-        // A second failure beside the panic or error that is under way has nobody to tell.
+        // There is no way to report a failure during a panic or another error.
         let _ = self.copy_back();
     }
 }

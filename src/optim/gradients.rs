@@ -1,7 +1,7 @@
-//! The gradients of a set of parameters as one operand: check, unscale, norm, clip.
+//! Treats the gradients of a set of parameters as one operand: check, unscale, norm, clip.
 //!
-//! All device memory is made at the first use and kept, so later steps allocate nothing and the addresses
-//! stay.
+//! All device memory is allocated at the first use and kept, so later steps allocate nothing and addresses do not
+//! change.
 
 use std::sync::Arc;
 
@@ -18,11 +18,11 @@ use crate::optim::produced::CheckAtOnce;
 use crate::optim::table::DeviceTable;
 use crate::storage::{Context, Meter, Metered, Tensor};
 
-/// One table over gradients, and what the last check found about each of them.
+/// A table of gradients, and the results of the last check of each.
 #[derive(Debug)]
 pub(crate) struct Gradients {
     table: DeviceTable,
-    /// Over what was found about gradients where they were made.
+    /// The table of results of gradients that were checked where they were made.
     produced: DeviceTable,
     memory: Option<Memory>,
     meter: Arc<Meter>,
@@ -34,16 +34,16 @@ struct Memory {
     norms: Metered,
     counts: Metered,
     total_norm: Tensor,
-    /// f32, and f64 for use if a gradient is f64.
+    /// f32, and f64 in case a gradient is f64.
     coefficients: [Tensor; 2],
-    /// f32: what gradients are multiplied by before the coefficient.
+    /// f32: the factor that is applied before the coefficient.
     first: Tensor,
-    /// What the last three are parts of.
+    /// The memory that the last three are views of.
     _scalars: [Metered; 2],
 }
 
-/// How gradients are brought to a limit: multiplied by `first`, an f32, then by `coefficient`, an f32 or, if one of
-/// them is f64, an f64.
+/// The factors that clip gradients: first `first`, an f32, then `coefficient`, an f32 or, if a gradient is f64, an
+/// f64.
 #[derive(Clone, Debug)]
 pub(crate) struct Clip {
     pub(crate) total_norm: Tensor,
@@ -76,20 +76,20 @@ impl Memory {
     }
 }
 
-/// What to do with a gradient while it is checked.
+/// What a pass over the gradients does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Pass<'a> {
-    /// Only read it, multiplied by the inverse scale if there is one.
+    /// Checks each gradient, multiplied by the inverse scale if there is one, without writing it.
     Check(Option<&'a Tensor>, NormKind),
-    /// As [`Check`](Self::Check) for the L2 norm, without reading gradients that were checked like this where they
-    /// were made.
+    /// As [`Check`](Self::Check) for the L2 norm, but skips gradients that were already checked in this way where
+    /// they were made.
     CheckUnlessProduced(CheckAtOnce<'a>),
-    /// Replace it by its product with the inverse scale.
+    /// Checks each gradient and replaces it by its product with the inverse scale.
     Unscale(&'a Tensor),
 }
 
 impl Gradients {
-    /// Nothing yet; `op` names the user in errors, and `meter` counts the device memory.
+    /// No gradients yet. `op` names the caller in errors; `meter` counts the device memory.
     pub(crate) fn new(op: &'static str, meter: Arc<Meter>) -> Self {
         Self {
             table: DeviceTable::metered(op, 1, meter.clone()),
@@ -100,9 +100,9 @@ impl Gradients {
         }
     }
 
-    /// Runs `pass` over the gradients of `parameters` and sets `found_inf` (f32) if one is not finite.
-    /// `false` if no parameter has a gradient; then nothing was enqueued. After an error nothing was either, unless
-    /// [`is_half_done`](Self::is_half_done).
+    /// Runs `pass` over the gradients of `parameters` and sets `found_inf` (f32) if one is not finite. Returns
+    /// `false` if no parameter has a gradient; nothing was enqueued then. Nothing was enqueued after an error either,
+    /// unless [`is_half_done`](Self::is_half_done).
     pub(crate) fn pass(
         &mut self,
         parameters: &[Parameter],
@@ -131,7 +131,7 @@ impl Gradients {
                 let partials: Vec<_> = gradients.iter().filter_map(partials).collect();
                 let place = |index: usize| partials.binary_search_by_key(&index, |(at, _)| *at);
                 gradients.retain(|(index, _)| place(*index).is_err());
-                // Both tables are made before either launch.
+                // Both tables are built before either launch, so that a failure to build one enqueues nothing.
                 let rest = match gradients.is_empty() {
                     true => None,
                     false => Some(self.table(&context, tensors, &gradients)?),
@@ -168,9 +168,9 @@ impl Gradients {
         Ok(true)
     }
 
-    /// Computes the total norm of the last pass over the gradients of `parameters`, which still have the inverse of
-    /// `inv_scale` if it is there, and what brings it to `max_norm`; sets `found_inf` if the norm is not finite. The
-    /// next call overwrites what this one gives.
+    /// Computes the total norm from the last pass over the gradients of `parameters`, and the factors that clip it to
+    /// `max_norm`. With `inv_scale`, the gradients are still multiplied by its inverse. Sets `found_inf` if the norm
+    /// is not finite. The next call overwrites the result of this one.
     pub(crate) fn clip(
         &mut self,
         parameters: &[Parameter],
@@ -216,12 +216,12 @@ impl Gradients {
         multiply(context.stream(), &table, factors.each_ref())
     }
 
-    /// Whether the last pass failed when it had looked at some of the gradients: `found_inf` may be set.
+    /// Whether the last pass failed after checking some of the gradients, so that `found_inf` may be set.
     pub(crate) fn is_half_done(&self) -> bool {
         self.is_half_done
     }
 
-    /// What the last pass counted, a tensor after the other.
+    /// The counts of the last pass, tensor by tensor.
     pub(crate) fn counts(&self) -> Option<&Tensor> {
         self.memory.as_ref().map(|memory| &*memory.counts)
     }
@@ -231,7 +231,7 @@ impl Gradients {
         self.memory.as_ref().map(|memory| &memory.total_norm)
     }
 
-    /// The table of `gradients`, of parameters `0..tensors`.
+    /// The table of `gradients`, whose indices are below `tensors`.
     fn table(
         &mut self,
         context: &Context,
@@ -245,7 +245,7 @@ impl Gradients {
             })
     }
 
-    /// The table of partials.
+    /// The table of `partials`.
     fn produced_table(
         &mut self,
         context: &Context,

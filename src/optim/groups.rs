@@ -11,10 +11,10 @@ use crate::optim::rows::{Needs, Rows};
 use crate::optim::settings::{Precision, Settings, of_group, with_numbers};
 use crate::storage::{Context, Tensor};
 
-/// Parameters that share settings. An optimizer takes several of them and moves all in the same launches.
+/// Parameters that share settings. An optimizer takes several groups and moves all of them in the same launches.
 #[derive(Clone, Debug)]
 pub struct ParamGroup<C> {
-    /// The parameters, in the order in which the optimizer will number them.
+    /// The parameters, in the order in which the optimizer numbers them.
     pub parameters: Vec<Parameter>,
     /// Their settings.
     pub config: C,
@@ -30,32 +30,32 @@ impl<C> ParamGroup<C> {
 
 /// The settings of all groups, on the host and on the device.
 ///
-/// Kernels read them from device memory that stays where it is, so that graphs captured before a change find what
-/// was changed. A change is enqueued on the optimizer's stream at once.
+/// Kernels read them from device memory at a fixed address, so graphs captured before a change see it. A change is
+/// enqueued on the optimizer's stream at once.
 #[derive(Debug)]
 pub(super) struct Groups<S> {
     context: Context,
     settings: Vec<S>,
-    /// The settings that the optimizer was made with, and has what it keeps for.
+    /// The settings the optimizer was made with, which determine the state it keeps.
     made_with: Vec<S>,
     ranges: Vec<Range<usize>>,
     precisions: Vec<Precision>,
-    /// f64, a row a group.
+    /// f64, a row per group.
     rows: Tensor,
     /// u32, the group of each parameter.
     of: Tensor,
 }
 
-/// Takes groups apart: all parameters with what they need, the groups' ranges and settings, which work.
+/// Groups taken apart: all parameters with their needs, and the groups' ranges and valid settings.
 pub(super) type Apart<S> = (Vec<(Parameter, Needs)>, Vec<Range<usize>>, Vec<S>);
 
-/// Refuses settings that cannot work for a group computed in `precision`.
+/// Refuses settings that are invalid for a group computed in `precision`.
 fn check<S: Settings>(group: usize, settings: &S, precision: Precision) -> Result<()> {
     of_group(group, settings.validate())?;
     of_group(group, settings.validate_in(precision))
 }
 
-/// See [`Apart`].
+/// Checks the settings of `groups` and takes the groups apart; see [`Apart`].
 pub(super) fn take_apart<S: Settings>(groups: Vec<ParamGroup<S>>) -> Result<Apart<S>> {
     let (mut parameters, mut ranges, mut settings) = (Vec::new(), Vec::new(), Vec::new());
     for (number, group) in groups.into_iter().enumerate() {
@@ -94,7 +94,7 @@ impl<S: Settings> Groups<S> {
         &self.ranges
     }
 
-    /// The first group's: there is one, as there are parameters.
+    /// The settings of the first group. There is one, because there are parameters.
     pub(super) fn first(&self) -> &S {
         &self.settings[0]
     }
@@ -103,7 +103,7 @@ impl<S: Settings> Groups<S> {
         self.settings.get(group)
     }
 
-    /// The settings for a kernel.
+    /// The settings as operands of a kernel.
     pub(super) fn on_device(&self) -> Result<GroupSettings> {
         Ok(GroupSettings {
             rows: self.rows.span()?,
@@ -111,14 +111,14 @@ impl<S: Settings> Groups<S> {
         })
     }
 
-    /// Changes numbers of one group by their names, all or none.
+    /// Changes numbers of one group by name: all of them or none.
     pub(super) fn set_numbers(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
         self.expect(group)?;
         let changed = of_group(group, with_numbers(&self.settings[group], changes))?;
         self.set(group, changed)
     }
 
-    /// Changes all settings of one group.
+    /// Replaces the settings of one group.
     pub(super) fn set(&mut self, group: usize, settings: S) -> Result<()> {
         self.expect(group)?;
         self.check(group, &settings)?;
@@ -132,7 +132,7 @@ impl<S: Settings> Groups<S> {
         Ok(())
     }
 
-    /// Changes one number of every group, all or none.
+    /// Changes one number in every group, or in none.
     pub(super) fn set_everywhere(&mut self, name: &str, value: f64) -> Result<()> {
         let changes = [(name, value)];
         let settings = self.settings.iter().enumerate();
@@ -150,7 +150,7 @@ impl<S: Settings> Groups<S> {
         Ok(())
     }
 
-    /// What may not differ from a saved state, of one group of all `parameters`.
+    /// The flags of one group; `parameters` are those of all groups.
     pub(super) fn flags(
         &self,
         group: usize,
@@ -162,7 +162,7 @@ impl<S: Settings> Groups<S> {
         }
     }
 
-    /// Refuses settings that cannot work for a group, or need other state than it has.
+    /// Refuses settings that are invalid for a group, or need other state than it has.
     fn check(&self, group: usize, settings: &S) -> Result<()> {
         check(group, settings, self.precisions[group])?;
         of_group(group, self.made_with[group].allows(settings))
@@ -170,7 +170,7 @@ impl<S: Settings> Groups<S> {
 
     fn expect_no_capture(&self) -> Result<()> {
         let stream = self.context.stream();
-        // A copy in a graph would bring these settings back at every launch.
+        // A captured copy would restore these settings at every launch of the graph.
         if stream.driver().is_capturing(stream.raw())? {
             return Err(Error::Capturing {
                 call: "set_settings",
@@ -193,7 +193,7 @@ fn words<S: Settings>(settings: &[S]) -> Vec<u64> {
     settings.iter().flat_map(Settings::words).collect()
 }
 
-/// Words as elements of the 64-bit type that tensors have; only the bits count.
+/// Reinterprets words as f64, the 64-bit element type of tensors. Only the bits matter.
 fn bits_as_f64(words: &[u64]) -> &[f64] {
     bytemuck::cast_slice(words)
 }

@@ -1,11 +1,12 @@
-//! Whether a master weight still belongs to its parameter.
+//! Tracks whether a master weight still belongs to its parameter.
 //!
-//! Both keep a [version](Tensor::version), and both have the same one after each step, and after a restoration that
-//! wrote both. If only the parameter was written since, the master is stale and is made anew before the next step. If
-//! only the master was, someone restores a state, and the parameter will follow from it. If both were, one by one, an f32
-//! master is kept if the parameter is its nearest value, and made anew if not.
+//! Both tensors keep a [version](Tensor::version). The versions are equal after each step, and after a restore that
+//! wrote both. If only the parameter was written since, the master is stale and is rebuilt before the next step. If
+//! only the master was written, a state is being restored, and the parameter will follow from it. If both were
+//! written separately, an f32 master is kept if the parameter is its nearest value, and rebuilt if not; lower halves
+//! are always kept.
 //!
-//! Launches of a graph that captured a step do not look at versions: nothing on the host is asked.
+//! Launches of a graph that captured a step do not check versions, because they run no host code.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,24 +18,24 @@ use crate::storage::Tensor;
 #[derive(Debug)]
 pub(super) struct Master {
     tensor: Tensor,
-    /// The version that both had when they last agreed. Atomic so that a reload needs no exclusive access; nothing is
-    /// published through it.
+    /// The version of both when they last agreed. Atomic so that a reload needs no exclusive access; it publishes
+    /// nothing.
     agreed: AtomicU64,
 }
 
-/// What the versions of a master and its parameter tell.
+/// The relation between the versions of a master and its parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Staleness {
     /// They belong together.
     Fresh,
     /// The parameter was written since.
     Stale,
-    /// Both were written since, one by one.
+    /// Both were written since, separately.
     Unclear,
 }
 
 impl Master {
-    /// `tensor`, just made from `value`.
+    /// A master whose `tensor` was just made from `value`.
     pub(super) fn new(tensor: Tensor, value: &Tensor) -> Self {
         tensor.keep_version();
         let master = Self {
@@ -49,7 +50,7 @@ impl Master {
         &self.tensor
     }
 
-    /// Says that both agree now.
+    /// Declares that master and `value` now agree.
     pub(super) fn agrees_with(&self, value: &Tensor) {
         if let Some(version) = value.version() {
             // Relaxed: see the field.
@@ -71,7 +72,7 @@ impl Master {
         }
     }
 
-    /// Enqueues making the master equal to `value`.
+    /// Enqueues a copy of `value` to the master.
     pub(super) fn reload(&self, value: &Tensor) -> Result<()> {
         let before = self.tensor.version();
         let made = match self.tensor.dtype() {
@@ -80,15 +81,15 @@ impl Master {
         };
         match (&made, before) {
             (Ok(()), _) => self.agrees_with(value),
-            // It was not written, and is as stale as it was.
+            // Nothing was written, so the master is as stale as before.
             (Err(_), Some(before)) => self.tensor.set_version(before),
             (Err(_), None) => {}
         }
         made
     }
 
-    /// [`reload`](Self::reload), if nothing but the parameter was written since both agreed. For who reads the master
-    /// between steps: what fails here fails again in the next step.
+    /// Calls [`reload`](Self::reload) if only the parameter was written since both agreed. For reading the master
+    /// between steps; a failure here recurs in the next step.
     pub(super) fn reload_if_stale(&self, value: &Tensor) -> Result<()> {
         let stream = value.context().stream();
         if self.staleness(value) == Staleness::Stale
@@ -99,10 +100,11 @@ impl Master {
         Ok(())
     }
 
-    /// Sees to it that the master belongs to `value`, before a step.
+    /// Makes sure, before a step, that the master belongs to `value`.
     ///
     /// # Errors
-    /// [`Error::Capturing`] if it does not, and what is enqueued now would run again at each launch of a graph.
+    /// [`Error::Capturing`] if it does not and a capture is active: the reload would run again at each launch of the
+    /// graph.
     pub(super) fn refresh(&self, value: &Tensor) -> Result<()> {
         let staleness = self.staleness(value);
         if staleness == Staleness::Fresh {
@@ -114,7 +116,8 @@ impl Master {
                 call: "a step after parameters were written (call reload_master_weights before it)",
             });
         }
-        // Lower halves do not tell whose they are. With those of a restored state the parameter keeps its value.
+        // Lower halves do not reveal which value they belong to. Keeping them preserves the parameter's value, which
+        // holds the upper halves.
         let belongs = staleness == Staleness::Unclear
             && (self.tensor.dtype() == DType::U32 || self.rounds_to(value)?);
         if belongs {
@@ -124,7 +127,7 @@ impl Master {
         self.reload(value)
     }
 
-    /// Whether `value` is the nearest of its type to the master, to the bit. Waits for the device.
+    /// Whether the master rounds exactly to `value`. Waits for the device.
     fn rounds_to(&self, value: &Tensor) -> Result<bool> {
         let rounded = self.tensor.cast(value.dtype())?;
         Ok(rounded.to_host()? == value.to_host()?)

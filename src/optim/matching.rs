@@ -1,7 +1,7 @@
-//! What a saved state has to do with an optimizer: which parameter was in which group, and what does not fit.
+//! Matches a saved state with an optimizer: which saved group each parameter was in, and what does not fit.
 //!
-//! Parameters are found by their names. A parameter brings the settings of the group that it was saved in; so groups may
-//! be in another order, cut or joined, as long as the parameters of a group here were saved with the same settings.
+//! Parameters are found by name. A parameter brings the settings of the group it was saved in, so groups may be
+//! reordered, split or joined, as long as all parameters of a group here were saved with the same settings.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -9,7 +9,7 @@ use crate::error::{Error, NAMES_TOLD, Result};
 use crate::optim::GroupState;
 use crate::optim::rule::Told;
 
-/// What does not fit, each with its name and the reason.
+/// Parts that do not fit, by name and reason.
 #[derive(Debug, Default)]
 pub(super) struct Misfits(Vec<(String, String)>);
 
@@ -18,7 +18,7 @@ impl Misfits {
         self.0.push((name.into(), reason.into()));
     }
 
-    /// Refuses if there is any: by the first name and its reason, then the others.
+    /// Returns an error if there are any: it names the first with its reason, then the others.
     pub(super) fn refuse(self) -> Result<()> {
         let mut misfits = self.0.into_iter();
         let Some((name, mut reason)) = misfits.next() else {
@@ -35,7 +35,7 @@ impl Misfits {
     }
 }
 
-/// The groups of an optimizer and those that were saved.
+/// The groups of an optimizer and the saved ones.
 pub(super) struct Matched<'a> {
     here: &'a [GroupState],
     saved: &'a [GroupState],
@@ -45,13 +45,13 @@ pub(super) struct Matched<'a> {
 
 impl<'a> Matched<'a> {
     /// # Errors
-    /// [`Error::InvalidState`] for a name that stands twice on one side.
+    /// [`Error::InvalidState`] for a name that appears twice on one side.
     pub(super) fn new(here: &'a [GroupState], saved: &'a [GroupState]) -> Result<Self> {
-        homes(here, "the name stands twice here")?;
+        homes(here, "the name appears twice here")?;
         Ok(Self {
             here,
             saved,
-            homes: homes(saved, "the name stands twice in the saved state")?,
+            homes: homes(saved, "the name appears twice in the saved state")?,
         })
     }
 
@@ -62,7 +62,7 @@ impl<'a> Matched<'a> {
             && here.all(|name| self.homes.contains_key(name.as_str()))
     }
 
-    /// For each group here, the numbers of the saved groups that its parameters were in.
+    /// For each group here, the indices of the saved groups that its parameters were in.
     pub(super) fn sources(&self) -> Vec<Vec<usize>> {
         let sources = self.here.iter().map(|group| {
             let homes = group.parameters.iter();
@@ -76,7 +76,7 @@ impl<'a> Matched<'a> {
         sources.collect()
     }
 
-    /// Parameters that are on one side only, with those of `tensors` that are not for these: one a parameter.
+    /// Parameters that only one side has, and for each other parameter the first of its misfits in `tensors`.
     pub(super) fn misfits(&self, tensors: Misfits) -> Misfits {
         let names = |groups: &'a [GroupState]| groups.iter().flat_map(|group| &group.parameters);
         let here: HashSet<&str> = names(self.here).map(String::as_str).collect();
@@ -99,13 +99,13 @@ impl<'a> Matched<'a> {
             }
         }
         for name in extra {
-            misfits.add(name, "was saved, and there is no such parameter here");
+            misfits.add(name, "was saved, but there is no such parameter here");
         }
         misfits
     }
 
-    /// Refuses groups with other flags than their parameters were saved with. What only one side has is not compared:
-    /// it is said of some parameters only.
+    /// Refuses groups with other flags than their parameters were saved with. Flags that only one side has are not
+    /// compared, because some flags apply to some parameters only.
     pub(super) fn check_flags(&self, rule: &str) -> Result<()> {
         for (number, sources) in self.sources().into_iter().enumerate() {
             let here = &self.here[number].flags;
@@ -132,7 +132,7 @@ impl<'a> Matched<'a> {
         Ok(())
     }
 
-    /// The settings that each group is to have, but for those named in `kept`.
+    /// The saved settings for each group, except those named in `kept`.
     pub(super) fn settings(&self, kept: &[&str]) -> Result<Vec<BTreeMap<String, f64>>> {
         let sources = self.sources().into_iter().enumerate();
         let settings = sources.map(|(number, sources)| {
@@ -147,7 +147,7 @@ impl<'a> Matched<'a> {
         settings.collect()
     }
 
-    /// Refuses saved settings by other names than those here, or that no file holds.
+    /// Refuses saved settings whose names differ from those here, or whose values are not finite.
     pub(super) fn check_settings(&self, kept: &[&str]) -> Result<()> {
         for (number, sources) in self.sources().into_iter().enumerate() {
             for source in sources {
@@ -174,8 +174,8 @@ impl<'a> Matched<'a> {
         }
     }
 
-    /// Refuses a group of parameters that were saved with different `settings`, by the names of those that were in
-    /// another group than most.
+    /// Refuses a group whose parameters were saved with different `settings`, naming those that differ from the
+    /// majority.
     fn check_agreement(
         &self,
         number: usize,
@@ -200,7 +200,7 @@ impl<'a> Matched<'a> {
         };
         let mut sizes: BTreeMap<usize, usize> = BTreeMap::new();
         members().for_each(|(_, home)| *sizes.entry(home).or_default() += 1);
-        // Of the largest the first.
+        // The first of the largest groups; reversed because `max_by_key` returns the last maximum.
         let most = sizes.iter().rev().max_by_key(|(_, size)| **size);
         let most = most.map_or(sources[0], |(home, _)| *home);
         let with = members().find(|(_, home)| *home == most);
@@ -212,7 +212,7 @@ impl<'a> Matched<'a> {
             };
             let told = |source| of(source, setting).copied().unwrap_or(f64::NAN);
             let reason = format!(
-                "is in group {number} here, and was saved in group {home}, with {setting} {:?}; `{with}` was in group \
+                "is in group {number} here, but was saved in group {home}, with {setting} {:?}; `{with}` was in group \
                  {most}, with {:?}",
                 told(home),
                 told(most)
@@ -223,7 +223,7 @@ impl<'a> Matched<'a> {
     }
 }
 
-/// The group of each parameter; an error with `twice` for a name that comes twice.
+/// The group of each parameter; an error with the reason `twice` for a name that appears twice.
 fn homes<'a>(groups: &'a [GroupState], twice: &str) -> Result<HashMap<&'a str, usize>> {
     let mut homes = HashMap::new();
     for (number, group) in groups.iter().enumerate() {

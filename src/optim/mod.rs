@@ -1,18 +1,17 @@
 //! Parameters and optimizers.
 //!
-//! A [`Parameter`] is a named weight with a place for its gradient. An [`Optimizer`] moves parameters by
-//! their gradients, all of them in the same launches, whatever their types and settings. Parameters with the same
-//! settings are a [`ParamGroup`]; settings lie in device memory at addresses that stay, so that what was captured
-//! before a change follows it. What decides and scales a step ([`StepInputs`]: skip it?
-//! unscale by what? clip by what?) are numbers in device memory, so a step under a
-//! gradient scaler never makes the host wait. A skipped step leaves weights, optimizer state and step
-//! counts as they were, to the bit.
+//! A [`Parameter`] is a named weight with a place for its gradient. An [`Optimizer`] moves parameters by their
+//! gradients, all of them in the same launches, whatever their types and settings. Parameters with the same settings
+//! form a [`ParamGroup`]. Settings lie in device memory at fixed addresses, so captured steps see later changes. The
+//! inputs that decide and scale a step ([`StepInputs`]: the skip flag, the inverse scale, the clip coefficient) lie
+//! in device memory too, so a step under a gradient scaler never makes the host wait. A skipped step leaves weights,
+//! optimizer state and step counts bit for bit as they were.
 //!
-//! *Master weights*: beside a 16-bit parameter an optimizer keeps the weight in f32, moves that, and writes
-//! the 16-bit copy in the same pass; or it keeps beside a bf16 parameter the 16 bits that make it the same f32. Optimizer state is zeroed when it is made, never later: with a pool
-//! below, fresh memory holds old bytes.
+//! *Master weights*: an optimizer keeps a 16-bit parameter's weight in f32, moves that, and writes the 16-bit copy in
+//! the same pass. For a bf16 parameter it can instead keep only the lower 16 bits, which complete the parameter to
+//! the same f32. Optimizer state is zeroed when it is allocated, because memory from a pool holds old bytes.
 //!
-//! Must not know: who computed the inputs of a step, and when a loss scale changes.
+//! Must not know: where the inputs of a step come from, and when a loss scale changes.
 
 mod adam;
 mod clip;

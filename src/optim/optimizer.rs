@@ -1,4 +1,4 @@
-//! What an optimizer is to those who drive it.
+//! The interface of optimizers.
 
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
@@ -12,21 +12,21 @@ use crate::launch::update_pass::StepScalars;
 use crate::optim::{OptimizerState, Parameter, WeightOverflow, state, weights};
 use crate::storage::Tensor;
 
-/// Identity of an optimizer, never given twice in a process. Held by the optimizer for its whole life: when
-/// the last clone is gone, whoever kept something for the optimizer may let go of it.
+/// Identity of an optimizer, unique within a process. The optimizer holds it for its whole life; when the last clone
+/// is dropped, state kept elsewhere for the optimizer can be freed.
 #[derive(Clone, Debug)]
 pub struct OptimizerId(Arc<Identity>);
 
 #[derive(Debug)]
 struct Identity {
     number: u64,
-    /// The one scaler that drives the optimizer, as long as it lives.
+    /// The scaler that drives the optimizer, while that scaler lives.
     driver: Mutex<Weak<u64>>,
-    /// Where steps count the weights that they make infinite or NaN.
+    /// Memory in which steps count the weights that they make infinite or NaN.
     lost_weights: OnceLock<Tensor>,
 }
 
-/// Tells whether an optimizer still exists, without keeping it.
+/// Reveals whether an optimizer still exists, without keeping it alive.
 #[derive(Debug)]
 pub(crate) struct OptimizerLife(Weak<Identity>);
 
@@ -51,7 +51,7 @@ impl Hash for OptimizerId {
 }
 
 impl OptimizerId {
-    /// An identity that no optimizer has had yet.
+    /// A new, unique identity.
     #[must_use]
     #[expect(
         clippy::new_without_default,
@@ -70,18 +70,18 @@ impl OptimizerId {
     /// An identity for an optimizer whose steps count in `lost_weights` the weights that they make infinite or NaN.
     pub(super) fn counting(lost_weights: Tensor) -> Self {
         let id = Self::new();
-        // Nobody else knows this identity yet.
+        // Cannot fail: the identity is new.
         let _ = id.0.lost_weights.set(lost_weights);
         id
     }
 
-    /// Where the optimizer's steps count the weights that they make infinite or NaN, if they do. Belongs to the identity
-    /// so that an optimizer wrapped in another one is still heard.
+    /// Memory in which the optimizer's steps count the weights that they make infinite or NaN, if they do. Part of
+    /// the identity, so that a wrapper that forwards the identity of its inner optimizer also forwards the counts.
     pub(crate) fn lost_weights(&self) -> Option<&Tensor> {
         self.0.lost_weights.get()
     }
 
-    /// The number behind it.
+    /// The identity as a number.
     #[must_use]
     pub fn number(&self) -> u64 {
         self.0.number
@@ -91,7 +91,7 @@ impl OptimizerId {
         OptimizerLife(Arc::downgrade(&self.0))
     }
 
-    /// Makes `scaler` the one that drives the optimizer. `false` if another one does, and is still there.
+    /// Makes `scaler` the driver of the optimizer. Returns `false` if another scaler drives it and is still alive.
     pub(crate) fn claim(&self, scaler: &Arc<u64>) -> bool {
         let mut driver = self.0.driver.lock();
         match driver.upgrade() {
@@ -104,17 +104,17 @@ impl OptimizerId {
     }
 }
 
-/// What decides and scales one step: tensors of one element, read on the device when the step runs. All are f32, but
-/// for `clip`, which may be f64.
+/// The inputs that decide and scale one step: tensors of one element, read on the device when the step runs. All are
+/// f32, except `clip`, which may be f64.
 #[derive(Clone, Debug, Default)]
 pub struct StepInputs {
-    /// The step must change nothing at all unless this is 0. Any other value skips, NaN too.
+    /// The step must change nothing unless this is 0. Any other value skips it, including NaN.
     pub found_inf: Option<Tensor>,
-    /// Gradients are still multiplied by the loss scale, and this is its inverse. Where a clip coefficient would be
-    /// smaller than the normal numbers of f32, this is smaller by a power of two instead.
+    /// The inverse of the loss scale, if gradients are still multiplied by it. If the clip coefficient would be below
+    /// the normal numbers of f32, this is smaller by a power of two instead.
     pub inv_scale: Option<Tensor>,
-    /// Gradients are to be multiplied by this after unscaling: the clip coefficient. A scaler gives it in f64 if a
-    /// gradient is f64, else in f32.
+    /// The clip coefficient, a factor for gradients after unscaling. A scaler passes an f64 if a gradient is f64,
+    /// otherwise an f32.
     pub clip: Option<Tensor>,
 }
 
@@ -129,7 +129,7 @@ impl StepInputs {
     }
 }
 
-/// The error for the number of a group that does not exist.
+/// The error for a group that does not exist.
 pub(super) fn no_group(group: usize, groups: usize) -> Error {
     let reason = format!("group {group} of {groups}, counted from 0");
     Error::argument("settings", reason)
@@ -140,7 +140,7 @@ pub trait Optimizer {
     /// The identity this optimizer was made with.
     fn id(&self) -> &OptimizerId;
 
-    /// The parameters it moves, always in the same order.
+    /// The parameters that it moves, always in the same order.
     fn parameters(&self) -> &[Parameter];
 
     /// Enqueues one step for every parameter that has a gradient. The host does not wait. Gradients are
@@ -151,21 +151,23 @@ pub trait Optimizer {
     /// [`Error::OutOfMemory`] in a first step. Nothing was moved.
     fn step(&mut self, inputs: &StepInputs) -> Result<()>;
 
-    /// One step with gradients that need neither unscaling nor clipping, which is always applied.
+    /// Enqueues one step that is always applied, with gradients that need neither unscaling nor clipping.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and [`Error::InvalidArgument`] for a gradient that says it is still multiplied by a loss scale.
+    /// As [`step`](Self::step), and [`Error::InvalidArgument`] for a gradient that is marked as still multiplied by a
+    /// loss scale.
     fn step_unscaled(&mut self) -> Result<()> {
         Parameter::expect_unscaled("step", self.parameters())?;
         self.step(&StepInputs::default())
     }
 
-    /// The weights that steps made infinite or NaN, each with the elements that were finite before, since this was last
-    /// asked. A weight of 16 bits becomes infinite although its master is finite. Steps under a scaler do not count
-    /// here: their report is [`StepOutcome::weight_overflows`](../amp/struct.StepOutcome.html#method.weight_overflows),
-    /// which also takes in what other steps left here. Waits for the device.
+    /// Returns the weights that steps made infinite or NaN since the last call, counting only elements that were
+    /// finite before. A 16-bit weight can become infinite although its master is finite. Steps under a scaler are not
+    /// included: their report is
+    /// [`StepOutcome::weight_overflows`](../amp/struct.StepOutcome.html#method.weight_overflows), which also includes
+    /// counts that other steps left here. Waits for the device.
     ///
-    /// The optimizers of this crate count, in the pass that writes the weights; of others the list is empty.
+    /// The optimizers of this crate count in the pass that writes the weights. For others the list is empty.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed; [`Error::Capturing`] during a capture.
@@ -176,10 +178,10 @@ pub trait Optimizer {
         })
     }
 
-    /// What a step reads and writes beside parameter `index` and its gradient, each with a name that no other
-    /// tensor of that parameter has, always in the same order. A skipped step leaves all of it alone. Saved with the
-    /// parameters and written back later (in stream order, `tensor.copy_from(…)`), it lets a training go on to
-    /// the bit. Empty for a parameter that does not exist.
+    /// The tensors that a step reads and writes besides parameter `index` and its gradient. Each has a name that is
+    /// unique for the parameter; the order never changes. A skipped step leaves all of them unchanged. To resume a
+    /// run bit for bit, save them with the parameters and write them back in stream order (`tensor.copy_from(…)`).
+    /// Empty for a parameter that does not exist.
     fn state(&self, index: usize) -> Vec<(&'static str, Tensor)> {
         let _ = index;
         Vec::new()
@@ -190,14 +192,14 @@ pub trait Optimizer {
         std::iter::once(0..self.parameters().len()).collect()
     }
 
-    /// The name of the rule by which it moves parameters. A state that was saved under another one is refused. `None`
-    /// says nothing: then neither the rule nor [`flags`](Self::flags) are compared.
+    /// The name of the rule by which it moves parameters. A state saved under another rule is refused. With `None`,
+    /// neither the rule nor [`flags`](Self::flags) are compared.
     fn rule(&self) -> Option<&'static str> {
         None
     }
 
-    /// What was decided for a group when the optimizer was made and is no number that may change, each with its name:
-    /// a saved state with another value is refused. Empty for a group that does not exist.
+    /// Choices for a group that are fixed when the optimizer is made, each with its name. A saved state with another
+    /// value is refused. Empty for a group that does not exist.
     fn flags(&self, group: usize) -> Vec<(&'static str, String)> {
         let _ = group;
         Vec::new()
@@ -210,13 +212,13 @@ pub trait Optimizer {
         Vec::new()
     }
 
-    /// Changes settings of a group by their names: all of `changes`, or none. Holds for steps enqueued from now
-    /// on, and for launches of graphs that captured one.
+    /// Changes settings of a group by name: all of `changes`, or none. Applies to steps enqueued from now on, and to
+    /// launches of graphs that captured one.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] with the name of a setting that is unknown or cannot have that value, and the
-    /// number of the group; [`Error::InvalidArgument`] if there is no such group; [`Error::Capturing`] while a
-    /// step is being captured: change settings before or after. Nothing was changed.
+    /// [`Error::InvalidConfig`] with the name of an unknown setting or one with an invalid value, and the number of
+    /// the group; [`Error::InvalidArgument`] if there is no such group; [`Error::Capturing`] during a capture: change
+    /// settings before or after it. Nothing was changed.
     fn set_settings(&mut self, group: usize, changes: &[(&str, f64)]) -> Result<()> {
         let groups = self.groups().len();
         match changes.first() {
@@ -229,8 +231,8 @@ pub trait Optimizer {
         }
     }
 
-    /// What is needed to go on later, beside the parameters: the settings of each group, and what
-    /// [`state`](Self::state) lists. Waits for the device.
+    /// The state needed to resume later, besides the parameters: rule, groups with their settings, and the tensors of
+    /// [`state`](Self::state). Waits for the device.
     ///
     /// # Errors
     /// [`Error::InvalidState`] if two parameters have one name; [`Error::Driver`] if work of the stream failed.
@@ -238,31 +240,33 @@ pub trait Optimizer {
         state::save(self)
     }
 
-    /// Goes on from a saved state. Waits for the device.
+    /// Resumes from a saved state. Waits for the device.
     ///
-    /// Parameters are found by their names, in whatever order and groups they were saved; their own values stay. A group
-    /// gets the settings that its parameters were saved with, which must be the same for all of them. Moments in bf16
-    /// take random numbers by the order of the parameters: in another order they go on with others.
+    /// Parameters are found by name, whatever order and groups they were saved in; their values do not change. A
+    /// group gets the settings that its parameters were saved with, which must be the same for all of them. The
+    /// random numbers that round bf16 moments depend on the order of the parameters, so in another order the results
+    /// differ.
     ///
-    /// Parameters with master weights may be written before or after. Where they are written after, and not together
-    /// with the state as [`Restore`](../checkpoint/struct.Restore.html) does, the next step waits for the device once:
-    /// it keeps f32 masters if the parameters are their nearest values, and makes them anew if not.
+    /// Parameters with master weights may be restored before or after this call. If they are written after it, and
+    /// not together with the state as [`Restore`](../checkpoint/struct.Restore.html) does, the next step waits for
+    /// the device once: it keeps f32 masters if the parameters are their nearest values, and otherwise rebuilds them.
     ///
-    /// A state of another [rule](Self::rule) or with other [flags](Self::flags) is refused. To load it all the same,
-    /// make its `rule` `None`.
+    /// A state of another [rule](Self::rule) or with other [flags](Self::flags) is refused. To load it anyway, set
+    /// its `rule` to `None`.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] with the rule, the parameters, the setting or the group that does not fit: all
-    /// parameters that are missing, were saved and are not here, or have another shape; [`Error::Driver`] if the driver
+    /// [`Error::InvalidState`] with the rule, the parameters, the setting or the group that does not fit. For
+    /// parameters it lists all that are missing on either side or have another shape. [`Error::Driver`] if the driver
     /// refuses. Nothing was changed.
     fn load_state_dict(&mut self, state: &OptimizerState) -> Result<()> {
         self.load_state_dict_keeping(state, &[])
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), but the settings named in `kept` stay as they are, in all groups.
+    /// [`load_state_dict`](Self::load_state_dict), except that the settings named in `kept` are left unchanged in all
+    /// groups.
     ///
     /// # Errors
-    /// As [`load_state_dict`](Self::load_state_dict), and for a name that is none of a setting.
+    /// As [`load_state_dict`](Self::load_state_dict), and for a name that is not a setting.
     fn load_state_dict_keeping(&mut self, state: &OptimizerState, kept: &[&str]) -> Result<()> {
         state::check_kept(self, kept)?;
         state::load(self, state, kept)?.carry_out()

@@ -1,11 +1,11 @@
 //! A named weight with a place for its gradient.
 //!
-//! Gradients of several micro-batches are added up. In 16 bits small terms get lost in a large sum; a parameter that
-//! [accumulates in f32](Parameter::accumulate_in_f32) adds in a buffer of its own, which stays where it is.
+//! Gradients of several micro-batches are summed. In 16 bits a large sum loses small terms; a parameter that
+//! [accumulates in f32](Parameter::accumulate_in_f32) sums in its own buffer, at a fixed address.
 //!
-//! Beside a gradient stands what is known of the loss scale in it: the [`ScaleTag`] it was given with, who
-//! divided it by the scale, and when its first and its last term came. So a gradient that is divided twice,
-//! never, or has terms of two scales is found without a look at its elements.
+//! Each gradient carries the history of its loss scale: the [`ScaleTag`] it was given with, the scaler that divided
+//! it by the scale, and the moments of its first and last term. This reveals a gradient that is divided twice, never,
+//! or has terms of two scales, without reading its elements.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::launch;
 use crate::optim::produced::{CheckAtOnce, Produced};
 use crate::storage::{Tensor, moment};
 
-/// A weight that is trained. Cheap to clone; clones are the same parameter.
+/// A trainable weight. Cheap to clone; clones are the same parameter.
 #[derive(Clone)]
 pub struct Parameter {
     inner: Arc<Inner>,
@@ -35,7 +35,7 @@ struct Grad {
     tensor: Option<Tensor>,
     origin: Origin,
     produced: Produced,
-    /// Where terms are added up; it keeps its memory from window to window.
+    /// The buffer in which terms are summed. Kept from window to window.
     accumulator: Option<Tensor>,
 }
 
@@ -58,28 +58,28 @@ impl Grad {
     }
 }
 
-/// What is known of the scale in a gradient.
+/// The history of the loss scale in a gradient.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Origin {
-    /// The scale it was given with; `None` also after it was divided by it.
+    /// The scale it is multiplied by; `None` if that is unknown, or after it was divided by it.
     pub(crate) tag: Option<ScaleTag>,
-    /// Who divided it last.
+    /// The scaler that last divided it.
     pub(crate) unscaled: Option<UnscaleMark>,
     /// Moments of its first and its last term.
     pub(crate) since: u64,
     pub(crate) until: u64,
 }
 
-/// Says that a gradient is multiplied by the scale that a scaler had between two of its updates.
-/// [`GradScaler::tag`](../amp/struct.GradScaler.html#method.tag) gives it.
+/// Marks a gradient as multiplied by the scale that a scaler had between two of its updates. Obtained from
+/// [`GradScaler::tag`](../amp/struct.GradScaler.html#method.tag).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScaleTag {
     pub(crate) scaler: u64,
     pub(crate) since: u64,
 }
 
-/// Which scaler divided a gradient by its scale, since which moment it had that scale, and for which optimizer.
-/// After the scaler's next update the mark means nothing.
+/// The scaler that divided a gradient by its scale, the moment from which it had that scale, and the optimizer.
+/// Meaningless after the scaler's next update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnscaleMark {
     pub(crate) scaler: u64,
@@ -88,7 +88,7 @@ pub(crate) struct UnscaleMark {
 }
 
 impl UnscaleMark {
-    /// The scaler, and since when it has its scale.
+    /// The scaler, and the moment from which it has its scale.
     pub(crate) fn tag(&self) -> ScaleTag {
         ScaleTag {
             scaler: self.scaler,
@@ -98,11 +98,11 @@ impl UnscaleMark {
 }
 
 impl Parameter {
-    /// A parameter without a gradient. Its elements are those of `value`, not a copy.
+    /// A parameter without a gradient. It shares the memory of `value`.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for integers and 8-bit types, [`Error::InvalidArgument`] for a view whose elements do not
-    /// stand one after another.
+    /// [`Error::UnsupportedDtype`] for integers and 8-bit types, [`Error::InvalidArgument`] for a view whose elements
+    /// are not contiguous.
     pub fn new(name: impl Into<String>, value: Tensor) -> Result<Self> {
         let op = "Parameter::new";
         if !value.dtype().is_computed() {
@@ -117,7 +117,7 @@ impl Parameter {
                 "the value is a view with gaps or out of order",
             ));
         }
-        // So that casts of the weight that are kept can be known to be stale.
+        // The version reveals when a cached cast of the weight is stale.
         value.keep_version();
         Ok(Self {
             inner: Arc::new(Inner {
@@ -128,7 +128,7 @@ impl Parameter {
         })
     }
 
-    /// The name, as reports give it.
+    /// The name, as used in reports.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.inner.name
@@ -146,8 +146,8 @@ impl Parameter {
         self.inner.grad.lock().tensor.clone()
     }
 
-    /// Makes `grad` the gradient. It is not copied: unscaling and clipping change it in place. Whether it is
-    /// multiplied by a loss scale is left to the caller.
+    /// Makes `grad` the gradient. It is not copied: unscaling and clipping change it in place. The caller keeps track
+    /// of whether it is multiplied by a loss scale.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if shape or stream differ from the value's, or for an f64 gradient of a
@@ -156,9 +156,9 @@ impl Parameter {
         self.set_scaled_grad(grad, None)
     }
 
-    /// [`set_grad`](Self::set_grad) for a gradient that is multiplied by a loss scale, and says so. Until it
-    /// is divided by it, only the scaler of that scale takes it, and only before its next update: everything
-    /// else refuses it.
+    /// [`set_grad`](Self::set_grad) for a gradient that is multiplied by a loss scale, marked with its `tag`. Until
+    /// it is divided by the scale, only the scaler of that scale accepts it, and only before that scaler's next
+    /// update.
     ///
     /// # Errors
     /// As [`set_grad`](Self::set_grad).
@@ -168,13 +168,13 @@ impl Parameter {
         Ok(())
     }
 
-    /// Adds gradients up in f32 from now on, whatever their type: the first term of
-    /// [`accumulate_grad`](Self::accumulate_grad) is copied to a buffer that is made here and kept, later ones are added
-    /// there. The gradient is then that buffer, at the same address in every window; what was read from it in one
-    /// window is overwritten in the next.
+    /// Sums gradients in f32 from now on, whatever their type. This call allocates a buffer that is kept: the first
+    /// term of [`accumulate_grad`](Self::accumulate_grad) is copied to it, and later terms are added there. The
+    /// gradient is then that buffer, at the same address in every window, so each window overwrites the gradient of
+    /// the previous one.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for an f64 parameter, whose gradients f32 cannot hold; [`Error::OutOfMemory`].
+    /// [`Error::UnsupportedDtype`] for an f64 parameter, whose gradients do not fit in f32; [`Error::OutOfMemory`].
     pub fn accumulate_in_f32(&self) -> Result<()> {
         let value = &self.inner.value;
         if value.dtype() == DType::F64 {
@@ -191,23 +191,24 @@ impl Parameter {
         Ok(())
     }
 
-    /// Adds `grad` to the gradient, or makes it the gradient if there is none. The sum is written over the
-    /// gradient that was there, in its type, rounded once; or in f32 to the buffer of
+    /// Adds `grad` to the gradient, or makes it the gradient if there is none. The sum overwrites the existing
+    /// gradient, rounded once to its type; or it is written in f32 to the buffer of
     /// [`accumulate_in_f32`](Self::accumulate_in_f32).
     ///
     /// # Errors
-    /// As [`set_grad`](Self::set_grad), [`Error::InvalidArgument`] if the gradient that is there was divided
-    /// by a loss scale already or shares memory with `grad`, and [`Error::OutOfMemory`] if one of the two has gaps and must be copied.
+    /// As [`set_grad`](Self::set_grad), [`Error::InvalidArgument`] if the existing gradient was already divided by a
+    /// loss scale or shares memory with `grad`, and [`Error::OutOfMemory`] if one of the two is not contiguous and
+    /// must be copied.
     pub fn accumulate_grad(&self, grad: Tensor) -> Result<()> {
         self.accumulate_scaled_grad(grad, None)
     }
 
-    /// [`accumulate_grad`](Self::accumulate_grad) for a gradient that is multiplied by a loss scale, and says
-    /// so as in [`set_scaled_grad`](Self::set_scaled_grad).
+    /// [`accumulate_grad`](Self::accumulate_grad) for a gradient that is multiplied by a loss scale, marked as in
+    /// [`set_scaled_grad`](Self::set_scaled_grad).
     ///
     /// # Errors
-    /// As [`accumulate_grad`](Self::accumulate_grad), and [`Error::InvalidArgument`] if the gradient that is
-    /// there has another tag.
+    /// As [`accumulate_grad`](Self::accumulate_grad), and [`Error::InvalidArgument`] if the existing gradient has
+    /// another tag.
     pub fn accumulate_scaled_grad(
         &self,
         grad: Tensor,
@@ -216,8 +217,8 @@ impl Parameter {
         self.accumulate("accumulate_grad", grad, tag.into(), None)
     }
 
-    /// [`accumulate_scaled_grad`](Self::accumulate_scaled_grad), and checks the sum in the same pass if there is one
-    /// and a kernel does so for its types.
+    /// [`accumulate_scaled_grad`](Self::accumulate_scaled_grad), which also checks the sum in the same pass, if there
+    /// is a sum and a kernel for its types.
     pub(crate) fn accumulate(
         &self,
         op: &'static str,
@@ -246,7 +247,7 @@ impl Parameter {
             Some(buffer) => buffer.copy_from(sum).map(|()| buffer.clone())?,
             None => sum.contiguous()?,
         };
-        // The sum is written there, and would change the term for its next use.
+        // The sum overwrites this memory, which would also change the term.
         if sum.place().overlaps(&grad.place()) {
             return refuse(
                 "has a gradient that shares memory with the one to be added; add a duplicate of it",
@@ -268,14 +269,14 @@ impl Parameter {
         Ok(())
     }
 
-    /// Drops the gradient. Its memory goes back to the pool unless someone else holds it; the buffer of
-    /// [`accumulate_in_f32`](Self::accumulate_in_f32) stays.
+    /// Drops the gradient. Its memory returns to the pool unless another handle holds it; the buffer of
+    /// [`accumulate_in_f32`](Self::accumulate_in_f32) is kept.
     pub fn zero_grad(&self) {
         self.inner.grad.lock().put(None, Origin::default());
     }
 
-    /// Whether the gradient has a term that came after the weight was last written: no step has used it yet. Any
-    /// optimizer's step writes the weight, or says that it may have.
+    /// Whether the gradient has a term newer than the last write of the weight, so that no step has used it yet. Any
+    /// optimizer's step writes the weight, or marks it as possibly written.
     pub(crate) fn has_unused_grad(&self) -> bool {
         let written = self.inner.value.version();
         self.origin()
@@ -288,14 +289,14 @@ impl Parameter {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    /// What is known of the scale in the gradient; `None` without a gradient.
+    /// The history of the loss scale in the gradient; `None` without a gradient.
     pub(crate) fn origin(&self) -> Option<Origin> {
         let grad = self.inner.grad.lock();
         grad.tensor.as_ref().map(|_| grad.origin)
     }
 
-    /// What was found about the gradient where it was made, if that was for this scaler and scale and the gradient is
-    /// as it was then.
+    /// The results of checking the gradient where it was made, if they are for this scaler and scale and the gradient
+    /// was not written since.
     pub(crate) fn produced(&self, by: ScaleTag) -> Option<Tensor> {
         let grad = self.inner.grad.lock();
         let tensor = grad.tensor.as_ref()?;
@@ -308,7 +309,7 @@ impl Parameter {
         origin.tag = None;
     }
 
-    /// Refuses gradients that say they are still multiplied by a loss scale.
+    /// Refuses gradients that are marked as still multiplied by a loss scale.
     pub(crate) fn expect_unscaled(op: &'static str, parameters: &[Self]) -> Result<()> {
         let is_scaled = |parameter: &&Self| {
             parameter

@@ -1,11 +1,11 @@
-//! Gradients that were checked where they were made.
+//! Checks gradients in the pass that makes them.
 //!
-//! A pass that adds to a gradient reads and writes all of it, so it can find out on the way what a scaler's check
-//! would read it again for. What it found, the *partials*, lies in device memory of the parameter's own and holds for
-//! one scaler, for the scale of one iteration, and until the gradient is written again: its memory has a
-//! [version](Tensor::version), and another one means that the partials say nothing any more.
+//! A pass that adds to a gradient reads and writes all of it, so it can check the gradient on the way and save a
+//! scaler's check from reading it again. The results, the *partials*, lie in device memory that belongs to the
+//! parameter. They are valid for one scaler, for the scale of one iteration, and until the gradient is written again:
+//! its memory has a [version](Tensor::version), and a changed version invalidates the partials.
 //!
-//! Must not know: what a scaler does with what was found.
+//! Must not know: how a scaler uses the results.
 
 use std::sync::Arc;
 
@@ -16,34 +16,34 @@ use crate::memory;
 use crate::optim::ScaleTag;
 use crate::storage::{Meter, Metered, Tensor};
 
-/// What a gradient is to be checked with while it is made.
+/// The inputs for checking a gradient while it is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CheckAtOnce<'a> {
-    /// The scaler, and since when it has its scale.
+    /// The scaler, and the moment from which it has its scale.
     pub(crate) by: ScaleTag,
-    /// An f32 that gradients are multiplied by before they are judged.
+    /// An f32 by which gradients are multiplied before the check.
     pub(crate) inv_scale: &'a Tensor,
-    /// Counts the memory of what is found.
+    /// Counts the memory of the results.
     pub(crate) meter: &'a Arc<Meter>,
 }
 
-/// What is known of a parameter's gradient from the pass that made it.
+/// The results of checking a parameter's gradient in the pass that made it.
 #[derive(Debug, Default)]
 pub(super) struct Produced {
-    /// Kept from gradient to gradient: its address stays, and later steps allocate nothing.
+    /// Kept from gradient to gradient, so its address does not change and later steps allocate nothing.
     partials: Option<Metered>,
-    /// For whom it was checked, and the gradient's version then.
+    /// The tag that the check was for, and the gradient's version after it.
     checked: Option<(ScaleTag, u64)>,
 }
 
 impl Produced {
-    /// Nothing is known of the gradient any more.
+    /// Discards the results.
     pub(super) fn forget(&mut self) {
         self.checked = None;
     }
 
-    /// Enqueues `sum = sum + term` and checks the sum. `false` if no kernel does that for these types: nothing was
-    /// enqueued then.
+    /// Enqueues `sum = sum + term` and checks the sum. Returns `false` if there is no such kernel for these types;
+    /// nothing was enqueued then.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) for the partials;
@@ -84,7 +84,7 @@ impl Produced {
         Ok(true)
     }
 
-    /// What was found about `gradient`, if it was checked for `by` and not written since.
+    /// The results for `gradient`, if it was checked for `by` and not written since.
     pub(super) fn partials(&self, by: ScaleTag, gradient: &Tensor) -> Option<&Tensor> {
         let version = gradient.version()?;
         let holds = self.checked == Some((by, version));

@@ -1,7 +1,7 @@
-//! What every optimizer keeps for each parameter, and the table of it.
+//! The state that every optimizer keeps for each parameter, and the table that kernels read.
 //!
-//! A master is an f32 tensor, or one of u32 words with two lower halves of masters each, whose upper halves are the
-//! parameter (`launch/split_master.rs`).
+//! A master is either an f32 tensor, or a tensor of u32 words that hold two lower halves each; the parameter then
+//! holds the upper halves (`launch/split_master.rs`).
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -16,37 +16,37 @@ use crate::optim::table::DeviceTable;
 use crate::optim::{OptimizerId, Parameter, weights};
 use crate::storage::{Context, Tensor};
 
-/// Where the f32 values of 16-bit parameters are kept, which small steps add to.
+/// Where an optimizer keeps the f32 values of 16-bit parameters, so that small steps add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MasterWeights {
-    /// Nowhere: a step starts from the 16-bit values and is rounded to them.
+    /// Nowhere: a step starts from the 16-bit values and rounds its result to 16 bits.
     Off,
     /// In an f32 tensor beside the parameter, which is its nearest 16-bit value, ties to even.
     #[default]
     F32,
-    /// For bf16: in the parameter and 16 bits beside it, which give the same f32 values as [`F32`](Self::F32), to the
-    /// bit, in 2 bytes less an element. The parameter is the nearest bf16 as well, but ties go away from zero.
-    /// For f16 as [`F32`](Self::F32).
+    /// For bf16: in the parameter plus 16 bits beside it. Together they give the same f32 values as
+    /// [`F32`](Self::F32), bit for bit, in 2 bytes less per element. The parameter is the nearest bf16 here too, but
+    /// ties round away from zero. For f16 as [`F32`](Self::F32).
     Split,
 }
 
-/// In what type moments are kept.
+/// The type of an optimizer's moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Moments {
-    /// In the type of the computation: f64 for f64 parameters, else f32.
+    /// The compute type: f64 for f64 parameters, otherwise f32.
     #[default]
     Full,
-    /// In bf16, each step rounded up or down by chance, so that small terms count on average. For f64
-    /// parameters as [`Full`](Self::Full).
+    /// bf16 with stochastic rounding at each step, so that small terms count on average. For f64 parameters as
+    /// [`Full`](Self::Full).
     Bf16,
 }
 
-/// The name of a parameter's f32 master among its state.
+/// The name of a parameter's f32 master in its state.
 pub(super) const MASTER_WEIGHT: &str = "master_weight";
 
-/// The name of the lower halves of a parameter's masters among its state.
+/// The name of the lower halves of a parameter's master in its state.
 pub(super) const MASTER_REMAINDER: &str = "master_remainder";
 
 /// The parameters of one optimizer with their masters and state.
@@ -58,12 +58,12 @@ pub(super) struct Rows {
     masters: Vec<Option<Master>>,
     /// Zeroed when made.
     states: Vec<Vec<Tensor>>,
-    /// Copies, in the parameter's order, of gradients that have another.
+    /// Copies in index order of gradients that are not contiguous.
     ordered: Vec<Option<Tensor>>,
     table: DeviceTable,
 }
 
-/// What is kept beside a parameter.
+/// The state that a parameter needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Needs {
     /// Number of state tensors.
@@ -98,7 +98,8 @@ impl Needs {
     }
 }
 
-/// Refuses parameters whose elements are in part the same, which would be moved twice. Their values have no gaps.
+/// Refuses parameters that share elements, which would be moved twice. Values are contiguous, so comparing neighbors
+/// by address suffices.
 fn check_apart(op: &'static str, parameters: &[Parameter]) -> Result<()> {
     let place = |parameter: &Parameter| parameter.value().place();
     let mut placed: Vec<_> = parameters
@@ -120,8 +121,8 @@ fn check_apart(op: &'static str, parameters: &[Parameter]) -> Result<()> {
 }
 
 impl Rows {
-    /// Makes and zeroes all state, so that no later step allocates any. Tables have `columns` columns; `op`
-    /// names the optimizer in errors.
+    /// Allocates and zeroes all state, so that no later step allocates any. Tables have `columns` columns; `op` names
+    /// the optimizer in errors.
     pub(super) fn new(
         op: &'static str,
         columns: usize,
@@ -159,7 +160,7 @@ impl Rows {
         self.parameters[0].value().context()
     }
 
-    /// Where a step counts the weights that it makes infinite or NaN.
+    /// The memory in which a step counts the weights that it makes infinite or NaN.
     pub(super) fn lost_weights(&self) -> Result<Span> {
         self.id.lost_weights().expect("made with the rows").span()
     }
@@ -185,8 +186,8 @@ impl Rows {
         self.masters.get(index)?.as_ref().map(Master::tensor)
     }
 
-    /// Master weight and state of parameter `index`; `names` are those of the state tensors. A master that is known to
-    /// be stale is made anew, so that it is never saved.
+    /// Master weight and state of parameter `index`; `names` are those of the state tensors. A stale master is
+    /// rebuilt first, so that it is never saved.
     pub(super) fn named(
         &self,
         index: usize,
@@ -195,7 +196,7 @@ impl Rows {
         if let Some((Some(master), parameter)) =
             self.masters.get(index).zip(self.parameters.get(index))
         {
-            // If this fails, reading the tensors will, too; and it is tried again before the next step.
+            // If this fails, reading the tensors fails as well; the next step retries it.
             let _ = master.reload_if_stale(parameter.value());
         }
         let master = self.master(index).map(|master| (MASTER_WEIGHT, master));
@@ -209,7 +210,7 @@ impl Rows {
             .collect()
     }
 
-    /// Makes the master weights equal to the parameters again, after those were written by someone else.
+    /// Copies the parameters into the master weights after other code wrote the parameters.
     pub(super) fn reload_masters(&self) -> Result<()> {
         let pairs = self.masters.iter().zip(&self.parameters);
         pairs
@@ -217,8 +218,8 @@ impl Rows {
             .try_for_each(|(master, parameter)| master.reload(parameter.value()))
     }
 
-    /// The table of all parameters that have a gradient now, for a kernel that writes those parameters. Masters of
-    /// parameters that someone else wrote are made anew before.
+    /// The table of all parameters that have a gradient now, for a kernel that writes those parameters. Rebuilds the
+    /// masters of parameters that other code wrote.
     pub(super) fn table(&mut self) -> Result<ChunkTable> {
         let mut gradients = present(&self.parameters);
         for (index, _) in &gradients {
@@ -271,7 +272,7 @@ impl Rows {
     }
 }
 
-/// `gradient` copied to `place` in index order; the memory is kept from step to step.
+/// Copies `gradient` to `place` in index order. The memory is kept from step to step.
 fn in_order(place: &mut Option<Tensor>, gradient: &Tensor) -> Result<Tensor> {
     if let Some(copy) = place
         .as_ref()

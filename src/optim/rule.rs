@@ -1,4 +1,4 @@
-//! By which rule an optimizer moves weights: what a saved state is held against.
+//! The rule by which an optimizer moves weights, for comparison with a saved state.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,14 +6,14 @@ use std::fmt;
 use crate::dtype::DType;
 use crate::optim::{MasterWeights, Moments, Parameter};
 
-/// What was decided when a group of parameters was given to an optimizer and is no number that may change, by name:
-/// whether momentum is Nesterov's, the seed of random numbers, and the like.
+/// Choices for a group of parameters that are fixed when the optimizer is made, by name: whether momentum is
+/// Nesterov's, the seed of random numbers, and the like.
 pub type Flags = BTreeMap<String, String>;
 
-/// A rule with its flags, as errors tell it.
+/// A rule with its flags, as errors show it.
 pub(super) struct Told<'a> {
     pub(super) rule: &'a str,
-    /// Those that differ.
+    /// The flags that differ.
     pub(super) flags: Vec<(&'a str, &'a str)>,
 }
 
@@ -28,7 +28,7 @@ impl fmt::Display for Told<'_> {
     }
 }
 
-/// The flag of the masters that `parameters` get; none where nothing has a master.
+/// The flag for the masters of `parameters`; `None` if no parameter can have one.
 pub(super) fn master_flag(
     masters: MasterWeights,
     parameters: &[Parameter],
@@ -46,7 +46,7 @@ pub(super) fn master_flag(
     Some(("master_weights", form.to_owned()))
 }
 
-/// The flag of the type in which moments of `parameters` are kept; none where it is f64 whatever is asked for.
+/// The flag for the type of the moments of `parameters`; `None` if all are f64, where the setting has no effect.
 pub(super) fn moments_flag(
     moments: Moments,
     parameters: &[Parameter],

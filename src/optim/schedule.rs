@@ -1,15 +1,15 @@
-//! How the learning rate moves over a training: a warmup, then a decay.
+//! How the learning rate changes over a run: a warmup, then a decay.
 //!
-//! A schedule is a formula of the number of steps applied so far; it counts nothing itself. Who advances it by
-//! calls and not by applied steps lets it run ahead while steps are skipped:
-//! [`AppliedSteps`](../amp/struct.AppliedSteps.html) is the count it wants.
+//! A schedule is a function of the number of steps applied so far; it counts nothing itself. Advanced by calls
+//! instead of applied steps, it would run ahead while steps are skipped. Use
+//! [`AppliedSteps`](../amp/struct.AppliedSteps.html) as the count.
 
 use std::f64::consts::PI;
 
 use crate::error::{Error, Result};
 use crate::optim::settings::not_negative;
 
-/// What the learning rate is multiplied by: rising evenly to 1, then falling.
+/// The factor on the learning rate: it rises linearly to 1, then falls.
 ///
 /// ```
 /// use kitsune::optim::{Decay, Schedule};
@@ -22,28 +22,27 @@ use crate::optim::settings::not_negative;
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
-    /// Steps until the factor is 1. The first has 1 / warmup. Default 0.
+    /// Steps until the factor is 1. The first step has 1 / warmup. Default 0.
     pub warmup: u64,
-    /// What follows. Default [`Decay::Constant`].
+    /// The decay after it. Default [`Decay::Constant`].
     pub decay: Decay,
 }
 
-/// How the factor falls behind the warmup, over `steps` applied steps. It then stays at `floor`, a share from
-/// 0 to 1.
+/// How the factor falls after the warmup, over `steps` applied steps. It then stays at `floor`, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
-    /// Not at all.
+    /// It does not fall.
     #[default]
     Constant,
-    /// Evenly.
+    /// Linearly.
     Linear {
         /// Steps until the floor.
         steps: u64,
         /// The last factor.
         floor: f64,
     },
-    /// As half a period of a cosine: slowly, fast, slowly.
+    /// Like half a period of a cosine: slowly, fast, slowly.
     Cosine {
         /// Steps until the floor.
         steps: u64,
@@ -53,7 +52,7 @@ pub enum Decay {
 }
 
 impl Schedule {
-    /// Refuses values that cannot work.
+    /// Refuses invalid values.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of the field.
@@ -71,7 +70,7 @@ impl Schedule {
         Ok(())
     }
 
-    /// The factor for the step that follows `applied` applied steps.
+    /// The factor for the step after `applied` applied steps.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "a share of a count of steps")]
     pub fn factor(&self, applied: u64) -> f64 {
@@ -83,7 +82,7 @@ impl Schedule {
         match self.decay {
             Decay::Constant => 1.0,
             Decay::Linear { steps, floor } => 1.0 - (1.0 - floor) * share(steps),
-            // At the end the cosine is -1 to the bit, and the factor the floor.
+            // At the end the cosine is exactly -1, and the factor exactly the floor.
             Decay::Cosine { steps, floor } => {
                 floor + (1.0 - floor) * (1.0 + (PI * share(steps)).cos()) / 2.0
             }

@@ -11,36 +11,36 @@ pub(super) trait Settings: Clone {
     /// The numbers that may change between steps, with their names.
     fn numbers(&mut self) -> Vec<(&'static str, &mut f64)>;
 
-    /// Refuses values that cannot work.
+    /// Refuses invalid values.
     fn validate(&self) -> Result<()>;
 
-    /// Refuses values that cannot work in `precision`, the narrowest type that the group is computed in.
+    /// Refuses values that are invalid in `precision`, the narrowest type that the group is computed in.
     fn validate_in(&self, precision: Precision) -> Result<()>;
 
-    /// What may not differ between a saved state and the optimizer it is loaded into, for a group of `parameters`.
+    /// Choices that must agree between a saved state and the optimizer that loads it, for a group of `parameters`.
     fn flags(&self, parameters: &[Parameter]) -> Vec<(&'static str, String)>;
 
     /// Refuses values that need other state than an optimizer made with `self` has.
     fn allows(&self, changed: &Self) -> Result<()>;
 
-    /// What a parameter with these settings needs kept beside it.
+    /// The state that a parameter with these settings needs.
     fn needs(&self) -> Needs;
 
     /// The settings as kernels read them.
     fn words(&self) -> [u64; SETTING_WORDS];
 }
 
-/// In what type a group of parameters is computed.
+/// The type in which a group of parameters is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Precision {
-    /// At least one of them.
+    /// f32 for at least one parameter.
     F32,
-    /// All of them.
+    /// f64 for all parameters.
     F64,
 }
 
 impl Precision {
-    /// That of a group of `parameters`.
+    /// The precision of a group of `parameters`.
     pub(super) fn of(parameters: &[Parameter]) -> Self {
         let is_wide = |parameter: &Parameter| parameter.value().dtype() == DType::F64;
         match parameters.iter().all(is_wide) {
@@ -60,7 +60,7 @@ impl Precision {
         }
     }
 
-    /// Refuses a number other than 0 that the computation would take for 0, or for infinite.
+    /// Refuses a nonzero number that rounds to 0 or to infinity in the computation.
     pub(super) fn check(self, key: &'static str, value: f64) -> Result<()> {
         let rounded = self.round(value);
         let becomes = match value {
@@ -72,7 +72,7 @@ impl Precision {
         Err(Error::config(key, reason))
     }
 
-    /// Refuses a share below 1 that the computation would take for 1.
+    /// Refuses a share below 1 that rounds to 1 in the computation.
     pub(super) fn check_below_one(self, key: &'static str, value: f64) -> Result<()> {
         self.check(key, value)?;
         if value < 1.0 && self.round(value) >= 1.0 {
@@ -82,7 +82,7 @@ impl Precision {
         Ok(())
     }
 
-    /// Refuses settings of which the computation makes `value`, a number that is infinite there.
+    /// Refuses settings from which the computation derives `value`, if that is infinite there.
     pub(super) fn check_product(self, key: &'static str, what: &str, value: f64) -> Result<()> {
         if self.round(value).is_finite() {
             return Ok(());
@@ -100,7 +100,7 @@ pub(super) fn named<S: Settings>(settings: &S) -> Vec<(&'static str, f64)> {
     numbers.map(|(name, number)| (name, *number)).collect()
 }
 
-/// `settings` with other numbers.
+/// `settings` with `changes` applied.
 pub(super) fn with_numbers<S: Settings>(settings: &S, changes: &[(&str, f64)]) -> Result<S> {
     let mut copy = settings.clone();
     for (name, value) in changes {
@@ -109,7 +109,7 @@ pub(super) fn with_numbers<S: Settings>(settings: &S, changes: &[(&str, f64)]) -
             Some((_, number)) => **number = *value,
             None => {
                 let known: Vec<_> = numbers.iter().map(|(known, _)| *known).collect();
-                let reason = format!("there is no `{name}`, only {}", known.join(", "));
+                let reason = format!("there is no `{name}`; known are {}", known.join(", "));
                 return Err(Error::config("settings", reason));
             }
         }
@@ -128,18 +128,18 @@ pub(super) fn not_negative(key: &'static str, value: f64) -> Result<()> {
     ))
 }
 
-/// Refuses a change of something that was decided when the optimizer was made.
+/// Refuses a change of a setting that is fixed when the optimizer is made.
 pub(super) fn unchanged<T: PartialEq>(key: &'static str, old: &T, new: &T) -> Result<()> {
     if old == new {
         return Ok(());
     }
     Err(Error::config(
         key,
-        "was decided when the optimizer was made",
+        "cannot change after the optimizer was made",
     ))
 }
 
-/// `outcome` with the number of the group in its error.
+/// Adds the number of the group to the error of `outcome`.
 pub(super) fn of_group<T>(group: usize, outcome: Result<T>) -> Result<T> {
     outcome.map_err(|error| match error {
         Error::InvalidConfig { key, reason } => {

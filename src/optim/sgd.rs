@@ -14,17 +14,17 @@ use crate::optim::{
 };
 use crate::storage::Tensor;
 
-/// Settings of [`Sgd`]. Defaults as in PyTorch.
+/// Settings of [`Sgd`]. Defaults match PyTorch.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SgdConfig {
-    /// Step width; finite, not negative. Default 0.001.
+    /// Step size; finite, not negative. Default 0.001.
     pub learning_rate: f64,
-    /// Share of the last direction that is kept; finite, not negative. Default 0: no momentum buffer.
+    /// Share of the last direction that each step keeps; finite, not negative. Default 0: no momentum buffer.
     pub momentum: f64,
     /// Share of the weight that is added to its gradient; finite, not negative. Default 0.
     pub weight_decay: f64,
-    /// Looks one step ahead; needs momentum. Default off.
+    /// Whether momentum is Nesterov's, which looks one step ahead; needs momentum. Default off.
     pub nesterov: bool,
     /// Where the f32 values of 16-bit parameters are kept. Default beside them, in f32.
     pub master_weights: MasterWeights,
@@ -43,7 +43,7 @@ impl Default for SgdConfig {
 }
 
 impl SgdConfig {
-    /// Refuses values that cannot work.
+    /// Refuses invalid values.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of the field.
@@ -129,20 +129,20 @@ pub struct Sgd {
 }
 
 impl Sgd {
-    /// An optimizer for `parameters`, all of one stream, with its momentum zeroed.
+    /// An optimizer for `parameters`, all on one stream, with its momentum zeroed.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the type of the computation, f64 for
+    /// [`Error::InvalidConfig`], also for a setting that becomes 0 or infinite in the compute type, which is f64 for
     /// f64 parameters and f32 for others; [`Error::InvalidArgument`] for no parameters, one given twice, two of one
     /// name, or several streams; [`Error::OutOfMemory`].
     pub fn new(parameters: Vec<Parameter>, config: SgdConfig) -> Result<Self> {
         Self::with_groups(vec![ParamGroup::new(parameters, config)])
     }
 
-    /// An optimizer for several groups of parameters, each with its settings; all move in one launch.
+    /// An optimizer for several groups of parameters, each with its own settings. All groups move in one launch.
     ///
     /// # Errors
-    /// As [`new`](Self::new); a setting that cannot work is named with its group.
+    /// As [`new`](Self::new); an invalid setting is named with its group.
     pub fn with_groups(groups: Vec<ParamGroup<SgdConfig>>) -> Result<Self> {
         let (parameters, ranges, settings) = take_apart(groups)?;
         let rows = Rows::new("Sgd", COLUMNS, parameters)?;
@@ -164,19 +164,19 @@ impl Sgd {
         self.groups.get(group)
     }
 
-    /// Changes all settings of a group, as [`set_settings`](Optimizer::set_settings) does some.
+    /// Replaces all settings of a group; see [`set_settings`](Optimizer::set_settings).
     ///
     /// # Errors
-    /// As [`set_settings`](Optimizer::set_settings); also for other master weights, or momentum for a group
-    /// that was made without.
+    /// As [`set_settings`](Optimizer::set_settings); also for other master weights, or for momentum in a group that
+    /// was made without it.
     pub fn set_group_config(&mut self, group: usize, config: SgdConfig) -> Result<()> {
         self.groups.set(group, config)
     }
 
-    /// Steps enqueued from now on are this wide, in all groups.
+    /// Sets the learning rate of all groups for steps enqueued from now on.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] for a negative or non-finite number; the old ones stay.
+    /// As [`set_settings`](Optimizer::set_settings); the old rates stay.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
         self.groups.set_everywhere("learning_rate", learning_rate)
     }
@@ -193,16 +193,16 @@ impl Sgd {
         self.rows.master(index)
     }
 
-    /// Lower halves of the master weights of parameter `index`, two a u32, or `None` if they are not
+    /// Lower halves of the master weights of parameter `index`, two per u32, or `None` if they are not
     /// [split](MasterWeights::Split).
     #[must_use]
     pub fn master_remainder(&self, index: usize) -> Option<&Tensor> {
         self.rows.remainder(index)
     }
 
-    /// Copies the parameters into the master weights. A step does it by itself for parameters that were written through
-    /// their tensors since the last one; call it before a step is captured, and between launches of a graph that
-    /// captured one, if something else wrote the parameters.
+    /// Copies the parameters into the master weights. A step does this itself for parameters written through their
+    /// tensors since the last one. If something else wrote the parameters, call it before capturing a step, and
+    /// between launches of a graph that captured one.
     ///
     /// # Errors
     /// [`Error::Driver`] if a copy cannot be enqueued.

@@ -1,7 +1,7 @@
-//! The state of an optimizer as a value, and tensors that are saved and found again by name.
+//! The state of an optimizer as a value, and tensors that are saved and restored by name.
 //!
-//! A tensor of an optimizer is named for its parameter: `layer1.weight/first_moment`. So the order of
-//! parameters may change between saving and loading, and a parameter that is missing is told by its name.
+//! A tensor of an optimizer is named after its parameter: `layer1.weight/first_moment`. The order of parameters may
+//! therefore change between saving and loading, and errors name missing parameters.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,20 +13,20 @@ use crate::storage::{Attempt, HostTensor, Load, Tensor};
 /// Tensors by their names.
 pub type NamedTensors = BTreeMap<String, HostTensor>;
 
-/// What an optimizer needs to go on where it was.
+/// The state an optimizer needs to resume.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
-    /// What [`Optimizer::rule`] says. `None` for an optimizer that does not say, and in files of version 1; the rule and
-    /// the flags of the groups are then not compared.
+    /// The value of [`Optimizer::rule`]. `None` for an optimizer without a rule, and in files of version 1; rule and
+    /// flags are then not compared.
     pub rule: Option<String>,
     /// Its groups of parameters.
     pub groups: Vec<GroupState>,
-    /// What [`Optimizer::state`] lists, as `parameter/tensor`.
+    /// The tensors of [`Optimizer::state`], as `parameter/tensor`.
     pub tensors: NamedTensors,
 }
 
 impl OptimizerState {
-    /// What it does not say, and what an optimizer that loads it therefore takes from itself without a comparison.
+    /// The keys missing from this state, for which an optimizer that loads it keeps its own values without comparing.
     #[must_use]
     pub fn lacks(&self) -> Vec<&'static str> {
         match self.rule {
@@ -42,9 +42,9 @@ impl OptimizerState {
 pub struct GroupState {
     /// Names of the parameters, in order.
     pub parameters: Vec<String>,
-    /// What [`Optimizer::settings`] lists.
+    /// The settings of [`Optimizer::settings`].
     pub settings: BTreeMap<String, f64>,
-    /// What [`Optimizer::flags`] lists.
+    /// The flags of [`Optimizer::flags`].
     #[serde(default, skip_serializing_if = "Flags::is_empty")]
     pub flags: Flags,
 }
@@ -58,26 +58,26 @@ pub(crate) fn values(parameters: &[Parameter]) -> Vec<Live> {
     parameters.iter().map(live).collect()
 }
 
-/// The elements of `live` now. Waits for the device.
+/// The current elements of `live`. Waits for the device.
 ///
 /// # Errors
-/// [`Error::InvalidState`] for a name that stands twice; [`Error::Driver`] if work of the stream failed.
+/// [`Error::InvalidState`] for a name that appears twice; [`Error::Driver`] if work of the stream failed.
 pub(crate) fn save_named(live: Vec<Live>) -> Result<NamedTensors> {
     let mut saved = BTreeMap::new();
     for (name, tensor) in live {
         let host = tensor.to_host()?;
         if saved.contains_key(&name) {
-            return Err(Error::state(name, "the name stands twice"));
+            return Err(Error::state(name, "the name appears twice"));
         }
         saved.insert(name, host);
     }
     Ok(saved)
 }
 
-/// What is to be written so that `live` has the elements of `saved`.
+/// The writes that give `live` the elements of `saved`.
 ///
 /// # Errors
-/// [`Error::InvalidState`] with every name that is not on both sides, or whose shape or type differs.
+/// [`Error::InvalidState`] with every name that only one side has, or whose shape or type differs.
 pub(crate) fn match_named(
     live: Vec<Live>,
     saved: &NamedTensors,
@@ -87,7 +87,8 @@ pub(crate) fn match_named(
     Ok(writes)
 }
 
-/// What fits of `live` and `saved`, and what does not: in the order of `live`, then what was only saved.
+/// Compares `live` with `saved`: the writes for tensors that fit, and the misfits in the order of `live`, followed by
+/// tensors that were only saved.
 fn compare(live: Vec<Live>, saved: &NamedTensors) -> (Vec<(Tensor, HostTensor)>, Misfits) {
     let mut left: BTreeMap<&str, &HostTensor> = saved
         .iter()
@@ -97,7 +98,7 @@ fn compare(live: Vec<Live>, saved: &NamedTensors) -> (Vec<(Tensor, HostTensor)>,
     for (name, tensor) in live {
         let Some(host) = left.remove(name.as_str()) else {
             let why = match saved.contains_key(&name) {
-                true => "the name stands twice here",
+                true => "the name appears twice here",
                 false => "the saved state has no such tensor",
             };
             misfits.add(name, why);
@@ -108,7 +109,7 @@ fn compare(live: Vec<Live>, saved: &NamedTensors) -> (Vec<(Tensor, HostTensor)>,
             continue;
         }
         let reason = format!(
-            "{} of {} was saved, {} of {} is here",
+            "saved as {} of {}, but is {} of {} here",
             host.shape(),
             host.dtype(),
             tensor.shape(),
@@ -117,12 +118,12 @@ fn compare(live: Vec<Live>, saved: &NamedTensors) -> (Vec<(Tensor, HostTensor)>,
         misfits.add(name, reason);
     }
     for name in left.keys() {
-        misfits.add(*name, "was saved, and there is no such tensor here");
+        misfits.add(*name, "was saved, but there is no such tensor here");
     }
     (writes, misfits)
 }
 
-/// The state of `optimizer` now. Waits for the device.
+/// The current state of `optimizer`. Waits for the device.
 pub(super) fn save<O: Optimizer + ?Sized>(optimizer: &O) -> Result<OptimizerState> {
     Ok(OptimizerState {
         rule: optimizer.rule().map(str::to_owned),
@@ -146,7 +147,7 @@ fn groups<O: Optimizer + ?Sized>(optimizer: &O) -> Result<Vec<GroupState>> {
         let parameters = &optimizer.parameters()[range];
         let mut settings = BTreeMap::new();
         for (name, value) in optimizer.settings(number) {
-            // JSON has no such numbers.
+            // JSON has no infinity and no NaN.
             if !value.is_finite() {
                 return Err(Error::state(name, format!("{value} cannot be saved")));
             }
@@ -173,7 +174,8 @@ fn groups<O: Optimizer + ?Sized>(optimizer: &O) -> Result<Vec<GroupState>> {
         .collect()
 }
 
-/// Loading `state` into `optimizer`, checked and ready. Settings named in `kept` stay as they are here.
+/// Prepares loading `state` into `optimizer`: checked but not carried out yet. Settings named in `kept` are left
+/// unchanged.
 ///
 /// # Errors
 /// [`Error::InvalidState`] with the rule, the parameters or tensors, the setting or the group that does not fit.
@@ -191,7 +193,8 @@ pub(crate) fn load<'a, O: Optimizer + ?Sized>(
     let matched = Matched::new(&here, &state.groups)?;
     let (writes, misfits) = compare(live(optimizer), &state.tensors);
     let misfits = matched.misfits(misfits);
-    // Where all parameters are found, flags and settings say more than the tensors that follow from them.
+    // If all parameters are found, a misfit of flags or settings explains more than the misfits of tensors that
+    // follow from it.
     if matched.is_whole() {
         if let Some((rule, _)) = rules {
             matched.check_flags(rule)?;
@@ -217,20 +220,20 @@ pub(crate) fn setting_names<O: Optimizer + ?Sized>(optimizer: &O) -> BTreeSet<&'
         .collect()
 }
 
-/// Refuses names in `kept` that are no settings of `optimizer`.
+/// Refuses names in `kept` that are not settings of `optimizer`.
 pub(super) fn check_kept<O: Optimizer + ?Sized>(optimizer: &O, kept: &[&str]) -> Result<()> {
     let known = setting_names(optimizer);
     match kept.iter().find(|name| !known.contains(*name)) {
         None => Ok(()),
         Some(name) => {
             let known: Vec<_> = known.into_iter().collect();
-            let reason = format!("is no setting of this optimizer, only {}", known.join(", "));
+            let reason = format!("is not a setting; the settings are {}", known.join(", "));
             Err(Error::state(*name, reason))
         }
     }
 }
 
-/// For each group of `optimizer`, the numbers of the saved groups that its parameters were in.
+/// For each group of `optimizer`, the indices of the saved groups that its parameters were in.
 ///
 /// # Errors
 /// As [`load`].
@@ -241,7 +244,7 @@ pub(crate) fn saved_groups<O: Optimizer + ?Sized>(
     Ok(Matched::new(&groups(optimizer)?, &state.groups)?.sources())
 }
 
-/// The settings of all groups, and what they are to become.
+/// The settings of all groups, before and after a load.
 struct Settings<'a, O: ?Sized> {
     optimizer: &'a mut O,
     before: Vec<BTreeMap<String, f64>>,
@@ -266,7 +269,8 @@ impl<O: Optimizer + ?Sized> Attempt for Settings<'_, O> {
         let Err(error) = Self::set(self.optimizer, &self.after) else {
             return Ok(());
         };
-        // Groups before the one that refused were changed; what these had they can have again.
+        // Groups before the one that refused were already changed. Their old settings were valid, so restoring them
+        // succeeds.
         let _ = self.take_back();
         Err(match error {
             Error::InvalidConfig { key, reason } => Error::state(key, reason),

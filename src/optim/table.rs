@@ -1,4 +1,4 @@
-//! A chunk table that stays on the device while its tensors stay where they are.
+//! A chunk table that is uploaded again only if one of its tensors moved.
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use crate::launch::chunk_table::{ChunkList, ChunkTable};
 use crate::memory;
 use crate::storage::{Context, Layout, Meter, Metered, Tensor};
 
-/// What the table was built from: a tensor's index, its memory and its layout. Spans, not tensors, so that
-/// the table does not keep a gradient's memory from being reused. If other memory comes to lie at the same
-/// address with the same layout, the table fits it as well.
+/// The inputs of the table: a tensor's index, memory and layout. Spans rather than tensors, so that the table does
+/// not keep a gradient's memory from being reused. The table is also valid for a later tensor at the same address
+/// with the same layout.
 type Key = (usize, Span, Layout);
 
 /// A list of chunks and its copy in device memory.
@@ -24,12 +24,12 @@ pub(super) struct DeviceTable {
 }
 
 impl DeviceTable {
-    /// A table of rows with `columns` columns, not uploaded yet; `op` names its user in errors.
+    /// A table of rows with `columns` columns, not uploaded yet; `op` names the caller in errors.
     pub(super) fn new(op: &'static str, columns: usize) -> Self {
         Self::metered(op, columns, Arc::default())
     }
 
-    /// [`new`](Self::new) with device memory that `meter` counts.
+    /// [`new`](Self::new), with `meter` counting the device memory.
     pub(super) fn metered(op: &'static str, columns: usize, meter: Arc<Meter>) -> Self {
         Self {
             list: ChunkList::new(op, columns),
@@ -39,9 +39,9 @@ impl DeviceTable {
         }
     }
 
-    /// The table for `moving`, the tensors that may lie elsewhere than at the last call. If none does, it is the
-    /// one of the last call; else `push` adds the row of each of them. The device memory is kept unless it becomes
-    /// too small.
+    /// The table for `moving`, the tensors that may have moved since the last call. If none has, returns the previous
+    /// table. Otherwise rebuilds it, calling `push` for the row of each tensor. The device memory is kept unless it
+    /// becomes too small.
     pub(super) fn refresh(
         &mut self,
         context: &Context,
@@ -64,7 +64,7 @@ impl DeviceTable {
         {
             return Ok(*table);
         }
-        // Until the new table is complete there is none: a failure must not leave keys without it.
+        // There is no table until the new one is complete: a failure must not leave keys without a table.
         self.keys.clear();
         let words = self.uploaded.take().map(|(words, _)| words);
         self.list.restart(tensors);

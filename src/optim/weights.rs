@@ -1,7 +1,7 @@
-//! Weights that steps made infinite or NaN.
+//! Counts weights that steps made infinite or NaN.
 //!
-//! The kernels of an optimizer count them where they write weights, in device memory that a scaler's record of the step
-//! reads and clears. Without a scaler, whoever steps may ask the optimizer.
+//! An optimizer's kernels count them as they write weights, in device memory that a scaler reads and clears when it
+//! records the step. Without a scaler, ask the optimizer.
 
 use std::fmt;
 
@@ -12,7 +12,7 @@ use crate::memory;
 use crate::optim::Parameter;
 use crate::storage::{Context, Tensor};
 
-/// What became infinite or NaN in one weight.
+/// The elements of one weight that became infinite or NaN.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WeightOverflow {
@@ -38,13 +38,13 @@ impl fmt::Display for WeightOverflow {
     }
 }
 
-/// Memory in which kernels count the elements of `tensors` weights that become infinite or NaN.
+/// Allocates the memory in which kernels count the elements of `tensors` weights that become infinite or NaN.
 pub(super) fn counts(context: &Context, tensors: usize) -> Result<Tensor> {
     let _tag = memory::tag("optimizer");
     Tensor::zeros(context, [FOUND_HEAD + FOUND_WORDS * tensors], DType::F64)
 }
 
-/// What `counts` say about `parameters`; clears them. Waits for the device.
+/// Reads and clears `counts`, those of `parameters`. Waits for the device.
 pub(super) fn take(counts: &Tensor, parameters: &[Parameter]) -> Result<Vec<WeightOverflow>> {
     let words = counts.to_vec::<f64>()?;
     let words: &[u64] = bytemuck::cast_slice(&words);

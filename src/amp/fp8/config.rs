@@ -4,36 +4,36 @@ use crate::dtype::Overflow;
 use crate::error::{Error, Result};
 use crate::launch::{AmaxAlgorithm, AmaxSource, Fp8Policy};
 
-/// Where a scale comes from.
+/// The source of a scale.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fp8Scaling {
-    /// From the largest magnitudes of earlier iterations.
+    /// The largest magnitudes of earlier iterations.
     #[default]
     Delayed,
-    /// From the tensor itself, which is read twice.
+    /// The tensor itself, which is read twice.
     Current,
 }
 
-/// Settings of [`Fp8Scaler`](super::Fp8Scaler). Defaults as in Transformer Engine.
+/// Settings of [`Fp8Scaler`](super::Fp8Scaler). Defaults match Transformer Engine.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Fp8Config {
-    /// Where scales come from. Default [`Fp8Scaling::Delayed`].
+    /// The source of scales. Default [`Fp8Scaling::Delayed`].
     pub scaling: Fp8Scaling,
-    /// Iterations whose largest magnitudes are remembered, the running one included, if delayed; from 1 to 65536.
-    /// Default 1024.
+    /// For delayed scaling: iterations whose largest magnitudes are remembered, the current one included; from 1 to
+    /// 65536. Default 1024.
     pub history_length: usize,
-    /// Which of them counts. Default the largest.
+    /// Which of them sets the scale. Default the largest.
     pub algorithm: AmaxAlgorithm,
-    /// Binary orders of magnitude kept free above the largest, for the growth of an iteration; from 0 to 64.
+    /// Powers of two kept free above the largest magnitude, as headroom for growth within an iteration; from 0 to 64.
     /// Default 0.
     pub margin: u32,
-    /// Whether scales are brought down to powers of two, which scale without rounding. Default no.
+    /// Whether scales are rounded down to powers of two, which scale without rounding. Default no.
     pub power_of_two: bool,
-    /// Largest magnitudes are taken to be at least this, if current; finite and not negative. Default 0.
+    /// For current scaling: the lower bound on largest magnitudes; finite and not negative. Default 0.
     pub epsilon: f32,
-    /// What becomes of elements that are too large. Default [`Overflow::Saturate`].
+    /// How elements that are too large are converted. Default [`Overflow::Saturate`].
     pub overflow: Overflow,
 }
 
@@ -55,7 +55,7 @@ impl Default for Fp8Config {
 }
 
 impl Fp8Config {
-    /// Scales from the tensors themselves.
+    /// Settings for current scaling.
     #[must_use]
     pub fn current() -> Self {
         Self {
@@ -64,7 +64,7 @@ impl Fp8Config {
         }
     }
 
-    /// Refuses values that cannot work.
+    /// Refuses invalid values.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] with the name of the first such field.
@@ -84,7 +84,7 @@ impl Fp8Config {
         Ok(())
     }
 
-    /// Largest magnitudes kept for each tensor.
+    /// The number of largest magnitudes kept for each tensor.
     pub(super) fn places(&self) -> usize {
         match self.scaling {
             Fp8Scaling::Delayed => self.history_length,

@@ -1,11 +1,11 @@
-//! A tensor in 8 bits, with what its elements are to be multiplied by.
+//! A tensor in 8 bits, with the factor that restores its elements.
 
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::storage::Tensor;
 
-/// Numbers of 8 bits and one over their scale, which is theirs alone: a scale that moves later does not touch them.
+/// Elements of 8 bits and the inverse of their scale. It is a copy, so later changes of the scale do not affect it.
 /// Clones share the memory.
 #[derive(Clone, Debug)]
 pub struct Quantized {
@@ -14,22 +14,22 @@ pub struct Quantized {
 }
 
 impl Quantized {
-    /// The scaled numbers, of the shape of what was converted.
+    /// The scaled elements, in the shape of the converted tensor.
     #[must_use]
     pub fn values(&self) -> &Tensor {
         &self.values
     }
 
-    /// What they are to be multiplied by: an f32.
+    /// The factor that restores the elements: an f32.
     #[must_use]
     pub fn inverse_scale(&self) -> &Tensor {
         &self.inverse
     }
 
-    /// The numbers in a wider type: multiplied in f32 (f64 for f64), and rounded to `dtype`.
+    /// The elements in a wider type: multiplied in f32 (f64 for f64) and rounded to `dtype`.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) if `dtype` is no float of 16 bits or more;
+    /// [`Error::UnsupportedDtype`](crate::Error::UnsupportedDtype) unless `dtype` is a float of 16 bits or more;
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
         let context = self.values.context();

@@ -15,10 +15,10 @@ use crate::memory;
 use crate::optim::first_repeated;
 use crate::storage::{Context, HostTensor, Load, Tensor};
 
-/// Keeps a scale for each of some tensors, and converts them to 8 bits with it. The [module](super) tells how scales
-/// come about.
+/// Keeps a scale for each of its tensors and converts them to 8 bits with it. The [module](super) describes how
+/// scales are derived.
 ///
-/// One scaler serves one stream. No call but those that say so waits for the device.
+/// One scaler serves one stream. Only calls that say so wait for the device.
 ///
 /// ```
 /// use kitsune::amp::fp8::{Fp8Config, Fp8Scaler};
@@ -31,7 +31,7 @@ use crate::storage::{Context, HostTensor, Load, Tensor};
 /// let x = Tensor::from_slice(&context, [2], &[0.5f32, -0.007])?;
 /// for _ in 0..2 {
 ///     let narrow = scaler.quantize("x", &x)?;
-///     // Products and the like take the values and their inverse scale, or what they stand for:
+///     // A matrix product takes the values and their inverse scale, or the restored elements:
 ///     let wide = narrow.dequantize(DType::Bf16)?;
 ///     scaler.update()?;
 /// }
@@ -44,31 +44,31 @@ use crate::storage::{Context, HostTensor, Load, Tensor};
 pub struct Fp8Scaler {
     config: Fp8Config,
     tensors: Vec<(String, DType)>,
-    /// Where each name stands among them.
+    /// The index of each name in `tensors`.
     places: HashMap<String, usize>,
-    /// f32, one a tensor.
+    /// f32, one per tensor.
     scales: Tensor,
-    /// f32, one a tensor: the largest number of its type.
+    /// f32, one per tensor: the largest number of its type.
     largest: Tensor,
-    /// f32, a row a tensor; the running largest magnitude is the first.
+    /// f32, a row per tensor; the first element is the largest magnitude of the current iteration.
     history: Tensor,
-    /// f64, a row a tensor.
+    /// f64, a row per tensor.
     counts: Tensor,
-    /// Whether something was converted since the last update. Atomic so that `quantize` needs no exclusive access;
-    /// nothing is published through it.
+    /// Whether something was converted since the last update. Atomic so that `quantize` needs no exclusive access; it
+    /// publishes nothing.
     is_due: AtomicBool,
-    /// Goes with the scaler. Nobody else keeps it.
+    /// Lives exactly as long as the scaler: there is no other strong reference.
     #[cfg(feature = "metrics")]
     alive: Arc<()>,
 }
 
 impl Fp8Scaler {
-    /// A scaler for `tensors`, by names of which no two are equal, and the 8-bit types they are to have: mostly e4m3
-    /// for weights and activations, e5m2 for gradients. Scales begin at 1.
+    /// A scaler for `tensors`, given as unique names and 8-bit types: usually e4m3 for weights and activations, e5m2
+    /// for gradients. Scales start at 1.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no tensors, or a name that comes twice;
-    /// [`Error::UnsupportedDtype`] for a type that has more than 8 bits; [`Error::OutOfMemory`].
+    /// [`Error::InvalidConfig`]; [`Error::InvalidArgument`] for no tensors, or a name that appears twice;
+    /// [`Error::UnsupportedDtype`] for a type of more than 8 bits; [`Error::OutOfMemory`].
     pub fn new(context: &Context, config: Fp8Config, tensors: &[(&str, DType)]) -> Result<Self> {
         const OP: &str = "Fp8Scaler::new";
         config.validate()?;
@@ -110,12 +110,12 @@ impl Fp8Scaler {
         Ok(scaler)
     }
 
-    /// `x` times the tensor's scale, rounded to its 8-bit type. A tensor may be converted in parts, in as many calls:
-    /// its largest magnitude is that of all since the last [`update`](Self::update).
+    /// `x` times the tensor's scale, rounded to its 8-bit type. A tensor may be converted in parts, one call each:
+    /// its largest magnitude covers all parts since the last [`update`](Self::update).
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a name that was not told to [`new`](Self::new), or another stream than the
-    /// scaler's; [`Error::UnsupportedDtype`] if `x` is no float of 16 bits or more; [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] for a name that was not given to [`new`](Self::new), or another stream than the
+    /// scaler's; [`Error::UnsupportedDtype`] unless `x` is a float of 16 bits or more; [`Error::OutOfMemory`].
     pub fn quantize(&self, name: &str, x: &Tensor) -> Result<Quantized> {
         const OP: &str = "quantize";
         let place = self.place(OP, name)?;
@@ -154,11 +154,12 @@ impl Fp8Scaler {
         Ok(Quantized { values, inverse })
     }
 
-    /// Moves all scales by what was converted since the last update, and rolls the histories. Tensors that were not
-    /// converted, held only zeros, or held an infinity or NaN keep both. Does nothing to current scales.
+    /// Updates all scales from the conversions since the last update, and rolls the histories. Tensors that were not
+    /// converted, held only zeros, or held an infinity or NaN keep scale and history. Does nothing for current
+    /// scaling.
     ///
     /// # Errors
-    /// [`Error::Driver`] if it cannot be enqueued.
+    /// [`Error::Driver`] if the update cannot be enqueued.
     pub fn update(&mut self) -> Result<()> {
         if self.config.scaling == Fp8Scaling::Current {
             return Ok(());
@@ -189,9 +190,10 @@ impl Fp8Scaler {
         self.scales.narrow(0, place, 1)?.item()
     }
 
-    /// The histories, f32 of `[tensors, length]` in the order they were told in: the running largest magnitudes are
-    /// the first column. Where several ranks hold parts of the tensors, combine that column over all of them with a
-    /// maximum before [`update`](Self::update). For current scales the only column means nothing between calls.
+    /// The histories, f32 of `[tensors, length]`, in the order given to [`new`](Self::new). The first column holds
+    /// the largest magnitudes of the current iteration. Where several ranks hold parts of the tensors, combine that
+    /// column across them with a maximum before [`update`](Self::update). With current scaling the only column is
+    /// meaningless between calls.
     #[must_use]
     pub fn history(&self) -> &Tensor {
         &self.history
@@ -210,7 +212,7 @@ impl Fp8Scaler {
             .map(|(name, dtype)| (name.as_str(), *dtype))
     }
 
-    /// What happened so far. Waits for the device.
+    /// Statistics so far. Waits for the device.
     ///
     /// # Errors
     /// [`Error::Driver`] if work of the stream failed.
@@ -227,7 +229,7 @@ impl Fp8Scaler {
         })
     }
 
-    /// What is needed to go on later. Waits for the device.
+    /// The state needed to resume later. Waits for the device.
     ///
     /// # Errors
     /// [`ScalerMisuse::MidIteration`] if something was converted since the last update; [`Error::Driver`] if work of
@@ -245,18 +247,18 @@ impl Fp8Scaler {
         ))
     }
 
-    /// Goes on from a saved state: scales, histories, `margin`, `power_of_two` and `epsilon` become those of `state`.
-    /// Whatever was converted since the last update is forgotten. Counters and [`Fp8Config::overflow`] stay, and so do
-    /// the settings if `state` is of version 1, which has none ([`Fp8State::lacks`]).
+    /// Resumes from a saved state: scales, histories, `margin`, `power_of_two` and `epsilon` become those of `state`.
+    /// Conversions since the last update are forgotten. Counters and [`Fp8Config::overflow`] are left unchanged, and
+    /// so are all settings if `state` is of version 1, which has none ([`Fp8State::lacks`]).
     ///
     /// # Errors
-    /// [`Error::InvalidState`] if `state` is not of these tensors with histories of this length, comes of another
-    /// `scaling` or `algorithm`, or holds numbers that cannot be; [`Error::Driver`] if the driver refuses. Nothing was changed.
+    /// [`Error::InvalidState`] if `state` has other tensors, another history length, another `scaling` or
+    /// `algorithm`, or invalid numbers; [`Error::Driver`] if the driver refuses. Nothing was changed.
     pub fn load_state_dict(&mut self, state: &Fp8State) -> Result<()> {
         self.load(state)?.carry_out()
     }
 
-    /// [`load_state_dict`](Self::load_state_dict), checked and ready.
+    /// [`load_state_dict`](Self::load_state_dict), checked but not carried out yet.
     pub(crate) fn load(&mut self, state: &Fp8State) -> Result<Load<'_>> {
         let config = state.config(&self.config)?;
         let (scales, history) = state.unpack(&self.tensors, self.config.places())?;
@@ -273,7 +275,7 @@ impl Fp8Scaler {
         }))
     }
 
-    /// Names this scaler among all that ever were, and tells whether it is gone.
+    /// Identifies this scaler uniquely, and reveals whether it was dropped.
     #[cfg(feature = "metrics")]
     pub(crate) fn token(&self) -> std::sync::Weak<dyn std::any::Any + Send + Sync> {
         let alive: std::sync::Weak<()> = Arc::downgrade(&self.alive);

@@ -15,26 +15,26 @@ use crate::launch::AmaxAlgorithm;
 /// Version of the layout. Version 1 had no recipe.
 const VERSION: u32 = 2;
 
-/// Scales that an update can give.
+/// The scales that an update can produce.
 const SCALES: RangeInclusive<f32> = f32::MIN_POSITIVE..=f32::MAX;
 
-/// What an [`Fp8Scaler`](super::Fp8Scaler) needs to go on where it was.
+/// The state an [`Fp8Scaler`](super::Fp8Scaler) needs to resume.
 ///
-/// It is read from formats that tell what they hold, as JSON does. Reading one of a later version fails with that
-/// version, whatever else is in it.
+/// It can only be read from self-describing formats such as JSON. A state of a later version is refused by its
+/// version, whatever else it contains.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(remote = "Self", deny_unknown_fields)]
 pub struct Fp8State {
     /// Version of this layout.
     pub version: u32,
-    /// The settings under which the scales came about; absent in version 1.
+    /// The settings with which the scales were derived; absent in version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<Fp8Recipe>,
-    /// The tensors, in the order in which the scaler was told of them.
+    /// The tensors, in the order given to the scaler.
     pub tensors: Vec<Fp8TensorState>,
 }
 
-/// How scales come about: what a state has of [`Fp8Config`], beside the length of the histories.
+/// The settings from [`Fp8Config`] that determine scales, except the length of the histories.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fp8Recipe {
@@ -61,10 +61,10 @@ impl Fp8Recipe {
         }
     }
 
-    /// `here` with the numbers of this recipe.
+    /// `here`, with the numbers of this recipe.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for another rule, or a number that cannot work.
+    /// [`Error::InvalidState`] for another rule, or an invalid number.
     fn apply(&self, here: &Fp8Config) -> Result<Fp8Config> {
         let rules: [(&str, String, String); 2] = [
             (
@@ -80,7 +80,7 @@ impl Fp8Recipe {
         ];
         for (key, saved, here) in rules {
             if saved != here {
-                let reason = format!("{saved} was saved, {here} is here");
+                let reason = format!("saved with {saved}, but the scaler uses {here}");
                 return Err(Error::state(key, reason));
             }
         }
@@ -108,7 +108,8 @@ pub struct Fp8TensorState {
     pub dtype: DType,
     /// Its scale.
     pub scale: f32,
-    /// Its largest magnitudes: the running one, which is 0, then the oldest to the newest. One 0 for current scales.
+    /// Its largest magnitudes: that of the current iteration, which is 0, then the oldest to the newest. A single 0
+    /// for current scaling.
     pub history: Vec<f32>,
 }
 
@@ -126,8 +127,8 @@ impl<'de> Deserialize<'de> for Fp8State {
 }
 
 impl Fp8State {
-    /// The keys that this state has no value for and a scaler fills in from its own settings when it loads the state:
-    /// `recipe` for one of version 1.
+    /// The keys missing from this state, for which a scaler that loads it keeps its own settings: `recipe` in version
+    /// 1.
     #[must_use]
     pub fn lacks(&self) -> Vec<&'static str> {
         match self.recipe {
@@ -159,10 +160,10 @@ impl Fp8State {
         }
     }
 
-    /// What a scaler with the settings `here` is to go on with: those settings with the saved numbers.
+    /// The settings that a scaler with the settings `here` resumes with: `here`, with the saved numbers.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for a version that is not known, another rule, or a number that cannot work.
+    /// [`Error::InvalidState`] for an unknown version, another rule, or an invalid number.
     pub(super) fn config(&self, here: &Fp8Config) -> Result<Fp8Config> {
         if !(1..=VERSION).contains(&self.version) {
             let reason = format!("{} is not known; this is version {VERSION}", self.version);
@@ -174,10 +175,10 @@ impl Fp8State {
         }
     }
 
-    /// Scales and histories of `tensors`, whose order may be another.
+    /// Scales and histories of `tensors`, whose order may differ from the saved one.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] for the first that is missing, too much, or cannot be.
+    /// [`Error::InvalidState`] for the first that is missing, unknown, or invalid.
     pub(super) fn unpack(
         &self,
         tensors: &[(String, DType)],
@@ -192,7 +193,7 @@ impl Fp8State {
                 return invalid("tensors", format!("`{name}` is not one of the scaler's"));
             }
             if by_name.insert(name, saved).is_some() {
-                return invalid("tensors", format!("`{name}` comes twice"));
+                return invalid("tensors", format!("`{name}` appears twice"));
             }
         }
         let (mut scales, mut history) = (Vec::new(), Vec::new());
@@ -212,7 +213,7 @@ impl Fp8TensorState {
     fn check(&self, dtype: DType, length: usize) -> Result<()> {
         let name = &self.name;
         let (key, reason) = if self.dtype != dtype {
-            let reason = format!("`{name}` was {}, and is {dtype}", self.dtype);
+            let reason = format!("`{name}` was saved as {}, but is {dtype} here", self.dtype);
             ("dtype", reason)
         } else if !SCALES.contains(&self.scale) {
             let reason = format!(
@@ -222,7 +223,7 @@ impl Fp8TensorState {
             ("scale", reason)
         } else if self.history.len() != length {
             let reason = format!(
-                "`{name}` has {}, the scaler keeps {length}",
+                "`{name}` has {}, but the scaler keeps {length}",
                 self.history.len()
             );
             ("history", reason)
@@ -231,7 +232,10 @@ impl Fp8TensorState {
             .iter()
             .find(|amax| !(0.0..=f32::MAX).contains(*amax))
         {
-            ("history", format!("{amax:e}, of `{name}`, is no magnitude"))
+            (
+                "history",
+                format!("{amax:e}, of `{name}`, is not a magnitude"),
+            )
         } else if self.history[0] != 0.0 {
             (
                 "history",

@@ -1,4 +1,4 @@
-//! What a scaler of 8-bit tensors did so far.
+//! Statistics of a scaler of 8-bit tensors.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::launch::quantize::{
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Fp8Stats {
-    /// The tensors, in the order in which the scaler was told of them.
+    /// The tensors, in the order given to the scaler.
     pub tensors: Vec<Fp8TensorStats>,
 }
 
@@ -23,22 +23,22 @@ pub struct Fp8TensorStats {
     pub name: String,
     /// Its 8-bit type.
     pub dtype: DType,
-    /// Its scale now.
+    /// Its current scale.
     pub scale: f32,
-    /// The largest magnitude of the last update that saw one; 0 before.
+    /// The largest magnitude at the last update that had one; 0 before that.
     pub amax: f32,
     /// Elements converted.
     pub elements: u64,
-    /// Of these, scaled ones that were too large, infinities included. They saturated or became infinite or NaN, as
-    /// [`Fp8Config::overflow`](super::Fp8Config::overflow) says.
+    /// Of these, the ones too large after scaling, infinities included. They saturated or became infinite or NaN,
+    /// depending on [`Fp8Config::overflow`](super::Fp8Config::overflow).
     pub overflowed: u64,
-    /// Of these, numbers other than 0 that became 0.
+    /// Of these, nonzero ones that became 0.
     pub vanished: u64,
     /// Of these, NaN.
     pub nan: u64,
     /// Updates of the scale, whether or not it moved.
     pub updates: u64,
-    /// Updates that saw an infinity or NaN, and left the scale alone (set it to 1, if current).
+    /// Updates that saw an infinity or NaN and left the scale unchanged (current scaling: set it to 1).
     pub not_finite: u64,
 }
 

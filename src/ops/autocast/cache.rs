@@ -1,11 +1,11 @@
-//! Casts of weights that a thread's scopes keep, so that a weight used many times is cast once.
+//! A per-thread cache of weight casts, so that a weight used many times is cast once.
 //!
-//! Only tensors whose memory keeps a version are cached ([`Tensor::version`]: the weights of parameters), and
-//! only f32 ones. An entry stands under the place, layout and type of its cast and holds the version it was
-//! made of: a weight that was written since, or another tensor at the same address, is cast anew. Memory
-//! counts under the tag `autocast` and is dropped with the thread's outermost scope.
+//! Only f32 tensors whose memory keeps a version are cached ([`Tensor::version`]: the weights of parameters). The key
+//! of an entry is the weight's address and layout and the type of the cast; the entry also holds the weight's
+//! version. A weight that was written since, or another tensor at the same address, is cast again. Memory counts
+//! under the tag `autocast` and is freed with the thread's outermost scope.
 //!
-//! Nothing is cached, or taken from the cache, while the stream is captured: a replay must cast again.
+//! The cache is not used while the stream is captured: a replay must cast again.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::memory;
 use crate::storage::{Layout, Tensor};
 
-/// Where a cast was made from: address, layout, and the type it was cast to.
+/// Address and layout of the weight, and the type it was cast to.
 type Key = (u64, Layout, DType);
 
 /// The casts of one thread, each with the version of the weight it was made from.
@@ -33,13 +33,13 @@ impl CastCache {
         Ok(!stream.driver().is_capturing(stream.raw())?)
     }
 
-    /// The cast made of `weight` as it is now, if there is one.
+    /// The cached cast of `weight` at its current version, if there is one.
     pub(super) fn find(&self, weight: &Tensor, dtype: DType) -> Option<Tensor> {
         let (version, cast) = self.casts.get(&key(weight, dtype))?;
         (Some(*version) == weight.version()).then(|| cast.clone())
     }
 
-    /// Keeps `cast`, made of `weight` when it had `version`, and gives back what stood in its place.
+    /// Caches `cast`, made from `weight` at `version`, and returns the entry it replaces.
     pub(super) fn keep(&mut self, weight: &Tensor, version: u64, cast: Tensor) -> Option<Tensor> {
         let key = key(weight, cast.dtype());
         let replaced = self.casts.insert(key, (version, cast));
@@ -47,7 +47,7 @@ impl CastCache {
     }
 }
 
-/// A new cast of `weight`, whose memory counts under the cache's tag.
+/// A new cast of `weight`. Its memory counts under the cache's tag.
 pub(super) fn cast(weight: &Tensor, dtype: DType) -> Result<Tensor> {
     let _tag = memory::tag("autocast");
     weight.cast(dtype)

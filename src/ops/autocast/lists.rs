@@ -1,7 +1,7 @@
-//! Which op runs in what within a scope, as data.
+//! The type in which each op runs within a scope, as data.
 //!
-//! A table is one of PyTorch's, for CUDA or for CPU, with a few entries of this crate, and whatever its user
-//! adds. Entries of the user come first, so that they can also change what a table says.
+//! A table is PyTorch's for CUDA or for CPU, plus a few entries of this crate, plus the user's own. The user's
+//! entries take precedence, so they can also override the table.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,13 +18,14 @@ pub enum CastPolicy {
     Single,
     /// It runs in the widest type among its operands.
     Widest,
-    /// It takes its operands as they come. Ops that no list names do so too.
+    /// It takes its operands unchanged, as does any op that is on no list.
     AsGiven,
-    /// It must not run within the scope: what it computes does not survive 16 bits, and another op does.
+    /// It must not run within the scope: its result does not survive 16 bits, and there is another op whose result
+    /// does.
     Refused,
 }
 
-/// The lists of ops that a scope goes by. Cheap to clone.
+/// The lists of ops that a scope uses. Cheap to clone.
 ///
 /// # Examples
 /// ```
@@ -50,14 +51,15 @@ enum Table {
 }
 
 impl OpLists {
-    /// PyTorch's lists for CUDA, the default: exponentials, sums, norms and losses in f32. `batch_norm`,
-    /// which PyTorch lists nowhere, runs in f32 as well.
+    /// PyTorch's lists for CUDA, the default: exponentials, sums, norms and losses in f32. `batch_norm`, which is on
+    /// none of PyTorch's lists, runs in f32 as well.
     #[must_use]
     pub fn cuda() -> Self {
         Self::default()
     }
 
-    /// PyTorch's lists for CPU: fewer products in 16 bits, and softmax, layer norm and sums as they come.
+    /// PyTorch's lists for CPU: fewer products in 16 bits, and softmax, layer norm and sums in the type of their
+    /// operands.
     #[must_use]
     pub fn cpu() -> Self {
         Self {
@@ -66,7 +68,7 @@ impl OpLists {
         }
     }
 
-    /// These lists with `op` as `policy` says, whatever they said before.
+    /// These lists, with the policy of `op` replaced by `policy`.
     #[must_use]
     pub fn with(mut self, op: impl Into<String>, policy: CastPolicy) -> Self {
         let own = self.own.get_or_insert_default();
@@ -74,7 +76,7 @@ impl OpLists {
         self
     }
 
-    /// The policy for `op`, by its name in PyTorch, in [`ops`](crate::ops), or the one it was added by.
+    /// The policy for `op`, by its name in PyTorch or [`ops`](crate::ops), or the name under which it was added.
     #[must_use]
     pub fn policy(&self, op: &str) -> CastPolicy {
         let own = self.own.as_ref().and_then(|own| own.get(op));
@@ -86,7 +88,7 @@ impl OpLists {
 }
 
 fn cuda(op: &str) -> CastPolicy {
-    // PyTorch makes the loss of log_softmax and nll_loss.
+    // PyTorch composes the loss from log_softmax and nll_loss.
     let added = matches!(
         op,
         "softmax_cross_entropy" | "softmax_cross_entropy_ignoring" | "batch_norm"

@@ -1,15 +1,15 @@
-//! The scope in which ops choose the type they compute in.
+//! The scope in which ops choose their compute type.
 //!
-//! Within `autocast(true, dtype)` matrix products run in `dtype`, and what would lose too much there, sums
-//! and losses among it, in f32; the rest takes its operands as they come. Which op is which is data
-//! ([`OpLists`]): PyTorch's lists, which a user can extend. The ops of this crate ask [`autocast_dtype`]; so
-//! can those of any other, or [`dtype_for`], which also settles ops that run in their widest operand's type.
+//! Within `autocast(true, dtype)` matrix products run in `dtype`. Ops that would lose too much there, such as sums
+//! and losses, run in f32. All others take their operands unchanged. The assignment is data ([`OpLists`]): PyTorch's
+//! lists, which a user can extend. The ops of this crate ask [`autocast_dtype`]. Other ops can ask it too, or
+//! [`dtype_for`], which also handles ops that run in their widest operand's type.
 //!
-//! A scope belongs to its thread and ends with its guard, also when a panic unwinds it. Scopes nest: the
-//! innermost one counts, and may be switched off. A new thread has none.
+//! A scope belongs to its thread and ends when its guard is dropped, even if a panic drops it. Scopes nest: the
+//! innermost one applies, and it may be disabled. A new thread has none.
 //!
-//! Casts of weights are kept until the thread's outermost scope ends, and made anew for a weight that was
-//! written meanwhile (`cache`).
+//! Casts of weights are cached until the thread's outermost scope ends. A weight that was written in the meantime is
+//! cast again (`cache`).
 //!
 //! Only f16, bf16 and f32 tensors are cast; f64 and integers never are.
 
@@ -28,7 +28,7 @@ pub use lists::{CastPolicy, OpLists};
 
 use cache::CastCache;
 
-/// What a scope says.
+/// The settings of a scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AutocastState {
     enabled: bool,
@@ -37,14 +37,14 @@ pub struct AutocastState {
 }
 
 impl AutocastState {
-    /// Outside of every scope.
+    /// The state outside of every scope.
     const OFF: Self = Self {
         enabled: false,
         dtype: DType::F16,
         caches_weights: true,
     };
 
-    /// Whether ops choose their type.
+    /// Whether ops choose their compute type.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
         self.enabled
@@ -56,7 +56,7 @@ impl AutocastState {
         self.dtype
     }
 
-    /// Whether casts of weights are kept for the next use.
+    /// Whether casts of weights are cached.
     #[must_use]
     pub fn caches_weights(&self) -> bool {
         self.caches_weights
@@ -71,7 +71,7 @@ struct Scope {
     lists: OpLists,
 }
 
-/// The scopes that are open on a thread, innermost last, and what they keep.
+/// The open scopes of a thread, innermost last, and their cache.
 struct Scopes {
     open: Vec<Scope>,
     cache: CastCache,
@@ -82,10 +82,9 @@ thread_local! {
     static NEXT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Opens a scope on this thread, which lasts as long as the guard: [`Autocast`] with its defaults.
+/// Opens a scope on this thread that lasts as long as the guard: [`Autocast`] with its defaults.
 ///
-/// A `dtype` other than f16 or bf16 gives a scope that is not enabled, as in PyTorch: there is nothing to
-/// gain from casting to it.
+/// With a `dtype` other than f16 or bf16 the scope is disabled, as in PyTorch: casting to it would gain nothing.
 ///
 /// # Examples
 /// ```
@@ -106,7 +105,7 @@ pub fn autocast(enabled: bool, dtype: DType) -> AutocastGuard {
     Autocast::new(dtype).enabled(enabled).enter()
 }
 
-/// A scope to be opened, with other lists or without a cache.
+/// A builder for a scope, with other lists or without a cache.
 ///
 /// # Examples
 /// ```
@@ -125,8 +124,8 @@ pub struct Autocast {
 }
 
 impl Autocast {
-    /// An enabled scope of type `dtype` with PyTorch's lists for CUDA, which keeps casts of weights. With a
-    /// `dtype` other than f16 or bf16 it is not enabled.
+    /// An enabled scope of type `dtype` with PyTorch's lists for CUDA, which caches casts of weights. With a `dtype`
+    /// other than f16 or bf16 it is disabled.
     pub fn new(dtype: DType) -> Self {
         let state = AutocastState {
             enabled: dtype.is_half(),
@@ -137,27 +136,28 @@ impl Autocast {
         Self { state, lists }
     }
 
-    /// Switches it off, for a part of an outer scope in which ops take their operands as they come.
+    /// Whether the scope is enabled. A disabled scope covers a part of an outer one in which ops take their operands
+    /// unchanged.
     pub fn enabled(mut self, enabled: bool) -> Self {
         self.state.enabled &= enabled;
         self
     }
 
-    /// Goes by `lists`.
+    /// Replaces the lists.
     pub fn lists(mut self, lists: OpLists) -> Self {
         self.lists = lists;
         self
     }
 
-    /// Whether casts of weights are kept for the next use, the default. They take memory (tag `autocast`)
-    /// until the thread's outermost scope ends. Switch it off around a captured graph that is replayed while
-    /// a scope stays open: replays write weights without the cache hearing of it.
+    /// Whether casts of weights are cached, the default. They take memory (tag `autocast`) until the thread's
+    /// outermost scope ends. Disable it around a captured graph that is replayed while a scope stays open: the cache
+    /// does not notice weights that replays write.
     pub fn caches_weights(mut self, caches: bool) -> Self {
         self.state.caches_weights = caches;
         self
     }
 
-    /// Opens the scope on this thread, as long as the guard lives.
+    /// Opens the scope on this thread until the guard is dropped.
     pub fn enter(self) -> AutocastGuard {
         let number = NEXT.replace(NEXT.get() + 1);
         let scope = Scope {
@@ -184,7 +184,7 @@ fn with_innermost<R>(f: impl FnOnce(Option<&Scope>) -> R) -> R {
     SCOPES.with_borrow(|scopes| f(scopes.as_ref().and_then(|scopes| scopes.open.last())))
 }
 
-/// What the innermost scope of this thread says.
+/// The settings of this thread's innermost scope.
 #[must_use]
 pub fn autocast_state() -> AutocastState {
     with_innermost(|scope| scope.map_or(AutocastState::OFF, |scope| scope.state))
@@ -199,9 +199,9 @@ pub struct AutocastGuard {
 
 impl Drop for AutocastGuard {
     fn drop(&mut self) {
-        // Searched for, because guards that are stored may be dropped in any order. In a destructor that
-        // runs after the thread's own storage is gone, there is no scope left to end. What the cache held is
-        // freed after the borrow.
+        // The scope is searched for, because stored guards may be dropped in any order. In a destructor that runs
+        // after the thread's own storage is gone, there is no scope left to end. The cache is freed after the borrow
+        // ends.
         let _ended = SCOPES.try_with(|scopes| {
             let mut scopes = scopes.borrow_mut();
             let open = &mut scopes.as_mut()?.open;
@@ -211,8 +211,8 @@ impl Drop for AutocastGuard {
     }
 }
 
-/// The policy for `op`, by its name in PyTorch or in [`ops`](super), in the lists of the innermost scope;
-/// outside of every scope, in PyTorch's for CUDA.
+/// The policy for `op`, by its name in PyTorch or in [`ops`](super). Uses the lists of the innermost scope, or
+/// PyTorch's for CUDA outside of every scope.
 #[must_use]
 pub fn cast_policy(op: &str) -> CastPolicy {
     with_innermost(|scope| match scope {
@@ -221,8 +221,8 @@ pub fn cast_policy(op: &str) -> CastPolicy {
     })
 }
 
-/// The type in which `op` must run under the present scope; `None` if it takes its operands as they come,
-/// or if [`dtype_for`] must look at them.
+/// The type in which `op` must run in the current scope; `None` if it takes its operands unchanged, or if
+/// [`dtype_for`] must inspect them.
 #[must_use]
 pub fn autocast_dtype(op: &str) -> Option<DType> {
     let state = autocast_state();
@@ -236,9 +236,9 @@ pub fn autocast_dtype(op: &str) -> Option<DType> {
     }
 }
 
-/// The type in which `op` must run on operands of these types under the present scope; `None` if it takes
-/// them as they come. Operands that [`is_eligible`] says no to neither count nor are to be cast. For an op
-/// that runs in its widest operand's type, f16 beside bf16 gives f32, which holds both; PyTorch refuses that.
+/// The type in which `op` must run on operands of these types in the current scope; `None` if it takes them
+/// unchanged. Operands that are not [eligible](is_eligible) do not count and must not be cast. For an op that runs in
+/// its widest operand's type, f16 with bf16 gives f32, which holds both; PyTorch refuses that.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for an op that the scope refuses.
@@ -274,8 +274,8 @@ pub fn dtype_for(op: &str, operands: &[DType]) -> Result<Option<DType>> {
     }
 }
 
-/// `tensor` in the type in which `op` runs under the present scope. f64 and integers stay as they are, and so
-/// does everything outside a scope.
+/// `tensor` in the type in which `op` runs in the current scope. f64 and integers are unchanged, and so is everything
+/// outside a scope.
 ///
 /// # Errors
 /// [`Error::OutOfMemory`]; [`Error::Driver`] if the cast cannot be enqueued.
@@ -300,7 +300,7 @@ fn cast_or_cached(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
         return Ok(kept);
     }
     let cast = cache::cast(tensor, dtype)?;
-    // What it replaces is freed after the borrow.
+    // The replaced entry is freed after the borrow ends.
     let _replaced = SCOPES.with_borrow_mut(|scopes| {
         let scopes = scopes.as_mut()?;
         scopes.cache.keep(tensor, version, cast.clone())

@@ -1,9 +1,8 @@
 //! The names of PyTorch's lists, one for CUDA and one for CPU.
 //!
-//! Facts about PyTorch 2.15: the ops that its autocast treats, by their names there. What a list means is
-//! said in [`lists`](super::OpLists).
+//! The ops that autocast handles in PyTorch 2.15, by their names there. [`lists`](super::OpLists) explains the lists.
 
-/// CUDA: matrix products, and what is made of them.
+/// CUDA: matrix products, and ops composed of them.
 pub(super) const CUDA_LOWER: &[&str] = &[
     "_convolution",
     "conv1d",
@@ -41,7 +40,7 @@ pub(super) const CUDA_LOWER: &[&str] = &[
     "_scaled_dot_product_flash_attention",
 ];
 
-/// CUDA: what overflows, or loses too much, in 16 bits: powers, sums, norms, losses.
+/// CUDA: ops that overflow or lose too much in 16 bits: powers, sums, norms, losses.
 pub(super) const CUDA_SINGLE: &[&str] = &[
     "acos",
     "asin",
@@ -98,7 +97,7 @@ pub(super) const CUDA_SINGLE: &[&str] = &[
     "sum",
 ];
 
-/// CUDA: families of ops of which every member runs in f32.
+/// CUDA: prefixes of ops that run in f32.
 pub(super) const CUDA_SINGLE_PREFIXES: &[&str] = &["upsample_", "_upsample_"];
 
 /// CUDA: ops that need their operands in one type.
@@ -119,7 +118,7 @@ pub(super) const CUDA_WIDEST: &[&str] = &[
 /// CUDA: ops that a scope refuses.
 pub(super) const CUDA_REFUSED: &[&str] = &["binary_cross_entropy"];
 
-/// CPU: matrix products, and what is made of them.
+/// CPU: matrix products, and ops composed of them.
 pub(super) const CPU_LOWER: &[&str] = &[
     "conv1d",
     "conv2d",
@@ -144,7 +143,7 @@ pub(super) const CPU_LOWER: &[&str] = &[
     "_native_multi_head_attention",
 ];
 
-/// CPU: what has no, or no good, kernel in 16 bits.
+/// CPU: ops without a good kernel in 16 bits.
 pub(super) const CPU_SINGLE: &[&str] = &[
     "avg_pool3d",
     "binary_cross_entropy",
@@ -225,7 +224,7 @@ pub(super) const CPU_SINGLE: &[&str] = &[
     "linalg_inv_ex",
 ];
 
-/// CPU: families of ops of which every member runs in f32.
+/// CPU: prefixes of ops that run in f32.
 pub(super) const CPU_SINGLE_PREFIXES: &[&str] = &["fft_"];
 
 /// CPU: ops that need their operands in one type.

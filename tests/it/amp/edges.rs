@@ -174,10 +174,10 @@ fn a_gradient_that_comes_late_is_refused() {
         a.set_grad(filled(&context, 65536.0)).unwrap();
         look(&mut scaler, &optimizer).unwrap();
         b.set_grad(filled(&context, 65536.0)).unwrap();
-        refused(scaler.step(&mut optimizer), "`b` was not there");
+        refused(scaler.step(&mut optimizer), "`b` was missing");
         assert_eq!((first(&a), first(&b)), (0.0, 0.0), "{how}");
         if how == "unscale" {
-            refused(scaler.clip_grad_norm(&optimizer, 1.0), "`b` was not there");
+            refused(scaler.clip_grad_norm(&optimizer, 1.0), "`b` was missing");
             assert_eq!(a.grad().unwrap().to_vec::<f32>().unwrap(), [1.0; 4]);
         }
         // Without it the step goes on where it was.
@@ -226,7 +226,7 @@ fn an_optimizer_that_changes_after_the_check_is_refused() {
     let mut scaler = scaled(&context);
     scaler.check(&optimizer).unwrap();
     optimizer.1.push(b);
-    refused(scaler.step(&mut optimizer), "2 parameters, and had 1");
+    refused(scaler.step(&mut optimizer), "2 parameters, but had 1");
     optimizer.1.pop();
     assert!(scaler.step(&mut optimizer).unwrap().is_applied().unwrap());
 }

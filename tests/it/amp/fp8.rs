@@ -226,10 +226,10 @@ fn states_that_cannot_be_are_refused_by_key() {
         ("tensors", "`y` is not one of", |state| {
             state.tensors[0].name = "y".to_owned()
         }),
-        ("tensors", "`grad` comes twice", |state| {
+        ("tensors", "`grad` appears twice", |state| {
             state.tensors[0].name = "grad".to_owned()
         }),
-        ("dtype", "`x` was f8e5m2, and is f8e4m3", |state| {
+        ("dtype", "as f8e5m2, but is f8e4m3", |state| {
             state.tensors[0].dtype = DType::F8E5M2;
         }),
         ("scale", "0e0, of `x`", |state| state.tensors[0].scale = 0.0),
@@ -288,19 +288,19 @@ fn a_state_of_another_recipe_is_not_taken_for_this_one() {
             single(Fp8Scaling::Current),
             single(Fp8Scaling::Delayed),
             "recipe/scaling",
-            "Current was saved, Delayed is here",
+            "saved with Current, but the scaler uses Delayed",
         ),
         (
             single(Fp8Scaling::Delayed),
             single(Fp8Scaling::Current),
             "recipe/scaling",
-            "Delayed was saved, Current is here",
+            "saved with Delayed, but the scaler uses Current",
         ),
         (
             short(),
             recent,
             "recipe/algorithm",
-            "Max was saved, MostRecent is here",
+            "saved with Max, but the scaler uses MostRecent",
         ),
     ] {
         let mut scaler = scaler(&context, here);

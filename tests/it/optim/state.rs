@@ -284,7 +284,7 @@ fn everything_that_does_not_fit_is_named_and_nothing_else() {
     assert_eq!(reason, "the saved state has no such parameter");
     let (key, reason) = load(weights(&context, &["b"]));
     assert_eq!(key, "a");
-    assert_eq!(reason, "was saved, and there is no such parameter here");
+    assert_eq!(reason, "was saved, but there is no such parameter here");
     // One that is missing, one of another shape, one that is not here.
     let mut mixed = weights(&context, &["d"]);
     mixed.push(parameter(&context, "a", &[0f32; 3]));
@@ -292,8 +292,8 @@ fn everything_that_does_not_fit_is_named_and_nothing_else() {
     assert_eq!(key, "d");
     assert_eq!(
         reason,
-        "the saved state has no such parameter; `a/first_moment`: [2] of f32 was saved, [3] of f32 is here; `b`: was \
-         saved, and there is no such parameter here"
+        "the saved state has no such parameter; `a/first_moment`: saved as [2] of f32, but is [3] of f32 here; `b`: \
+         was saved, but there is no such parameter here"
     );
     // No more than ten are told.
     let names: Vec<_> = (0..14).map(|index| format!("n{index:02}")).collect();
@@ -313,7 +313,7 @@ fn everything_that_does_not_fit_is_named_and_nothing_else() {
     let ema = Ema::new(&saved, 0.5).unwrap();
     file.add_ema(&ema).unwrap();
     let here = weights(&context, &["c", "b", "d"]);
-    let told = "the saved state has no such tensor; `d`: the saved state has no such tensor; `a`: was saved, and \
+    let told = "the saved state has no such tensor; `d`: the saved state has no such tensor; `a`: was saved, but \
                 there is no such tensor here";
     let model = file.restore().model(&here);
     assert_eq!(refused(model), ("model/c".to_owned(), told.to_owned()));
@@ -366,7 +366,7 @@ fn a_group_gets_the_settings_that_its_parameters_were_saved_with() {
     assert_eq!(key, "c");
     assert_eq!(
         reason,
-        "is in group 0 here, and was saved in group 1, with learning_rate 0.25; `a` was in group 0, with 0.5"
+        "is in group 0 here, but was saved in group 1, with learning_rate 0.25; `a` was in group 0, with 0.5"
     );
     assert_eq!(load(&moved, &["learning_rate"]).unwrap(), [1.0, 1.0]);
 
