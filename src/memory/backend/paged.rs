@@ -330,12 +330,13 @@ impl PagedBackend {
 
     /// Returns the pages without small blocks to the page heap.
     fn return_cached_pages(&mut self) {
-        self.return_idle_pages();
-        for (owner, small) in &mut self.small {
-            if let Some((page, epoch)) = small.take_cached() {
-                self.page_heap.free(page.block, *owner, epoch);
-            }
+        let cached = (self.small.iter_mut())
+            .filter_map(|(owner, small)| small.take_cached().map(|cached| (*owner, cached)));
+        let cached: SmallVec<[_; 4]> = cached.collect();
+        for (owner, (page, epoch)) in cached {
+            self.return_small_page(page, Fence { owner, epoch });
         }
+        self.return_idle_pages();
     }
 
     /// Frees a block of the page heap.
@@ -403,7 +404,7 @@ impl Backend for PagedBackend {
 
     fn release_stream(&mut self, owner: StreamIndex) {
         if let Some((page, epoch)) = self.small.get_mut(&owner).and_then(SmallHeap::take_cached) {
-            self.page_heap.free(page.block, owner, epoch);
+            self.return_small_page(page, Fence { owner, epoch });
         }
         self.region.release_stream(owner);
         self.small

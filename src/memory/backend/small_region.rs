@@ -23,6 +23,8 @@ pub(crate) struct SmallRegion {
     pub(super) pages: PageIndex,
     /// Each with the fence after which other streams may touch it.
     idle: Vec<(SmallPage, Fence)>,
+    /// Pages that were returned to the page heap. Large blocks may have them, or the driver.
+    returned: Vec<PageIndex>,
 }
 
 impl SmallRegion {
@@ -30,7 +32,7 @@ impl SmallRegion {
     pub(super) fn new(total: u64) -> Self {
         Self {
             pages: to_usize(total / PAGE / SHARE),
-            idle: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -84,6 +86,9 @@ impl PagedBackend {
         if let Some(page) = self.region.take(search, fences) {
             return Ok(page);
         }
+        if let Some(page) = self.take_returned(search, fences) {
+            return Ok(page);
+        }
         if let Some(page) = self.grow_region(search.owner) {
             return Ok(page);
         }
@@ -93,6 +98,20 @@ impl PagedBackend {
             }
             self.grow(1, search.owner)?;
         }
+    }
+
+    /// A page of the region that is free in the page heap.
+    fn take_returned(&mut self, search: Search, fences: &mut Fences) -> Option<SmallPage> {
+        let mut may_take = |page: PageIndex| {
+            let free_block = self.page_heap.free_block_over_page(page)?;
+            let fence = self.page_heap.fence_of_page(&free_block, page);
+            let is_usable =
+                fence.owner == search.owner || fences.pass(search.owner, fence, search.reuse);
+            is_usable.then_some(page)
+        };
+        let page = (self.region.returned.iter()).find_map(|page| may_take(*page))?;
+        self.region.returned.retain(|returned| *returned != page);
+        Some(self.small_page(page))
     }
 
     /// Maps new pages in the region. Returns the first of them; the others are idle. `None` if the region is full or
@@ -111,6 +130,9 @@ impl PagedBackend {
             Ok(()) => count,
             Err(_) => self.pages.take(first, 1).ok().map(|()| 1)?,
         };
+        self.region
+            .returned
+            .retain(|page| *page < first || first + count <= *page);
         self.page_heap.remap(first, count, owner);
         let mut pages = (first..first + count).map(|page| self.small_page(page));
         let page = pages.next();
@@ -144,6 +166,7 @@ impl PagedBackend {
     pub(super) fn return_idle_pages(&mut self) {
         for (page, fence) in std::mem::take(&mut self.region.idle) {
             self.page_heap.free(page.block, fence.owner, fence.epoch);
+            self.region.returned.push(page.page);
         }
     }
 }

@@ -317,7 +317,12 @@ mod tests {
 
     #[test]
     fn pages_that_any_stream_may_have_are_taken_last() {
-        let device = Device::host(HostConfig::default()).unwrap();
+        // So small that it has no region of small pages: its pages have numbers from 0 on.
+        let device = Device::host(HostConfig {
+            capacity: 8 * PAGE,
+            ..HostConfig::default()
+        });
+        let device = device.unwrap();
         let mut memory = PagedBackend::new(DevicePages::new(&device, None).unwrap());
         let mut fences = Fences::new(false);
         let owner = fences.owner(&device.create_stream().unwrap());

@@ -357,7 +357,7 @@ fn changes_that_cannot_be_are_refused_as_a_whole() {
         match optimizer.set_group_config(1, config) {
             Err(Error::InvalidConfig { key: named, reason }) => {
                 assert_eq!(named, key);
-                assert!(reason.starts_with("group 1: was decided"), "{reason}");
+                assert!(reason.starts_with("group 1: cannot change"), "{reason}");
             }
             other => panic!("{other:?}"),
         }

@@ -296,7 +296,7 @@ fn state_and_settings_are_known_by_name() {
     assert!(message.contains("momentum: group 0: -1"), "{message}");
     let message = refused(&mut optimizer, 0, &[("rate", 1.0)]);
     assert!(
-        message.contains("no `rate`, only learning_rate, momentum"),
+        message.contains("no `rate`; known are learning_rate, momentum"),
         "{message}"
     );
     let message = refused(&mut optimizer, 1, &[]);

@@ -320,7 +320,7 @@ fn a_loss_that_was_scaled_before_is_known_by_its_tag() {
     refused(run.step(Way::Scaler), "another scale");
     run.weight.zero_grad();
     // Calls that take the tag themselves know that no loss was scaled since.
-    let scaled_before = "a loss that was scaled before";
+    let scaled_before = "a loss scaled before";
     refused(
         run.scaler().accumulate(&run.weight, before.clone()),
         scaled_before,
