@@ -2,7 +2,7 @@
 //!
 //! A search tries in this order: a free block of its stream; another stream's free block behind a fence; new pages,
 //! while the backend holds little more than was ever in use; free pages from anywhere, stitched; new pages. Small
-//! blocks have pages of their own.
+//! blocks have pages of their own, in a region at the front (`small_region`).
 //!
 //! Invariant: the page heap's mapped pages are exactly the pages held from the driver.
 

@@ -5,6 +5,8 @@
 //! thread next holds its lock, before it looks for memory. So a free takes no lock, and a search finds the same memory
 //! as if each block had been freed at once. The cache also counts what its thread allocates and frees.
 //!
+//! Threads that take turns share the contents of one cache, which the thread that makes a call takes over ([`registry`]).
+//!
 //! # Invariant
 //! Nothing here runs foreign code, because that could free a block into the cache while it is being changed. Hence
 //! nothing here calls a driver, which may run queued work inside the call. And nothing here drops a record, which may
