@@ -82,6 +82,8 @@ fn free_in_pool(mut record: Record, counted: Counted) -> Option<Record> {
         .shared
         .take()
         .expect("a block outside the pool knows its pool");
+    // A thread without a cache would have to fold the counters of all others.
+    threads::make_current(&shared);
     let Some((mut core, fuse)) = shared.try_lock_with_fuse() else {
         shared.leave(record, counted);
         shared.take_in_if_free();

@@ -157,8 +157,8 @@ impl Pool {
         report.into()
     }
 
-    /// The statistics now. They are exact, peaks included, if one thread at a time calls the pool, whichever that is.
-    /// Where calls overlap, `current` is exact at some moment during this call, and a peak may miss what several threads
+    /// The statistics now. They are exact, peaks included, if one thread at a time calls the pool, whichever that is, and
+    /// makes at least a handful of calls in its turn. Where calls overlap, or threads change after every call or two, `current` is exact at some moment during this call, and a peak may miss what several threads
     /// held together for a moment.
     #[must_use]
     pub fn stats(&self) -> PoolStats {

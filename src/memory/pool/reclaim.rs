@@ -96,8 +96,8 @@ fn climb(
     mut core: CoreGuard<'_>,
     request: Request<'_>,
 ) -> Result<Placement, Failure> {
-    if shared.caches.is_separate() {
-        // Other threads have blocks that would serve.
+    if shared.caches.is_separate() && shared.caches.is_emptying_due() {
+        // Other threads have blocks that may serve.
         shared.empty_caches(&mut core, Close::No);
     }
     shared.fold_before_returns(&mut core);

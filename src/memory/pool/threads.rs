@@ -220,6 +220,12 @@ pub(super) fn fold_of_thread(shared: &Shared, core: &mut Core) {
     }
 }
 
+/// Makes the calling thread's cache of a pool the current one, unless the thread is ending.
+#[inline]
+pub(super) fn make_current(shared: &Arc<Shared>) {
+    of_thread(shared);
+}
+
 /// The calling thread's cache of a pool, made if there is none, and current from then on. `None` if the thread is
 /// ending.
 #[inline]

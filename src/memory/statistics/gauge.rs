@@ -143,6 +143,13 @@ impl Usage {
         }
     }
 
+    /// Allocations and frees.
+    pub(super) fn calls(&self) -> u64 {
+        let allocations = self.blocks.increases;
+        let frees = allocations.saturating_add_signed(-self.blocks.current);
+        allocations + frees
+    }
+
     /// Whether nothing was counted.
     pub(crate) fn is_empty(&self) -> bool {
         self.blocks.increases == 0 && self.blocks.current == 0

@@ -53,6 +53,11 @@ impl Counts {
         self.tag = next;
     }
 
+    /// Allocations and frees counted since the last fold.
+    pub(crate) fn calls(&self) -> u64 {
+        self.run.calls() + self.before.calls()
+    }
+
     /// Adds everything to the counters of a pool.
     pub(crate) fn fold_into(&mut self, usage: &mut Usage, tags: &mut TagTable) {
         if !self.before.is_empty() {

@@ -309,6 +309,11 @@ impl<H: Home> ThreadCache<H> {
         self.counts.fold_into(usage, tags);
     }
 
+    /// Allocations and frees counted since the counters were folded.
+    pub(crate) fn calls(&self) -> u64 {
+        self.counts.calls()
+    }
+
     /// Sets the limits for a pool that has reserved `held` bytes. `is_contended`: other streams want memory that they
     /// could not get.
     pub(crate) fn set_limits(&mut self, held: u64, is_contended: bool) {

@@ -5,9 +5,10 @@
 //! that makes a call takes over its contents, so that it finds every block that the thread before it freed, and the
 //! counters stay exact. The hand-over costs a system call; a thread that is alone pays nothing.
 //!
-//! Threads whose calls overlap would hand the contents back and forth. So a thread that finds another one in the middle
-//! of a hand-over makes the caches *separate*: each thread works with a cache of its own, and the pool empties the
-//! others when it looks for memory. [`join`](Registry::join) makes them one again. The pool calls it from time to time,
+//! Threads whose calls overlap would hand the contents back and forth, and so would a producer and a consumer that change
+//! after every call or two. So a thread that finds another one in the middle of a hand-over, or too many hand-overs with
+//! hardly a call between them, makes the caches *separate*: each thread works with a cache of its own, and the pool empties them now
+//! and then before it looks further than the stream's own memory, and whenever memory is short. [`join`](Registry::join) makes them one again. The pool calls it from time to time,
 //! because threads that overlapped once may take turns from then on.
 //!
 //! # Invariant
@@ -26,8 +27,14 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 const TERM_MIN: u32 = 256;
 /// The same, if the threads overlapped each time that their caches were joined.
 const TERM_MAX: u32 = 1 << 16;
+/// A hand-over is hasty if fewer calls than this were made since the one before.
+const HASTY: u64 = 4;
+/// Hasty hand-overs in a row after which caches are separate.
+const HASTY_MAX: u32 = 64;
+/// While caches are separate, the pool empties them all for one in this many searches beyond a stream's own free memory.
+const EMPTYING_SHARE: u32 = 64;
 /// Hand-overs in a row that show that threads take turns.
-const TURNS: u32 = 16;
+const TURNS: u32 = 1024;
 
 /// The caches of a pool's threads.
 #[derive(Debug)]
@@ -47,6 +54,11 @@ struct State<H: Home> {
     term: u32,
     /// Hand-overs since the caches were joined.
     turns: u32,
+    /// Searches since separate caches were emptied.
+    searches: u32,
+    /// Calls that the contents had counted at the last hand-over, and hasty hand-overs since one that was not.
+    calls: u64,
+    hasty: u32,
 }
 
 impl<H: Home> Default for Registry<H> {
@@ -58,6 +70,9 @@ impl<H: Home> Default for Registry<H> {
                 left: 0,
                 term: TERM_MIN,
                 turns: TURNS,
+                searches: 0,
+                calls: 0,
+                hasty: 0,
             }),
             is_separate: AtomicBool::new(false),
         }
@@ -97,6 +112,7 @@ impl<H: Home> Registry<H> {
             state.separate();
             self.is_separate.store(true, Ordering::Relaxed);
         }
+        let mut calls = None;
         let is_alone = self.is_separate() || state.is_closed;
         let others = if is_alone { &[] } else { &*state.all };
         // The owner's own cache is among them, and revoked.
@@ -104,10 +120,18 @@ impl<H: Home> Registry<H> {
             for other in others.iter().filter(|other| !std::ptr::eq(&***other, mine)) {
                 other.revoke(|other| std::mem::swap(cache, other));
             }
+            calls = Some(cache.calls());
         };
         // SAFETY: as the caller promises.
         unsafe { mine.restore(take_over) };
         state.turns = state.turns.saturating_add(1);
+        if let Some(calls) = calls
+            && !is_alone
+            && state.note_calls(calls)
+        {
+            state.separate();
+            self.is_separate.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Counts a miss while caches are separate; returns whether they should be joined.
@@ -117,6 +141,16 @@ impl<H: Home> Registry<H> {
         };
         state.left = state.left.saturating_sub(1);
         state.left == 0
+    }
+
+    /// Counts a search beyond a stream's own free memory while caches are separate; returns whether the caches should be
+    /// emptied before.
+    pub(crate) fn is_emptying_due(&self) -> bool {
+        let Some(mut state) = self.state.try_lock() else {
+            return false;
+        };
+        state.searches = (state.searches + 1) % EMPTYING_SHARE;
+        state.searches == 1
     }
 
     /// Makes separate caches one again: `take` empties each of them.
@@ -156,6 +190,15 @@ impl<H: Home> Registry<H> {
 }
 
 impl<H: Home> State<H> {
+    /// Notes what the contents have counted at a hand-over; returns whether hand-overs have become too frequent.
+    fn note_calls(&mut self, calls: u64) -> bool {
+        // Counters start anew when they are folded.
+        let is_hasty = calls >= self.calls && calls - self.calls < HASTY;
+        self.hasty = if is_hasty { self.hasty + 1 } else { 0 };
+        self.calls = calls;
+        self.hasty >= HASTY_MAX
+    }
+
     /// Starts a term of separate caches, longer than the last one if the threads have hardly taken turns since.
     fn separate(&mut self) {
         self.term = match self.turns < TURNS {
@@ -163,6 +206,7 @@ impl<H: Home> State<H> {
             false => TERM_MIN,
         };
         self.left = self.term;
+        self.hasty = 0;
     }
 }
 
