@@ -73,6 +73,8 @@ pub(crate) struct ThreadCache<H: Home> {
     /// A closed cache keeps no more blocks.
     pub(crate) is_closed: bool,
     counts: Counts,
+    /// Calls counted up to the last fold.
+    calls_folded: u64,
 }
 
 impl<H: Home> ThreadCache<H> {
@@ -90,6 +92,7 @@ impl<H: Home> ThreadCache<H> {
             },
             is_closed,
             counts: Counts::default(),
+            calls_folded: 0,
         }
     }
 
@@ -306,12 +309,13 @@ impl<H: Home> ThreadCache<H> {
     /// Folds the counters into the pool's.
     #[inline]
     pub(crate) fn fold_counts(&mut self, usage: &mut Usage, tags: &mut TagTable) {
+        self.calls_folded += self.counts.calls();
         self.counts.fold_into(usage, tags);
     }
 
-    /// Allocations and frees counted since the counters were folded.
+    /// Allocations and frees counted so far.
     pub(crate) fn calls(&self) -> u64 {
-        self.counts.calls()
+        self.calls_folded + self.counts.calls()
     }
 
     /// Sets the limits for a pool that has reserved `held` bytes. `is_contended`: other streams want memory that they

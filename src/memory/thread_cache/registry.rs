@@ -192,7 +192,7 @@ impl<H: Home> Registry<H> {
 impl<H: Home> State<H> {
     /// Notes what the contents have counted at a hand-over; returns whether hand-overs have become too frequent.
     fn note_calls(&mut self, calls: u64) -> bool {
-        // Counters start anew when they are folded.
+        // Less than before: these are the contents of another cache.
         let is_hasty = calls >= self.calls && calls - self.calls < HASTY;
         self.hasty = if is_hasty { self.hasty + 1 } else { 0 };
         self.calls = calls;
